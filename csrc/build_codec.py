@@ -1,0 +1,30 @@
+"""Compile the C files beside this one into the extension module ``ttun._codec`` (cffi, abi3).
+
+setup.py names ``ffibuilder`` in cffi_modules. TTUN_CFLAGS in the environment adds compiler and
+linker flags, for sanitizers and -Werror.
+"""
+
+import os
+import shlex
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["codec.c", "pump.c"]
+FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", ""))
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
+ffibuilder.set_source(
+    "ttun._codec",
+    '#include "codec.h"\n#include "pump.h"\n',
+    # setuptools wants paths relative to setup.py.
+    sources=[f"csrc/{name}" for name in SOURCES],
+    depends=[f"csrc/{path.name}" for path in HERE.glob("*.[ch]")],
+    include_dirs=["csrc"],
+    # The asserts guard memory that a peer's bytes reach: they stay in a release build.
+    undef_macros=["NDEBUG"],
+    extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra", "-pthread", *FLAGS],
+    extra_link_args=["-pthread", *FLAGS],
+)

@@ -1,0 +1,74 @@
+#define _DEFAULT_SOURCE /* explicit_bzero */
+#include "codec.h"
+
+#include <assert.h>
+#include <string.h>
+
+enum { NONCE_COUNTER = 4 }; /* where the counter starts in the nonce */
+
+static_assert(NONCE_COUNTER + sizeof(uint64_t) <= TTUN_NONCE_MAX, "the counter fits the nonce");
+
+int ttun_cipher_init(struct ttun_cipher_state *state, ttun_encrypt encrypt, ttun_decrypt decrypt,
+                     uint32_t tag_size, uint8_t direction, const uint8_t *key) {
+    if (tag_size > TTUN_TAG_MAX)
+        return -1;
+    memset(state, 0, sizeof *state);
+    state->encrypt = encrypt;
+    state->decrypt = decrypt;
+    state->tag_size = tag_size;
+    state->nonce[0] = direction;
+    memcpy(state->key, key, TTUN_KEY_SIZE);
+    return 0;
+}
+
+void ttun_cipher_wipe(struct ttun_cipher_state *state) {
+    explicit_bzero(state, sizeof *state);
+}
+
+/* Writes the next counter into the nonce and counts on. A counter is never used twice: after the
+ * last one there is none (2^64 frames, which no link lives to see). */
+static int next_nonce(struct ttun_cipher_state *state) {
+    if (state->counter == UINT64_MAX)
+        return -1;
+    uint64_t counter = state->counter++;
+    for (int i = 7; i >= 0; i--, counter >>= 8)
+        state->nonce[NONCE_COUNTER + i] = (uint8_t)counter;
+    return 0;
+}
+
+size_t ttun_seal(struct ttun_cipher_state *state, uint8_t *frame, const uint8_t *packet,
+                 size_t packet_size) {
+    size_t length = packet_size + state->tag_size;
+    if (packet_size > TTUN_LENGTH_MAX || length > TTUN_LENGTH_MAX || next_nonce(state) < 0)
+        return 0;
+    state->encrypt(frame + TTUN_PREFIX, NULL, packet, packet_size, NULL, 0, NULL, state->nonce,
+                   state->key);
+    frame[0] = (uint8_t)(length >> 8);
+    frame[1] = (uint8_t)length;
+    return TTUN_PREFIX + length;
+}
+
+ptrdiff_t ttun_open(struct ttun_cipher_state *state, uint8_t *ciphertext, size_t length) {
+    if (length < state->tag_size || length > TTUN_LENGTH_MAX || next_nonce(state) < 0)
+        return -1;
+    if (state->decrypt(ciphertext, NULL, NULL, ciphertext, length, NULL, 0, state->nonce,
+                       state->key) != 0)
+        return -1;
+    return (ptrdiff_t)(length - state->tag_size);
+}
+
+size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad) {
+    size_t whole = 0;
+    *bad = -1;
+    while (size - whole >= TTUN_PREFIX) {
+        size_t length = ttun_frame_length(bytes + whole);
+        if (length < tag_size) {
+            *bad = (long)length;
+            break;
+        }
+        if (size - whole - TTUN_PREFIX < length)
+            break;
+        whole += TTUN_PREFIX + length;
+    }
+    return whole;
+}

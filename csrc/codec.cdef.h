@@ -1,0 +1,63 @@
+/* What Python sees of codec.h and pump.h, in the subset of C that cffi reads. */
+
+#define TTUN_KEY_SIZE ...
+#define TTUN_PREFIX ...
+#define TTUN_LENGTH_MAX ...
+
+typedef int (*ttun_encrypt)(unsigned char *, unsigned long long *, const unsigned char *,
+                            unsigned long long, const unsigned char *, unsigned long long,
+                            const unsigned char *, const unsigned char *, const unsigned char *);
+typedef int (*ttun_decrypt)(unsigned char *, unsigned long long *, unsigned char *,
+                            const unsigned char *, unsigned long long, const unsigned char *,
+                            unsigned long long, const unsigned char *, const unsigned char *);
+
+struct ttun_cipher_state {
+    uint64_t counter;
+    uint32_t tag_size;
+    ...;
+};
+
+int ttun_cipher_init(struct ttun_cipher_state *, ttun_encrypt, ttun_decrypt, uint32_t tag_size,
+                     uint8_t direction, const uint8_t *key);
+void ttun_cipher_wipe(struct ttun_cipher_state *);
+size_t ttun_seal(struct ttun_cipher_state *, uint8_t *frame, const uint8_t *packet, size_t size);
+ptrdiff_t ttun_open(struct ttun_cipher_state *, uint8_t *ciphertext, size_t length);
+size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
+
+enum ttun_end {
+    TTUN_RUNNING,
+    TTUN_END_STOPPED,
+    TTUN_END_CLOSED,
+    TTUN_END_TRUNCATED,
+    TTUN_END_LENGTH,
+    TTUN_END_TAG,
+    TTUN_END_SOCKET,
+    TTUN_END_DEVICE,
+    TTUN_END_NONCES,
+    ...
+};
+
+struct ttun_counters {
+    uint64_t uplink_packets, uplink_bytes;
+    uint64_t downlink_packets, downlink_bytes;
+    uint64_t refused;
+    uint64_t empty;
+    uint64_t oversized;
+    ...;
+};
+
+struct ttun_session;
+
+struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cipher_state *uplink,
+                                      const struct ttun_cipher_state *downlink, int direct);
+void ttun_uplink_seal(struct ttun_session *);
+void ttun_uplink_send(struct ttun_session *);
+void ttun_downlink_receive(struct ttun_session *);
+void ttun_downlink_open(struct ttun_session *);
+void ttun_session_stop(struct ttun_session *);
+int ttun_session_end(struct ttun_session *, int *detail);
+void ttun_session_counters(struct ttun_session *, struct ttun_counters *out);
+void ttun_session_free(struct ttun_session *);
+
+long ttun_drain(int tun, long most);
+int ttun_forbid_dumps(void);

@@ -1,0 +1,73 @@
+/* The frame: what one IP packet looks like on the TCP connection.
+ *
+ *     u16 big-endian length | length bytes of ciphertext and tag
+ *
+ * The nonce is never sent: both ends count the frames of each direction from 0.
+ *
+ *     direction (1) | 0 0 0 | counter (u64 big-endian) | zeros up to the cipher's nonce size
+ *
+ * This file knows bytes and nothing else: no descriptor, no thread, no Python. The AEAD functions
+ * are libsodium's, handed in as pointers, so the process has one libsodium: the one in PyNaCl. */
+#ifndef TTUN_CODEC_H
+#define TTUN_CODEC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    TTUN_KEY_SIZE = 32,
+    TTUN_NONCE_MAX = 32,
+    TTUN_TAG_MAX = 32,
+    TTUN_PREFIX = 2,        /* bytes of the length prefix */
+    TTUN_LENGTH_MAX = 65535 /* the largest length that the prefix can say */
+};
+
+/* libsodium's combined mode: crypto_aead_*_encrypt and crypto_aead_*_decrypt. Both work in place. */
+typedef int (*ttun_encrypt)(unsigned char *c, unsigned long long *clen, const unsigned char *m,
+                            unsigned long long mlen, const unsigned char *ad,
+                            unsigned long long adlen, const unsigned char *nsec,
+                            const unsigned char *npub, const unsigned char *k);
+typedef int (*ttun_decrypt)(unsigned char *m, unsigned long long *mlen, unsigned char *nsec,
+                            const unsigned char *c, unsigned long long clen,
+                            const unsigned char *ad, unsigned long long adlen,
+                            const unsigned char *npub, const unsigned char *k);
+
+/* One direction of a session: its cipher, its key and the number of its next frame. */
+struct ttun_cipher_state {
+    ttun_encrypt encrypt;
+    ttun_decrypt decrypt;
+    uint64_t counter;
+    uint32_t tag_size;
+    uint8_t key[TTUN_KEY_SIZE];
+    uint8_t nonce[TTUN_NONCE_MAX];
+};
+
+/* Makes a cipher state whose next frame is number 0. direction: 0 client to server, 1 server to
+ * client. key: TTUN_KEY_SIZE bytes, copied. Returns 0, or -1 when tag_size is over TTUN_TAG_MAX. */
+int ttun_cipher_init(struct ttun_cipher_state *state, ttun_encrypt encrypt, ttun_decrypt decrypt,
+                     uint32_t tag_size, uint8_t direction, const uint8_t *key);
+
+/* Overwrites key and nonce, in a way that the compiler may not leave out. */
+void ttun_cipher_wipe(struct ttun_cipher_state *state);
+
+/* Seals one packet into one frame. frame: room for TTUN_PREFIX + packet_size + tag_size bytes.
+ * packet may be frame + TTUN_PREFIX (in place) or lie elsewhere, but not overlap otherwise.
+ * Returns the size of the frame, or 0 when the packet does not fit one or the counter ran out. */
+size_t ttun_seal(struct ttun_cipher_state *state, uint8_t *frame, const uint8_t *packet,
+                 size_t packet_size);
+
+/* Opens the ciphertext of one frame (frame + TTUN_PREFIX, length bytes) in place: the packet is
+ * then its first length - tag_size bytes. Returns the packet's size, or -1 when the length is
+ * below the tag or the tag is wrong. */
+ptrdiff_t ttun_open(struct ttun_cipher_state *state, uint8_t *ciphertext, size_t length);
+
+/* Reads a length prefix. bytes: at least TTUN_PREFIX. */
+static inline size_t ttun_frame_length(const uint8_t *bytes) {
+    return (size_t)bytes[0] << 8 | bytes[1];
+}
+
+/* How many of the first size bytes of a stream are whole frames. *bad is the first length found
+ * below tag_size (nothing behind it can be read), else -1. */
+size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
+
+#endif

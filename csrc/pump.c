@@ -1,0 +1,421 @@
+/* The way of a packet.
+ *
+ *     TUN --read--> [uplink seal] --lane--> [uplink send] --> TCP
+ *     TUN <--write-- [downlink open] <--lane-- [downlink receive] <-- TCP
+ *
+ *  1. uplink seal: reads packets until the device has no more or the slot is full, and seals each
+ *     into the slot, frame behind frame.
+ *  2. uplink send: writes a slot to the socket, many frames per system call.
+ *  3. downlink receive: reads as much as there is, and cuts it behind the last whole frame; the
+ *     rest moves to the next slot.
+ *  4. downlink open: opens each frame of a slot in place and writes the packet to the device.
+ *
+ * A lane is a ring of slots between the two threads of one direction. Handing a slot over wakes a
+ * thread, which is dear where cores are scarce: with `direct`, the first thread empties the slot by
+ * itself whenever the second one has nothing to do, and a send that would block goes to the ring.
+ *
+ * The first end stays: session_end stores the reason once, closes both lanes, wakes the device's
+ * poll and shuts the socket down, so that every thread comes back from wherever it waits.
+ * All memory is taken in ttun_session_new. */
+#define _GNU_SOURCE
+#include "pump.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    SLOTS = 4,             /* per lane */
+    SLOT_SIZE = 256 * 1024, /* bytes */
+    FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX
+};
+
+static_assert(SLOT_SIZE >= 2 * FRAME_MAX, "a slot has room for the rest of a frame and a whole one");
+
+struct slot {
+    uint8_t *bytes;    /* SLOT_SIZE of them */
+    size_t begin, end; /* what is left to do: whole frames */
+};
+
+struct lane {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct slot slots[SLOTS];
+    unsigned first;  /* the oldest filled slot, below SLOTS */
+    unsigned filled; /* how many are filled, 0 to SLOTS */
+    bool emptying;   /* some thread works on the oldest one */
+    bool closed;
+};
+
+struct ttun_session {
+    int tun, socket;
+    int wake; /* eventfd: the uplink is to look up from its device */
+    bool direct;
+    struct ttun_cipher_state tx, rx;
+    struct lane uplink, downlink;
+    atomic_int end, end_detail;
+    _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
+    _Atomic uint64_t refused, empty, oversized;
+    uint8_t *memory; /* of all slots */
+};
+
+/* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
+static void count(_Atomic uint64_t *counter, uint64_t n) {
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
+                          memory_order_relaxed);
+}
+
+/* ---- the lane ------------------------------------------------------------------------------- */
+
+static int lane_init(struct lane *lane, uint8_t *memory) {
+    if ((errno = pthread_mutex_init(&lane->lock, NULL)) != 0)
+        return -1;
+    if ((errno = pthread_cond_init(&lane->changed, NULL)) != 0) {
+        pthread_mutex_destroy(&lane->lock);
+        return -1;
+    }
+    for (unsigned i = 0; i < SLOTS; i++)
+        lane->slots[i].bytes = memory + (size_t)i * SLOT_SIZE;
+    return 0;
+}
+
+static void lane_destroy(struct lane *lane) {
+    pthread_cond_destroy(&lane->changed);
+    pthread_mutex_destroy(&lane->lock);
+}
+
+static void lane_close(struct lane *lane) {
+    pthread_mutex_lock(&lane->lock);
+    lane->closed = true;
+    pthread_cond_broadcast(&lane->changed);
+    pthread_mutex_unlock(&lane->lock);
+}
+
+/* First thread: the next slot to fill, or NULL when the session is over. Waits for a free one. */
+static struct slot *lane_free_slot(struct lane *lane) {
+    pthread_mutex_lock(&lane->lock);
+    while (lane->filled == SLOTS && !lane->closed)
+        pthread_cond_wait(&lane->changed, &lane->lock);
+    struct slot *slot =
+        lane->closed ? NULL : &lane->slots[(lane->first + lane->filled) % SLOTS];
+    pthread_mutex_unlock(&lane->lock);
+    return slot;
+}
+
+/* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
+ * was before it and nobody works: the caller then empties it and calls lane_release. */
+static bool lane_push(struct lane *lane, bool direct) {
+    pthread_mutex_lock(&lane->lock);
+    direct = direct && lane->filled == 0 && !lane->emptying && !lane->closed;
+    lane->filled++;
+    lane->emptying = lane->emptying || direct;
+    if (!direct)
+        pthread_cond_broadcast(&lane->changed);
+    pthread_mutex_unlock(&lane->lock);
+    return direct;
+}
+
+/* Second thread: the oldest filled slot, or NULL when the session is over. */
+static struct slot *lane_take(struct lane *lane) {
+    pthread_mutex_lock(&lane->lock);
+    while ((lane->filled == 0 || lane->emptying) && !lane->closed)
+        pthread_cond_wait(&lane->changed, &lane->lock);
+    struct slot *slot = NULL;
+    if (!lane->closed) {
+        slot = &lane->slots[lane->first];
+        lane->emptying = true;
+    }
+    pthread_mutex_unlock(&lane->lock);
+    return slot;
+}
+
+/* Whoever emptied the oldest slot gives it back; with `unfinished` the second thread goes on. */
+static void lane_release(struct lane *lane, bool unfinished) {
+    pthread_mutex_lock(&lane->lock);
+    lane->emptying = false;
+    if (!unfinished) {
+        assert(lane->filled > 0);
+        lane->first = (lane->first + 1) % SLOTS;
+        lane->filled--;
+    }
+    pthread_cond_broadcast(&lane->changed);
+    pthread_mutex_unlock(&lane->lock);
+}
+
+/* First thread: waits until all that it handed over is done. */
+static void lane_finish(struct lane *lane) {
+    pthread_mutex_lock(&lane->lock);
+    while (lane->filled > 0 && !lane->closed)
+        pthread_cond_wait(&lane->changed, &lane->lock);
+    pthread_mutex_unlock(&lane->lock);
+}
+
+/* ---- the session ---------------------------------------------------------------------------- */
+
+struct ttun_session *ttun_session_new(int tun, int socket,
+                                      const struct ttun_cipher_state *uplink,
+                                      const struct ttun_cipher_state *downlink, int direct) {
+    struct ttun_session *s = calloc(1, sizeof *s);
+    if (s == NULL)
+        return NULL;
+    s->tun = tun;
+    s->socket = socket;
+    s->direct = direct != 0;
+    s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->memory = malloc((size_t)2 * SLOTS * SLOT_SIZE);
+    if (s->wake < 0 || s->memory == NULL || lane_init(&s->uplink, s->memory) < 0)
+        goto failed;
+    if (lane_init(&s->downlink, s->memory + (size_t)SLOTS * SLOT_SIZE) < 0) {
+        lane_destroy(&s->uplink);
+        goto failed;
+    }
+    s->tx = *uplink;
+    s->rx = *downlink;
+    return s;
+failed:
+    if (s->wake >= 0)
+        close(s->wake);
+    free(s->memory);
+    free(s);
+    return NULL;
+}
+
+void ttun_session_free(struct ttun_session *s) {
+    if (s == NULL)
+        return;
+    ttun_cipher_wipe(&s->tx);
+    ttun_cipher_wipe(&s->rx);
+    lane_destroy(&s->uplink);
+    lane_destroy(&s->downlink);
+    close(s->wake);
+    explicit_bzero(s->memory, (size_t)2 * SLOTS * SLOT_SIZE); /* packets are secrets too */
+    free(s->memory);
+    free(s);
+}
+
+static void session_end(struct ttun_session *s, enum ttun_end why, int detail) {
+    int running = TTUN_RUNNING;
+    /* The detail is published by the store to `end`, so it is written first, by one thread only. */
+    static const int claimed = -1;
+    if (!atomic_compare_exchange_strong(&s->end, &running, claimed))
+        return;
+    atomic_store(&s->end_detail, detail);
+    atomic_store(&s->end, (int)why);
+    lane_close(&s->uplink);
+    lane_close(&s->downlink);
+    if (eventfd_write(s->wake, 1) < 0)
+        assert(errno == EAGAIN); /* full is as good as written */
+    shutdown(s->socket, SHUT_RDWR);
+}
+
+static bool is_over(struct ttun_session *s) { return atomic_load(&s->end) != TTUN_RUNNING; }
+
+void ttun_session_stop(struct ttun_session *s) { session_end(s, TTUN_END_STOPPED, 0); }
+
+int ttun_session_end(struct ttun_session *s, int *detail) {
+    int end = atomic_load(&s->end);
+    if (detail != NULL)
+        *detail = atomic_load(&s->end_detail);
+    return end < 0 ? TTUN_RUNNING : end; /* claimed, not yet told */
+}
+
+void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
+    out->uplink_packets = atomic_load(&s->uplink_packets);
+    out->uplink_bytes = atomic_load(&s->uplink_bytes);
+    out->downlink_packets = atomic_load(&s->downlink_packets);
+    out->downlink_bytes = atomic_load(&s->downlink_bytes);
+    out->refused = atomic_load(&s->refused);
+    out->empty = atomic_load(&s->empty);
+    out->oversized = atomic_load(&s->oversized);
+}
+
+/* ---- uplink --------------------------------------------------------------------------------- */
+
+/* Waits until the device has a packet or the session is over. */
+static void await_device(struct ttun_session *s) {
+    struct pollfd fds[] = {{.fd = s->tun, .events = POLLIN}, {.fd = s->wake, .events = POLLIN}};
+    if (poll(fds, 2, -1) < 0 && errno != EINTR)
+        session_end(s, TTUN_END_DEVICE, errno);
+}
+
+/* Fills the slot with at least one sealed packet; false when the session is over. */
+static bool seal_batch(struct ttun_session *s, struct slot *slot) {
+    uint64_t packets = 0, bytes = 0;
+    slot->begin = slot->end = 0;
+    while (SLOT_SIZE - slot->end >= FRAME_MAX && !is_over(s)) {
+        /* Read where the ciphertext will stand: sealing in place saves a copy. */
+        uint8_t *frame = slot->bytes + slot->end;
+        ssize_t size = read(s->tun, frame + TTUN_PREFIX, TTUN_LENGTH_MAX);
+        if (size < 0 && errno == EAGAIN) {
+            if (slot->end > 0)
+                break;
+            await_device(s);
+            continue;
+        }
+        if (size < 0 && errno == EINTR)
+            continue;
+        if (size <= 0) { /* 0: the other end of a test's socketpair is gone */
+            session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
+            break;
+        }
+        size_t framed = ttun_seal(&s->tx, frame, frame + TTUN_PREFIX, (size_t)size);
+        if (framed == 0 && s->tx.counter == UINT64_MAX) {
+            session_end(s, TTUN_END_NONCES, 0);
+            break;
+        }
+        if (framed == 0) {
+            count(&s->oversized, 1);
+            continue;
+        }
+        slot->end += framed;
+        packets++;
+        bytes += (uint64_t)size;
+    }
+    count(&s->uplink_packets, packets);
+    count(&s->uplink_bytes, bytes);
+    return !is_over(s);
+}
+
+/* Sends what is left of a slot. flags: MSG_DONTWAIT to stop when the socket is full. Returns
+ * whether something is left. */
+static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
+    while (slot->begin < slot->end && !is_over(s)) {
+        ssize_t sent = send(s->socket, slot->bytes + slot->begin, slot->end - slot->begin,
+                            flags | MSG_NOSIGNAL);
+        if (sent < 0 && errno == EINTR)
+            continue;
+        if (sent < 0 && errno == EAGAIN)
+            return true;
+        if (sent < 0) {
+            session_end(s, TTUN_END_SOCKET, errno);
+            return false;
+        }
+        slot->begin += (size_t)sent;
+    }
+    return false;
+}
+
+void ttun_uplink_seal(struct ttun_session *s) {
+    prctl(PR_SET_NAME, "ttun-up-seal");
+    struct slot *slot;
+    while ((slot = lane_free_slot(&s->uplink)) != NULL && seal_batch(s, slot))
+        if (lane_push(&s->uplink, s->direct))
+            lane_release(&s->uplink, send_slot(s, slot, MSG_DONTWAIT));
+}
+
+void ttun_uplink_send(struct ttun_session *s) {
+    prctl(PR_SET_NAME, "ttun-up-send");
+    struct slot *slot;
+    while ((slot = lane_take(&s->uplink)) != NULL)
+        lane_release(&s->uplink, send_slot(s, slot, 0));
+}
+
+/* ---- downlink ------------------------------------------------------------------------------- */
+
+/* Opens each frame of a slot and writes its packet to the device. */
+static void open_slot(struct ttun_session *s, struct slot *slot) {
+    uint64_t packets = 0, bytes = 0;
+    while (slot->begin < slot->end && !is_over(s)) {
+        uint8_t *packet = slot->bytes + slot->begin + TTUN_PREFIX;
+        size_t length = ttun_frame_length(slot->bytes + slot->begin);
+        slot->begin += TTUN_PREFIX + length;
+        assert(slot->begin <= slot->end); /* a slot holds whole frames */
+        ptrdiff_t size = ttun_open(&s->rx, packet, length);
+        if (size < 0) {
+            session_end(s, TTUN_END_TAG, (int)length);
+            break;
+        }
+        if (size == 0) {
+            count(&s->empty, 1);
+            continue;
+        }
+        ssize_t written;
+        do
+            written = write(s->tun, packet, (size_t)size);
+        while (written < 0 && errno == EINTR);
+        if (written < 0 && errno == EBADFD) { /* the device was removed */
+            session_end(s, TTUN_END_DEVICE, errno);
+            break;
+        }
+        if (written < 0) {
+            count(&s->refused, 1);
+            continue;
+        }
+        packets++;
+        bytes += (uint64_t)size;
+    }
+    count(&s->downlink_packets, packets);
+    count(&s->downlink_bytes, bytes);
+}
+
+void ttun_downlink_receive(struct ttun_session *s) {
+    prctl(PR_SET_NAME, "ttun-down-recv");
+    const uint8_t *rest = NULL; /* the beginning of a frame, in the slot before */
+    size_t rest_size = 0;
+    long bad = -1;
+    struct slot *slot;
+    while ((slot = lane_free_slot(&s->downlink)) != NULL) {
+        if (rest_size > 0)
+            memmove(slot->bytes, rest, rest_size);
+        size_t size = rest_size, whole = 0;
+        while (whole == 0 && bad < 0) {
+            ssize_t got = recv(s->socket, slot->bytes + size, SLOT_SIZE - size, 0);
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got <= 0) {
+                int error = errno;
+                lane_finish(&s->downlink); /* what came before the end still counts */
+                if (got < 0)
+                    session_end(s, TTUN_END_SOCKET, error);
+                else
+                    session_end(s, size > 0 ? TTUN_END_TRUNCATED : TTUN_END_CLOSED, (int)size);
+                return;
+            }
+            size += (size_t)got;
+            whole = ttun_whole_frames(slot->bytes, size, s->rx.tag_size, &bad);
+        }
+        slot->begin = 0;
+        slot->end = whole;
+        rest = slot->bytes + whole;
+        rest_size = size - whole;
+        if (whole > 0 && lane_push(&s->downlink, s->direct)) {
+            open_slot(s, slot);
+            lane_release(&s->downlink, false);
+        }
+        if (bad >= 0) { /* nothing behind it can be read; what came before it counts */
+            lane_finish(&s->downlink);
+            session_end(s, TTUN_END_LENGTH, (int)bad);
+            return;
+        }
+    }
+}
+
+void ttun_downlink_open(struct ttun_session *s) {
+    prctl(PR_SET_NAME, "ttun-down-open");
+    struct slot *slot;
+    while ((slot = lane_take(&s->downlink)) != NULL) {
+        open_slot(s, slot);
+        lane_release(&s->downlink, false);
+    }
+}
+
+/* ---- beside the session --------------------------------------------------------------------- */
+
+long ttun_drain(int tun, long most) {
+    uint8_t first; /* a TUN read drops what does not fit */
+    long drained = 0;
+    while (drained < most && (read(tun, &first, 1) > 0 || errno == EINTR))
+        drained++;
+    return drained;
+}
+
+int ttun_forbid_dumps(void) { return prctl(PR_SET_DUMPABLE, 0); }

@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Run ttun from its source directory: ``./ttun.py server``, after ``make``.
+
+It finds the .venv that make built beside it and goes on in that Python, also under sudo, from any
+directory and through a symbolic link.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+VENV = os.path.join(HERE, ".venv")
+PYTHON = os.path.join(VENV, "bin", "python3")
+
+if __name__ == "__main__":
+    if os.path.realpath(sys.prefix) != os.path.realpath(VENV) and os.path.exists(PYTHON):
+        os.execv(PYTHON, [PYTHON, os.path.realpath(__file__), *sys.argv[1:]])
+    sys.path.insert(0, HERE)
+    try:
+        import ttun._codec  # noqa: F401 - is it built?
+    except ImportError as error:
+        sys.exit(f"ttun is not built here ({error}): run make in {HERE}")
+    from ttun.cli import main
+
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""``python -m ttun`` is ``ttun``."""
+
+import sys
+
+from ttun.cli import main
+
+sys.exit(main())

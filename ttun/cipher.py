@@ -1,0 +1,108 @@
+"""The AEAD ciphers, and one direction of a session keyed with one of them.
+
+The ciphers are libsodium's, and libsodium is the one that PyNaCl carries inside its extension:
+its functions are plain C, so their addresses go straight to the codec and no packet meets Python.
+``nacl._sodium`` is private to PyNaCl; this file is the only one that reaches into it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ttun._codec import ffi, lib
+from ttun.errors import TtunError, UsageError
+
+try:
+    import nacl._sodium as sodium
+
+    _AVAILABLE = {
+        # sodium_init looks at the processor; before it, AES is reported missing everywhere.
+        "aes": sodium.lib.sodium_init() >= 0 and sodium.lib.crypto_aead_aes256gcm_is_available()
+    }
+    sodium.lib.crypto_aead_chacha20poly1305_ietf_encrypt  # noqa: B018 - is it there at all?
+except (ImportError, AttributeError) as problem:
+    raise TtunError(
+        f"ttun needs PyNaCl 1.6 or newer with its own libsodium ({problem}): pip install -U pynacl"
+    ) from None
+
+KEY_SIZE: int = lib.TTUN_KEY_SIZE
+PREFIX: int = lib.TTUN_PREFIX
+
+
+class Cipher(NamedTuple):
+    """An AEAD with a 32-byte key: its name on the command line, in libsodium, its tag in bytes."""
+
+    name: str
+    function: str
+    tag_size: int
+
+
+CIPHERS = {
+    cipher.name: cipher
+    for cipher in (
+        # RFC 8439
+        Cipher("chacha20-poly1305", "crypto_aead_chacha20poly1305_ietf", 16),
+        # NIST SP 800-38D
+        Cipher("aes-256-gcm", "crypto_aead_aes256gcm", 16),
+    )
+}
+
+
+def find(name: str) -> Cipher:
+    """Return the cipher of that name.
+
+    Raises UsageError for a name that is none, TtunError where the processor lacks it.
+    """
+    if name not in CIPHERS:
+        raise UsageError(f"unknown cipher {name!r}: choose {' or '.join(CIPHERS)}")
+    if name.startswith("aes") and not _AVAILABLE["aes"]:
+        raise TtunError(
+            f"{name} needs AES instructions, which this processor lacks: "
+            "use -m chacha20-poly1305 on both ends"
+        )
+    return CIPHERS[name]
+
+
+class CipherState:
+    """One direction of a session: a key and the counter of its frames.
+
+    ``c`` is the ``struct ttun_cipher_state`` for the codec. ``direction`` is 0 for frames from
+    client to server, 1 for the others; ``key`` has 32 bytes.
+    """
+
+    def __init__(self, cipher: Cipher, direction: int, key: bytes) -> None:
+        """Key it; the next frame is number 0."""
+        self.cipher = cipher
+        self.c: Any = ffi.gc(ffi.new("struct ttun_cipher_state *"), lib.ttun_cipher_wipe)
+        lib.ttun_cipher_init(
+            self.c,
+            _address("ttun_encrypt", cipher.function + "_encrypt"),
+            _address("ttun_decrypt", cipher.function + "_decrypt"),
+            cipher.tag_size,
+            direction,
+            ffi.from_buffer(key),
+        )
+
+    def seal(self, packet: bytes) -> bytes:
+        """Return the next frame: prefix, ciphertext and tag. ValueError if it fits no frame."""
+        frame = ffi.new("uint8_t[]", PREFIX + len(packet) + self.cipher.tag_size)
+        size = lib.ttun_seal(self.c, frame, ffi.from_buffer(packet), len(packet))
+        if size == 0:
+            raise ValueError(f"a packet of {len(packet)} bytes fits no frame")
+        return bytes(ffi.buffer(frame, size))
+
+    def open(self, ciphertext: bytes) -> bytes | None:
+        """Return the packet in a frame without its prefix, or None if it fails authentication."""
+        buffer = ffi.new("uint8_t[]", ciphertext)
+        size = lib.ttun_open(self.c, buffer, len(ciphertext))
+        return None if size < 0 else bytes(ffi.buffer(buffer, size))
+
+    def wipe(self) -> None:
+        """Overwrite the key now, not when the collector comes by."""
+        lib.ttun_cipher_wipe(self.c)
+
+
+def _address(kind: str, function: str) -> Any:
+    """Return a function of libsodium as a pointer of the codec's type."""
+    pointer = sodium.ffi.addressof(sodium.lib, function)
+    return ffi.cast(kind, int(sodium.ffi.cast("uintptr_t", pointer)))

@@ -1,0 +1,275 @@
+"""The command line: ``ttun server``, ``client``, ``demo``, ``genkey``.
+
+Long options work with one dash, as in the original program, and with two. A value may begin with
+a dash. Errors are one line on stderr: exit code 2 for bad usage, 1 for what cannot work here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from ttun import key
+from ttun.errors import TtunError, UsageError
+from ttun.version import __version__
+
+if TYPE_CHECKING:
+    from ttun.endpoint import Endpoint
+
+log = logging.getLogger("ttun")
+
+EPILOG = """\
+The key comes from -k, else --psk-file, else TTUN_PSK in the environment, else /etc/ttun/psk.
+In the tunnel the server is 10.1.1.1 and fc11::1, the client 10.1.1.2 and fc11::2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, where help is, and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} -h\n")
+
+
+def build_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    parser = Parser(
+        prog="ttun",
+        description="A point-to-point tunnel over one TCP connection.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", "-version", action="version", version=f"ttun {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    server = _command(commands, "server", "wait for the client", epilog=EPILOG)
+    server.set_defaults(run=run_server)
+    server.add_argument(
+        "-l",
+        "--listen",
+        default=":20203",
+        metavar="ADDRESS",
+        help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
+    )
+    client = _command(commands, "client", "connect to the server", epilog=EPILOG)
+    client.set_defaults(run=run_client)
+    client.add_argument(
+        "-s",
+        "--server",
+        required=True,
+        metavar="HOST:PORT",
+        help="the server: a name, an IPv4 address or an [IPv6] one; the port is 20203 if left out",
+    )
+    for end in (server, client):
+        _tunnel_options(end)
+
+    demo = _command(commands, "demo", "both ends on this machine: pings, a transfer, a table")
+    demo.set_defaults(run=run_demo)
+    demo.add_argument(
+        "--size",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="how much to send each way (default: %(default)s MiB)",
+    )
+    genkey = _command(commands, "genkey", "print a fresh 256-bit key")
+    genkey.set_defaults(run=run_genkey)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[Parser], name: str, text: str, epilog: str = ""
+) -> Parser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _tunnel_options(command: Parser) -> None:
+    command.add_argument("-k", "--psk", metavar="KEY", help="the pre-shared key itself")
+    command.add_argument(
+        "-psk-file", "--psk-file", metavar="FILE", help="a file with the key, mode 0600"
+    )
+    command.add_argument(
+        "-m",
+        "--cipher",
+        default="chacha20-poly1305",
+        metavar="CIPHER",
+        help="chacha20-poly1305 or aes-256-gcm, the same on both ends (default: %(default)s)",
+    )
+    command.add_argument(
+        "-mtu",
+        "--mtu",
+        type=_number,
+        default=1280,
+        metavar="BYTES",
+        help="MTU of the device, 576 to 65519 (default: %(default)s)",
+    )
+    command.add_argument(
+        "-mptcp",
+        "--mptcp",
+        nargs="?",
+        type=_boolean,
+        const=True,
+        metavar="true|false",
+        help="Multipath TCP, or plain TCP; left out, the server takes both, the client dials TCP",
+    )
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _boolean(text: str) -> bool:
+    """Read a boolean as Go's flag package does."""
+    values = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return values[text.lower()]
+
+
+def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Write ``-k VALUE`` as ``-k=VALUE``: argparse then takes a value with a dash in front."""
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    joined = list(arguments[:1])
+    command = commands.choices.get(arguments[0]) if arguments else None
+    if command is None:
+        return list(arguments)
+    with_value = {
+        option
+        for action in command._actions
+        for option in action.option_strings
+        if action.nargs is None
+    }
+    rest = iter(arguments[1:])
+    for argument in rest:
+        value = next(rest, None) if argument in with_value else None
+        joined.append(argument if value is None else f"{argument}={value}")
+    return joined
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    options = parser.parse_args(join_values(arguments, parser))
+    if not sys.platform.startswith("linux"):
+        return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
+    _start_logging()
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        _fail(f"{error}; see ttun {options.command} -h")
+        return 2
+    except TtunError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"ttun: {message}", file=sys.stderr)
+    return 1
+
+
+def _start_logging() -> None:
+    # A full disk or a closed terminal must not turn a log line into a traceback.
+    logging.raiseExceptions = False
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S", level=logging.INFO
+    )
+
+
+def run_genkey(_: argparse.Namespace) -> int:
+    """``ttun genkey``."""
+    print(key.generate())
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """``ttun demo``."""
+    from ttun import demo
+
+    return demo.run(options.size)
+
+
+def run_server(options: argparse.Namespace) -> int:
+    """``ttun server``."""
+    from ttun.device import check_rights
+    from ttun.server import Server
+
+    psk = key.find(options.psk, options.psk_file)
+    if psk is None:
+        check_rights()  # before a key is made that nobody can use
+        psk = key.create()
+        log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
+        _show_client_command(psk)
+    return _run(Server(psk, listen=options.listen, **_endpoint_options(options)))
+
+
+def run_client(options: argparse.Namespace) -> int:
+    """``ttun client``."""
+    from ttun.client import Client
+
+    psk = key.find(options.psk, options.psk_file)
+    if psk is None:
+        raise UsageError(
+            f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
+            f"or into {key.DEFAULT_FILE} (chmod 600)"
+        )
+    return _run(Client(psk, server=options.server, **_endpoint_options(options)))
+
+
+def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
+    return {"cipher": options.cipher, "mtu": options.mtu, "mptcp": options.mptcp}
+
+
+def _show_client_command(psk: bytes) -> None:
+    """Print the other end's command line, but only where a person sees it and no log keeps it."""
+    if not sys.stdout.isatty():
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
+            host = probe.getsockname()[0]
+        except OSError:
+            host = "THIS-HOST"
+    print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {host}:20203\n")
+
+
+def _run(endpoint: Endpoint) -> int:
+    """Run an endpoint until SIGINT, SIGTERM or its own end."""
+    from ttun._codec import lib
+
+    # Keys are in memory: none of it goes into a core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lib.ttun_forbid_dumps()
+    # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
+    # safe at any moment, and the main thread sleeps in read().
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    endpoint.start()
+    endpoint.when_over(lambda: os.write(writable, b"\0"))
+    received = os.read(readable, 1)[0]
+    if received:
+        log.info("%s: stopping", signal.Signals(received).name)
+    endpoint.stop()
+    endpoint.wait()
+    return 0

@@ -1,0 +1,99 @@
+"""The client: dials, runs a session, and dials again, for ever."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import Any
+
+from ttun import handshake, link
+from ttun.device import CLIENT
+from ttun.endpoint import Endpoint
+from ttun.handshakes import Handshakes, Peer
+
+log = logging.getLogger("ttun")
+
+
+class Backoff:
+    """How long to wait before the next dial, in seconds.
+
+    At once after a session of over 10 s. Else 1 s, doubled with each attempt up to 30 s, with
+    jitter so that many clients of a server that comes back do not come all at once; back to 1 s
+    after a session of over 60 s. In the first minute after a session never more than 2 s: most
+    outages are short.
+    """
+
+    FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 2.0
+    GOOD_SESSION, LONG_SESSION, AT_FIRST = 10.0, 60.0, 60.0
+
+    def __init__(self) -> None:
+        """Start as if there had never been a session."""
+        self._delay = self.FIRST
+        self._last_session = float("-inf")
+
+    def after_session(self, duration: float, now: float) -> float:
+        """Return the wait after a session that lasted duration seconds and ended now."""
+        self._last_session = now
+        if duration > self.LONG_SESSION:
+            self._delay = self.FIRST
+        return 0.0 if duration > self.GOOD_SESSION else self.after_failure(now)
+
+    def after_failure(self, now: float) -> float:
+        """Return the wait after a dial or a handshake that failed now."""
+        wait = self._delay * random.uniform(0.75, 1.0)
+        self._delay = min(2 * self._delay, self.MOST)
+        if now - self._last_session < self.AT_FIRST:
+            wait = min(wait, self.MOST_AT_FIRST)
+        return wait
+
+
+class Client(Endpoint):
+    """The end that dials.
+
+    >>> client = ttun.Client(b"secret", server="192.0.2.1:20203")
+    >>> client.start()           # opens ttunN, then dials in the background; raises ttun.TtunError
+    >>> client.status().peer     # None until it is connected
+    >>> client.stop()
+    """
+
+    role = "client"
+    addresses = CLIENT
+
+    def __init__(self, key: bytes, *, server: str, **options: Any) -> None:
+        """Take the server's HOST:PORT and the options of Endpoint."""
+        super().__init__(key, **options)
+        self._server = link.parse_address(server, listening=False)
+
+    def _run(self) -> None:
+        backoff = Backoff()
+        while not self._stop.is_set():
+            peer = self._connect()
+            if self._stop.is_set() and peer is None:
+                return
+            if peer is None:
+                wait = backoff.after_failure(time.monotonic())
+            else:
+                self._authenticated(peer)
+                duration = self._carry(peer)
+                wait = backoff.after_session(duration, time.monotonic())
+            if not self._stop.is_set():
+                log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
+                self._stop.wait(wait)
+
+    def _connect(self) -> Peer | None:
+        """Dial and shake hands; None if either failed, or stop was set."""
+        try:
+            sock = link.dial(self._server, self._mptcp, self._stop)
+        except InterruptedError:
+            return None
+        except OSError as error:
+            log.info("cannot connect to %s: %s", self._server, error)
+            return None
+        handshakes = Handshakes(self._stop)
+        try:
+            name = str(self._server)
+            handshakes.add(sock, name, name, handshake.client(self._k, self._cipher))
+            return handshakes.wait()
+        finally:
+            handshakes.close()

@@ -1,0 +1,122 @@
+"""The TUN device: opened through python-pytun, with addresses and an MTU, and no routes.
+
+python-pytun opens the device and sets its IPv4 address and MTU; an IPv6 address takes one ioctl.
+Source: Documentation/networking/tuntap.rst, linux/ipv6.h (struct in6_ifreq), netdevice(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import logging
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytun
+
+from ttun._codec import lib
+from ttun.errors import TtunError
+
+log = logging.getLogger("ttun")
+
+DEFAULT_MTU = 1280
+MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
+MIN_IPV6_MTU = 1280  # RFC 8200, section 5
+CAP_NET_ADMIN = 12  # linux/capability.h
+SIOCSIFADDR = 0x8916  # linux/sockios.h
+STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """The addresses of one end, with their prefix lengths."""
+
+    ipv4: ipaddress.IPv4Interface
+    ipv6: ipaddress.IPv6Interface
+
+
+SERVER = Addresses(ipaddress.IPv4Interface("10.1.1.1/30"), ipaddress.IPv6Interface("fc11::1/126"))
+CLIENT = Addresses(ipaddress.IPv4Interface("10.1.1.2/30"), ipaddress.IPv6Interface("fc11::2/126"))
+
+
+class Device:
+    """An open TUN device. It is gone when it is closed, or with the process."""
+
+    def __init__(self, addresses: Addresses, mtu: int) -> None:
+        """Open the first free ttunN and bring it up. Raises TtunError."""
+        check_rights()
+        try:
+            self._tun = pytun.TunTapDevice(name="ttun%d", flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
+        except OSError as error:
+            raise TtunError(_why_no_device(error)) from None
+        try:
+            self.name: str = self._tun.name
+            os.set_inheritable(self.fileno(), False)
+            os.set_blocking(self.fileno(), False)
+            self._configure(addresses, mtu)
+        except OSError as error:
+            self.close()
+            raise TtunError(f"cannot set up {self.name}: {error.strerror or error}") from None
+
+    def _configure(self, addresses: Addresses, mtu: int) -> None:
+        self._tun.mtu = mtu
+        self._tun.addr = str(addresses.ipv4.ip)
+        self._tun.netmask = str(addresses.ipv4.netmask)
+        self._tun.up()
+        shown = [str(addresses.ipv4)]
+        if mtu < MIN_IPV6_MTU:
+            log.info("no IPv6 in the tunnel: it needs an MTU of %d or more", MIN_IPV6_MTU)
+        else:
+            try:
+                self._add_ipv6(addresses.ipv6)
+                shown.append(str(addresses.ipv6))
+            except OSError as error:
+                log.info("no IPv6 in the tunnel: %s", error.strerror or error)
+        log.info("tun %s up: %s mtu %d", self.name, " ".join(shown), mtu)
+
+    def _add_ipv6(self, address: ipaddress.IPv6Interface) -> None:
+        """Add an IPv6 address: SIOCSIFADDR with struct in6_ifreq on an IPv6 socket."""
+        index = socket.if_nametoindex(self.name)
+        request = struct.pack("=16sIi", address.ip.packed, address.network.prefixlen, index)
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
+            fcntl.ioctl(control, SIOCSIFADDR, request)
+
+    def fileno(self) -> int:
+        """Return the descriptor, non-blocking."""
+        descriptor: int = self._tun.fileno()
+        return descriptor
+
+    def drain(self) -> int:
+        """Drop the packets that wait in the device, and return how many those were."""
+        drained: int = lib.ttun_drain(self.fileno(), STALE_PACKETS)
+        return drained
+
+    def close(self) -> None:
+        """Close the device; the kernel removes it."""
+        self._tun.close()
+
+
+def check_rights() -> None:
+    """Raise TtunError if this process may not make a network device."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    effective = int(status.split("CapEff:", 1)[1].split(None, 1)[0], 16)
+    if not effective >> CAP_NET_ADMIN & 1:
+        raise TtunError("making a TUN device needs root or CAP_NET_ADMIN: run it with sudo")
+
+
+def _why_no_device(error: OSError) -> str:
+    node = "/dev/net/tun"
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return (
+            f"there is no {node}: modprobe tun, or in a container: "
+            f"mkdir -p /dev/net && mknod {node} c 10 200"
+        )
+    if error.errno == errno.EACCES:
+        return f"{node} may not be opened by this user: run it with sudo"
+    if error.errno == errno.EPERM:
+        return "the kernel refuses a TUN device here: it needs CAP_NET_ADMIN over this network"
+    return f"cannot open {node}: {error.strerror or error}"

@@ -1,0 +1,232 @@
+"""What a server and a client have in common: the device, one session at a time, start and stop.
+
+A thread of the endpoint's own looks for a peer, runs its session to the end, and looks again. The
+device is opened by start() and outlives the sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Callable, ClassVar
+
+from ttun import cipher as ciphers
+from ttun import link
+from ttun.device import DEFAULT_MTU, MAX_MTU, MIN_MTU, Addresses, Device
+from ttun.errors import TtunError, UsageError
+from ttun.handshake import Keys, psk_key
+from ttun.handshakes import Peer
+from ttun.session import Counters, Session
+from ttun.stop import StopFlag
+from ttun.version import __version__
+
+log = logging.getLogger("ttun")
+
+DEFAULT_CIPHER = "chacha20-poly1305"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an endpoint is doing now."""
+
+    role: str  # "server" or "client"
+    device: str | None  # "ttun0"; None before start
+    peer: str | None  # "192.0.2.1:20203"; None while there is no session
+    transport: str | None  # "tcp" or "mptcp"
+    wire: str | None  # "v1"
+    cipher: str
+    connected_for: float | None  # seconds
+    sessions: int  # how many there have been, this one included
+    counters: Counters  # of this session, or the last one
+
+
+class Endpoint:
+    """One end of a tunnel. Use Server or Client.
+
+    key: the pre-shared key, any bytes. cipher: a name of ttun.cipher.CIPHERS. mtu: of the device,
+    576 to 65519. mptcp: True, False, or None for what is usual on that side. on_connected is
+    called with the peer's address, on_disconnected with that and the reason, both on the
+    endpoint's thread. Raises UsageError for a bad value, TtunError for what this machine lacks.
+    """
+
+    role: ClassVar[str]
+    addresses: ClassVar[Addresses]
+
+    def __init__(
+        self,
+        key: bytes,
+        *,
+        cipher: str = DEFAULT_CIPHER,
+        mtu: int = DEFAULT_MTU,
+        mptcp: bool | None = None,
+        on_connected: Callable[[str], None] | None = None,
+        on_disconnected: Callable[[str, str], None] | None = None,
+    ) -> None:
+        """Check the values; nothing is opened before start()."""
+        if not key:
+            raise UsageError("the key is empty")
+        if not MIN_MTU <= mtu <= MAX_MTU:
+            raise UsageError(f"an MTU of {mtu}: it goes from {MIN_MTU} to {MAX_MTU}")
+        self._cipher = ciphers.find(cipher)
+        self._k = psk_key(key)
+        self._mtu = mtu
+        self._mptcp = mptcp
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self._stop = StopFlag()
+        self._over = threading.Event()
+        self._lock = threading.Lock()  # over the five below
+        self._device: Device | None = None
+        self._session: Session | None = None
+        self._peer: str | None = None
+        self._transport: str | None = None
+        self._sessions = 0
+        self._since = 0.0
+        self._error: TtunError | None = None
+        self._thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
+
+    def start(self) -> None:
+        """Open the device (and the server's port) and go to work on a thread. Raises TtunError."""
+        log.info("ttun %s %s, cipher %s", __version__, self.role, self._cipher.name)
+        self._device = Device(self.addresses, self._mtu)
+        try:
+            self._open()
+            self._thread.start()
+        except BaseException:
+            self._device.close()
+            raise
+
+    def stop(self) -> None:
+        """End the session and the endpoint; return when both are gone, within a second."""
+        self._stop.set()
+        with self._lock:
+            session = self._session
+        if session is not None:
+            session.stop()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is over, timeout seconds at most, and return whether it is.
+
+        Raises TtunError if it ended by itself because it could not go on.
+        """
+        over = self._over.wait(timeout)
+        if over and self._error is not None:
+            raise self._error
+        return over
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Have call called, on some thread, once it is over; at once if it is."""
+
+        def wait_and_call() -> None:
+            self._over.wait()
+            call()
+
+        threading.Thread(target=wait_and_call, name="ttun-over", daemon=True).start()
+
+    def status(self) -> Status:
+        """Return what it is doing now, from any thread."""
+        with self._lock:
+            session, connected = self._session, self._peer is not None
+            return Status(
+                role=self.role,
+                device=self._device.name if self._device else None,
+                peer=self._peer,
+                transport=self._transport if connected else None,
+                wire="v1" if connected else None,
+                cipher=self._cipher.name,
+                connected_for=time.monotonic() - self._since if connected else None,
+                sessions=self._sessions,
+                counters=session.counters() if session else Counters(),
+            )
+
+    def _open(self) -> None:
+        """Open what this side needs besides the device. Raises TtunError."""
+
+    def _close(self) -> None:
+        """Close it again."""
+
+    def _run(self) -> None:
+        """Look for a peer, run its session, look again, until stop is set."""
+        raise NotImplementedError
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except TtunError as error:
+            self._error = error
+        except Exception as error:  # a bug: say so in one line, without what is in memory
+            self._error = TtunError(f"internal error: {type(error).__name__}: {error}")
+        finally:
+            self._close()
+            assert self._device is not None
+            self._device.close()
+            self._over.set()
+
+    def _carry(self, peer: Peer) -> float:
+        """Run a session to its end; return how many seconds it lasted."""
+        assert self._device is not None
+        transport = link.transport(peer.sock)
+        try:
+            session = Session(peer.sock, self._device, peer.keys)
+        except OSError as error:
+            log.warning("no session with %s: %s", peer.name, error.strerror or error)
+            return 0.0
+        with self._lock:
+            self._session, self._peer, self._transport = session, peer.name, transport
+            self._sessions += 1
+            self._since = time.monotonic()
+        if self._stop.is_set():  # set between the handshake and here
+            session.stop()
+        if self._on_connected:
+            self._on_connected(peer.name)
+        reason = session.wait()
+        with self._lock:
+            self._peer = None
+        log.info(
+            "peer %s disconnected after %.0f s: %s; %s",
+            peer.name,
+            session.duration,
+            reason,
+            describe(session.counters()),
+        )
+        if self._on_disconnected:
+            self._on_disconnected(peer.name, reason)
+        if session.device_lost:
+            raise TtunError(f"{reason}: was {self._device.name} removed?")
+        return session.duration
+
+    def _authenticated(self, peer: Peer, then: str = "") -> None:
+        keys: Keys = peer.keys
+        log.info(
+            "peer %s authenticated: wire %s, %s%s",
+            peer.name,
+            keys.wire,
+            keys.sending.cipher.name,
+            then,
+        )
+
+
+def describe(counters: Counters) -> str:
+    """Return what went through in words."""
+    text = (
+        f"sent {counters.uplink_packets} packets, {_size(counters.uplink_bytes)}; "
+        f"received {counters.downlink_packets} packets, {_size(counters.downlink_bytes)}"
+    )
+    if counters.refused:
+        text += f"; {counters.refused} of the peer's packets were refused by the kernel"
+    if counters.oversized:
+        text += f"; {counters.oversized} were too large for a frame"
+    return text
+
+
+def _size(size: float) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,92 @@
+"""The pre-shared key: where it comes from, and how a server makes one.
+
+In this order: ``-k``, ``--psk-file``, ``TTUN_PSK`` in the environment, ``/etc/ttun/psk``.
+A key is bytes, taken as given; a file may end in a newline, which is not part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from ttun.errors import TtunError, UsageError
+
+DEFAULT_FILE = Path("/etc/ttun/psk")
+VARIABLE = "TTUN_PSK"
+MAX_SIZE = 65536  # bytes of a key file; a larger one is some other file
+
+
+def generate() -> str:
+    """Return a fresh 256-bit key as 64 hexadecimal digits, which every shell takes unquoted."""
+    return secrets.token_hex(32)
+
+
+def find(given: str | None, file: str | None) -> bytes | None:
+    """Return the key that the user named or left in a place of ours; None if there is none.
+
+    given, file: the values of -k and --psk-file. Raises UsageError for an empty key, TtunError
+    for a file that cannot be used.
+    """
+    if given is not None:
+        return _not_empty(os.fsencode(given), "-k")
+    if file is not None:
+        return read_file(Path(file))
+    if VARIABLE in os.environ:
+        return _not_empty(os.environb[VARIABLE.encode()], VARIABLE)
+    try:
+        if not DEFAULT_FILE.exists():
+            return None
+    except PermissionError:
+        return None  # the directory is root's: for everybody else there is no key in it
+    return read_file(DEFAULT_FILE)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the key in a file that nobody but its owner can read."""
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise TtunError(f"others can read the key file {path}: chmod 600 {path}")
+            key = file.read(MAX_SIZE + 1)
+    except OSError as error:
+        raise TtunError(f"cannot read the key file {path}: {error.strerror}") from None
+    if len(key) > MAX_SIZE:
+        raise TtunError(f"{path} is no key file: it has more than {MAX_SIZE} bytes")
+    return _not_empty(key[:-1] if key.endswith(b"\n") else key, str(path))
+
+
+def create(path: Path = DEFAULT_FILE) -> bytes:
+    """Make a key, keep it in path (mode 0600) and return it; if there is one by now, return that.
+
+    The file appears whole or not at all: it is written beside its place and linked there.
+    """
+    key = generate()
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(key.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+        finally:
+            fresh.unlink()
+    except OSError as error:
+        raise TtunError(
+            f"cannot keep a key in {path}: {error.strerror}; name one with -k or --psk-file"
+        ) from None
+    return read_file(path)
+
+
+def _not_empty(key: bytes, source: str) -> bytes:
+    if not key:
+        raise UsageError(f"the key in {source} is empty: ttun genkey makes one")
+    return key

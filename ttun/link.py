@@ -1,0 +1,216 @@
+"""The TCP connection: addresses, listening, dialling, options, Multipath TCP.
+
+Sources: tcp(7), socket(7), Documentation/networking/mptcp.rst, linux/mptcp.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+from typing import NamedTuple
+
+from ttun.errors import TtunError, UsageError
+from ttun.stop import StopFlag
+
+log = logging.getLogger("ttun")
+
+DEFAULT_PORT = 20203
+BACKLOG = 128
+DIAL_TIMEOUT = 4.0  # seconds for each address: TCP's first three SYNs
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4  # seconds, seconds, probes
+USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive takes
+
+IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
+SOL_MPTCP, MPTCP_INFO = 284, 1
+
+
+class Address(NamedTuple):
+    """A host (a name, an IPv4 or an IPv6 address; empty: every one of ours) and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        """Return it as it is written on the command line."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str, *, listening: bool) -> Address:
+    """Read HOST:PORT, [IPv6]:PORT and, when listening, :PORT. Raises UsageError."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or not host:
+            raise UsageError(f"{text!r}: an IPv6 address looks like [2001:db8::1]:{DEFAULT_PORT}")
+    else:
+        host, colon, port = text.partition(":")
+        rest = colon + port
+        if ":" in port:
+            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [{text}]:PORT")
+    if not host and not listening:
+        raise UsageError(f"{text!r}: a host is missing before the colon")
+    if not rest:
+        rest = f":{DEFAULT_PORT}"
+    port = rest[1:]
+    least = 0 if listening else 1
+    if rest[0] != ":" or not (port.isascii() and port.isdigit() and least <= int(port) <= 65535):
+        raise UsageError(f"{text!r}: the port is a number from {least} to 65535")
+    return Address(host, int(port))
+
+
+def listen(address: Address, mptcp: bool | None) -> socket.socket:
+    """Return a listening socket. mptcp: True or None take both kinds of peer where they can."""
+    try:
+        info = socket.getaddrinfo(
+            address.host or None,
+            address.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+    except (OSError, UnicodeError) as error:
+        raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
+    family, bind_to = info[0][0], info[0][4]
+    dual = not address.host and socket.has_ipv6
+    if dual:
+        family, bind_to = socket.AF_INET6, ("::", address.port)
+    try:
+        listener = _open(family, mptcp is not False, quietly=mptcp is None)
+    except OSError as error:
+        if not dual or error.errno != errno.EAFNOSUPPORT:
+            raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
+        dual, bind_to = False, ("0.0.0.0", address.port)  # a kernel without IPv6
+        listener = _open(socket.AF_INET, mptcp is not False, quietly=mptcp is None)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not dual))
+        listener.bind(bind_to)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise TtunError(f"cannot listen on {address}: {_why_not_bound(error)}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
+    """Return a socket connected to one of the addresses of a name, looked up now.
+
+    Raises OSError with a line that names what was tried; InterruptedError when stop was set.
+    """
+    failures = []
+    for family, target in _look_up(address, stop):
+        try:
+            return _connect(family, target, mptcp is True, stop)
+        except InterruptedError:
+            raise
+        except OSError as error:
+            failures.append(f"{show(target)}: {_reason(error)}")
+    raise OSError("; ".join(failures) or f"{address.host} has no address")
+
+
+def _look_up(address: Address, stop: StopFlag) -> list[tuple[int, tuple[str, int]]]:
+    """Resolve a name on a thread of its own: getaddrinfo cannot be interrupted, we can."""
+    answers: queue.SimpleQueue[list[tuple[int, tuple[str, int]]] | Exception]
+    answers = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            answers.put([(family, target) for family, _, _, _, target in found])  # type: ignore[misc]
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+    while not stop.is_set():
+        with contextlib.suppress(queue.Empty):
+            answer = answers.get(timeout=0.1)
+            if isinstance(answer, Exception):
+                raise OSError(f"{address.host}: {_reason(answer)}")
+            return answer
+    raise InterruptedError
+
+
+def _connect(family: int, target: tuple[str, int], mptcp: bool, stop: StopFlag) -> socket.socket:
+    sock = _open(family, mptcp, quietly=False)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex(target)
+        if error == errno.EINPROGRESS:
+            waiting = select.poll()
+            waiting.register(sock, select.POLLOUT)
+            waiting.register(stop, select.POLLIN)
+            ready = waiting.poll(DIAL_TIMEOUT * 1000)
+            if stop.is_set():
+                raise InterruptedError
+            if not ready:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _open(family: int, mptcp: bool, *, quietly: bool) -> socket.socket:
+    """Open a stream socket: Multipath TCP if wanted and in this kernel, else plain TCP."""
+    if mptcp:
+        try:
+            return socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP)
+        except OSError as error:
+            if error.errno == errno.EAFNOSUPPORT:
+                raise
+            if not quietly:
+                log.info("no Multipath TCP in this kernel (%s): plain TCP", _reason(error))
+    return socket.socket(family, socket.SOCK_STREAM)
+
+
+def tune(sock: socket.socket) -> None:
+    """Set the options of a connection: no delay, keepalive, a bound on unanswered data."""
+    options = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT),
+    ]
+    for level, option, value in options:
+        # MPTCP sockets lack some of them (ENOPROTOOPT); a socketpair has none.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(level, option, value)
+
+
+def transport(sock: socket.socket) -> str:
+    """Return what a connection really is: ``mptcp``, or ``tcp`` also where MPTCP fell back."""
+    try:
+        sock.getsockopt(SOL_MPTCP, MPTCP_INFO, 4)
+        return "mptcp"
+    except OSError:
+        return "tcp"
+
+
+def show(sockaddr: tuple[str, int]) -> str:
+    """Return a socket address as people write it; an IPv4 one without its IPv6 disguise."""
+    return str(Address(sockaddr[0].removeprefix("::ffff:"), sockaddr[1]))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _why_not_bound(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "another program has that port; stop it or choose another with -l"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine has no such address"
+    if error.errno == errno.EACCES:
+        return "ports below 1024 need root"
+    return _reason(error)

@@ -1,0 +1,124 @@
+"""One authenticated peer: the codec's session, its four threads, and why it ended.
+
+1. Drop what waits in the device: stale packets do not go into a new session.
+2. Start two threads per direction, each inside one long C call (csrc/pump.c) without the GIL.
+3. Wait for all four. The first thing that goes wrong ends all of them.
+4. Wipe the keys and say why it ended and what went through.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Any, NamedTuple
+
+from ttun._codec import ffi, lib
+from ttun.device import Device
+from ttun.handshake import Keys
+
+FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/pump.c
+
+
+class Counters(NamedTuple):
+    """What a session carried. Packets and bytes are those of the TUN device."""
+
+    uplink_packets: int = 0
+    uplink_bytes: int = 0
+    downlink_packets: int = 0
+    downlink_bytes: int = 0
+    refused: int = 0  # packets of the peer that the kernel did not take
+    empty: int = 0  # frames without a packet
+    oversized: int = 0  # packets of ours that fit no frame
+
+
+class Session:
+    """Carries packets between a device and a peer until one of them ends it."""
+
+    def __init__(self, sock: socket.socket, device: Device, keys: Keys) -> None:
+        """Take over the socket and the keys, and start. The device stays the caller's."""
+        self._sock = sock
+        self._started = time.monotonic()
+        sock.setblocking(True)
+        device.drain()
+        session = lib.ttun_session_new(
+            device.fileno(),
+            sock.fileno(),
+            keys.sending.c,
+            keys.receiving.c,
+            len(os.sched_getaffinity(0)) <= FEW_CORES,
+        )
+        keys.wipe()
+        if session == ffi.NULL:
+            sock.close()
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._c = session
+        self._freed = threading.Lock()  # held while the C session is used from outside, or freed
+        self._counters = Counters()
+        bodies = [
+            lib.ttun_uplink_seal,
+            lib.ttun_uplink_send,
+            lib.ttun_downlink_receive,
+            lib.ttun_downlink_open,
+        ]
+        self._threads = [
+            threading.Thread(target=body, args=(session,), name="ttun-pump", daemon=True)
+            for body in bodies
+        ]
+        started = []
+        try:
+            for thread in self._threads:
+                thread.start()
+                started.append(thread)
+        except RuntimeError as error:  # the process may have no more threads
+            self._threads = started
+            self.stop()
+            self.wait()
+            raise OSError(str(error)) from None
+
+    def stop(self) -> None:
+        """End the session, from any thread."""
+        with self._freed:
+            if self._c is not None:
+                lib.ttun_session_stop(self._c)
+
+    def wait(self) -> str:
+        """Wait until it is over, release all, and return why it ended."""
+        for thread in self._threads:
+            thread.join()
+        with self._freed:
+            detail = ffi.new("int *")
+            end = lib.ttun_session_end(self._c, detail)
+            self._counters = self._read_counters()
+            lib.ttun_session_free(self._c)
+            self._c = None
+        self._sock.close()
+        self.duration = time.monotonic() - self._started
+        self.device_lost = end == lib.TTUN_END_DEVICE
+        return _reason(end, detail[0])
+
+    def counters(self) -> Counters:
+        """Return what it carried so far, from any thread, also afterwards."""
+        with self._freed:
+            return self._counters if self._c is None else self._read_counters()
+
+    def _read_counters(self) -> Counters:
+        counters: Any = ffi.new("struct ttun_counters *")
+        lib.ttun_session_counters(self._c, counters)
+        return Counters(*(getattr(counters, name) for name in Counters._fields))
+
+
+def _reason(end: int, detail: int) -> str:
+    """Put the codec's reason into words for the log."""
+    reasons = {
+        lib.TTUN_END_STOPPED: "stopped",
+        lib.TTUN_END_CLOSED: "the peer closed the connection",
+        lib.TTUN_END_TRUNCATED: f"the connection ended {detail} bytes into a frame",
+        lib.TTUN_END_LENGTH: f"the peer sent a frame with a length of {detail}, less than its tag",
+        lib.TTUN_END_TAG: f"a frame with a length of {detail} failed authentication",
+        lib.TTUN_END_SOCKET: os.strerror(detail),
+        lib.TTUN_END_DEVICE: f"the TUN device failed: {os.strerror(detail)}",
+        lib.TTUN_END_NONCES: "this session ran out of nonces",
+    }
+    return reasons[end]
