@@ -22,7 +22,8 @@ enum {
     TTUN_LENGTH_MAX = 65535 /* the largest length that the prefix can say */
 };
 
-/* libsodium's combined mode: crypto_aead_*_encrypt and crypto_aead_*_decrypt. Both work in place. */
+/* libsodium's combined mode: crypto_aead_*_encrypt and crypto_aead_*_decrypt. Both work in place.
+ */
 typedef int (*ttun_encrypt)(unsigned char *c, unsigned long long *clen, const unsigned char *m,
                             unsigned long long mlen, const unsigned char *ad,
                             unsigned long long adlen, const unsigned char *nsec,

@@ -34,12 +34,13 @@
 #include <unistd.h>
 
 enum {
-    SLOTS = 4,             /* per lane */
+    SLOTS = 4,              /* per lane */
     SLOT_SIZE = 256 * 1024, /* bytes */
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX
 };
 
-static_assert(SLOT_SIZE >= 2 * FRAME_MAX, "a slot has room for the rest of a frame and a whole one");
+static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
+              "a slot has room for the rest of a frame and a whole one");
 
 struct slot {
     uint8_t *bytes;    /* SLOT_SIZE of them */
@@ -105,8 +106,7 @@ static struct slot *lane_free_slot(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     while (lane->filled == SLOTS && !lane->closed)
         pthread_cond_wait(&lane->changed, &lane->lock);
-    struct slot *slot =
-        lane->closed ? NULL : &lane->slots[(lane->first + lane->filled) % SLOTS];
+    struct slot *slot = lane->closed ? NULL : &lane->slots[(lane->first + lane->filled) % SLOTS];
     pthread_mutex_unlock(&lane->lock);
     return slot;
 }
@@ -161,8 +161,7 @@ static void lane_finish(struct lane *lane) {
 
 /* ---- the session ---------------------------------------------------------------------------- */
 
-struct ttun_session *ttun_session_new(int tun, int socket,
-                                      const struct ttun_cipher_state *uplink,
+struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct) {
     struct ttun_session *s = calloc(1, sizeof *s);
     if (s == NULL)
@@ -217,9 +216,13 @@ static void session_end(struct ttun_session *s, enum ttun_end why, int detail) {
     shutdown(s->socket, SHUT_RDWR);
 }
 
-static bool is_over(struct ttun_session *s) { return atomic_load(&s->end) != TTUN_RUNNING; }
+static bool is_over(struct ttun_session *s) {
+    return atomic_load(&s->end) != TTUN_RUNNING;
+}
 
-void ttun_session_stop(struct ttun_session *s) { session_end(s, TTUN_END_STOPPED, 0); }
+void ttun_session_stop(struct ttun_session *s) {
+    session_end(s, TTUN_END_STOPPED, 0);
+}
 
 int ttun_session_end(struct ttun_session *s, int *detail) {
     int end = atomic_load(&s->end);
@@ -418,4 +421,6 @@ long ttun_drain(int tun, long most) {
     return drained;
 }
 
-int ttun_forbid_dumps(void) { return prctl(PR_SET_DUMPABLE, 0); }
+int ttun_forbid_dumps(void) {
+    return prctl(PR_SET_DUMPABLE, 0);
+}

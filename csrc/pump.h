@@ -12,14 +12,14 @@ struct ttun_session;
 /* Why a session ended; the first reason stays. detail: see each. */
 enum ttun_end {
     TTUN_RUNNING = 0,
-    TTUN_END_STOPPED,      /* ttun_session_stop was called */
-    TTUN_END_CLOSED,       /* the peer closed the connection between two frames */
-    TTUN_END_TRUNCATED,    /* ... in the middle of a frame; detail: bytes of it that came */
-    TTUN_END_LENGTH,       /* a frame shorter than its tag; detail: its length */
-    TTUN_END_TAG,          /* a frame failed authentication; detail: its length */
-    TTUN_END_SOCKET,       /* detail: errno of send or recv */
-    TTUN_END_DEVICE,       /* detail: errno of the TUN device */
-    TTUN_END_NONCES        /* the counter of a direction ran out */
+    TTUN_END_STOPPED,   /* ttun_session_stop was called */
+    TTUN_END_CLOSED,    /* the peer closed the connection between two frames */
+    TTUN_END_TRUNCATED, /* ... in the middle of a frame; detail: bytes of it that came */
+    TTUN_END_LENGTH,    /* a frame shorter than its tag; detail: its length */
+    TTUN_END_TAG,       /* a frame failed authentication; detail: its length */
+    TTUN_END_SOCKET,    /* detail: errno of send or recv */
+    TTUN_END_DEVICE,    /* detail: errno of the TUN device */
+    TTUN_END_NONCES     /* the counter of a direction ran out */
 };
 
 /* What a session carried so far. Packets and bytes are those of the TUN device. */
@@ -35,8 +35,7 @@ struct ttun_counters {
  * blocking stream socket. Both stay the caller's and must outlive the session. uplink, downlink:
  * copied. direct: let the first thread of a direction do the second one's work while that one is
  * idle (right where cores are scarce). Returns NULL with errno set. */
-struct ttun_session *ttun_session_new(int tun, int socket,
-                                      const struct ttun_cipher_state *uplink,
+struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct);
 
 /* The four thread bodies. Each is called once, on a thread of its own, and returns when the

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from ttun import key
+from ttun import key, privileges
 from ttun.errors import TtunError, UsageError
 from ttun.version import __version__
 
@@ -209,12 +208,11 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_server(options: argparse.Namespace) -> int:
     """``ttun server``."""
-    from ttun.device import check_rights
     from ttun.server import Server
 
     psk = key.find(options.psk, options.psk_file)
     if psk is None:
-        check_rights()  # before a key is made that nobody can use
+        privileges.check()  # before a key is made that nobody can use
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
         _show_client_command(psk)
@@ -253,11 +251,7 @@ def _show_client_command(psk: bytes) -> None:
 
 def _run(endpoint: Endpoint) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
-    from ttun._codec import lib
-
-    # Keys are in memory: none of it goes into a core file.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    lib.ttun_forbid_dumps()
+    privileges.forbid_dumps()
     # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
     # safe at any moment, and the main thread sleeps in read().
     readable, writable = os.pipe()

@@ -14,10 +14,10 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytun
 
+from ttun import privileges
 from ttun._codec import lib
 from ttun.errors import TtunError
 
@@ -26,7 +26,6 @@ log = logging.getLogger("ttun")
 DEFAULT_MTU = 1280
 MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
-CAP_NET_ADMIN = 12  # linux/capability.h
 SIOCSIFADDR = 0x8916  # linux/sockios.h
 STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
 
@@ -48,7 +47,7 @@ class Device:
 
     def __init__(self, addresses: Addresses, mtu: int) -> None:
         """Open the first free ttunN and bring it up. Raises TtunError."""
-        check_rights()
+        privileges.check()
         try:
             self._tun = pytun.TunTapDevice(name="ttun%d", flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
         except OSError as error:
@@ -98,14 +97,6 @@ class Device:
     def close(self) -> None:
         """Close the device; the kernel removes it."""
         self._tun.close()
-
-
-def check_rights() -> None:
-    """Raise TtunError if this process may not make a network device."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = int(status.split("CapEff:", 1)[1].split(None, 1)[0], 16)
-    if not effective >> CAP_NET_ADMIN & 1:
-        raise TtunError("making a TUN device needs root or CAP_NET_ADMIN: run it with sudo")
 
 
 def _why_no_device(error: OSError) -> str:

@@ -1,0 +1,75 @@
+# make            build in place, into .venv: ./ttun.py then runs
+# make help       what else there is
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+C_FILES := $(wildcard csrc/codec.[ch] csrc/pump.[ch] csrc/offload.[ch])
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTHON_FILES := ttun ttun.py setup.py csrc tests
+
+.PHONY: all demo test lint format help clean
+
+all: $(VENV)/.built
+
+help:
+	@echo 'make         build into .venv; then: sudo ./ttun.py server'
+	@echo 'make demo    both ends on this machine: pings, a transfer, a table'
+	@echo 'make test    all tests; those that need root use a user namespace without it'
+	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
+	@echo 'make format  put the sources into shape'
+	@echo 'make clean   remove all that was built'
+
+demo: all
+	./ttun.py demo
+
+test: all $(VENV)/.tools-test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/mypy
+	$(BIN)/mypy --strict ttun.py
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	@for compiler in gcc clang musl-gcc; do \
+	  command -v $$compiler > /dev/null || { echo "$$compiler: not here, left out"; continue; }; \
+	  echo "$$compiler -Wall -Wextra -Werror"; \
+	  for file in $(filter %.c,$(C_FILES)); do \
+	    $$compiler -std=c11 -O2 -Wall -Wextra -Werror -fsyntax-only $$file || exit 1; \
+	  done; \
+	done
+
+format: $(VENV)/.tools-lint
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(C_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ttun/_codec*.so .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# What it takes to build, asked for in one line of apt.
+$(VENV)/.venv:
+	@missing=; \
+	command -v cc > /dev/null || missing="$$missing gcc libc6-dev"; \
+	command -v $(PYTHON) > /dev/null || missing="$$missing python3"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' \
+	  2> /dev/null || missing="$$missing python3-dev"; \
+	command -v ip > /dev/null || missing="$$missing iproute2"; \
+	test -z "$$missing" || { echo "ttun needs more to build: sudo apt install$$missing" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.venv $(SOURCES)
+	$(PIP) install 'setuptools>=61' 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
+	@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@touch $@
+
+# The lists are the extras of pyproject.toml.
+$(VENV)/.tools-%: $(VENV)/.venv pyproject.toml
+	$(PIP) install $$($(BIN)/python -c "import re; text = open('pyproject.toml').read(); \
+	  print(*re.findall(r'\"(.+?)\"', re.search(r'^$* = \[(.*?)\]', text, re.M)[1]))")
+	@touch $@
