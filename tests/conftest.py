@@ -1,0 +1,59 @@
+"""Run the tests that need root: as root, or as root of a user namespace, or say that neither is.
+
+The end-to-end tests carry the mark ``hosts``: they make network namespaces and TUN devices.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tunnel
+
+from ttun import hosts
+from ttun.errors import TtunError
+
+WHY_NOT = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
+    config.stash[WHY_NOT] = ""
+    if hosts.may_make_hosts():
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.suspend_global_capture(in_=True)
+    try:
+        print("not root: running the tests again in a user namespace", flush=True)
+        hosts.enter_user_namespace([sys.executable, "-m", "pytest", *config.invocation_params.args])
+    except TtunError as error:
+        config.stash[WHY_NOT] = str(error)
+    capture.resume_global_capture()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.stash[WHY_NOT]:
+        for item in items:
+            if item.get_closest_marker("hosts"):
+                item.add_marker(pytest.mark.skip(reason=config.stash[WHY_NOT]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    why_not = terminalreporter.config.stash[WHY_NOT]
+    if why_not:
+        terminalreporter.write_line(f"NOT RUN: all end-to-end tests: {why_not}", red=True)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[hosts.Hosts]:
+    """Two hosts, joined by a veth pair."""
+    with hosts.Hosts() as made:
+        yield made
+
+
+@pytest.fixture
+def bench(pair: hosts.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
+    """What runs on them in one test."""
+    yield from tunnel.bench(pair, tmp_path)

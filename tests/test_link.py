@@ -1,0 +1,169 @@
+"""Addresses as people write them, sockets, and when the client dials again."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from ttun import link
+from ttun.client import Backoff
+from ttun.errors import TtunError, UsageError
+from ttun.link import Address
+from ttun.stop import StopFlag
+
+
+@pytest.mark.parametrize(
+    ("text", "listening", "expected"),
+    [
+        (":20203", True, Address("", 20203)),
+        (":0", True, Address("", 0)),
+        ("0.0.0.0:20203", True, Address("0.0.0.0", 20203)),
+        ("[::]:20203", True, Address("::", 20203)),
+        ("192.0.2.1:1", False, Address("192.0.2.1", 1)),
+        ("192.0.2.1", False, Address("192.0.2.1", 20203)),
+        ("example.org:65535", False, Address("example.org", 65535)),
+        ("[2001:db8::1]:443", False, Address("2001:db8::1", 443)),
+        ("[2001:db8::1]", False, Address("2001:db8::1", 20203)),
+    ],
+)
+def test_addresses(text: str, listening: bool, expected: Address) -> None:
+    assert link.parse_address(text, listening=listening) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "listening", "why"),
+    [
+        ("", False, "host is missing"),
+        (":20203", False, "host is missing"),
+        ("a:0", False, "port is a number"),
+        ("a:65536", True, "port is a number"),
+        ("a:", True, "port is a number"),
+        ("a:b", True, "port is a number"),
+        ("a:-1", True, "port is a number"),
+        ("a:١", True, "port is a number"),
+        ("2001:db8::1", False, "brackets"),
+        ("2001:db8::1:20203", True, "brackets"),
+        ("[2001:db8::1", True, "looks like"),
+        ("[]:1", True, "looks like"),
+        ("[::1]1", True, "port is a number"),
+    ],
+)
+def test_bad_addresses(text: str, listening: bool, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        link.parse_address(text, listening=listening)
+
+
+def test_an_address_is_shown_as_it_is_written() -> None:
+    assert str(Address("2001:db8::1", 1)) == "[2001:db8::1]:1"
+    assert link.show(("::ffff:192.0.2.1", 1)) == "192.0.2.1:1"
+
+
+@pytest.fixture
+def stop() -> StopFlag:
+    return StopFlag()
+
+
+@pytest.mark.parametrize("mptcp", [True, False, None])
+@pytest.mark.parametrize("dialled", ["127.0.0.1", "::1", "localhost"])
+def test_a_port_alone_listens_on_both_families(
+    mptcp: bool | None, dialled: str, stop: StopFlag
+) -> None:
+    with link.listen(Address("", 0), mptcp) as listener:
+        port = listener.getsockname()[1]
+        with link.dial(Address(dialled, port), None, stop) as sock:
+            assert link.transport(sock) == "tcp"
+
+
+@pytest.mark.parametrize(
+    ("listener_mptcp", "dial_mptcp", "expected"),
+    [(None, True, "mptcp"), (None, None, "tcp"), (False, True, "tcp"), (True, True, "mptcp")],
+)
+def test_what_a_connection_really_is(
+    listener_mptcp: bool | None, dial_mptcp: bool | None, expected: str, stop: StopFlag
+) -> None:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no Multipath TCP in this kernel")
+    with link.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        with link.dial(address, dial_mptcp, stop) as sock:
+            listener.setblocking(True)
+            with listener.accept()[0] as accepted:
+                sock.setblocking(True)
+                sock.send(b"1")
+                assert accepted.recv(1) == b"1"
+                assert (link.transport(sock), link.transport(accepted)) == (expected, expected)
+
+
+def test_every_address_of_a_name_is_tried(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    with link.listen(Address("127.0.0.1", 0), False) as listener:
+        port = listener.getsockname()[1]
+        answers = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
+            for host in ("127.0.0.2", "127.0.0.3", "127.0.0.1")
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
+        with link.dial(Address("many.example", port), None, stop) as sock:
+            assert sock.getpeername() == ("127.0.0.1", port)
+        answers.pop()
+        with pytest.raises(OSError, match=r"127.0.0.2:\d+: Connection refused; 127.0.0.3"):
+            link.dial(Address("many.example", port), None, stop)
+
+
+def test_a_name_that_does_not_exist_is_an_error(stop: StopFlag) -> None:
+    with pytest.raises(OSError, match="nothing.invalid: "):
+        link.dial(Address("nothing.invalid", 1), None, stop)
+
+
+def test_a_look_up_that_hangs_is_left_when_stopped(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    stop.set()
+    with pytest.raises(InterruptedError):
+        link.dial(Address("slow.example", 1), None, stop)
+
+
+def test_a_port_that_is_taken_is_an_error() -> None:
+    with link.listen(Address("127.0.0.1", 0), None) as listener:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        with pytest.raises(TtunError, match="another program has that port"):
+            link.listen(address, None)
+
+
+def test_an_address_of_another_machine_is_an_error() -> None:
+    with pytest.raises(TtunError, match="no such address"):
+        link.listen(Address("192.0.2.77", 0), None)
+
+
+def test_after_a_good_session_it_dials_at_once() -> None:
+    assert Backoff().after_session(10.1, now=100) == 0
+
+
+def test_failures_double_the_wait_up_to_thirty_seconds() -> None:
+    backoff = Backoff()
+    waits = [backoff.after_failure(now=1000) for _ in range(10)]
+    for wait, full in zip(waits, [1, 2, 4, 8, 16, 30, 30, 30, 30, 30]):
+        assert 0.75 * full <= wait <= full
+
+
+def test_in_the_first_minute_after_a_session_it_waits_two_seconds_at_most() -> None:
+    backoff = Backoff()
+    backoff.after_session(5, now=100)
+    assert all(backoff.after_failure(now=100 + i) <= 2 for i in range(60))
+    assert backoff.after_failure(now=161) > 2
+
+
+def test_only_a_long_session_ends_the_back_off() -> None:
+    backoff = Backoff()
+    for _ in range(6):
+        backoff.after_failure(now=0)
+    backoff.after_session(30, now=100)
+    assert backoff.after_failure(now=161) > 20
+    backoff.after_session(61, now=300)
+    assert backoff.after_failure(now=361) <= 1

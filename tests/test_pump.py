@@ -1,0 +1,213 @@
+"""The four threads over socketpairs: one stands for the TUN device, one is the connection.
+
+A datagram socketpair keeps packets apart as a TUN device does, so this needs no root. The other end
+of the connection is the independent peer.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import pytest
+from known_answers import SESSIONS, frames, plaintext
+from peer import Peer
+
+from ttun.cipher import CIPHERS, CipherState
+from ttun.handshake import Keys, session_key
+from ttun.session import Session
+
+NONCES = b"c" * 16, b"s" * 16
+FEW, MANY = [0, 1], [0, 1, 2, 3]  # cores: how slots are handed over depends on them
+
+
+class FakeDevice:
+    """What Session wants of a device, on a datagram socketpair."""
+
+    def __init__(self) -> None:
+        self.inside, self.outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for sock in (self.inside, self.outside):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        self.inside.setblocking(False)
+        self.outside.settimeout(10)
+
+    def fileno(self) -> int:
+        return self.inside.fileno()
+
+    def drain(self) -> int:
+        return 0
+
+
+class Rig:
+    """A server's session, its device and the client on the other end of the connection."""
+
+    def __init__(self, cipher: str = "chacha20-poly1305", sk: bytes | None = None) -> None:
+        self.device = FakeDevice()
+        ours, theirs = socket.socketpair()
+        self.peer = Peer(theirs, b"secret", cipher)
+        self.peer.key(*NONCES, sends=0)
+        sk = sk or session_key(self.peer.k, *NONCES)
+        keys = Keys(CipherState(CIPHERS[cipher], 1, sk), CipherState(CIPHERS[cipher], 0, sk))
+        self.session = Session(ours, self.device, keys)  # type: ignore[arg-type]
+        self.reason: str | None = None
+
+    def end(self) -> str:
+        if self.reason is None:
+            self.session.stop()
+            self.reason = self.session.wait()
+        return self.reason
+
+    def receive(self) -> bytes:
+        """The next packet that came out of the device."""
+        return self.device.outside.recv(70000)
+
+    def ended(self) -> str:
+        """Wait for it to end by itself."""
+        self.reason = self.session.wait()
+        return self.reason
+
+
+@pytest.fixture(params=[FEW, MANY], ids=["few-cores", "many-cores"])
+def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: request.param)
+    rig = Rig()
+    yield rig
+    rig.end()
+
+
+def test_packets_go_both_ways_in_order(rig: Rig) -> None:
+    packets = [os.urandom(size) for size in (1, 20, 576, 1280, 9000, 65519)] * 20
+    received = []
+
+    def read() -> None:
+        for _ in packets:
+            received.append(rig.peer.receive())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for packet in packets:
+        rig.device.outside.send(packet)
+    reader.join()
+    assert received == packets
+    for packet in packets:
+        rig.peer.send(packet)
+        assert rig.receive() == packet
+    assert rig.end() == "stopped"
+    counters = rig.session.counters()
+    total = sum(map(len, packets))
+    assert (counters.uplink_packets, counters.uplink_bytes) == (len(packets), total)
+    assert (counters.downlink_packets, counters.downlink_bytes) == (len(packets), total)
+
+
+@pytest.mark.parametrize("answers", SESSIONS, ids=lambda s: f"{s['cipher']}-{s['psk'][:8]}")
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 16, 17, 18, 1000, 1296, 65537, 300_000])
+def test_known_answers_arrive_in_pieces_of_every_size(answers: dict, piece: int) -> None:
+    cipher, sk = CIPHERS[answers["cipher"]], bytes.fromhex(answers["SK"])
+    packets = [plaintext(frame) for frame in frames(answers, "client to server")]
+    stream = b"".join(map(CipherState(cipher, 0, sk).seal, packets))
+    rig = Rig(answers["cipher"], sk=sk)
+
+    def write() -> None:
+        for start in range(0, len(stream), piece):
+            rig.peer.sock.sendall(stream[start : start + piece])
+        rig.peer.sock.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for packet in filter(None, packets):
+        assert rig.receive() == packet
+    writer.join()
+    assert rig.ended() == "the peer closed the connection"
+
+
+def test_an_empty_frame_is_ignored(rig: Rig) -> None:
+    rig.peer.send(b"")
+    rig.peer.send(b"packet")
+    assert rig.receive() == b"packet"
+    rig.end()
+    assert rig.session.counters().empty == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 15])
+def test_a_length_below_the_tag_ends_it_after_what_came_before(rig: Rig, length: int) -> None:
+    rig.peer.sock.sendall(rig.peer.sending.seal(b"last") + struct.pack(">H", length) + bytes(100))
+    assert rig.ended() == f"the peer sent a frame with a length of {length}, less than its tag"
+    assert rig.receive() == b"last"
+
+
+@pytest.mark.parametrize("where", [2, 10, -1])
+def test_a_changed_frame_ends_it_and_is_not_delivered(rig: Rig, where: int) -> None:
+    frame = bytearray(rig.peer.sending.seal(b"a packet of the peer"))
+    frame[where] ^= 0x80
+    rig.peer.sock.sendall(rig.peer.sending.seal(b"") + frame)  # the numbers are off as well
+    assert "failed authentication" in rig.ended()
+    assert rig.session.counters().downlink_packets == 0
+
+
+def test_a_repeated_frame_ends_it(rig: Rig) -> None:
+    frame = rig.peer.sending.seal(b"once")
+    rig.peer.sock.sendall(frame + frame)
+    assert "failed authentication" in rig.ended()
+    assert rig.receive() == b"once"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+def test_an_end_in_the_middle_of_a_frame_is_told(rig: Rig, size: int) -> None:
+    rig.peer.sock.sendall(rig.peer.sending.seal(bytes(100))[:size])
+    rig.peer.sock.close()
+    assert rig.ended() == f"the connection ended {size} bytes into a frame"
+
+
+def test_everything_before_the_end_is_delivered(rig: Rig) -> None:
+    packets = [os.urandom(1000) for _ in range(100)]
+    rig.peer.sock.sendall(b"".join(map(rig.peer.sending.seal, packets)))
+    rig.peer.sock.close()
+    assert [rig.receive() for _ in packets] == packets
+    assert rig.ended() == "the peer closed the connection"
+
+
+def test_it_stops_while_both_directions_are_blocked(rig: Rig) -> None:
+    packet = os.urandom(60000)
+    rig.device.outside.setblocking(False)
+    blocked = 0
+    while blocked < 50:  # until the peer, which reads nothing, holds everything up
+        try:
+            rig.device.outside.send(packet)
+            blocked = 0
+        except BlockingIOError:
+            blocked += 1
+            threading.Event().wait(0.005)
+    assert rig.end() == "stopped"
+
+
+def test_a_full_device_loses_packets_not_the_session(rig: Rig) -> None:
+    for _ in range(100_000):  # nobody reads the device
+        rig.peer.send(bytes(1000))
+        if rig.session.counters().refused > 0:
+            break
+    else:
+        pytest.fail("the device took everything")
+    reader = threading.Thread(target=lambda: [None for _ in iter(rig.receive, b"still there")])
+    reader.start()
+    while reader.is_alive():  # it may be lost too until the reader has made room
+        rig.peer.send(b"still there")
+        reader.join(0.01)
+    assert rig.end() == "stopped"
+
+
+def test_a_thousand_sessions_leave_nothing_behind() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    Rig().end()
+    before = descriptors(), threading.active_count()
+    for _ in range(1000):
+        rig = Rig()
+        rig.end()
+        rig.peer.sock.close()
+        rig.device.inside.close()
+        rig.device.outside.close()
+    assert (descriptors(), threading.active_count()) <= before

@@ -1,0 +1,254 @@
+"""End to end: both ends of ours, real TUN devices, two hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually
+
+pytestmark = pytest.mark.hosts
+
+GIB = 1 << 30
+PORT = "5001"
+PUMP_THREADS = {"ttun-up-seal", "ttun-up-send", "ttun-down-recv", "ttun-down-open"}
+
+
+@pytest.mark.parametrize("cipher", ["chacha20-poly1305", "aes-256-gcm"])
+def test_both_families_are_carried_both_ways(bench: Bench, cipher: str) -> None:
+    server, client = bench.tunnel("-m", cipher)
+    for host in (SERVER, CLIENT):
+        for addresses in (TUNNEL4, TUNNEL6):
+            assert bench.ping(host, addresses[OTHER[host]], 20) == 20
+    assert f"wire v1, {cipher}" in server.log()
+    assert f"wire v1, {cipher}" in client.log()
+    assert client.stop() == server.stop() == 0
+    for end in (server, client):
+        assert "disconnected" in end.log()
+        assert re.search(r"sent \d+ packets, .*; received \d+ packets", end.log())
+        assert "secret" not in end.log()
+
+
+def test_a_gibibyte_each_way_at_once_arrives_whole(bench: Bench) -> None:
+    bench.tunnel()
+    bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+    with ThreadPoolExecutor() as pool:
+        transfers = [
+            pool.submit(bench.traffic, CLIENT, action, TUNNEL4[SERVER], PORT, str(GIB))
+            for action in ("send", "receive")
+        ]
+        assert all(transfer.result()["whole"] for transfer in transfers)
+
+
+def test_a_thousand_connections_at_once(bench: Bench) -> None:
+    bench.tunnel()
+    bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+
+    def connect() -> list[socket.socket]:
+        return [socket.create_connection((TUNNEL4[SERVER], int(PORT)), 30) for _ in range(1000)]
+
+    connections = bench.on(CLIENT, connect)
+    payload = os.urandom(2000)
+    for sock in connections:  # all of them are open before the first one says anything
+        sock.sendall(bytes([0]) + len(payload).to_bytes(8, "big") + payload)
+    import hashlib
+
+    for sock in connections:
+        sock.sendall(hashlib.sha256(payload).digest())
+    for sock in connections:
+        assert sock.recv(1) == b"1"
+        sock.close()
+
+
+@pytest.mark.parametrize("killed", [SERVER, CLIENT])
+def test_the_tunnel_returns_after_kill_9(bench: Bench, killed: str) -> None:
+    ends = dict(zip((SERVER, CLIENT), bench.tunnel()))
+    survivor = ends[OTHER[killed]]
+    bench.answers()
+    ends[killed].kill()
+    survivor.says("disconnected")
+    eventually(lambda: bench.devices(killed) == [], "the dead end's device is gone", 5)
+    if killed == SERVER:
+        bench.server()
+    else:
+        bench.client()
+    survivor.says("authenticated", times=2)
+    bench.answers()
+    assert bench.devices(OTHER[killed]) == ["ttun0"], "the device outlives the session"
+
+
+def test_a_second_client_waits_until_the_first_leaves(bench: Bench) -> None:
+    _, first = bench.tunnel()
+    bench.answers()
+    second = bench.client()
+    second.says("connected over")
+    time.sleep(1)
+    assert "authenticated" not in second.log()
+    assert bench.ping(CLIENT, TUNNEL4[SERVER], 5) == 5, "the first one notices nothing"
+    first.stop()
+    second.says("authenticated")
+    bench.answers(SERVER)
+
+
+@pytest.mark.parametrize("mtu", [576, 1280, 1500, 9000, 65519])
+def test_every_mtu_carries_full_packets(bench: Bench, mtu: int) -> None:
+    server, _ = bench.tunnel("-mtu", str(mtu))
+    link = bench.run(CLIENT, "ip", "link", "show", "ttun0")
+    assert f"mtu {mtu}" in link
+    # -M do: the packet may not be fragmented, so it fills the MTU or fails.
+    ping = ["ping", "-c", "3", "-i", "0.1", "-M", "do"]
+    assert "3 received" in bench.run(
+        CLIENT, *ping, "-s", str(min(mtu, 65507 + 28) - 28), TUNNEL4[SERVER]
+    )
+    bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+    for action in ("send", "receive"):
+        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(8 << 20))["whole"]
+    if mtu < 1280:
+        assert "no IPv6 in the tunnel: it needs an MTU of 1280 or more" in server.log()
+    else:
+        assert "3 received" in bench.run(
+            CLIENT, *ping, "-s", str(min(mtu, 65527 + 48) - 48), TUNNEL6[SERVER]
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("host", [SERVER, CLIENT])
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "alone"])
+def test_a_signal_ends_it_within_a_second(
+    bench: Bench, number: int, host: str, connected: bool
+) -> None:
+    if connected:
+        end = dict(zip((SERVER, CLIENT), bench.tunnel()))[host]
+    elif host == SERVER:
+        end = bench.server()
+    else:
+        end = bench.client()
+        end.says("cannot connect")
+    started = time.monotonic()
+    end.process.send_signal(number)
+    assert end.ended() == 0
+    assert time.monotonic() - started < 1
+    assert bench.devices(host) == []
+    assert "Traceback" not in end.log()
+
+
+def test_a_client_that_cannot_reach_its_server_ends_within_a_second(bench: Bench) -> None:
+    client = bench.client(to="192.0.2.99")  # nobody answers for it
+    client.says("tun ttun0 up")
+    time.sleep(0.5)
+    started = time.monotonic()
+    assert client.stop() == 0
+    assert time.monotonic() - started < 1
+
+
+def thread_times(end: End) -> dict[str, float]:
+    """CPU seconds of a program's threads by name; equal names add up."""
+    times: dict[str, float] = {}
+    for task in Path(f"/proc/{end.process.pid}/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        times[name] = times.get(name, 0) + used
+    return times
+
+
+def test_four_pump_threads_carry_everything_and_python_nothing(bench: Bench) -> None:
+    ends = bench.tunnel()
+    before = [thread_times(end) for end in ends]
+    bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+    for action in ("send", "receive"):
+        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(GIB // 2))["whole"]
+    for end, earlier in zip(ends, before):
+        times = thread_times(end)
+        assert set(times) >= PUMP_THREADS
+        used = {name: seconds - earlier.get(name, 0) for name, seconds in times.items()}
+        pump = sum(used.pop(name) for name in PUMP_THREADS)
+        assert pump > 0.2
+        assert sum(used.values()) < 0.05 * pump, used
+
+
+def test_a_signal_to_another_thread_is_no_trouble(bench: Bench) -> None:
+    server, _ = bench.tunnel()
+    for task in os.listdir(f"/proc/{server.process.pid}/task"):
+        os.kill(int(task), signal.SIGWINCH)  # ignored, but it interrupts system calls
+    os.kill(server.process.pid, signal.SIGSTOP)
+    os.kill(server.process.pid, signal.SIGCONT)
+    assert bench.ping(CLIENT, TUNNEL4[SERVER], 5) == 5
+
+
+@pytest.mark.parametrize("host", [SERVER, CLIENT])
+def test_a_removed_device_ends_it_with_a_line(bench: Bench, host: str) -> None:
+    end = dict(zip((SERVER, CLIENT), bench.tunnel()))[host]
+    bench.run(host, "ip", "link", "delete", "ttun0")
+    assert end.ended() == 1
+    assert "was ttun0 removed?" in end.log().splitlines()[-1]
+    assert "Traceback" not in end.log()
+
+
+def test_a_device_that_is_down_for_a_while_is_no_end(bench: Bench) -> None:
+    server, _ = bench.tunnel()
+    bench.answers()
+    bench.run(SERVER, "ip", "link", "set", "ttun0", "down")
+    assert bench.ping(CLIENT, TUNNEL4[SERVER], 1) == 0
+    bench.run(SERVER, "ip", "link", "set", "ttun0", "up")
+    bench.answers()
+    assert server.log().count("authenticated") == 1
+
+
+def test_ipv6_and_names_as_the_server_address(bench: Bench) -> None:
+    bench.server()
+    for to in ("[2001:db8::1]:20203", "[2001:db8::1]"):
+        client = bench.client(to=to)
+        client.says("authenticated")
+        client.stop()
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "expected"),
+    [((), ("-mptcp",), "mptcp"), (("-mptcp=false",), ("-mptcp",), "tcp"), (("-mptcp",), (), "tcp")],
+)
+def test_the_log_says_what_a_connection_really_is(
+    bench: Bench, server: tuple[str, ...], client: tuple[str, ...], expected: str
+) -> None:
+    if not os.path.exists("/proc/sys/net/mptcp"):
+        pytest.skip("no Multipath TCP in this kernel")
+    ends = bench.server(*server), bench.client(*client)
+    bench.answers()
+    for end in ends:
+        assert f"connected over {expected};" in end.log()
+
+
+def test_a_kernel_without_mptcp_gets_a_line_and_plain_tcp(bench: Bench) -> None:
+    if not os.path.exists("/proc/sys/net/mptcp"):
+        pytest.skip("no Multipath TCP in this kernel")
+    for host in (SERVER, CLIENT):
+        bench.run(host, "sysctl", "-qw", "net.mptcp.enabled=0")
+    try:
+        for end in bench.tunnel("-mptcp"):
+            assert "no Multipath TCP in this kernel" in end.log()
+            assert "connected over tcp;" in end.log()
+    finally:
+        for host in (SERVER, CLIENT):
+            bench.run(host, "sysctl", "-qw", "net.mptcp.enabled=1")
+
+
+def test_the_demo_ends_with_a_table_and_leaves_nothing(bench: Bench) -> None:
+    from tunnel import PROGRAM
+
+    done = subprocess.run(
+        [*PROGRAM, "demo", "--size", "16"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The tunnel works." in done.stdout
+    assert done.stdout.count("  ok  ") == 7
+    assert done.stdout.count("whole, ") == 2
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    ours = set(bench.pair.names.values())
+    assert {line.split()[0] for line in left.stdout.splitlines() if "ttun-" in line} == ours

@@ -1,0 +1,196 @@
+"""Both ends of a tunnel on two hosts of this machine, for the end-to-end tests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ttun import hosts
+from ttun.hosts import CLIENT, SERVER, Hosts
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, str(ROOT / "ttun.py")]
+SERVER_ADDRESS = "192.0.2.1"
+TUNNEL4 = {SERVER: "10.1.1.1", CLIENT: "10.1.1.2"}
+TUNNEL6 = {SERVER: "fc11::1", CLIENT: "fc11::2"}
+OTHER = {SERVER: CLIENT, CLIENT: SERVER}
+CLONE_NEWNET = 0x40000000  # linux/sched.h
+libc = ctypes.CDLL(None, use_errno=True)
+T = TypeVar("T")
+
+
+def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
+    """Wait until condition gives something true, and return that."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class End:
+    """One running program, and what it says on stderr."""
+
+    def __init__(self, pair: Hosts, host: str, arguments: list[str], log: Path) -> None:
+        self.host, self.path = host, log
+        with log.open("w") as file:
+            self.process = pair.start(
+                host, [*PROGRAM, *arguments], stdout=file, stderr=file,
+                environment=hosts.environment(),
+            )  # fmt: skip
+
+    def log(self) -> str:
+        return self.path.read_text()
+
+    def says(self, text: str, times: int = 1, seconds: float = 20) -> str:
+        """Wait until the log has text that many times."""
+        eventually(lambda: self.log().count(text) >= times, f"{self.host}: {text!r}", seconds)
+        return self.log()
+
+    def ended(self, seconds: float = 10) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self) -> int:
+        """End it as a service manager would; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"{self.host} did not stop:\n{self.log()}") from None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Bench:
+    """Two hosts, and whatever a test starts on them; all of it is ended with the test."""
+
+    def __init__(self, pair: Hosts, directory: Path) -> None:
+        self.pair, self.directory = pair, directory
+        self.ends: list[End] = []
+        self.helpers: list[subprocess.Popen[str]] = []
+
+    def start(self, host: str, *arguments: str) -> End:
+        end = End(self.pair, host, list(arguments), self.directory / f"{len(self.ends)}.log")
+        self.ends.append(end)
+        return end
+
+    def server(self, *options: str, key: str = "secret") -> End:
+        end = self.start(SERVER, "server", "-k", key, *options)
+        end.says("listening on")
+        return end
+
+    def client(self, *options: str, key: str = "secret", to: str = SERVER_ADDRESS) -> End:
+        return self.start(CLIENT, "client", "-k", key, "-s", to, *options)
+
+    def tunnel(self, *options: str) -> tuple[End, End]:
+        """A server and a client that have found each other."""
+        server, client = self.server(*options), self.client(*options)
+        client.says("authenticated")
+        server.says("authenticated")
+        return server, client
+
+    def run(self, host: str, *arguments: str, timeout: float = 120) -> str:
+        """Run a command on a host to its end; what it printed."""
+        return subprocess.run(
+            self.pair.command(host, arguments), env={**os.environ, **hosts.environment()},
+            capture_output=True, text=True, check=True, timeout=timeout,
+        ).stdout  # fmt: skip
+
+    def traffic(self, host: str, *arguments: str) -> Any:
+        return json.loads(self.run(host, *hosts.python("ttun.traffic", *arguments)))
+
+    def ping(self, host: str, address: str, times: int = 1) -> int:
+        """How many of so many pings were answered."""
+        return sum(t is not None for t in self.traffic(host, "ping", address, str(times)))
+
+    def answers(self, host: str = CLIENT, seconds: float = 20) -> None:
+        """Wait until the tunnel carries pings from a host to the other end."""
+        address = TUNNEL4[OTHER[host]]
+
+        def ping() -> bool:
+            with contextlib.suppress(subprocess.CalledProcessError):  # no device yet
+                return self.ping(host, address) == 1
+            return False
+
+        eventually(ping, f"ping {address}", seconds)
+
+    def helper(self, host: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a program and wait until it says that it is ready."""
+        process = self.pair.start(
+            host, arguments, environment=hosts.environment(), stdout=subprocess.PIPE
+        )
+        self.helpers.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    def serve_traffic(self, host: str, address: str, port: int = 5001) -> None:
+        self.helper(host, *hosts.python("ttun.traffic", "serve", address, str(port)))
+
+    def on(self, host: str, function: Callable[[], T]) -> T:
+        """Call function on a thread that is on a host: sockets made there belong to that host."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            descriptor = os.open(f"/run/netns/{self.pair.names[host]}", os.O_RDONLY)
+            try:
+                if libc.setns(descriptor, CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+                results.append(function())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                os.close(descriptor)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def devices(self, host: str) -> list[str]:
+        """The names of the TUN devices on a host."""
+        shown = json.loads(hosts.ip("-n", self.pair.names[host], "-json", "link", "show"))
+        return [link["ifname"] for link in shown if link["ifname"].startswith("ttun")]
+
+    def close(self) -> None:
+        for end in self.ends:
+            if end.process.poll() is None:
+                end.kill()
+        for helper in self.helpers:
+            helper.kill()
+            helper.wait()
+            assert helper.stdout is not None
+            helper.stdout.close()
+
+
+def bench(pair: Hosts, directory: Path) -> Iterator[Bench]:
+    """The fixture."""
+    made = Bench(pair, directory)
+    try:
+        yield made
+    except BaseException:
+        made.close()
+        raise
+    made.close()
+    for host in (SERVER, CLIENT):
+        eventually(lambda host=host: made.devices(host) == [], f"no device left on {host}", 5)
