@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 from known_answers import SESSIONS, frames, plaintext
+from ttun._codec import ffi, lib
 
 from ttun import handshake
-from ttun._codec import ffi, lib
 from ttun.cipher import CIPHERS, CipherState
 
 DIRECTIONS = {"client to server": handshake.TO_SERVER, "server to client": handshake.TO_CLIENT}

@@ -28,9 +28,7 @@ def write(path: Path, content: bytes, mode: int = 0o600) -> Path:
     return path
 
 
-def test_the_places_are_tried_in_their_order(
-    places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_places_are_tried_in_their_order(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key.find(None, None) is None
     write(key.DEFAULT_FILE, b"default")
     assert key.find(None, None) == b"default"
@@ -51,9 +49,7 @@ def test_the_places_are_tried_in_their_order(
         (b"k\r\n", b"k\r"),
     ],
 )
-def test_only_one_newline_at_the_end_is_cut(
-    places: Path, content: bytes, expected: bytes
-) -> None:
+def test_only_one_newline_at_the_end_is_cut(places: Path, content: bytes, expected: bytes) -> None:
     assert key.read_file(write(places / "key", content)) == expected
 
 
@@ -108,7 +104,7 @@ def test_two_servers_that_make_a_key_at_once_agree(places: Path) -> None:
 
 def test_a_key_that_cannot_be_kept_is_an_error(places: Path) -> None:
     write(places / "file", b"")
-    with pytest.raises(TtunError, match="cannot keep a key in .*; name one with -k"):
+    with pytest.raises(TtunError, match=r"cannot keep a key in .*; name one with -k"):
         key.create(places / "file" / "psk")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
+import threading
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_addresses(text: str, listening: bool, expected: Address) -> None:
         ("a:", True, "port is a number"),
         ("a:b", True, "port is a number"),
         ("a:-1", True, "port is a number"),
-        ("a:١", True, "port is a number"),
+        ("a:\u0661", True, "port is a number"),
         ("2001:db8::1", False, "brackets"),
         ("2001:db8::1:20203", True, "brackets"),
         ("[2001:db8::1", True, "looks like"),
@@ -98,9 +98,7 @@ def test_what_a_connection_really_is(
                 assert (link.transport(sock), link.transport(accepted)) == (expected, expected)
 
 
-def test_every_address_of_a_name_is_tried(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
-) -> None:
+def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:
     with link.listen(Address("127.0.0.1", 0), False) as listener:
         port = listener.getsockname()[1]
         answers = [
@@ -116,17 +114,19 @@ def test_every_address_of_a_name_is_tried(
 
 
 def test_a_name_that_does_not_exist_is_an_error(stop: StopFlag) -> None:
-    with pytest.raises(OSError, match="nothing.invalid: "):
+    with pytest.raises(OSError, match=r"nothing\.invalid: "):
         link.dial(Address("nothing.invalid", 1), None, stop)
 
 
 def test_a_look_up_that_hangs_is_left_when_stopped(
     monkeypatch: pytest.MonkeyPatch, stop: StopFlag
 ) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(30) and [])
     stop.set()
     with pytest.raises(InterruptedError):
         link.dial(Address("slow.example", 1), None, stop)
+    answered.set()
 
 
 def test_a_port_that_is_taken_is_an_error() -> None:

@@ -154,10 +154,13 @@ def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> li
         for option in action.option_strings
         if action.nargs is None
     }
-    rest = iter(arguments[1:])
-    for argument in rest:
-        value = next(rest, None) if argument in with_value else None
-        joined.append(argument if value is None else f"{argument}={value}")
+    rest = list(arguments[1:])
+    while rest:
+        argument = rest.pop(0)
+        # argparse drops a value of two dashes whatever is done: leave it apart, it is refused then.
+        if argument in with_value and rest and rest[0] != "--":
+            argument += f"={rest.pop(0)}"
+        joined.append(argument)
     return joined
 
 

@@ -31,7 +31,7 @@ def find(given: str | None, file: str | None) -> bytes | None:
     for a file that cannot be used.
     """
     if given is not None:
-        return _not_empty(os.fsencode(given), "-k")
+        return _not_empty(os.fsencode(given or ""), "-k")  # argparse makes [] of -k=--
     if file is not None:
         return read_file(Path(file))
     if VARIABLE in os.environ:

@@ -1,0 +1,274 @@
+"""The command line: what it takes, and the one line that each mistake gets."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
+
+import ttun
+from ttun import cipher
+from ttun.cli import build_parser, join_values, main
+from ttun.errors import TtunError
+
+
+def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:
+    """Run the program to its end: exit code, stdout, stderr."""
+    clean = {name: value for name, value in os.environ.items() if name != "TTUN_PSK"}
+    done = subprocess.run(
+        [*(prefix or []), *PROGRAM, *arguments], env={**clean, **env},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def parsed(*arguments: str) -> dict[str, object]:
+    parser = build_parser()
+    return vars(parser.parse_args(join_values(arguments, parser)))
+
+
+USAGE = {
+    "": "the following arguments are required: COMMAND",
+    "dance": "invalid choice: 'dance'",
+    "client -k x": "required: -s",
+    "client -s host:1 -k": "-k/--psk: expected one argument",
+    "server -k -- -l :5": "-k/--psk: expected one argument",
+    "client -k x -s host:port": "the port is a number from 1 to 65535",
+    "client -k x -s :20203": "a host is missing",
+    "client -k x -s 2001:db8::1": "put an IPv6 address in brackets",
+    "server -k x -l 20203:": "the port is a number",
+    "server -k x -l :65536": "the port is a number",
+    "server -k x -m rot13": "unknown cipher 'rot13': choose chacha20-poly1305 or aes-256-gcm",
+    "server -k x -mtu 575": "an MTU of 575: it goes from 576 to 65519",
+    "server -k x -mtu 65520": "an MTU of 65520: it goes from 576 to 65519",
+    "server -k x -mtu many": "'many' is not a number",
+    "server -k x -mptcp=maybe": "'maybe' is not true or false",
+    "server -k x extra": "unrecognized arguments: extra",
+    "server -k=": "the key in -k is empty",
+    "server -k=--": "the key in -k is empty",
+    "genkey now": "unrecognized arguments: now",
+}
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_bad_usage_is_one_line_and_exit_code_2(line: str) -> None:
+    code, out, err = run(*line.split())
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("ttun")
+    assert USAGE[line] in err
+    assert re.search(r"; see ttun.* -h$", err.strip()), "it says where help is"
+
+
+def test_a_client_without_a_key_is_told_where_to_put_it() -> None:
+    if Path("/etc/ttun/psk").exists():
+        pytest.skip("this machine has a key of its own")
+    code, _, err = run("client", "-s", "192.0.2.1")
+    assert code == 2
+    for place in ("-k", "--psk-file", "TTUN_PSK", "/etc/ttun/psk"):
+        assert place in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["-psk-file", "--psk-file"])
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    file.chmod(0o644)
+    code, _, err = run("server", option, str(file))
+    assert code == 1
+    assert err == f"ttun: others can read the key file {file}: chmod 600 {file}\n"
+
+
+def test_without_net_admin_it_says_which_right_is_missing() -> None:
+    code, _, err = run("server", "-k", "x", prefix=["setpriv", "--bounding-set", "-net_admin"])
+    assert code == 1
+    assert "making a TUN device needs root or CAP_NET_ADMIN" in err.splitlines()[-1]
+
+
+@pytest.mark.hosts
+def test_without_the_device_node_it_says_how_to_get_it() -> None:
+    hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
+    code, _, err = run("server", "-k", "x", prefix=hide)
+    assert code == 1
+    assert "there is no /dev/net/tun: modprobe tun" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.hosts
+def test_a_port_that_is_taken_is_a_line(bench: Bench) -> None:
+    bench.server()
+    second = bench.start(SERVER, "server", "-k", "x")
+    assert second.ended() == 1
+    assert second.log().splitlines()[-1] == (
+        "ttun: cannot listen on :20203: another program has that port; "
+        "stop it or choose another with -l"
+    )
+    assert bench.devices(SERVER) == ["ttun0"], "its own device is gone again"
+
+
+def test_aes_on_a_processor_without_it_names_the_other_cipher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(cipher._AVAILABLE, "aes", False)
+    with pytest.raises(TtunError, match=r"lacks: use -m chacha20-poly1305 on both ends"):
+        ttun.Server(b"key", cipher="aes-256-gcm")
+    ttun.Server(b"key", cipher="chacha20-poly1305")
+
+
+def test_another_system_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert main(["genkey"]) == 1
+    assert "ttun runs on Linux only" in capsys.readouterr().err
+
+
+def test_options_of_the_original_and_their_long_forms() -> None:
+    tail = ["-m", "aes-256-gcm", "-mtu", "1400", "-mptcp=false"]
+    short = parsed("client", "-k", "K", "-s", "h:1", *tail)
+    tail = ["--cipher", "aes-256-gcm", "--mtu", "1400", "--mptcp=false"]
+    long = parsed("client", "--psk=K", "--server", "h:1", *tail)
+    assert short == long
+    assert (short["mtu"], short["mptcp"], short["psk"]) == (1400, False, "K")
+    assert parsed("server")["mptcp"] is None
+    assert parsed("server", "-mptcp")["mptcp"] is True
+    assert parsed("server", "-mptcp", "-l", ":1")["mptcp"] is True
+
+
+@pytest.mark.parametrize("key", ["-k", "--psk", "-", "-l", "=", "a=b", "-mtu", "--x"])
+def test_a_key_may_look_like_an_option(key: str) -> None:
+    assert parsed("server", "-k", key, "-l", ":5")["psk"] == key
+    assert parsed("server", "-k", key, "-l", ":5")["listen"] == ":5"
+
+
+def test_version_and_help() -> None:
+    assert run("--version") == (0, f"ttun {ttun.__version__}\n", "")
+    for command in ([], ["server"], ["client"], ["demo"], ["genkey"]):
+        code, out, err = run(*command, "-h")
+        assert (code, err) == (0, "")
+        assert out.startswith("usage: ttun")
+
+
+def test_genkey_prints_a_fresh_key() -> None:
+    first, second = run("genkey"), run("genkey")
+    assert re.fullmatch(r"[0-9a-f]{64}\n", first[1])
+    assert first != second
+
+
+@pytest.mark.hosts
+def test_a_server_without_a_key_makes_one_and_shows_the_clients_command(bench: Bench) -> None:
+    """On a terminal: /etc is an empty directory of the test's own, seen by this program alone."""
+    etc = bench.directory / "etc"
+    etc.mkdir()
+    script = f'mount --bind {etc} /etc && exec "$@"'
+    own_etc = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    terminal, inside = pty.openpty()
+    with (bench.directory / "log").open("w") as log:
+        server = bench.pair.start(SERVER, [*own_etc, *PROGRAM, "server"], stdout=inside, stderr=log)
+    os.close(inside)
+    try:
+        shown = b""
+        while b"-s 192.0.2.1:20203" not in shown:
+            shown += os.read(terminal, 1000)
+        key = re.search(rb"sudo ./ttun.py client -k ([0-9a-f]{64}) -s", shown)[1].decode()
+        kept = etc / "ttun" / "psk"
+        assert kept.read_text() == key + "\n"
+        assert kept.stat().st_mode & 0o777 == 0o600
+        assert key not in (bench.directory / "log").read_text()
+        client = bench.start(CLIENT, "client", "-s", "192.0.2.1", "--psk-file", str(kept))
+        client.says("authenticated")
+    finally:
+        server.terminate()
+        server.wait(5)
+        os.close(terminal)
+
+
+@pytest.mark.hosts
+def test_ttun_py_finds_its_venv_from_anywhere(bench: Bench) -> None:
+    """Through a symbolic link, from /, and with the empty environment of sudo."""
+    link = bench.directory / "tunnel"
+    link.symlink_to(PROGRAM[1])
+    python = Path(PROGRAM[1]).parent / ".venv" / "bin" / "python3"
+    if not python.exists():
+        pytest.skip("not built with make")
+    outside = Path(sys.base_prefix) / "bin" / "python3"
+    done = subprocess.run(
+        [outside, link, "genkey"], cwd="/", env={}, capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout) == 65
+
+
+@pytest.mark.hosts
+def test_a_log_that_cannot_be_written_is_no_end(bench: Bench) -> None:
+    full = bench.pair.start(
+        SERVER,
+        [*PROGRAM, "server", "-k", "secret"],
+        stderr=open("/dev/full", "w"),  # noqa: SIM115
+    )
+    try:
+        client = bench.client()
+        client.says("authenticated")
+        bench.answers()
+        client.stop()
+        bench.client().says("authenticated")
+        bench.answers()
+    finally:
+        full.terminate()
+        assert full.wait(5) == 0
+
+
+def test_the_interface_for_others_is_documented_and_works() -> None:
+    for name in ttun.__all__:
+        assert getattr(ttun, name) is not None
+    assert ">>> server.start()" in ttun.Server.__doc__
+    assert ">>> client.start()" in ttun.Client.__doc__
+    server = ttun.Server(b"key", listen="127.0.0.1:0")
+    assert server.status().device is None
+    assert server.status().role == "server"
+    with pytest.raises(AttributeError, match="no attribute 'Tunnel'"):
+        ttun.Tunnel  # noqa: B018
+
+
+@pytest.mark.hosts
+def test_callbacks_and_status(bench: Bench) -> None:
+    """Embedded in a program of somebody else's."""
+    program = """if True:
+        import sys, time, ttun
+        events = []
+        server = ttun.Server(b"secret", on_connected=lambda peer: events.append(peer),
+                             on_disconnected=lambda peer, why: events.append((peer, why)))
+        server.start()
+        print("ready", server.port, flush=True)
+        while not events: time.sleep(0.01)
+        status = server.status()
+        assert status.peer == events[0] and status.device == "ttun0", status
+        assert status.transport == "tcp" and status.wire == "v1" and status.sessions == 1
+        while len(events) < 2: time.sleep(0.01)
+        assert events[1] == (events[0], "the peer closed the connection"), events
+        assert server.status().peer is None
+        assert not server.wait(0.01)
+        server.stop()
+        assert server.wait()
+        print("done", server.status().counters.downlink_packets, flush=True)
+    """
+    host = bench.pair.start(
+        SERVER, [sys.executable, "-c", program], stdout=subprocess.PIPE,
+        environment={"PYTHONPATH": str(Path(PROGRAM[1]).parent)},
+    )  # fmt: skip
+    bench.helpers.append(host)
+    assert host.stdout is not None
+    assert host.stdout.readline() == "ready 20203\n"
+    client = bench.client()
+    bench.answers()
+    client.stop()
+    done = host.stdout.readline().split()
+    assert done[0] == "done"
+    assert int(done[1]) >= 1
+    eventually(lambda: host.poll() == 0, "it ended")

@@ -1,0 +1,282 @@
+"""End to end against the independent peer, and against peers that mean no good."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+
+import pytest
+from peer import Peer, echo_request
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench
+
+pytestmark = pytest.mark.hosts
+
+CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
+PORT = 20203
+TO_SERVER = TUNNEL4[CLIENT], TUNNEL4[SERVER]
+TO_CLIENT = TUNNEL4[SERVER], TUNNEL4[CLIENT]
+
+
+def connect(bench: Bench) -> socket.socket:
+    """A connection from the client's host to the server."""
+    return bench.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, PORT), 15))
+
+
+def listen(bench: Bench) -> socket.socket:
+    """A listener on the server's host, where clients of ours dial."""
+    listener = bench.on(SERVER, lambda: socket.create_server((SERVER_ADDRESS, PORT)))
+    listener.settimeout(15)
+    return listener
+
+
+def client_gets_in(bench: Bench, seconds: float = 5) -> None:
+    """A true client connects, is let in, gets an answer, and leaves."""
+    client = bench.client()
+    client.says("authenticated", seconds=seconds)
+    bench.answers()
+    client.stop()
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_an_independent_client_is_answered(bench: Bench, cipher: str) -> None:
+    server = bench.server("-m", cipher)
+    with connect(bench) as sock:
+        peer = Peer(sock, b"secret", cipher)
+        peer.handshake_as_client()
+        for size in (0, 1, 56, 1000, 1252):
+            request = echo_request(*TO_SERVER, os.urandom(size))
+            peer.send(request)
+            peer.receive_reply(request)
+    assert "the peer closed the connection" in server.says("disconnected")
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_an_independent_server_is_answered(bench: Bench, cipher: str) -> None:
+    with listen(bench) as listener:
+        client = bench.client("-m", cipher)
+        sock, _ = listener.accept()
+        with sock:
+            peer = Peer(sock, b"secret", cipher)
+            peer.handshake_as_server()
+            for size in (0, 1, 56, 1000, 1252):
+                request = echo_request(*TO_CLIENT, os.urandom(size))
+                peer.send(request)
+                peer.receive_reply(request)
+        assert "the peer closed the connection" in client.says("disconnected")
+
+
+def test_a_frame_right_behind_the_magic_is_handled(bench: Bench) -> None:
+    bench.server()
+    with connect(bench) as sock:
+        peer = Peer(sock, b"secret")
+        request = echo_request(*TO_SERVER, b"early")
+        peer.handshake_as_client(behind=request)
+        peer.receive_reply(request)
+
+
+def test_a_packet_of_60000_bytes_is_answered(bench: Bench) -> None:
+    bench.server("-mtu", "65519")
+    with connect(bench) as sock:
+        peer = Peer(sock, b"secret")
+        peer.handshake_as_client()
+        request = echo_request(*TO_SERVER, os.urandom(60000 - 28))
+        peer.send(request)
+        peer.receive_reply(request)
+
+
+@pytest.mark.parametrize("packet", [b"\x00" * 40, b"\xff", b"\x10garbage", b"\x75" + bytes(60000)])
+def test_a_packet_that_the_kernel_refuses_does_not_end_the_session(
+    bench: Bench, packet: bytes
+) -> None:
+    server = bench.server()
+    with connect(bench) as sock:
+        peer = Peer(sock, b"secret")
+        peer.handshake_as_client()
+        peer.send(packet)
+        peer.send(b"")
+        request = echo_request(*TO_SERVER, b"still there")
+        peer.send(request)
+        peer.receive_reply(request)
+    assert "1 of the peer's packets were refused by the kernel" in server.says("disconnected")
+
+
+def test_packets_from_between_sessions_are_dropped(bench: Bench) -> None:
+    with listen(bench) as listener:
+        client = bench.client()
+        sock, _ = listener.accept()
+        with sock:
+            Peer(sock, b"secret").handshake_as_server()
+            client.says("authenticated")
+        client.says("disconnected")
+        sock, _ = listener.accept()  # connected, but the handshake is not over yet
+        with sock:
+            sender = bench.on(CLIENT, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            with sender:
+                for number in range(100):
+                    sender.sendto(b"stale %d" % number, (TUNNEL4[SERVER], 9))
+                peer = Peer(sock, b"secret")
+                peer.handshake_as_server()
+                client.says("authenticated", times=2)
+                time.sleep(0.2)  # the session starts by emptying the device
+                sender.sendto(b"fresh", (TUNNEL4[SERVER], 9))
+            while True:
+                packet = peer.receive()
+                assert b"stale" not in packet
+                if b"fresh" in packet:
+                    break
+
+
+# What somebody may send who does not have the key, and what the log says of it.
+STRANGERS = {
+    "nothing, and leaves": (b"", "closed the connection before the handshake was over"),
+    "half a nonce": (os.urandom(8), "closed the connection before the handshake was over"),
+    "random bytes": (bytes([7]) * 16 + b"\x01\x00" + os.urandom(1000), "not a ttun peer"),
+    "a request of HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not a ttun peer"),
+    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has a length of 0"),
+    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has a length of 15"),
+    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has a length of 65535"),
+    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "wrong key, or another cipher"),
+    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed the connection before"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_stranger_is_refused_with_a_reason_and_the_next_client_gets_in(
+    bench: Bench, name: str
+) -> None:
+    data, reason = STRANGERS[name]
+    server = bench.server()
+    with connect(bench) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        address = "{}:{}".format(*sock.getsockname())
+        with contextlib.suppress(ConnectionResetError):  # it may leave some of it unread
+            while sock.recv(100):
+                pass
+    line = next(x for x in server.says("failed:").splitlines() if "failed:" in x)
+    assert address in line
+    assert reason in line
+    client_gets_in(bench)
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "reason"),
+    [
+        ("wrong", (), "wrong key, or another cipher than ours"),
+        ("secret", ("-m", "aes-256-gcm"), "wrong key, or another cipher than ours"),
+    ],
+)
+def test_a_client_with_another_key_or_cipher_is_refused(
+    bench: Bench, key: str, options: tuple[str, ...], reason: str
+) -> None:
+    server = bench.server()
+    client = bench.client(*options, key=key)
+    assert reason in server.says("failed:")
+    client.says("failed:")
+    client.says("reconnecting in")
+    client.stop()
+    client_gets_in(bench)
+
+
+def test_a_wrong_magic_is_refused(bench: Bench) -> None:
+    server = bench.server()
+    with connect(bench) as sock:
+        peer = Peer(sock, b"secret")
+        peer.nonces_as_client()
+        peer.send(b"TTUN/v9\0")
+        assert sock.recv(1) == b"", "the server sends no frame to somebody with a wrong magic"
+    assert "wrong magic" in server.says("failed:")
+
+
+def test_silence_is_over_after_ten_seconds_also_if_it_drips(bench: Bench) -> None:
+    server = bench.server()
+    started = time.monotonic()
+    with connect(bench) as silent, connect(bench) as dripping:
+        for _ in range(9):
+            dripping.send(b"x")
+            time.sleep(1)
+        assert server.log().count("failed:") == 0
+        assert "no handshake within 10 s" in server.says("failed:", times=2, seconds=5)
+        assert 9.5 < time.monotonic() - started < 12
+        assert silent.recv(1) == dripping.recv(1) == b""
+
+
+def test_silent_connections_do_not_keep_the_client_out(bench: Bench) -> None:
+    bench.server()
+    crowd = [connect(bench) for _ in range(300)]
+    client_gets_in(bench, seconds=2)
+    for sock in crowd:
+        sock.close()
+
+
+def test_only_the_first_to_prove_the_key_stays(bench: Bench) -> None:
+    server = bench.server()
+    with connect(bench) as first, connect(bench) as second:
+        late = Peer(second, b"secret")
+        late.nonces_as_client()
+        winner = Peer(first, b"secret")
+        winner.handshake_as_client()
+        server.says("authenticated")
+        assert second.recv(1) == b"", "others in the middle of a handshake are let go"
+        request = echo_request(*TO_SERVER, b"mine")
+        winner.send(request)
+        winner.receive_reply(request)
+
+
+def test_strangers_do_not_touch_a_session(bench: Bench) -> None:
+    server, _ = bench.tunnel()
+    for data, _ in STRANGERS.values():
+        with connect(bench) as sock:
+            sock.sendall(data)
+    assert bench.ping(CLIENT, TUNNEL4[SERVER], 20) == 20
+    assert "disconnected" not in server.log()
+
+
+# What somebody with the key may send once the handshake is over.
+MISDEEDS = {
+    "a length below the tag": (struct.pack(">H", 3) + b"abc", "a length of 3, less than its tag"),
+    "a forged frame": (struct.pack(">H", 40) + bytes(40), "failed authentication"),
+    "half a frame": (struct.pack(">H", 40) + bytes(10), "ended 12 bytes into a frame"),
+}
+
+
+@pytest.mark.parametrize("name", MISDEEDS)
+def test_a_misdeed_ends_that_session_and_no_more(bench: Bench, name: str) -> None:
+    data, reason = MISDEEDS[name]
+    server = bench.server()
+    with connect(bench) as sock:
+        Peer(sock, b"secret").handshake_as_client()
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert reason in server.says("disconnected")
+    client_gets_in(bench)
+
+
+def test_a_replayed_handshake_and_session_open_nothing(bench: Bench) -> None:
+    """Nonces of both sides are in the key: a recording is worth nothing."""
+    server = bench.server()
+    recording = b""
+    with connect(bench) as sock:
+        peer = Peer(sock, b"secret")
+        send = sock.sendall
+
+        class Recorder:
+            def __getattr__(self, name: str) -> object:
+                return getattr(sock, name)
+
+            def sendall(self, data: bytes) -> None:
+                nonlocal recording
+                recording += data
+                send(data)
+
+        peer.sock = Recorder()  # type: ignore[assignment]
+        peer.handshake_as_client()
+        peer.send(echo_request(*TO_SERVER, b"once"))
+        server.says("authenticated")
+    server.says("disconnected")
+    with connect(bench) as sock:
+        sock.sendall(recording)
+        assert "wrong key" in server.says("failed:")
