@@ -5,6 +5,7 @@ The end-to-end tests carry the mark ``hosts``: they make network namespaces and 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     capture.suspend_global_capture(in_=True)
     try:
         print("not root: running the tests again in a user namespace", flush=True)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = "/run"  # a tmpfs of the namespace's own
         hosts.enter_user_namespace([sys.executable, "-m", "pytest", *config.invocation_params.args])
     except TtunError as error:
         config.stash[WHY_NOT] = str(error)

@@ -124,10 +124,13 @@ def enter_user_namespace(arguments: Sequence[str]) -> None:
     Returns only where the kernel does not allow that, with TtunError. ``ip netns`` keeps its names
     in /run, which is a fresh tmpfs there.
     """
+    node = "/dev/net/tun"
+    if os.path.exists(node) and not os.access(node, os.R_OK | os.W_OK):
+        raise TtunError(f"this needs root, as {node} may not be opened by this user: use sudo")
     namespace = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
     if os.environ.get(INSIDE) or not shutil.which("unshare"):
         raise TtunError("this needs root: run it with sudo")
-    script = 'mount -t tmpfs none /run && exec "$@"'
+    script = 'mount -t tmpfs none /run && ip link set lo up && exec "$@"'
     wrapped = [*namespace, "sh", "-c", script, "sh"]
     if subprocess.run([*wrapped, "true"], capture_output=True, check=False).returncode != 0:
         raise TtunError("this needs root, and this kernel allows no user namespace: use sudo")
