@@ -116,9 +116,10 @@ class Bench:
     def traffic(self, host: str, *arguments: str) -> Any:
         return json.loads(self.run(host, *hosts.python("ttun.traffic", *arguments)))
 
-    def ping(self, host: str, address: str, times: int = 1) -> int:
-        """How many of so many pings were answered."""
-        return sum(t is not None for t in self.traffic(host, "ping", address, str(times)))
+    def ping(self, host: str, address: str, times: int = 1, size: int = 56) -> int:
+        """How many of so many pings were answered. size: bytes behind the ICMP header."""
+        results = self.traffic(host, "ping", address, str(times), str(size))
+        return sum(seconds is not None for seconds in results)
 
     def answers(self, host: str = CLIENT, seconds: float = 20) -> None:
         """Wait until the tunnel carries pings from a host to the other end."""

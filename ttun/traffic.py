@@ -22,6 +22,7 @@ REQUEST = struct.Struct(">BQ")
 UPLOAD, DOWNLOAD = 0, 1
 BLOCK = 1 << 20
 ICMP_ECHO, ICMPV6_ECHO, ICMP_REPLY, ICMPV6_REPLY = 8, 128, 0, 129
+IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2  # linux/in.h, linux/in6.h
 PATIENCE = 30.0  # seconds without a byte before a transfer has failed
 
 
@@ -101,7 +102,8 @@ def _receive_exactly(sock: socket.socket, size: int) -> bytes:
 def ping(address: str, times: int, interval: float, size: int = 56) -> list[float | None]:
     """Ping; return each round trip in seconds, None for one unanswered within a second.
 
-    size: bytes behind the ICMP header. interval: seconds between two. Needs CAP_NET_RAW.
+    size: bytes behind the ICMP header, never fragmented. interval: seconds between two. Needs
+    CAP_NET_RAW. Raises OSError where a packet of that size cannot go out.
     """
     v6 = ":" in address
     family, protocol, request, reply = (
@@ -113,6 +115,10 @@ def ping(address: str, times: int, interval: float, size: int = 56) -> list[floa
     identifier = os.getpid() & 0xFFFF
     with socket.socket(family, socket.SOCK_RAW, protocol) as sock:
         sock.connect((address, 0))
+        if v6:
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DO)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
         for sequence in range(times):
             body = os.urandom(size)
             header = struct.pack(">BBHHH", request, 0, 0, identifier, sequence)
@@ -152,12 +158,13 @@ def internet_checksum(data: bytes) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one of: serve ADDRESS PORT, send|receive ADDRESS PORT BYTES, ping ADDRESS TIMES."""
+    """Run serve ADDRESS PORT, send|receive ADDRESS PORT BYTES, or ping ADDRESS TIMES [BYTES]."""
     action, address, number = arguments[0], arguments[1], int(arguments[2])
     if action == "serve":
         serve(address, number)
     elif action == "ping":
-        print(json.dumps(ping(address, number, interval=0.01)))
+        size = int(arguments[3]) if arguments[3:] else 56
+        print(json.dumps(ping(address, number, interval=0.01, size=size)))
     else:
         direction = UPLOAD if action == "send" else DOWNLOAD
         print(json.dumps(transfer(address, number, direction, int(arguments[3]))))
