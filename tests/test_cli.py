@@ -162,6 +162,15 @@ def test_genkey_prints_a_fresh_key() -> None:
     assert first != second
 
 
+def test_a_key_that_cannot_be_printed_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "genkey"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "ttun: cannot write the output: No space left on device\n"
+
+
 @pytest.mark.hosts
 def test_a_server_without_a_key_makes_one_and_shows_the_clients_command(bench: Bench) -> None:
     """On a terminal: /etc is an empty directory of the test's own, seen by this program alone."""

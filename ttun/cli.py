@@ -173,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
     _start_logging()
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         _fail(f"{error}; see ttun {options.command} -h")
         return 2
@@ -181,6 +183,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        return _fail(f"cannot write the output: {error.strerror}")
+    finally:
+        _forget_unwritten()
+
+
+def _forget_unwritten() -> None:
+    """Drop what a full disk or a closed pipe did not take: Python would make it exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(message: str) -> int:

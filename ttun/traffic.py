@@ -107,7 +107,7 @@ def ping(address: str, times: int, interval: float, size: int = 56) -> list[floa
     """
     v6 = ":" in address
     family, protocol, request, reply = (
-        (socket.AF_INET6, socket.getprotobyname("ipv6-icmp"), ICMPV6_ECHO, ICMPV6_REPLY)
+        (socket.AF_INET6, socket.IPPROTO_ICMPV6, ICMPV6_ECHO, ICMPV6_REPLY)
         if v6
         else (socket.AF_INET, socket.IPPROTO_ICMP, ICMP_ECHO, ICMP_REPLY)
     )
