@@ -11,14 +11,14 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["codec.c", "pump.c"]
+SOURCES = ["codec.c", "offload.c", "pump.c"]
 FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", ""))
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
 ffibuilder.set_source(
     "ttun._codec",
-    '#include "codec.h"\n#include "pump.h"\n',
+    '#include "codec.h"\n#include "offload.h"\n#include "pump.h"\n',
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],
     depends=[f"csrc/{path.name}" for path in HERE.glob("*.[ch]")],

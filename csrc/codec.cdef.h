@@ -1,4 +1,4 @@
-/* What Python sees of codec.h and pump.h, in the subset of C that cffi reads. */
+/* What Python sees of codec.h, offload.h and pump.h, in the subset of C that cffi reads. */
 
 #define TTUN_KEY_SIZE ...
 #define TTUN_PREFIX ...
@@ -42,13 +42,15 @@ struct ttun_counters {
     uint64_t downlink_packets, downlink_bytes;
     uint64_t refused;
     uint64_t empty;
-    uint64_t oversized;
+    uint64_t unsendable;
     ...;
 };
 
+enum ttun_offload { TTUN_OFFLOAD_VNET, TTUN_OFFLOAD_TCP, TTUN_OFFLOAD_UDP, ... };
+
 struct ttun_session;
 
-struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cipher_state *uplink,
+struct ttun_session *ttun_session_new(int tun, int socket, int offload, const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct);
 void ttun_uplink_seal(struct ttun_session *);
 void ttun_uplink_send(struct ttun_session *);
@@ -61,3 +63,36 @@ void ttun_session_free(struct ttun_session *);
 
 long ttun_drain(int tun, long most);
 int ttun_forbid_dumps(void);
+
+#define TTUN_SEGMENTS_MAX ...
+#define TTUN_PACKET_MAX ...
+
+struct ttun_vnet {
+    uint8_t flags;
+    uint8_t gso_type;
+    uint16_t header_size;
+    uint16_t gso_size;
+    uint16_t checksum_start, checksum_offset;
+};
+
+struct iovec {
+    void *iov_base;
+    size_t iov_len;
+    ...;
+};
+
+struct ttun_segmenter { ...; };
+bool ttun_segment(struct ttun_segmenter *, const struct ttun_vnet *, uint8_t *packet, size_t size);
+uint8_t *ttun_next_segment(struct ttun_segmenter *, size_t *size);
+
+struct ttun_coalescer {
+    unsigned segments;
+    struct iovec parts[...];
+    ...;
+};
+void ttun_coalescer_init(struct ttun_coalescer *, bool tcp, bool udp);
+bool ttun_coalesce(struct ttun_coalescer *, uint8_t *packet, size_t size);
+unsigned ttun_flush(struct ttun_coalescer *);
+
+uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size);
+uint16_t ttun_fold(uint64_t sum);

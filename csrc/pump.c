@@ -3,12 +3,13 @@
  *     TUN --read--> [uplink seal] --lane--> [uplink send] --> TCP
  *     TUN <--write-- [downlink open] <--lane-- [downlink receive] <-- TCP
  *
- *  1. uplink seal: reads packets until the device has no more or the slot is full, and seals each
- *     into the slot, frame behind frame.
+ *  1. uplink seal: reads packets until the device has no more or the slot is full, cuts large ones
+ *     into segments, and seals each into the slot, frame behind frame.
  *  2. uplink send: writes a slot to the socket, many frames per system call.
  *  3. downlink receive: reads as much as there is, and cuts it behind the last whole frame; the
  *     rest moves to the next slot.
- *  4. downlink open: opens each frame of a slot in place and writes the packet to the device.
+ *  4. downlink open: opens each frame of a slot in place, merges packets that follow each other,
+ *     and writes them to the device.
  *
  * A lane is a ring of slots between the two threads of one direction. Handing a slot over wakes a
  * thread, which is dear where cores are scarce: with `direct`, the first thread empties the slot by
@@ -33,10 +34,16 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "offload.h"
+
 enum {
     SLOTS = 4,              /* per lane */
     SLOT_SIZE = 256 * 1024, /* bytes */
-    FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX
+    FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
+    /* The vnet header lies right before the packet, which starts on a multiple of 16. */
+    SCRATCH_PACKET = 16,
+    SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX,
+    MEMORY_SIZE = 2 * SLOTS * SLOT_SIZE + SCRATCH_SIZE
 };
 
 static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
@@ -61,12 +68,16 @@ struct ttun_session {
     int tun, socket;
     int wake; /* eventfd: the uplink is to look up from its device */
     bool direct;
+    size_t vnet_size; /* of the header in front of each packet at the device, or 0 */
     struct ttun_cipher_state tx, rx;
+    struct ttun_segmenter segmenter;
+    struct ttun_coalescer coalescer;
     struct lane uplink, downlink;
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
-    _Atomic uint64_t refused, empty, oversized;
-    uint8_t *memory; /* of all slots */
+    _Atomic uint64_t refused, empty, unsendable;
+    uint8_t *memory;  /* of all slots, then the scratch */
+    uint8_t *scratch; /* where the uplink reads to */
 };
 
 /* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
@@ -161,7 +172,8 @@ static void lane_finish(struct lane *lane) {
 
 /* ---- the session ---------------------------------------------------------------------------- */
 
-struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cipher_state *uplink,
+struct ttun_session *ttun_session_new(int tun, int socket, int offload,
+                                      const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct) {
     struct ttun_session *s = calloc(1, sizeof *s);
     if (s == NULL)
@@ -170,13 +182,16 @@ struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cip
     s->socket = socket;
     s->direct = direct != 0;
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    s->memory = malloc((size_t)2 * SLOTS * SLOT_SIZE);
+    s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
+    ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
+    s->memory = malloc(MEMORY_SIZE);
     if (s->wake < 0 || s->memory == NULL || lane_init(&s->uplink, s->memory) < 0)
         goto failed;
     if (lane_init(&s->downlink, s->memory + (size_t)SLOTS * SLOT_SIZE) < 0) {
         lane_destroy(&s->uplink);
         goto failed;
     }
+    s->scratch = s->memory + (size_t)2 * SLOTS * SLOT_SIZE;
     s->tx = *uplink;
     s->rx = *downlink;
     return s;
@@ -196,7 +211,7 @@ void ttun_session_free(struct ttun_session *s) {
     lane_destroy(&s->uplink);
     lane_destroy(&s->downlink);
     close(s->wake);
-    explicit_bzero(s->memory, (size_t)2 * SLOTS * SLOT_SIZE); /* packets are secrets too */
+    explicit_bzero(s->memory, MEMORY_SIZE); /* packets are secrets too */
     free(s->memory);
     free(s);
 }
@@ -238,7 +253,7 @@ void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
     out->downlink_bytes = atomic_load(&s->downlink_bytes);
     out->refused = atomic_load(&s->refused);
     out->empty = atomic_load(&s->empty);
-    out->oversized = atomic_load(&s->oversized);
+    out->unsendable = atomic_load(&s->unsendable);
 }
 
 /* ---- uplink --------------------------------------------------------------------------------- */
@@ -250,38 +265,54 @@ static void await_device(struct ttun_session *s) {
         session_end(s, TTUN_END_DEVICE, errno);
 }
 
-/* Fills the slot with at least one sealed packet; false when the session is over. */
+/* Reads the next packet of the device into the scratch and starts to segment it. Returns false when
+ * there is none and `wait` is false, or when the session is over. */
+static bool read_packet(struct ttun_session *s, bool wait) {
+    uint8_t *packet = s->scratch + SCRATCH_PACKET;
+    while (!is_over(s)) {
+        ssize_t size = read(s->tun, packet - s->vnet_size, s->vnet_size + TTUN_PACKET_MAX);
+        if (size < 0 && errno == EAGAIN) {
+            if (!wait)
+                return false;
+            await_device(s);
+        } else if (size <= 0 && errno != EINTR) { /* 0: the end of a test's socketpair */
+            session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
+        } else if (size >= (ssize_t)s->vnet_size) {
+            struct ttun_vnet vnet = {0};
+            memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
+            if (ttun_segment(&s->segmenter, &vnet, packet, (size_t)size - s->vnet_size))
+                return true;
+            count(&s->unsendable, 1);
+        }
+    }
+    return false;
+}
+
+/* Fills the slot with at least one sealed packet; false when the session is over. A large packet
+ * may go on in the next slot. */
 static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     uint64_t packets = 0, bytes = 0;
     slot->begin = slot->end = 0;
-    while (SLOT_SIZE - slot->end >= FRAME_MAX && !is_over(s)) {
-        /* Read where the ciphertext will stand: sealing in place saves a copy. */
-        uint8_t *frame = slot->bytes + slot->end;
-        ssize_t size = read(s->tun, frame + TTUN_PREFIX, TTUN_LENGTH_MAX);
-        if (size < 0 && errno == EAGAIN) {
-            if (slot->end > 0)
+    while (SLOT_SIZE - slot->end >= FRAME_MAX) {
+        size_t size;
+        const uint8_t *packet = ttun_next_segment(&s->segmenter, &size);
+        if (packet == NULL) {
+            if (!read_packet(s, slot->end == 0))
                 break;
-            await_device(s);
             continue;
         }
-        if (size < 0 && errno == EINTR)
-            continue;
-        if (size <= 0) { /* 0: the other end of a test's socketpair is gone */
-            session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
-            break;
-        }
-        size_t framed = ttun_seal(&s->tx, frame, frame + TTUN_PREFIX, (size_t)size);
+        size_t framed = ttun_seal(&s->tx, slot->bytes + slot->end, packet, size);
         if (framed == 0 && s->tx.counter == UINT64_MAX) {
             session_end(s, TTUN_END_NONCES, 0);
             break;
         }
         if (framed == 0) {
-            count(&s->oversized, 1);
+            count(&s->unsendable, 1);
             continue;
         }
         slot->end += framed;
         packets++;
-        bytes += (uint64_t)size;
+        bytes += size;
     }
     count(&s->uplink_packets, packets);
     count(&s->uplink_bytes, bytes);
@@ -324,9 +355,36 @@ void ttun_uplink_send(struct ttun_session *s) {
 
 /* ---- downlink ------------------------------------------------------------------------------- */
 
-/* Opens each frame of a slot and writes its packet to the device. */
+/* Writes what the coalescer holds to the device; false when the device is gone. */
+static bool write_merged(struct ttun_session *s) {
+    uint64_t packets = s->coalescer.segments, bytes = 0;
+    unsigned parts = ttun_flush(&s->coalescer);
+    if (parts == 0)
+        return true;
+    unsigned skip = s->vnet_size == 0; /* the vnet header */
+    ssize_t written;
+    do
+        written = writev(s->tun, s->coalescer.parts + skip, (int)(parts - skip));
+    while (written < 0 && errno == EINTR);
+    if (written < 0 && errno == EBADFD) { /* the device was removed */
+        session_end(s, TTUN_END_DEVICE, errno);
+        return false;
+    }
+    if (written < 0) {
+        count(&s->refused, packets);
+        return true;
+    }
+    for (unsigned i = 1; i < parts; i++)
+        bytes += s->coalescer.parts[i].iov_len;
+    bytes += (packets - 1) * s->coalescer.headers_size; /* as many as came in frames */
+    count(&s->downlink_packets, packets);
+    count(&s->downlink_bytes, bytes);
+    return true;
+}
+
+/* Opens each frame of a slot and writes its packet to the device, merged with those before it where
+ * they can be. */
 static void open_slot(struct ttun_session *s, struct slot *slot) {
-    uint64_t packets = 0, bytes = 0;
     while (slot->begin < slot->end && !is_over(s)) {
         uint8_t *packet = slot->bytes + slot->begin + TTUN_PREFIX;
         size_t length = ttun_frame_length(slot->bytes + slot->begin);
@@ -334,30 +392,21 @@ static void open_slot(struct ttun_session *s, struct slot *slot) {
         assert(slot->begin <= slot->end); /* a slot holds whole frames */
         ptrdiff_t size = ttun_open(&s->rx, packet, length);
         if (size < 0) {
+            write_merged(s); /* what came before it counts */
             session_end(s, TTUN_END_TAG, (int)length);
-            break;
+            return;
         }
         if (size == 0) {
             count(&s->empty, 1);
             continue;
         }
-        ssize_t written;
-        do
-            written = write(s->tun, packet, (size_t)size);
-        while (written < 0 && errno == EINTR);
-        if (written < 0 && errno == EBADFD) { /* the device was removed */
-            session_end(s, TTUN_END_DEVICE, errno);
-            break;
+        if (!ttun_coalesce(&s->coalescer, packet, (size_t)size)) {
+            if (!write_merged(s))
+                return;
+            ttun_coalesce(&s->coalescer, packet, (size_t)size);
         }
-        if (written < 0) {
-            count(&s->refused, 1);
-            continue;
-        }
-        packets++;
-        bytes += (uint64_t)size;
     }
-    count(&s->downlink_packets, packets);
-    count(&s->downlink_bytes, bytes);
+    write_merged(s); /* nothing waits for what may come later */
 }
 
 void ttun_downlink_receive(struct ttun_session *s) {
@@ -414,9 +463,9 @@ void ttun_downlink_open(struct ttun_session *s) {
 /* ---- beside the session --------------------------------------------------------------------- */
 
 long ttun_drain(int tun, long most) {
-    uint8_t first; /* a TUN read drops what does not fit */
+    uint8_t first[sizeof(struct ttun_vnet) + 1]; /* a TUN read drops what does not fit */
     long drained = 0;
-    while (drained < most && (read(tun, &first, 1) > 0 || errno == EINTR))
+    while (drained < most && (read(tun, first, sizeof first) > 0 || errno == EINTR))
         drained++;
     return drained;
 }

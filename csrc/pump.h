@@ -22,20 +22,29 @@ enum ttun_end {
     TTUN_END_NONCES     /* the counter of a direction ran out */
 };
 
-/* What a session carried so far. Packets and bytes are those of the TUN device. */
+/* What a session carried so far. Packets as they stand in frames, and their bytes. */
 struct ttun_counters {
     uint64_t uplink_packets, uplink_bytes;
     uint64_t downlink_packets, downlink_bytes;
-    uint64_t refused;   /* packets of the peer that the kernel did not take */
-    uint64_t empty;     /* frames without a packet, ignored */
-    uint64_t oversized; /* packets of ours that fit no frame */
+    uint64_t refused;    /* packets of the peer that the kernel did not take */
+    uint64_t empty;      /* frames without a packet, ignored */
+    uint64_t unsendable; /* packets of ours that fit no frame or contradict their vnet header */
+};
+
+/* What a TUN device can do. */
+enum ttun_offload {
+    TTUN_OFFLOAD_VNET = 1, /* packets have a vnet header in front */
+    TTUN_OFFLOAD_TCP = 2,  /* it takes merged TCP packets */
+    TTUN_OFFLOAD_UDP = 4   /* ... and UDP */
 };
 
 /* Makes a session. tun: read and written, made non-blocking by the caller. socket: a connected,
- * blocking stream socket. Both stay the caller's and must outlive the session. uplink, downlink:
- * copied. direct: let the first thread of a direction do the second one's work while that one is
- * idle (right where cores are scarce). Returns NULL with errno set. */
-struct ttun_session *ttun_session_new(int tun, int socket, const struct ttun_cipher_state *uplink,
+ * blocking stream socket. Both stay the caller's and must outlive the session. offload:
+ * ttun_offload bits. uplink, downlink: copied. direct: let the first thread of a direction do the
+ * second one's work while that one is idle (right where cores are scarce). Returns NULL with errno
+ * set. */
+struct ttun_session *ttun_session_new(int tun, int socket, int offload,
+                                      const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct);
 
 /* The four thread bodies. Each is called once, on a thread of its own, and returns when the

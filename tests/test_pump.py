@@ -27,6 +27,8 @@ FEW, MANY = [0, 1], [0, 1, 2, 3]  # cores: how slots are handed over depends on 
 class FakeDevice:
     """What Session wants of a device, on a datagram socketpair."""
 
+    offload = 0
+
     def __init__(self) -> None:
         self.inside, self.outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         for sock in (self.inside, self.outside):

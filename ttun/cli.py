@@ -124,6 +124,16 @@ def _tunnel_options(command: Parser) -> None:
         metavar="true|false",
         help="Multipath TCP, or plain TCP; left out, the server takes both, the client dials TCP",
     )
+    command.add_argument(
+        "-offload",
+        "--offload",
+        nargs="?",
+        type=_boolean,
+        const=True,
+        default=True,
+        metavar="true|false",
+        help="large packets at the device where the kernel has them (default: true)",
+    )
 
 
 def _number(text: str) -> int:
@@ -251,7 +261,8 @@ def run_client(options: argparse.Namespace) -> int:
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
-    return {"cipher": options.cipher, "mtu": options.mtu, "mptcp": options.mptcp}
+    names = ("cipher", "mtu", "mptcp", "offload")
+    return {name: getattr(options, name) for name in names}
 
 
 def _show_client_command(psk: bytes) -> None:

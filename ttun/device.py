@@ -6,6 +6,7 @@ Source: Documentation/networking/tuntap.rst, linux/ipv6.h (struct in6_ifreq), ne
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -14,6 +15,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import pytun
 
@@ -27,6 +29,17 @@ DEFAULT_MTU = 1280
 MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
 SIOCSIFADDR = 0x8916  # linux/sockios.h
+TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h, as are these
+TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
+# What to ask of the kernel, the most first, and what the codec may then do.
+OFFLOAD_TCP = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
+OFFLOADS = [
+    (  # Linux 6.2
+        OFFLOAD_TCP | TUN_F_USO4 | TUN_F_USO6,
+        lib.TTUN_OFFLOAD_VNET | lib.TTUN_OFFLOAD_TCP | lib.TTUN_OFFLOAD_UDP,
+    ),
+    (OFFLOAD_TCP, lib.TTUN_OFFLOAD_VNET | lib.TTUN_OFFLOAD_TCP),
+]
 STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
 
 
@@ -43,13 +56,16 @@ CLIENT = Addresses(ipaddress.IPv4Interface("10.1.1.2/30"), ipaddress.IPv6Interfa
 
 
 class Device:
-    """An open TUN device. It is gone when it is closed, or with the process."""
+    """An open TUN device. It is gone when it is closed, or with the process.
 
-    def __init__(self, addresses: Addresses, mtu: int) -> None:
+    ``offload`` has the TTUN_OFFLOAD bits of what it can do, for the codec.
+    """
+
+    def __init__(self, addresses: Addresses, mtu: int, offload: bool = True) -> None:
         """Open the first free ttunN and bring it up. Raises TtunError."""
         privileges.check()
         try:
-            self._tun = pytun.TunTapDevice(name="ttun%d", flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
+            self._tun, self.offload = _open(offload)
         except OSError as error:
             raise TtunError(_why_no_device(error)) from None
         try:
@@ -97,6 +113,25 @@ class Device:
     def close(self) -> None:
         """Close the device; the kernel removes it."""
         self._tun.close()
+
+
+def _open(offload: bool) -> tuple[Any, int]:
+    """Open a device with the most offload that this kernel has; return it and what that is."""
+    flags = pytun.IFF_TUN | pytun.IFF_NO_PI
+    if offload:
+        try:
+            tun = pytun.TunTapDevice(name="ttun%d", flags=flags | pytun.IFF_VNET_HDR)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            log.info("no offload: this kernel has no vnet header")
+        else:
+            for wanted, bits in OFFLOADS:
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(tun, TUNSETOFFLOAD, wanted)
+                    return tun, bits
+            return tun, lib.TTUN_OFFLOAD_VNET
+    return pytun.TunTapDevice(name="ttun%d", flags=flags), 0
 
 
 def _why_no_device(error: OSError) -> str:

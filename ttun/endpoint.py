@@ -46,9 +46,10 @@ class Endpoint:
     """One end of a tunnel. Use Server or Client.
 
     key: the pre-shared key, any bytes. cipher: a name of ttun.cipher.CIPHERS. mtu: of the device,
-    576 to 65519. mptcp: True, False, or None for what is usual on that side. on_connected is
-    called with the peer's address, on_disconnected with that and the reason, both on the
-    endpoint's thread. Raises UsageError for a bad value, TtunError for what this machine lacks.
+    576 to 65519. mptcp: True, False, or None for what is usual on that side. offload: use what
+    the kernel has of it at the device. on_connected is called with the peer's address,
+    on_disconnected with that and the reason, both on the endpoint's thread. Raises UsageError for
+    a bad value, TtunError for what this machine lacks.
     """
 
     role: ClassVar[str]
@@ -61,6 +62,7 @@ class Endpoint:
         cipher: str = DEFAULT_CIPHER,
         mtu: int = DEFAULT_MTU,
         mptcp: bool | None = None,
+        offload: bool = True,
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -73,6 +75,7 @@ class Endpoint:
         self._k = psk_key(key)
         self._mtu = mtu
         self._mptcp = mptcp
+        self._offload = offload
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
         self._stop = StopFlag()
@@ -90,7 +93,7 @@ class Endpoint:
     def start(self) -> None:
         """Open the device (and the server's port) and go to work on a thread. Raises TtunError."""
         log.info("ttun %s %s, cipher %s", __version__, self.role, self._cipher.name)
-        self._device = Device(self.addresses, self._mtu)
+        self._device = Device(self.addresses, self._mtu, self._offload)
         try:
             self._open()
             self._thread.start()
@@ -218,8 +221,8 @@ def describe(counters: Counters) -> str:
     )
     if counters.refused:
         text += f"; {counters.refused} of the peer's packets were refused by the kernel"
-    if counters.oversized:
-        text += f"; {counters.oversized} were too large for a frame"
+    if counters.unsendable:
+        text += f"; {counters.unsendable} could not be sent"
     return text
 
 

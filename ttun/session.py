@@ -22,7 +22,7 @@ FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc
 
 
 class Counters(NamedTuple):
-    """What a session carried. Packets and bytes are those of the TUN device."""
+    """What a session carried. Packets as they stand in frames, and their bytes."""
 
     uplink_packets: int = 0
     uplink_bytes: int = 0
@@ -30,7 +30,7 @@ class Counters(NamedTuple):
     downlink_bytes: int = 0
     refused: int = 0  # packets of the peer that the kernel did not take
     empty: int = 0  # frames without a packet
-    oversized: int = 0  # packets of ours that fit no frame
+    unsendable: int = 0  # packets of ours that fit no frame or contradict their vnet header
 
 
 class Session:
@@ -45,6 +45,7 @@ class Session:
         session = lib.ttun_session_new(
             device.fileno(),
             sock.fileno(),
+            device.offload,
             keys.sending.c,
             keys.receiving.c,
             len(os.sched_getaffinity(0)) <= FEW_CORES,

@@ -1,0 +1,360 @@
+/* The flow, on the way in:
+ *
+ *  1. ttun_segment checks the kernel's header against the packet and keeps a copy of the headers.
+ *  2. ttun_next_segment writes the headers in front of each part of the payload, where the payload
+ *     of the segment before was, so that nothing is copied but headers.
+ *
+ * and on the way out:
+ *
+ *  3. ttun_coalesce looks whether a packet is the next of its flow, with nothing unusual about it
+ *     and right checksums. Merged packets reach the kernel as «checksum to be completed», so a
+ * wrong one would be made right: what is broken is never merged.
+ *  4. ttun_flush gives the first packet's headers the length of all of them. */
+#include "offload.h"
+
+#include <assert.h>
+#include <string.h>
+
+enum {
+    IPV4_HEADER = 20,
+    IPV6_HEADER = 40,
+    TCP_HEADER = 20,
+    UDP_HEADER = 8,
+    PROTO_TCP = 6,
+    PROTO_UDP = 17,
+    TCP_CHECKSUM = 16, /* where it stands in the header */
+    UDP_CHECKSUM = 6,
+    FIN = 0x01,
+    SYN = 0x02,
+    RST = 0x04,
+    PSH = 0x08,
+    ACK = 0x10,
+    URG = 0x20,
+    CWR = 0x80
+};
+
+static_assert(sizeof(struct ttun_vnet) == 10, "the kernel's header has no padding");
+
+static uint16_t get16(const uint8_t *p) {
+    return (uint16_t)(p[0] << 8 | p[1]);
+}
+static uint32_t get32(const uint8_t *p) {
+    return (uint32_t)get16(p) << 16 | get16(p + 2);
+}
+
+static void put16(uint8_t *p, uint16_t v) {
+    p[0] = (uint8_t)(v >> 8);
+    p[1] = (uint8_t)v;
+}
+
+static void put32(uint8_t *p, uint32_t v) {
+    put16(p, (uint16_t)(v >> 16));
+    put16(p + 2, (uint16_t)v);
+}
+
+/* ---- checksums ------------------------------------------------------------------------------ */
+
+uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size) {
+    /* 32-bit words into 64-bit sums cannot overflow below 2^32 of them. */
+    uint64_t a = 0, b = 0;
+    for (; size >= 16; data += 16, size -= 16) {
+        uint64_t w[2];
+        memcpy(w, data, sizeof w);
+        a += (w[0] & 0xffffffff) + (w[0] >> 32);
+        b += (w[1] & 0xffffffff) + (w[1] >> 32);
+    }
+    sum += a + b;
+    for (; size >= 2; data += 2, size -= 2) {
+        uint16_t w;
+        memcpy(&w, data, sizeof w);
+        sum += w;
+    }
+    if (size == 1) {
+        uint16_t w = 0;
+        memcpy(&w, data, 1); /* the byte and a zero behind it, whatever the byte order */
+        sum += w;
+    }
+    return sum;
+}
+
+uint16_t ttun_fold(uint64_t sum) {
+    while (sum >> 16)
+        sum = (sum & 0xffff) + (sum >> 16);
+    return (uint16_t)sum;
+}
+
+/* Stores a folded sum, which has the byte order of the machine already. */
+static void store_sum(uint8_t *field, uint16_t sum) {
+    memcpy(field, &sum, sizeof sum);
+}
+
+/* The sum over the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1). size: of the transport's packet.
+ */
+static uint64_t pseudo_sum(const uint8_t *packet, uint8_t protocol, size_t size) {
+    bool v6 = packet[0] >> 4 == 6;
+    uint8_t tail[8] = {0};
+    put32(tail, (uint32_t)size);
+    tail[7] = protocol;
+    uint64_t sum = ttun_sum(0, tail, sizeof tail);
+    return v6 ? ttun_sum(sum, packet + 8, 32) : ttun_sum(sum, packet + 12, 8);
+}
+
+static void set_ip_length(uint8_t *packet, size_t size) {
+    if (packet[0] >> 4 == 6) {
+        put16(packet + 4, (uint16_t)(size - IPV6_HEADER));
+        return;
+    }
+    put16(packet + 2, (uint16_t)size);
+    put16(packet + 10, 0);
+    store_sum(packet + 10, (uint16_t)~ttun_fold(ttun_sum(0, packet, (packet[0] & 15) * 4u)));
+}
+
+/* ---- segment -------------------------------------------------------------------------------- */
+
+/* Completes the checksum of a packet whose field holds the sum over its pseudo-header. */
+static bool complete_checksum(uint8_t *packet, size_t size, size_t start, size_t offset) {
+    size_t field = start + offset;
+    if (field + 2 > size)
+        return false;
+    uint16_t sum = (uint16_t)~ttun_fold(ttun_sum(0, packet + start, size - start));
+    if (sum == 0 && offset == UDP_CHECKSUM)
+        sum = 0xffff; /* zero would mean that there is none (RFC 768) */
+    store_sum(packet + field, sum);
+    return true;
+}
+
+bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_t *packet,
+                  size_t size) {
+    g->packet = packet;
+    g->size = size;
+    g->next = size; /* nothing left, until all is checked */
+    g->gso_size = 0;
+    g->index = 0;
+    if (size == 0 || size > TTUN_PACKET_MAX)
+        return false;
+    if (vnet->gso_type == TTUN_GSO_NONE) {
+        if (vnet->flags & TTUN_NEEDS_CHECKSUM &&
+            !complete_checksum(packet, size, vnet->checksum_start, vnet->checksum_offset))
+            return false;
+        g->next = 0;
+        return true;
+    }
+    bool udp = vnet->gso_type == TTUN_GSO_UDP;
+    bool v6 = packet[0] >> 4 == 6;
+    if (!udp && vnet->gso_type != (v6 ? TTUN_GSO_TCP6 : TTUN_GSO_TCP4))
+        return false;
+    /* The transport starts where its checksum does; extension headers may lie before it. */
+    size_t ip = v6 ? IPV6_HEADER : (packet[0] & 15u) * 4u;
+    size_t start = vnet->checksum_start;
+    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || start < (v6 ? IPV6_HEADER : IPV4_HEADER) ||
+        (v6 ? start < ip : start != ip || packet[0] >> 4 != 4) ||
+        start + (udp ? UDP_HEADER : TCP_HEADER) > size)
+        return false;
+    size_t headers = start + (udp ? UDP_HEADER : (packet[start + 12] >> 4) * 4u);
+    if (headers < start + (udp ? UDP_HEADER : TCP_HEADER) || headers >= size ||
+        headers > TTUN_HEADERS_MAX || vnet->gso_size == 0)
+        return false;
+    g->headers_size = headers;
+    g->transport = start;
+    g->gso_size = vnet->gso_size;
+    g->next = headers;
+    memcpy(g->headers, packet, headers);
+    return true;
+}
+
+uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
+    if (g->next >= g->size)
+        return NULL;
+    if (g->gso_size == 0) {
+        g->next = g->size;
+        *size = g->size;
+        return g->packet;
+    }
+    size_t left = g->size - g->next;
+    size_t payload = left < g->gso_size ? left : g->gso_size;
+    bool last = payload == left;
+    uint8_t *segment = g->packet + g->next - g->headers_size;
+    uint8_t *transport = segment + g->transport;
+    size_t whole = g->headers_size + payload;
+    size_t transport_size = whole - g->transport;
+    memcpy(segment, g->headers, g->headers_size);
+
+    if (segment[0] >> 4 == 4) /* each segment is a packet of its own (RFC 6864) */
+        put16(segment + 4, (uint16_t)(get16(segment + 4) + g->index));
+    set_ip_length(segment, whole);
+    /* The pseudo-header counts this segment's size, so the kernel's sum over it is of no use. */
+    uint8_t protocol;
+    size_t field;
+    if (g->headers_size - g->transport == UDP_HEADER) {
+        protocol = PROTO_UDP;
+        field = UDP_CHECKSUM;
+        put16(transport + 4, (uint16_t)transport_size);
+    } else {
+        protocol = PROTO_TCP;
+        field = TCP_CHECKSUM;
+        put32(transport + 4, get32(transport + 4) + (uint32_t)(g->next - g->headers_size));
+        if (!last)
+            transport[13] &= (uint8_t)~(FIN | PSH);
+        if (g->index > 0)
+            transport[13] &= (uint8_t)~CWR; /* RFC 3168, 6.1.2: once */
+    }
+    put16(transport + field, 0);
+    store_sum(transport + field, ttun_fold(pseudo_sum(segment, protocol, transport_size)));
+    complete_checksum(segment, whole, g->transport, field);
+    g->next += payload;
+    g->index++;
+    *size = whole;
+    return segment;
+}
+
+/* ---- coalesce ------------------------------------------------------------------------------- */
+
+/* Where things are in a packet that may be merged. */
+struct layout {
+    size_t transport, headers_size;
+    uint8_t protocol;
+};
+
+/* Is this TCP or UDP with a payload and nothing unusual, all of it there, its checksums right? In
+ * ones' complement 0xffff is a second zero: nobody computes it (UDP apart), and it would not come
+ * back from segmenting, so it counts as unusual. */
+static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
+                     struct layout *l) {
+    if (size >= IPV6_HEADER && packet[0] >> 4 == 6) {
+        l->transport = IPV6_HEADER;
+        l->protocol = packet[6]; /* an extension header is neither TCP nor UDP */
+        if ((size_t)get16(packet + 4) + IPV6_HEADER != size)
+            return false;
+    } else if (size >= IPV4_HEADER && packet[0] == 0x45) {
+        l->transport = IPV4_HEADER;
+        l->protocol = packet[9];
+        /* Length; no fragment: neither offset nor «more», nor the reserved bit. */
+        if (get16(packet + 2) != size || (get16(packet + 6) & 0xbfff) != 0 ||
+            get16(packet + 10) == 0xffff || ttun_fold(ttun_sum(0, packet, IPV4_HEADER)) != 0xffff)
+            return false;
+    } else {
+        return false;
+    }
+    const uint8_t *transport = packet + l->transport;
+    size_t room = size - l->transport;
+    if (l->protocol == PROTO_TCP && c->tcp && room >= TCP_HEADER) {
+        l->headers_size = l->transport + (transport[12] >> 4) * 4u;
+        /* ACK, perhaps PSH and ECE, and no reserved bit. */
+        if (l->headers_size < l->transport + TCP_HEADER || (transport[12] & 0x0f) != 0 ||
+            (transport[13] & (FIN | SYN | RST | URG | CWR | ACK)) != ACK ||
+            get16(transport + TCP_CHECKSUM) == 0xffff)
+            return false;
+    } else if (l->protocol == PROTO_UDP && c->udp && room >= UDP_HEADER) {
+        l->headers_size = l->transport + UDP_HEADER;
+        if (get16(transport + 4) != room || get16(transport + UDP_CHECKSUM) == 0)
+            return false;
+    } else {
+        return false;
+    }
+    if (l->headers_size >= size)
+        return false; /* no payload */
+    return ttun_fold(ttun_sum(pseudo_sum(packet, l->protocol, room), transport, room)) == 0xffff;
+}
+
+/* Are the headers of a packet those of the first one, but for what segmenting would give it? */
+static bool follows(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
+                    const struct layout *l) {
+    const uint8_t *first = c->parts[1].iov_base;
+    size_t payload = size - l->headers_size;
+    if (!c->open || l->headers_size != c->headers_size || l->transport != c->transport ||
+        payload > c->vnet.gso_size || c->segments == TTUN_SEGMENTS_MAX ||
+        c->size + payload > TTUN_MERGED_MAX)
+        return false;
+    if (l->transport == IPV4_HEADER) {
+        /* Version and service; identification, one more each; flags, lifetime, protocol;
+         * addresses. */
+        if (memcmp(packet, first, 2) != 0 ||
+            get16(packet + 4) != (uint16_t)(get16(first + 4) + c->segments) ||
+            memcmp(packet + 6, first + 6, 4) != 0 || memcmp(packet + 12, first + 12, 8) != 0)
+            return false;
+    } else {
+        /* Version, class and flow label; protocol and hop limit; addresses. */
+        if (memcmp(packet, first, 4) != 0 || memcmp(packet + 6, first + 6, 34) != 0)
+            return false;
+    }
+    const uint8_t *mine = packet + l->transport, *theirs = first + l->transport;
+    if (memcmp(mine, theirs, 4) != 0) /* ports */
+        return false;
+    if (l->protocol == PROTO_UDP)
+        return true;
+    /* Sequence; acknowledgement, header length; flags but for PSH, which ends a merged packet;
+     * window; urgent pointer and options. */
+    return get32(mine + 4) == c->next_sequence && memcmp(mine + 8, theirs + 8, 5) == 0 &&
+           (mine[13] & ~PSH) == theirs[13] && memcmp(mine + 14, theirs + 14, 2) == 0 &&
+           memcmp(mine + 18, theirs + 18, l->headers_size - l->transport - 18) == 0;
+}
+
+void ttun_coalescer_init(struct ttun_coalescer *c, bool tcp, bool udp) {
+    memset(c, 0, sizeof *c);
+    c->tcp = tcp;
+    c->udp = udp;
+}
+
+bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
+    struct layout l = {0};
+    bool plain = (c->segments == 0 || c->open) && is_plain(c, packet, size, &l);
+    if (c->segments > 0) {
+        if (!plain || !follows(c, packet, size, &l))
+            return false;
+        size_t payload = size - l.headers_size;
+        c->parts[1 + c->segments] =
+            (struct iovec){.iov_base = packet + l.headers_size, .iov_len = payload};
+        c->segments++;
+        c->size += payload;
+        c->next_sequence += (uint32_t)payload;
+        c->open = payload == c->vnet.gso_size;
+        if (l.protocol == PROTO_TCP && packet[l.transport + 13] & PSH) {
+            ((uint8_t *)c->parts[1].iov_base)[l.transport + 13] |= PSH;
+            c->open = false;
+        }
+        return true;
+    }
+    c->vnet = (struct ttun_vnet){0};
+    c->parts[0] = (struct iovec){.iov_base = &c->vnet, .iov_len = sizeof c->vnet};
+    c->parts[1] = (struct iovec){.iov_base = packet, .iov_len = size};
+    c->segments = 1;
+    c->size = size;
+    c->open = plain;
+    if (plain) {
+        c->transport = l.transport;
+        c->headers_size = l.headers_size;
+        c->vnet.gso_size = (uint16_t)(size - l.headers_size);
+        c->vnet.gso_type = l.protocol == PROTO_UDP      ? TTUN_GSO_UDP
+                           : l.transport == IPV6_HEADER ? TTUN_GSO_TCP6
+                                                        : TTUN_GSO_TCP4;
+        if (l.protocol == PROTO_TCP) {
+            c->next_sequence = get32(packet + l.transport + 4) + c->vnet.gso_size;
+            c->open = !(packet[l.transport + 13] & PSH);
+        }
+    }
+    return true;
+}
+
+unsigned ttun_flush(struct ttun_coalescer *c) {
+    unsigned segments = c->segments;
+    c->segments = 0;
+    if (segments <= 1) { /* goes out as it came in, its checksum unjudged */
+        c->vnet = (struct ttun_vnet){0};
+        return segments == 0 ? 0 : 2;
+    }
+    uint8_t *first = c->parts[1].iov_base;
+    uint8_t *transport = first + c->transport;
+    size_t transport_size = c->size - c->transport;
+    bool udp = c->vnet.gso_type == TTUN_GSO_UDP;
+    set_ip_length(first, c->size);
+    if (udp)
+        put16(transport + 4, (uint16_t)transport_size);
+    c->vnet.flags = TTUN_NEEDS_CHECKSUM;
+    c->vnet.header_size = (uint16_t)c->headers_size;
+    c->vnet.checksum_start = (uint16_t)c->transport;
+    c->vnet.checksum_offset = udp ? UDP_CHECKSUM : TCP_CHECKSUM;
+    /* Where the kernel is to complete it, the field holds the sum over the pseudo-header. */
+    store_sum(transport + c->vnet.checksum_offset,
+              ttun_fold(pseudo_sum(first, udp ? PROTO_UDP : PROTO_TCP, transport_size)));
+    return 1 + segments;
+}

@@ -1,0 +1,91 @@
+/* Large packets at the TUN device: one read or write carries up to 64 KiB.
+ *
+ * With a vnet header (Documentation/networking/tuntap.rst, linux/virtio_net.h) the kernel leaves
+ * checksums and segmentation to us on the way in, and takes merged packets on the way out:
+ *
+ *     segment    one packet of the kernel's  ->  packets that a peer without offloads can use
+ *     coalesce   consecutive packets         ->  one that the kernel takes in one go
+ *
+ * coalesce, then segment gives the same bytes. Knows bytes and nothing else: no descriptor, no
+ * allocation, no copy of a payload. */
+#ifndef TTUN_OFFLOAD_H
+#define TTUN_OFFLOAD_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+enum {
+    TTUN_PACKET_MAX = 40 + 65535, /* an IPv6 header and what its length field can say */
+    TTUN_HEADERS_MAX = 256,       /* IP, its options or extensions, and TCP or UDP */
+    TTUN_SEGMENTS_MAX = 64,       /* merged into one; the kernel's least limit for UDP */
+    TTUN_MERGED_MAX = 65535       /* bytes of a merged packet, the IPv6 header included */
+};
+
+/* struct virtio_net_hdr, in the byte order of the machine. */
+struct ttun_vnet {
+    uint8_t flags;    /* TTUN_NEEDS_CHECKSUM */
+    uint8_t gso_type; /* enum ttun_gso */
+    uint16_t header_size;
+    uint16_t gso_size; /* payload bytes of each segment but the last */
+    uint16_t checksum_start, checksum_offset;
+};
+
+enum { TTUN_NEEDS_CHECKSUM = 1 };
+enum ttun_gso { TTUN_GSO_NONE = 0, TTUN_GSO_TCP4 = 1, TTUN_GSO_TCP6 = 4, TTUN_GSO_UDP = 5 };
+
+/* ---- segment ---- */
+
+struct ttun_segmenter {
+    uint8_t *packet; /* the rest of it: what comes next is payload at `next` */
+    size_t size, next;
+    size_t headers_size, transport;
+    size_t gso_size; /* 0: one packet, as it is */
+    uint16_t index;
+    uint8_t headers[TTUN_HEADERS_MAX];
+};
+
+/* Starts on a packet of size bytes, which is written to. Returns false, and there are no segments,
+ * when the header contradicts the packet. */
+bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_t *packet,
+                  size_t size);
+
+/* The next segment, with its checksums; NULL when there is none left. It stays until the next call,
+ * which may write over it. */
+uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size);
+
+/* ---- coalesce ---- */
+
+struct ttun_coalescer {
+    struct ttun_vnet vnet;
+    bool tcp, udp;     /* what may be merged */
+    bool open;         /* one more may follow */
+    unsigned segments; /* merged so far; 0: empty */
+    size_t size;       /* of all: its headers once, all payloads */
+    size_t transport, headers_size;
+    uint32_t next_sequence;
+    /* The vnet header, the first packet, the payloads of the others. */
+    struct iovec parts[2 + TTUN_SEGMENTS_MAX];
+};
+
+/* Makes an empty one. What is false is never merged. */
+void ttun_coalescer_init(struct ttun_coalescer *c, bool tcp, bool udp);
+
+/* Adds a packet, which must stay where it is until the flush and is written to. Returns false when
+ * it cannot follow those before it: flush, then add it again. */
+bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size);
+
+/* Ends what was added: parts[0] is the vnet header, the others are the packet. Returns how many
+ * parts there are, 0 when nothing was added. The coalescer is empty then. */
+unsigned ttun_flush(struct ttun_coalescer *c);
+
+/* ---- what both stand on ---- */
+
+/* Adds data to a ones' complement sum (RFC 1071) in the byte order of the machine. */
+uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size);
+
+/* Folds such a sum into 16 bits, still in the byte order of the machine, not complemented. */
+uint16_t ttun_fold(uint64_t sum);
+
+#endif
