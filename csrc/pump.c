@@ -42,6 +42,7 @@ enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
+    LARGE_BATCH = 64 * 1024, /* bytes of a slot from which on the uplink waits for its end */
     SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX,
     MEMORY_SIZE = 2 * SLOTS * SLOT_SIZE + SCRATCH_SIZE
 };
@@ -56,7 +57,8 @@ struct slot {
 
 struct lane {
     pthread_mutex_t lock;
-    pthread_cond_t changed;
+    pthread_cond_t work; /* the second thread waits for a filled slot */
+    pthread_cond_t room; /* the first one for a free slot, or for all to be done */
     struct slot slots[SLOTS];
     unsigned first;  /* the oldest filled slot, below SLOTS */
     unsigned filled; /* how many are filled, 0 to SLOTS */
@@ -73,6 +75,9 @@ struct ttun_session {
     struct ttun_segmenter segmenter;
     struct ttun_coalescer coalescer;
     struct lane uplink, downlink;
+    pthread_mutex_t delivery_lock;
+    pthread_cond_t delivered;
+    bool delivering; /* the downlink writes a large batch to the device */
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
     _Atomic uint64_t refused, empty, unsendable;
@@ -91,7 +96,12 @@ static void count(_Atomic uint64_t *counter, uint64_t n) {
 static int lane_init(struct lane *lane, uint8_t *memory) {
     if ((errno = pthread_mutex_init(&lane->lock, NULL)) != 0)
         return -1;
-    if ((errno = pthread_cond_init(&lane->changed, NULL)) != 0) {
+    if ((errno = pthread_cond_init(&lane->work, NULL)) != 0) {
+        pthread_mutex_destroy(&lane->lock);
+        return -1;
+    }
+    if ((errno = pthread_cond_init(&lane->room, NULL)) != 0) {
+        pthread_cond_destroy(&lane->work);
         pthread_mutex_destroy(&lane->lock);
         return -1;
     }
@@ -101,14 +111,16 @@ static int lane_init(struct lane *lane, uint8_t *memory) {
 }
 
 static void lane_destroy(struct lane *lane) {
-    pthread_cond_destroy(&lane->changed);
+    pthread_cond_destroy(&lane->room);
+    pthread_cond_destroy(&lane->work);
     pthread_mutex_destroy(&lane->lock);
 }
 
 static void lane_close(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     lane->closed = true;
-    pthread_cond_broadcast(&lane->changed);
+    pthread_cond_signal(&lane->work);
+    pthread_cond_signal(&lane->room);
     pthread_mutex_unlock(&lane->lock);
 }
 
@@ -116,21 +128,21 @@ static void lane_close(struct lane *lane) {
 static struct slot *lane_free_slot(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     while (lane->filled == SLOTS && !lane->closed)
-        pthread_cond_wait(&lane->changed, &lane->lock);
+        pthread_cond_wait(&lane->room, &lane->lock);
     struct slot *slot = lane->closed ? NULL : &lane->slots[(lane->first + lane->filled) % SLOTS];
     pthread_mutex_unlock(&lane->lock);
     return slot;
 }
 
 /* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
- * was before it and nobody works: the caller then empties it and calls lane_release. */
+ * was before it and nobody works: the caller then empties it and calls lane_return. */
 static bool lane_push(struct lane *lane, bool direct) {
     pthread_mutex_lock(&lane->lock);
     direct = direct && lane->filled == 0 && !lane->emptying && !lane->closed;
     lane->filled++;
     lane->emptying = lane->emptying || direct;
     if (!direct)
-        pthread_cond_broadcast(&lane->changed);
+        pthread_cond_signal(&lane->work);
     pthread_mutex_unlock(&lane->lock);
     return direct;
 }
@@ -139,7 +151,7 @@ static bool lane_push(struct lane *lane, bool direct) {
 static struct slot *lane_take(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     while ((lane->filled == 0 || lane->emptying) && !lane->closed)
-        pthread_cond_wait(&lane->changed, &lane->lock);
+        pthread_cond_wait(&lane->work, &lane->lock);
     struct slot *slot = NULL;
     if (!lane->closed) {
         slot = &lane->slots[lane->first];
@@ -149,16 +161,27 @@ static struct slot *lane_take(struct lane *lane) {
     return slot;
 }
 
-/* Whoever emptied the oldest slot gives it back; with `unfinished` the second thread goes on. */
-static void lane_release(struct lane *lane, bool unfinished) {
+/* Second thread: gives the emptied slot back. */
+static void lane_release(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
+    assert(lane->filled > 0);
     lane->emptying = false;
-    if (!unfinished) {
-        assert(lane->filled > 0);
-        lane->first = (lane->first + 1) % SLOTS;
-        lane->filled--;
-    }
-    pthread_cond_broadcast(&lane->changed);
+    lane->first = (lane->first + 1) % SLOTS;
+    lane->filled--;
+    pthread_cond_signal(&lane->room); /* costs nothing while nobody waits */
+    pthread_mutex_unlock(&lane->lock);
+}
+
+/* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill, while
+ * it is in the cache; `unfinished`, the second thread goes on with it. */
+static void lane_return(struct lane *lane, bool unfinished) {
+    pthread_mutex_lock(&lane->lock);
+    assert(lane->filled == 1);
+    lane->emptying = false;
+    if (unfinished)
+        pthread_cond_signal(&lane->work);
+    else
+        lane->filled = 0;
     pthread_mutex_unlock(&lane->lock);
 }
 
@@ -166,7 +189,7 @@ static void lane_release(struct lane *lane, bool unfinished) {
 static void lane_finish(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     while (lane->filled > 0 && !lane->closed)
-        pthread_cond_wait(&lane->changed, &lane->lock);
+        pthread_cond_wait(&lane->room, &lane->lock);
     pthread_mutex_unlock(&lane->lock);
 }
 
@@ -192,6 +215,8 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload,
         goto failed;
     }
     s->scratch = s->memory + (size_t)2 * SLOTS * SLOT_SIZE;
+    pthread_mutex_init(&s->delivery_lock, NULL);
+    pthread_cond_init(&s->delivered, NULL);
     s->tx = *uplink;
     s->rx = *downlink;
     return s;
@@ -265,10 +290,32 @@ static void await_device(struct ttun_session *s) {
         session_end(s, TTUN_END_DEVICE, errno);
 }
 
+/* While the downlink delivers a batch, each packet of it may make the kernel answer with one of ours
+ * (TCP's acknowledgements). Wait for the end of the batch and take them all at once: a wake-up, a
+ * system call and a packet on the wire for each would cost more than the data. */
+static void await_delivery(struct ttun_session *s) {
+    pthread_mutex_lock(&s->delivery_lock);
+    while (s->delivering)
+        pthread_cond_wait(&s->delivered, &s->delivery_lock);
+    pthread_mutex_unlock(&s->delivery_lock);
+}
+
+static void set_delivering(struct ttun_session *s, bool delivering) {
+    pthread_mutex_lock(&s->delivery_lock);
+    s->delivering = delivering;
+    if (!delivering)
+        pthread_cond_signal(&s->delivered);
+    pthread_mutex_unlock(&s->delivery_lock);
+}
+
 /* Reads the next packet of the device into the scratch and starts to segment it. Returns false when
  * there is none and `wait` is false, or when the session is over. */
 static bool read_packet(struct ttun_session *s, bool wait) {
     uint8_t *packet = s->scratch + SCRATCH_PACKET;
+    if (wait) {
+        await_device(s);
+        await_delivery(s);
+    }
     while (!is_over(s)) {
         ssize_t size = read(s->tun, packet - s->vnet_size, s->vnet_size + TTUN_PACKET_MAX);
         if (size < 0 && errno == EAGAIN) {
@@ -343,14 +390,16 @@ void ttun_uplink_seal(struct ttun_session *s) {
     struct slot *slot;
     while ((slot = lane_free_slot(&s->uplink)) != NULL && seal_batch(s, slot))
         if (lane_push(&s->uplink, s->direct))
-            lane_release(&s->uplink, send_slot(s, slot, MSG_DONTWAIT));
+            lane_return(&s->uplink, send_slot(s, slot, MSG_DONTWAIT));
 }
 
 void ttun_uplink_send(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-up-send");
     struct slot *slot;
-    while ((slot = lane_take(&s->uplink)) != NULL)
-        lane_release(&s->uplink, send_slot(s, slot, 0));
+    while ((slot = lane_take(&s->uplink)) != NULL) {
+        send_slot(s, slot, 0);
+        lane_release(&s->uplink);
+    }
 }
 
 /* ---- downlink ------------------------------------------------------------------------------- */
@@ -384,7 +433,7 @@ static bool write_merged(struct ttun_session *s) {
 
 /* Opens each frame of a slot and writes its packet to the device, merged with those before it where
  * they can be. */
-static void open_slot(struct ttun_session *s, struct slot *slot) {
+static void open_frames(struct ttun_session *s, struct slot *slot) {
     while (slot->begin < slot->end && !is_over(s)) {
         uint8_t *packet = slot->bytes + slot->begin + TTUN_PREFIX;
         size_t length = ttun_frame_length(slot->bytes + slot->begin);
@@ -407,6 +456,15 @@ static void open_slot(struct ttun_session *s, struct slot *slot) {
         }
     }
     write_merged(s); /* nothing waits for what may come later */
+}
+
+static void open_slot(struct ttun_session *s, struct slot *slot) {
+    bool large = slot->end - slot->begin >= LARGE_BATCH;
+    if (large)
+        set_delivering(s, true);
+    open_frames(s, slot);
+    if (large)
+        set_delivering(s, false);
 }
 
 void ttun_downlink_receive(struct ttun_session *s) {
@@ -441,7 +499,7 @@ void ttun_downlink_receive(struct ttun_session *s) {
         rest_size = size - whole;
         if (whole > 0 && lane_push(&s->downlink, s->direct)) {
             open_slot(s, slot);
-            lane_release(&s->downlink, false);
+            lane_return(&s->downlink, false);
         }
         if (bad >= 0) { /* nothing behind it can be read; what came before it counts */
             lane_finish(&s->downlink);
@@ -456,7 +514,7 @@ void ttun_downlink_open(struct ttun_session *s) {
     struct slot *slot;
     while ((slot = lane_take(&s->downlink)) != NULL) {
         open_slot(s, slot);
-        lane_release(&s->downlink, false);
+        lane_release(&s->downlink);
     }
 }
 
