@@ -26,5 +26,6 @@ ffibuilder.set_source(
     # The asserts guard memory that a peer's bytes reach: they stay in a release build.
     undef_macros=["NDEBUG"],
     extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra", "-pthread", *FLAGS],
+    libraries=["dl"],
     extra_link_args=["-pthread", *FLAGS],
 )

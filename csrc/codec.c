@@ -2,27 +2,44 @@
 #include "codec.h"
 
 #include <assert.h>
+#include <dlfcn.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { NONCE_COUNTER = 4 }; /* where the counter starts in the nonce */
 
 static_assert(NONCE_COUNTER + sizeof(uint64_t) <= TTUN_NONCE_MAX, "the counter fits the nonce");
 
-int ttun_cipher_init(struct ttun_cipher_state *state, ttun_encrypt encrypt, ttun_decrypt decrypt,
-                     uint32_t tag_size, uint8_t direction, const uint8_t *key) {
+struct ttun_cipher_state *ttun_cipher_new(ttun_encrypt encrypt, ttun_decrypt decrypt,
+                                          ttun_expand expand, uint32_t tag_size, uint8_t direction,
+                                          const uint8_t *key) {
     if (tag_size > TTUN_TAG_MAX)
-        return -1;
+        return NULL;
+    struct ttun_cipher_state *state =
+        aligned_alloc(_Alignof(struct ttun_cipher_state), sizeof *state);
+    if (state == NULL)
+        return NULL;
     memset(state, 0, sizeof *state);
     state->encrypt = encrypt;
     state->decrypt = decrypt;
     state->tag_size = tag_size;
     state->nonce[0] = direction;
-    memcpy(state->key, key, TTUN_KEY_SIZE);
-    return 0;
+    if (expand != NULL)
+        expand(state->key, key);
+    else
+        memcpy(state->key, key, TTUN_KEY_SIZE);
+    return state;
 }
 
 void ttun_cipher_wipe(struct ttun_cipher_state *state) {
     explicit_bzero(state, sizeof *state);
+}
+
+void ttun_cipher_free(struct ttun_cipher_state *state) {
+    if (state == NULL)
+        return;
+    ttun_cipher_wipe(state);
+    free(state);
 }
 
 /* Writes the next counter into the nonce and counts on. A counter is never used twice: after the
@@ -71,4 +88,13 @@ size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, l
         whole += TTUN_PREFIX + length;
     }
     return whole;
+}
+
+void *ttun_find_function(const char *library, const char *name) {
+    void *handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == NULL)
+        return NULL;
+    void *function = dlsym(handle, name);
+    dlclose(handle); /* it stays loaded: somebody else holds it */
+    return function;
 }

@@ -11,15 +11,19 @@ typedef int (*ttun_decrypt)(unsigned char *, unsigned long long *, unsigned char
                             const unsigned char *, unsigned long long, const unsigned char *,
                             unsigned long long, const unsigned char *, const unsigned char *);
 
+typedef int (*ttun_expand)(unsigned char *, const unsigned char *);
+
 struct ttun_cipher_state {
     uint64_t counter;
     uint32_t tag_size;
     ...;
 };
 
-int ttun_cipher_init(struct ttun_cipher_state *, ttun_encrypt, ttun_decrypt, uint32_t tag_size,
-                     uint8_t direction, const uint8_t *key);
+struct ttun_cipher_state *ttun_cipher_new(ttun_encrypt, ttun_decrypt, ttun_expand,
+                                          uint32_t tag_size, uint8_t direction, const uint8_t *key);
 void ttun_cipher_wipe(struct ttun_cipher_state *);
+void ttun_cipher_free(struct ttun_cipher_state *);
+void *ttun_find_function(const char *library, const char *name);
 size_t ttun_seal(struct ttun_cipher_state *, uint8_t *frame, const uint8_t *packet, size_t size);
 ptrdiff_t ttun_open(struct ttun_cipher_state *, uint8_t *ciphertext, size_t length);
 size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);

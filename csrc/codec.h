@@ -16,6 +16,7 @@
 
 enum {
     TTUN_KEY_SIZE = 32,
+    TTUN_KEY_STATE = 512, /* room for an expanded key: libsodium's crypto_aead_aes256gcm_state */
     TTUN_NONCE_MAX = 32,
     TTUN_TAG_MAX = 32,
     TTUN_PREFIX = 2,        /* bytes of the length prefix */
@@ -33,23 +34,32 @@ typedef int (*ttun_decrypt)(unsigned char *m, unsigned long long *mlen, unsigned
                             const unsigned char *ad, unsigned long long adlen,
                             const unsigned char *npub, const unsigned char *k);
 
+/* crypto_aead_*_beforenm: does once what depends on the key alone. encrypt and decrypt are then the
+ * _afternm functions, which take what it wrote in place of the key. */
+typedef int (*ttun_expand)(unsigned char *key_state, const unsigned char *key);
+
 /* One direction of a session: its cipher, its key and the number of its next frame. */
 struct ttun_cipher_state {
+    _Alignas(16) uint8_t key[TTUN_KEY_STATE]; /* libsodium wants the expanded one so aligned */
+    uint8_t nonce[TTUN_NONCE_MAX];
     ttun_encrypt encrypt;
     ttun_decrypt decrypt;
     uint64_t counter;
     uint32_t tag_size;
-    uint8_t key[TTUN_KEY_SIZE];
-    uint8_t nonce[TTUN_NONCE_MAX];
 };
 
-/* Makes a cipher state whose next frame is number 0. direction: 0 client to server, 1 server to
- * client. key: TTUN_KEY_SIZE bytes, copied. Returns 0, or -1 when tag_size is over TTUN_TAG_MAX. */
-int ttun_cipher_init(struct ttun_cipher_state *state, ttun_encrypt encrypt, ttun_decrypt decrypt,
-                     uint32_t tag_size, uint8_t direction, const uint8_t *key);
+/* Makes a cipher state whose next frame is number 0. expand: NULL where the cipher has none.
+ * direction: 0 client to server, 1 server to client. key: TTUN_KEY_SIZE bytes, copied. Returns NULL
+ * when tag_size is over TTUN_TAG_MAX or there is no memory. */
+struct ttun_cipher_state *ttun_cipher_new(ttun_encrypt encrypt, ttun_decrypt decrypt,
+                                          ttun_expand expand, uint32_t tag_size, uint8_t direction,
+                                          const uint8_t *key);
 
 /* Overwrites key and nonce, in a way that the compiler may not leave out. */
 void ttun_cipher_wipe(struct ttun_cipher_state *state);
+
+/* Wipes and frees it. NULL is fine. */
+void ttun_cipher_free(struct ttun_cipher_state *state);
 
 /* Seals one packet into one frame. frame: room for TTUN_PREFIX + packet_size + tag_size bytes.
  * packet may be frame + TTUN_PREFIX (in place) or lie elsewhere, but not overlap otherwise.
@@ -70,5 +80,8 @@ static inline size_t ttun_frame_length(const uint8_t *bytes) {
 /* How many of the first size bytes of a stream are whole frames. *bad is the first length found
  * below tag_size (nothing behind it can be read), else -1. */
 size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
+
+/* Finds a function in a library that this process has loaded already; NULL if there is none. */
+void *ttun_find_function(const char *library, const char *name);
 
 #endif

@@ -172,8 +172,8 @@ static void lane_release(struct lane *lane) {
     pthread_mutex_unlock(&lane->lock);
 }
 
-/* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill, while
- * it is in the cache; `unfinished`, the second thread goes on with it. */
+/* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill,
+ * while it is in the cache; `unfinished`, the second thread goes on with it. */
 static void lane_return(struct lane *lane, bool unfinished) {
     pthread_mutex_lock(&lane->lock);
     assert(lane->filled == 1);
@@ -198,9 +198,10 @@ static void lane_finish(struct lane *lane) {
 struct ttun_session *ttun_session_new(int tun, int socket, int offload,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct) {
-    struct ttun_session *s = calloc(1, sizeof *s);
+    struct ttun_session *s = aligned_alloc(_Alignof(struct ttun_session), sizeof *s);
     if (s == NULL)
         return NULL;
+    memset(s, 0, sizeof *s);
     s->tun = tun;
     s->socket = socket;
     s->direct = direct != 0;
@@ -290,9 +291,9 @@ static void await_device(struct ttun_session *s) {
         session_end(s, TTUN_END_DEVICE, errno);
 }
 
-/* While the downlink delivers a batch, each packet of it may make the kernel answer with one of ours
- * (TCP's acknowledgements). Wait for the end of the batch and take them all at once: a wake-up, a
- * system call and a packet on the wire for each would cost more than the data. */
+/* While the downlink delivers a batch, each packet of it may make the kernel answer with one of
+ * ours (TCP's acknowledgements). Wait for the end of the batch and take them all at once: a
+ * wake-up, a system call and a packet on the wire for each would cost more than the data. */
 static void await_delivery(struct ttun_session *s) {
     pthread_mutex_lock(&s->delivery_lock);
     while (s->delivering)

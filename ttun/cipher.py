@@ -7,6 +7,7 @@ its functions are plain C, so their addresses go straight to the codec and no pa
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 from ttun._codec import ffi, lib
@@ -73,15 +74,12 @@ class CipherState:
     def __init__(self, cipher: Cipher, direction: int, key: bytes) -> None:
         """Key it; the next frame is number 0."""
         self.cipher = cipher
-        self.c: Any = ffi.gc(ffi.new("struct ttun_cipher_state *"), lib.ttun_cipher_wipe)
-        lib.ttun_cipher_init(
-            self.c,
-            _address("ttun_encrypt", cipher.function + "_encrypt"),
-            _address("ttun_decrypt", cipher.function + "_decrypt"),
-            cipher.tag_size,
-            direction,
-            ffi.from_buffer(key),
+        state = lib.ttun_cipher_new(
+            *_functions(cipher), cipher.tag_size, direction, ffi.from_buffer(key)
         )
+        if state == ffi.NULL:
+            raise MemoryError
+        self.c: Any = ffi.gc(state, lib.ttun_cipher_free)
 
     def seal(self, packet: bytes) -> bytes:
         """Return the next frame: prefix, ciphertext and tag. ValueError if it fits no frame."""
@@ -102,7 +100,28 @@ class CipherState:
         lib.ttun_cipher_wipe(self.c)
 
 
-def _address(kind: str, function: str) -> Any:
-    """Return a function of libsodium as a pointer of the codec's type."""
-    pointer = sodium.ffi.addressof(sodium.lib, function)
-    return ffi.cast(kind, int(sodium.ffi.cast("uintptr_t", pointer)))
+def _functions(cipher: Cipher) -> tuple[Any, Any, Any]:
+    """Return encrypt, decrypt and expand of a cipher as the codec takes them.
+
+    Some ciphers do work that depends on the key alone; libsodium can do that once and not for each
+    packet. PyNaCl does not name those functions in Python, but its extension may export them.
+    """
+    names = [cipher.function + suffix for suffix in ("_encrypt_afternm", "_decrypt_afternm")]
+    library = os.fsencode(sodium.__file__)
+    found = [lib.ttun_find_function(library, name.encode()) for name in names]
+    expand = lib.ttun_find_function(library, f"{cipher.function}_beforenm".encode())
+    if expand != ffi.NULL and all(function != ffi.NULL for function in found):
+        encrypt, decrypt = found
+    else:
+        expand = ffi.NULL
+        encrypt, decrypt = (_address(cipher.function + end) for end in ("_encrypt", "_decrypt"))
+    return (
+        ffi.cast("ttun_encrypt", encrypt),
+        ffi.cast("ttun_decrypt", decrypt),
+        ffi.cast("ttun_expand", expand),
+    )
+
+
+def _address(function: str) -> int:
+    """Return the address of a function of libsodium that PyNaCl names."""
+    return int(sodium.ffi.cast("uintptr_t", sodium.ffi.addressof(sodium.lib, function)))
