@@ -26,6 +26,8 @@ DIAL_TIMEOUT = 4.0  # seconds for each address: TCP's first three SYNs
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4  # seconds, seconds, probes
 USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive takes
 
+NOTSENT_LOWAT = 131072  # bytes that wait in the socket before the device has to
+
 IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
 SOL_MPTCP, MPTCP_INFO = 284, 1
 
@@ -181,6 +183,7 @@ def tune(sock: socket.socket) -> None:
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT),
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT),
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
     ]
     for level, option, value in options:
         # MPTCP sockets lack some of them (ENOPROTOOPT); a socketpair has none.
