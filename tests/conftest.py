@@ -55,7 +55,10 @@ def pair() -> Iterator[hosts.Hosts]:
         yield made
 
 
-@pytest.fixture
-def bench(pair: hosts.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
-    """What runs on them in one test."""
-    yield from tunnel.bench(pair, tmp_path)
+@pytest.fixture(params=["offload", "no-offload"])
+def bench(
+    request: pytest.FixtureRequest, pair: hosts.Hosts, tmp_path: Path
+) -> Iterator[tunnel.Bench]:
+    """What runs on them in one test: every test holds with offload at the device and without."""
+    options = [] if request.param == "offload" else ["-offload=false"]
+    yield from tunnel.bench(pair, tmp_path, options)

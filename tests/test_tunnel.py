@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +52,65 @@ def test_a_gibibyte_each_way_at_once_arrives_whole(bench: Bench) -> None:
         assert all(transfer.result()["whole"] for transfer in transfers)
 
 
+def test_mixed_traffic_arrives_whole(bench: Bench) -> None:
+    """Many flows of many sizes both ways, both families, and datagrams between them.
+
+    TTUN_TEST_MIB: how much in all; more than the usual for a long run by hand.
+    """
+    total = int(os.environ.get("TTUN_TEST_MIB", "256")) << 20
+    bench.tunnel()
+    for addresses in (TUNNEL4, TUNNEL6):
+        bench.serve_traffic(SERVER, addresses[SERVER])
+    bulk = total // 8
+    small = [1, 2, 3, 100, 1219, 1220, 1221, 1240, 65535, 65536, 1 << 20]
+    flows = [
+        (action, addresses[SERVER], size)
+        for addresses in (TUNNEL4, TUNNEL6)
+        for action in ("send", "receive")
+        for size in (*small, bulk, bulk)
+    ]
+    done = threading.Event()
+    with ThreadPoolExecutor(12) as pool:
+        datagrams = [
+            pool.submit(bench.on, CLIENT, lambda a=a: exchange_datagrams(bench, a, done))
+            for a in (TUNNEL4, TUNNEL6)
+        ]
+        transfers = [
+            pool.submit(bench.traffic, CLIENT, action, address, PORT, str(size), timeout=900)
+            for action, address, size in flows
+        ]
+        whole = [transfer.result()["whole"] for transfer in transfers]
+        done.set()
+        assert all(whole)
+        for exchange in datagrams:
+            assert exchange.result() > 100, "datagrams came through all the while"
+
+
+def exchange_datagrams(bench: Bench, addresses: dict[str, str], done: threading.Event) -> int:
+    """Send datagrams of all sizes until done; how many arrived. Each that did is whole."""
+    family = socket.AF_INET6 if ":" in addresses[SERVER] else socket.AF_INET
+    receiver = bench.on(SERVER, lambda: socket.socket(family, socket.SOCK_DGRAM))
+    arrived = 0
+    with receiver, socket.socket(family, socket.SOCK_DGRAM) as sender:
+        receiver.bind((addresses[SERVER], 7000))
+        receiver.setblocking(False)
+        number = 0
+        while not done.is_set():
+            for _ in range(20):  # bursts of one size are what may be merged
+                size = random.Random(number // 7).randrange(1, 3000)
+                body = random.Random(number).randbytes(size)
+                checked = zlib.crc32(body).to_bytes(4, "big") + body
+                sender.sendto(checked, (addresses[SERVER], 7000))
+                number += 1
+            time.sleep(0.005)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    data = receiver.recv(65536)
+                    assert zlib.crc32(data[4:]).to_bytes(4, "big") == data[:4]
+                    arrived += 1
+    return arrived
+
+
 def test_a_thousand_connections_at_once(bench: Bench) -> None:
     bench.tunnel()
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
@@ -58,8 +122,6 @@ def test_a_thousand_connections_at_once(bench: Bench) -> None:
     payload = os.urandom(2000)
     for sock in connections:  # all of them are open before the first one says anything
         sock.sendall(bytes([0]) + len(payload).to_bytes(8, "big") + payload)
-    import hashlib
-
     for sock in connections:
         sock.sendall(hashlib.sha256(payload).digest())
     for sock in connections:

@@ -81,8 +81,8 @@ class End:
 class Bench:
     """Two hosts, and whatever a test starts on them; all of it is ended with the test."""
 
-    def __init__(self, pair: Hosts, directory: Path) -> None:
-        self.pair, self.directory = pair, directory
+    def __init__(self, pair: Hosts, directory: Path, options: list[str]) -> None:
+        self.pair, self.directory, self.options = pair, directory, options
         self.ends: list[End] = []
         self.helpers: list[subprocess.Popen[str]] = []
 
@@ -92,12 +92,12 @@ class Bench:
         return end
 
     def server(self, *options: str, key: str = "secret") -> End:
-        end = self.start(SERVER, "server", "-k", key, *options)
+        end = self.start(SERVER, "server", "-k", key, *self.options, *options)
         end.says("listening on")
         return end
 
     def client(self, *options: str, key: str = "secret", to: str = SERVER_ADDRESS) -> End:
-        return self.start(CLIENT, "client", "-k", key, "-s", to, *options)
+        return self.start(CLIENT, "client", "-k", key, "-s", to, *self.options, *options)
 
     def tunnel(self, *options: str) -> tuple[End, End]:
         """A server and a client that have found each other."""
@@ -113,8 +113,10 @@ class Bench:
             capture_output=True, text=True, check=True, timeout=timeout,
         ).stdout  # fmt: skip
 
-    def traffic(self, host: str, *arguments: str) -> Any:
-        return json.loads(self.run(host, *hosts.python("ttun.traffic", *arguments)))
+    def traffic(self, host: str, *arguments: str, timeout: float = 120) -> Any:
+        """What ttun.traffic measured."""
+        command = hosts.python("ttun.traffic", *arguments)
+        return json.loads(self.run(host, *command, timeout=timeout))
 
     def ping(self, host: str, address: str, times: int = 1, size: int = 56) -> int:
         """How many of so many pings were answered. size: bytes behind the ICMP header."""
@@ -184,9 +186,9 @@ class Bench:
             helper.stdout.close()
 
 
-def bench(pair: Hosts, directory: Path) -> Iterator[Bench]:
-    """The fixture."""
-    made = Bench(pair, directory)
+def bench(pair: Hosts, directory: Path, options: list[str]) -> Iterator[Bench]:
+    """The fixture. options: of every server and client."""
+    made = Bench(pair, directory, options)
     try:
         yield made
     except BaseException:

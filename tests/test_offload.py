@@ -1,0 +1,428 @@
+"""Segment and coalesce: what goes in as packets comes out as the same packets.
+
+Packets are built here and their checksums are those of tests/peer.py: nothing of the C code judges
+itself.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import pytest
+from peer import checksum
+from ttun._codec import ffi, lib
+
+NEEDS_CHECKSUM = 1
+NONE, TCP4, TCP6, UDP = 0, 1, 4, 5
+FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << bit for bit in range(8))
+Vnet = tuple[int, int, int, int, int, int]  # flags, type, header size, gso size, start, offset
+PLAIN: Vnet = (0, NONE, 0, 0, 0, 0)
+
+
+@dataclass
+class Packet:
+    """A TCP or UDP packet, as a sender's kernel would make it."""
+
+    v6: bool = False
+    udp: bool = False
+    ports: bytes = b"\x12\x34\x00\x50"
+    identification: int = 1
+    sequence: int = 1000
+    acknowledgement: int = 77
+    flags: int = ACK
+    window: int = 500
+    urgent: int = 0
+    options: bytes = b""
+    reserved: int = 0
+    payload: bytes = b"x" * 1000
+    service: int = 0
+    lifetime: int = 64
+    fragment: int = 0x4000  # do not fragment
+    source: int = 1
+    ip_options: bytes = b""
+
+    def transport(self) -> bytes:
+        if self.udp:
+            size = 8 + len(self.payload)
+            return self.ports + struct.pack(">HH", size, 0) + self.payload
+        offset = (20 + len(self.options)) // 4 << 4 | self.reserved
+        return (
+            self.ports
+            + struct.pack(">IIBB", self.sequence, self.acknowledgement, offset, self.flags)
+            + struct.pack(">HHH", self.window, 0, self.urgent)
+            + self.options
+            + self.payload
+        )
+
+    def addresses(self) -> bytes:
+        if self.v6:
+            return b"".join(
+                socket.inet_pton(socket.AF_INET6, f"fc11::{last}") for last in (self.source, 9)
+            )
+        return bytes([10, 1, 1, self.source, 10, 1, 1, 9])
+
+    def pseudo_header(self, size: int) -> bytes:
+        return self.addresses() + struct.pack(">IHBB", size, 0, 0, 17 if self.udp else 6)
+
+    def header(self, size: int) -> bytes:
+        protocol = 17 if self.udp else 6
+        if self.v6:
+            first = struct.pack(">IHBB", 6 << 28 | self.service << 20, size, protocol, 64)
+            return first + self.addresses()
+        header = struct.pack(
+            ">BBHHHBBH",
+            0x45 + len(self.ip_options) // 4,
+            self.service,
+            20 + len(self.ip_options) + size,
+            self.identification & 0xFFFF,
+            self.fragment,
+            self.lifetime,
+            protocol,
+            0,
+        )
+        header += self.addresses() + self.ip_options
+        return header[:10] + struct.pack(">H", checksum(header)) + header[12:]
+
+    def whole(self) -> bytes:
+        """With all its checksums."""
+        data = self.transport()
+        field = 6 if self.udp else 16
+        value = checksum(self.pseudo_header(len(data)) + data)
+        if self.udp and value == 0:
+            value = 0xFFFF
+        data = data[:field] + struct.pack(">H", value) + data[field + 2 :]
+        return self.header(len(data)) + data
+
+    def partial(self) -> bytes:
+        """As the kernel leaves it to the device: the sum over the pseudo-header alone."""
+        data = self.transport()
+        field = 6 if self.udp else 16
+        value = 0xFFFF - checksum(self.pseudo_header(len(data)))
+        data = data[:field] + struct.pack(">H", value) + data[field + 2 :]
+        return self.header(len(data)) + data
+
+    def vnet(self, gso_size: int) -> Vnet:
+        start = (40 if self.v6 else 20) + len(self.ip_options)
+        kind = UDP if self.udp else TCP6 if self.v6 else TCP4
+        headers = start + (8 if self.udp else 20 + len(self.options))
+        offset = 6 if self.udp else 16
+        return NEEDS_CHECKSUM, kind if gso_size else NONE, headers, gso_size, start, offset
+
+    def cut(self, gso_size: int) -> list[bytes]:
+        """The packets that it stands for when the kernel would have cut it."""
+        parts = []
+        for index, start in enumerate(range(0, len(self.payload), gso_size)):
+            last = start + gso_size >= len(self.payload)
+            flags = self.flags if last else self.flags & ~(FIN | PSH)
+            part = replace(
+                self,
+                payload=self.payload[start : start + gso_size],
+                identification=self.identification + index,
+                sequence=(self.sequence + start) % (1 << 32),
+                flags=flags & ~CWR if index else flags,
+            )
+            parts.append(part.whole())
+        return parts
+
+
+def segment(vnet: Vnet, packet: bytes) -> list[bytes] | None:
+    """What the uplink makes of a packet of the kernel; None if it refuses it."""
+    room = ffi.new("uint8_t[]", 16 + lib.TTUN_PACKET_MAX)
+    ffi.memmove(room + 16, packet, len(packet))
+    header = ffi.new("struct ttun_vnet *", vnet)
+    state = ffi.new("struct ttun_segmenter *")
+    if not lib.ttun_segment(state, header, room + 16, len(packet)):
+        return None
+    size, segments = ffi.new("size_t *"), []
+    while (found := lib.ttun_next_segment(state, size)) != ffi.NULL:
+        segments.append(bytes(ffi.buffer(found, size[0])))
+    return segments
+
+
+def coalesce(
+    packets: Iterable[bytes], tcp: bool = True, udp: bool = True
+) -> list[tuple[Vnet, bytes]]:
+    """What the downlink writes to the device for a batch of packets."""
+    state = ffi.new("struct ttun_coalescer *")
+    lib.ttun_coalescer_init(state, tcp, udp)
+    buffers, written = [], []
+
+    def flush() -> None:
+        count = lib.ttun_flush(state)
+        if count:
+            parts = [
+                bytes(ffi.buffer(state.parts[i].iov_base, state.parts[i].iov_len))
+                for i in range(count)
+            ]
+            written.append((struct.unpack("=BBHHHH", parts[0]), b"".join(parts[1:])))
+
+    for packet in packets:
+        buffers.append(ffi.new("uint8_t[]", packet))
+        if not lib.ttun_coalesce(state, buffers[-1], len(packet)):
+            flush()
+            assert lib.ttun_coalesce(state, buffers[-1], len(packet))
+    flush()
+    return written
+
+
+def there_and_back(packets: list[bytes]) -> list[bytes]:
+    """Coalesce, then segment."""
+    result: list[bytes] = []
+    for vnet, packet in coalesce(packets):
+        segments = segment(vnet, packet)
+        assert segments is not None
+        result += segments
+    return result
+
+
+FAMILIES = pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+PROTOCOLS = pytest.mark.parametrize("udp", [False, True], ids=["tcp", "udp"])
+TIMESTAMPS = b"\x01\x01\x08\x0a" + bytes(8)
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_sums_agree_with_another_implementation(offset: int) -> None:
+    data = os.urandom(3000)
+    buffer = ffi.from_buffer(data)
+    for size in [*range(200), 1280, 2000, 2999 - offset]:
+        ours = lib.ttun_fold(lib.ttun_sum(0, buffer + offset, size))
+        theirs = 0xFFFF - checksum(data[offset : offset + size])
+        assert socket.htons(ours) % 0xFFFF == theirs % 0xFFFF
+
+
+@FAMILIES
+@PROTOCOLS
+def test_a_large_packet_of_the_kernel_is_cut(v6: bool, udp: bool) -> None:
+    for size, gso in [(60000, 1220), (1221, 1220), (2440, 1220), (9, 8), (1000, 1), (300, 7)]:
+        packet = Packet(
+            v6, udp, payload=os.urandom(size), identification=65530, sequence=2**32 - 100,
+            flags=ACK | PSH | FIN | ECE | CWR, options=TIMESTAMPS, service=2,
+        )  # fmt: skip
+        assert segment(packet.vnet(gso), packet.partial()) == packet.cut(gso)
+
+
+def test_ip_options_and_extension_headers_are_in_every_segment() -> None:
+    packet = Packet(payload=os.urandom(5000), ip_options=b"\x94\x04\0\0")
+    assert segment(packet.vnet(1000), packet.partial()) == packet.cut(1000)
+
+
+@FAMILIES
+@PROTOCOLS
+def test_a_checksum_is_completed(v6: bool, udp: bool) -> None:
+    for size in (1, 2, 3, 100, 1220):
+        packet = Packet(v6, udp, payload=os.urandom(size))
+        assert segment(packet.vnet(0), packet.partial()) == [packet.whole()]
+
+
+def test_a_udp_checksum_of_zero_is_sent_as_ffff() -> None:
+    for value in range(65536):
+        packet = Packet(udp=True, payload=value.to_bytes(2, "big"))
+        if checksum(packet.pseudo_header(10) + packet.transport()) == 0:
+            break
+    else:
+        pytest.fail("no such packet")
+    (sent,) = segment(packet.vnet(0), packet.partial())
+    assert sent[26:28] == b"\xff\xff"
+
+
+def test_a_packet_that_needs_nothing_is_left_alone() -> None:
+    for packet in (b"\x45", b"anything", os.urandom(65535)):
+        assert segment(PLAIN, packet) == [packet]
+
+
+def test_a_header_that_contradicts_its_packet_is_refused() -> None:
+    packet = Packet(payload=bytes(3000))
+    good, data = packet.vnet(1000), packet.partial()
+    assert segment(good, data) is not None
+    changes = {0: [0], 1: [2, 3, 4, 5 + 128, 255], 3: [0], 4: [0, 19, 21, 3000, 65535]}
+    for field, values in changes.items():
+        for value in values:
+            bad = (*good[:field], value, *good[field + 1 :])
+            assert segment(bad, data) is None, (field, value)
+    assert segment(good, data[:40]) is None, "no payload"
+    assert segment(good, data[:30]) is None, "half a header"
+    assert segment((1, 0, 0, 0, 65535, 65535), data) is None
+    assert segment((1, 0, 0, 0, len(data) - 1, 0), data) is None
+    assert segment(good, b"") is None
+    short = bytearray(data)
+    short[32] = 0x40
+    assert segment(good, bytes(short)) is None, "a TCP header of 16 bytes"
+
+
+def test_no_header_leads_out_of_its_packet() -> None:
+    """Whatever the header says, segments stay within the packet's size and number."""
+    rng = random.Random(1)
+    for _ in range(20000):
+        packet = Packet(rng.random() < 0.5, rng.random() < 0.5, payload=bytes(rng.randrange(300)))
+        data = bytearray(packet.partial())
+        for _ in range(rng.randrange(3)):
+            data[rng.randrange(min(60, len(data)))] = rng.randrange(256)
+        data = data[: rng.randrange(len(data) + 1)]
+        vnet = list(packet.vnet(rng.choice([0, 1, 8, 100, 65535])))
+        for _ in range(rng.randrange(3)):
+            vnet[rng.randrange(6)] = rng.choice([0, 1, 4, 5, 20, 40, 60, 255])
+        segments = segment(tuple(vnet), bytes(data)) or []
+        assert all(len(each) <= len(data) for each in segments)
+        assert len(segments) <= max(1, len(data))
+
+
+@FAMILIES
+@PROTOCOLS
+def test_packets_that_follow_each_other_become_one(v6: bool, udp: bool) -> None:
+    packet = Packet(v6, udp, payload=os.urandom(1200 * 39 + 5), flags=ACK | PSH | ECE)
+    packets = packet.cut(1200)
+    ((vnet, merged),) = coalesce(packets)
+    assert vnet == packet.vnet(1200)
+    assert merged == packet.partial()
+    assert there_and_back(packets) == packets
+
+
+@FAMILIES
+def test_options_are_kept(v6: bool) -> None:
+    packets = Packet(v6, options=TIMESTAMPS, payload=bytes(9000)).cut(1000)
+    assert len(coalesce(packets)) == 1
+    assert there_and_back(packets) == packets
+
+
+def test_no_more_is_merged_than_the_kernel_takes() -> None:
+    for size in (1, 100, 1240, 9000):
+        packets = Packet(payload=bytes(size * 200)).cut(size)
+        written = coalesce(packets)
+        assert len(written) < len(packets)
+        for vnet, merged in written:
+            assert len(merged) <= 65535
+            segments = segment(vnet, merged)
+            assert segments is not None
+            assert len(segments) <= lib.TTUN_SEGMENTS_MAX
+        assert there_and_back(packets) == packets
+
+
+FIRST, SECOND = (Packet(payload=bytes(2000)).cut(1000)[i] for i in (0, 1))
+
+
+def second(**change: object) -> bytes:
+    """What follows FIRST, but for one thing."""
+    follower = Packet(payload=bytes(1000), sequence=2000, identification=2)
+    return replace(follower, **change).whole()
+
+
+def broken(packet: bytes, where: int) -> bytes:
+    return packet[:where] + bytes([packet[where] ^ 1]) + packet[where + 1 :]
+
+
+UNUSUAL = {
+    "a SYN": second(flags=ACK | SYN),
+    "a FIN": second(flags=ACK | FIN),
+    "a RST": second(flags=ACK | RST),
+    "urgent data": second(flags=ACK | URG, urgent=5),
+    "an urgent pointer": second(urgent=5),
+    "a CWR": second(flags=ACK | CWR),
+    "no ACK": second(flags=0),
+    "another ECE": second(flags=ACK | ECE),
+    "a reserved bit": second(reserved=1),
+    "a gap": second(sequence=2001),
+    "a repetition": second(sequence=1000),
+    "another acknowledgement": second(acknowledgement=78),
+    "another window": second(window=501),
+    "options": second(options=b"\x01" * 4),
+    "another port": second(ports=b"\x12\x35\x00\x50"),
+    "another source": second(source=2),
+    "another service": second(service=8),
+    "an ECN mark": second(service=3),
+    "another lifetime": second(lifetime=63),
+    "an identification that does not follow": second(identification=3),
+    "a fragment": second(fragment=0x2000),
+    "a later fragment": second(fragment=0x0010),
+    "may be fragmented": second(fragment=0),
+    "IP options": second(ip_options=b"\x01" * 4),
+    "a larger payload": second(payload=bytes(1001)),
+    "no payload": second(payload=b""),
+    "a wrong IP checksum": broken(SECOND, 10),
+    "a wrong TCP checksum": broken(SECOND, 36),
+    "a wrong byte of payload": broken(SECOND, 500),
+    "a byte too many": SECOND + b"x",
+    "a byte too few": SECOND[:-1],
+    "not IP": b"\x00" * 1000,
+    "one byte": b"\x45",
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_the_unusual_passes_unchanged_and_in_order(name: str) -> None:
+    assert len(coalesce([FIRST, SECOND])) == 1, "the usual is merged"
+    packets = [FIRST, UNUSUAL[name], FIRST]
+    assert coalesce(packets) == [(PLAIN, packet) for packet in packets]
+
+
+def test_udp_without_a_checksum_passes_unchanged() -> None:
+    packets = Packet(udp=True, payload=bytes(2000)).cut(1000)
+    bare = [packet[:26] + b"\0\0" + packet[28:] for packet in packets]
+    assert len(coalesce(packets)) == 1
+    assert coalesce(bare) == [(PLAIN, packet) for packet in bare]
+
+
+def test_ipv6_extension_headers_pass_unchanged() -> None:
+    packets = Packet(v6=True, payload=bytes(2000)).cut(1000)
+    extended = []
+    for packet in packets:  # a hop-by-hop header of 8 bytes with padding
+        header = packet[:4] + struct.pack(">H", len(packet) - 32) + b"\0" + packet[7:40]
+        extended.append(header + b"\x06\x00\x01\x04\0\0\0\0" + packet[40:])
+    assert coalesce(extended) == [(PLAIN, packet) for packet in extended]
+
+
+def test_what_the_device_does_not_take_is_not_merged() -> None:
+    tcp, udp = (Packet(udp=u, payload=bytes(3000)).cut(1000) for u in (False, True))
+    assert len(coalesce(tcp + udp, tcp=True, udp=True)) == 2
+    assert len(coalesce(tcp + udp, tcp=True, udp=False)) == 4
+    assert len(coalesce(tcp + udp, tcp=False, udp=True)) == 4
+    assert coalesce(tcp + udp, tcp=False, udp=False) == [(PLAIN, p) for p in tcp + udp]
+
+
+def test_a_push_ends_a_merged_packet_and_a_short_one_does_too() -> None:
+    one, two = Packet(payload=bytes(2000), flags=ACK | PSH).cut(1000), second(sequence=3000)
+    assert [len(p) for _, p in coalesce([*one, two])] == [2040, 1040]
+    short = [*Packet(payload=bytes(1500)).cut(1000), second(sequence=2500, identification=3)]
+    assert [len(p) for _, p in coalesce(short)] == [1540, 1040]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_stream_comes_back_the_same(seed: int) -> None:
+    """Flows of all kinds, interleaved, with mishaps: coalesce then segment gives the same bytes."""
+    rng = random.Random(seed)
+    flows = [
+        Packet(
+            v6=rng.random() < 0.5,
+            udp=rng.random() < 0.4,
+            ports=rng.randbytes(4),
+            source=rng.randrange(1, 4),
+            identification=rng.choice([1, 65530]),
+            sequence=rng.choice([0, 2**32 - 3000]),
+            options=rng.choice([b"", TIMESTAMPS]),
+        )
+        for _ in range(rng.randrange(1, 5))
+    ]
+    packets: list[bytes] = []
+    while len(packets) < 400:
+        index = rng.randrange(len(flows))
+        size = rng.choice([1, 2, 7, 100, 1220, 1400])
+        burst = rng.randbytes(rng.randrange(size * 30) + 1)
+        flow = replace(flows[index], payload=burst, flags=rng.choice([ACK, ACK | PSH, ACK | ECE]))
+        cut = flow.cut(size)
+        packets += cut
+        flows[index].sequence = (flow.sequence + len(burst)) % 2**32
+        flows[index].identification = (flow.identification + len(cut)) % 2**16
+        if rng.random() < 0.5:
+            packets.append(rng.choice(list(UNUSUAL.values())))
+        if rng.random() < 0.3:
+            victim = rng.randrange(len(packets))
+            packets[victim] = broken(packets[victim], rng.randrange(len(packets[victim])))
+        if rng.random() < 0.2:
+            i, j = rng.randrange(len(packets)), rng.randrange(len(packets))
+            packets[i], packets[j] = packets[j], packets[i]
+    assert there_and_back(packets) == packets
+    assert len(coalesce(packets)) < len(packets)
