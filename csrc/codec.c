@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { NONCE_COUNTER = 4 }; /* where the counter starts in the nonce */
 
@@ -88,6 +89,35 @@ size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, l
         whole += TTUN_PREFIX + length;
     }
     return whole;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+int ttun_bench(struct ttun_cipher_state *sealing, struct ttun_cipher_state *opening,
+               uint8_t *buffer, size_t room, size_t size, double seconds, double rates[2]) {
+    double bytes = 0, seal_time = 0, open_time = 0;
+    size_t frame = TTUN_PREFIX + size + sealing->tag_size, frames = room / frame;
+    if (frames == 0)
+        return -1;
+    while (seal_time + open_time < seconds) {
+        double start = now();
+        for (size_t i = 0; i < frames; i++)
+            ttun_seal(sealing, buffer + i * frame, buffer + i * frame + TTUN_PREFIX, size);
+        double sealed = now();
+        for (size_t i = 0; i < frames; i++)
+            if (ttun_open(opening, buffer + i * frame + TTUN_PREFIX, frame - TTUN_PREFIX) < 0)
+                return -1;
+        open_time += now() - sealed;
+        seal_time += sealed - start;
+        bytes += (double)(frames * size);
+    }
+    rates[0] = bytes / seal_time;
+    rates[1] = bytes / open_time;
+    return 0;
 }
 
 void *ttun_find_function(const char *library, const char *name) {

@@ -23,6 +23,8 @@ struct ttun_cipher_state *ttun_cipher_new(ttun_encrypt, ttun_decrypt, ttun_expan
                                           uint32_t tag_size, uint8_t direction, const uint8_t *key);
 void ttun_cipher_wipe(struct ttun_cipher_state *);
 void ttun_cipher_free(struct ttun_cipher_state *);
+int ttun_bench(struct ttun_cipher_state *sealing, struct ttun_cipher_state *opening,
+               uint8_t *buffer, size_t room, size_t size, double seconds, double rates[2]);
 void *ttun_find_function(const char *library, const char *name);
 size_t ttun_seal(struct ttun_cipher_state *, uint8_t *frame, const uint8_t *packet, size_t size);
 ptrdiff_t ttun_open(struct ttun_cipher_state *, uint8_t *ciphertext, size_t length);

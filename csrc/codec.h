@@ -81,6 +81,12 @@ static inline size_t ttun_frame_length(const uint8_t *bytes) {
  * below tag_size (nothing behind it can be read), else -1. */
 size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
 
+/* Seals as many packets of size bytes as buffer has room for, opens them, and so on for some
+ * seconds. rates: bytes of packets per second, sealed and opened. Returns 0, or -1 when a frame did
+ * not open or there is no room for one. */
+int ttun_bench(struct ttun_cipher_state *sealing, struct ttun_cipher_state *opening,
+               uint8_t *buffer, size_t room, size_t size, double seconds, double rates[2]);
+
 /* Finds a function in a library that this process has loaded already; NULL if there is none. */
 void *ttun_find_function(const char *library, const char *name);
 

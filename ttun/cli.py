@@ -1,4 +1,4 @@
-"""The command line: ``ttun server``, ``client``, ``demo``, ``genkey``.
+"""The command line: ``ttun server``, ``client``, ``demo``, ``bench``, ``genkey``.
 
 Long options work with one dash, as in the original program, and with two. A value may begin with
 a dash. Errors are one line on stderr: exit code 2 for bad usage, 1 for what cannot work here.
@@ -77,9 +77,32 @@ def build_parser() -> Parser:
         metavar="MIB",
         help="how much to send each way (default: %(default)s MiB)",
     )
+    _bench_commands(_command(commands, "bench", "measure how fast it is on this machine"))
     genkey = _command(commands, "genkey", "print a fresh 256-bit key")
     genkey.set_defaults(run=run_genkey)
     return parser
+
+
+def _bench_commands(bench: Parser) -> None:
+    kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    codec = _command(kinds, "codec", "seal and open, each cipher and size, on one core")
+    codec.set_defaults(run=run_bench_codec)
+    tunnel = _command(kinds, "tunnel", "both ends on this machine, beside the bare link and others")
+    tunnel.set_defaults(run=run_bench_tunnel)
+    tunnel.add_argument("--rounds", type=_number, default=5, help="default: %(default)s")
+    tunnel.add_argument(
+        "--seconds", type=float, default=2.0, help="of each transfer (default: %(default)s)"
+    )
+    tunnel.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="OTHER",
+        help="openvpn, wireguard-go (or its path), or 'SERVER COMMAND :: CLIENT COMMAND' with "
+        "{peer} for the server's address; repeatable",
+    )
+    tunnel.add_argument("--json", metavar="FILE", help="write all figures")
+    tunnel.add_argument("--plot", metavar="FILE.svg", help="draw them (pip install 'ttun[plot]')")
 
 
 def _command(
@@ -232,6 +255,24 @@ def run_demo(options: argparse.Namespace) -> int:
     from ttun import demo
 
     return demo.run(options.size)
+
+
+def run_bench_codec(_: argparse.Namespace) -> int:
+    """``ttun bench codec``."""
+    from ttun import bench
+
+    return bench.codec()
+
+
+def run_bench_tunnel(options: argparse.Namespace) -> int:
+    """``ttun bench tunnel``."""
+    from ttun import bench
+
+    if options.rounds < 1 or not 0 < options.seconds < 3600:
+        raise UsageError("at least one round and less than an hour")
+    return bench.tunnel(
+        options.rounds, options.seconds, options.against, options.json, options.plot
+    )
 
 
 def run_server(options: argparse.Namespace) -> int:

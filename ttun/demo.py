@@ -69,7 +69,7 @@ def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bo
         for host, command in ((SERVER, server), (CLIENT, client)):
             log = running.enter_context(logs[host].open("w"))
             ends.append(pair.start(host, command, environment=psk, stdout=log, stderr=log))
-            running.callback(_end, ends[-1])
+            running.callback(end, ends[-1])
         _await_tunnel(pair, ends, logs)
         rows.append(("tunnel up", f"{time.monotonic() - started:.1f} s", True))
         rows += [_ping(pair, "ping 10.1.1.1", "10.1.1.1"), _ping(pair, "ping fc11::1", "fc11::1")]
@@ -80,22 +80,22 @@ def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bo
             environment=hosts.environment(),
             stdout=subprocess.PIPE,
         )
-        running.callback(_end, receiver)
+        running.callback(end, receiver)
         assert receiver.stdout is not None
         receiver.stdout.readline()
         for action, name in (("send", "client to server"), ("receive", "server to client")):
             progress(f"{size} MiB, {name}")
             rows.append(_transfer(pair, action, name, size))
-    for host, end in zip((SERVER, CLIENT), ends):
-        clean = end.returncode == 0
-        rows.append((f"{host} ended cleanly", f"exit code {end.returncode}", clean))
+    for host, process in zip((SERVER, CLIENT), ends):
+        clean = process.returncode == 0
+        rows.append((f"{host} ended cleanly", f"exit code {process.returncode}", clean))
     return rows
 
 
 def _await_tunnel(pair: Hosts, ends: list[subprocess.Popen[str]], logs: dict[str, Path]) -> None:
     deadline = time.monotonic() + START_TIMEOUT
-    while _measured(pair, "ping", "10.1.1.1", "1") in (None, [None]):
-        if time.monotonic() > deadline or any(end.poll() is not None for end in ends):
+    while measured(pair, "ping", "10.1.1.1", "1") in (None, [None]):
+        if time.monotonic() > deadline or any(process.poll() is not None for process in ends):
             said = "; ".join(f"{host}: {_last_line(log)}" for host, log in logs.items())
             raise TtunError(f"the tunnel did not come up: {said}")
         time.sleep(0.05)
@@ -108,14 +108,14 @@ def _last_line(log: Path) -> str:
 
 def _ping(pair: Hosts, name: str, address: str) -> tuple[str, str, bool]:
     progress(name)
-    times = _measured(pair, "ping", address, str(PINGS)) or []
+    times = measured(pair, "ping", address, str(PINGS)) or []
     answered = [seconds for seconds in times if seconds is not None]
     median = f", median {statistics.median(answered) * 1000:.2f} ms" if answered else ""
     return name, f"{len(answered)} of {PINGS} answered{median}", len(answered) == PINGS
 
 
 def _transfer(pair: Hosts, action: str, name: str, size: int) -> tuple[str, str, bool]:
-    result = _measured(pair, action, "10.1.1.1", str(PORT), str(size << 20))
+    result = measured(pair, action, "10.1.1.1", str(PORT), str(size << 20))
     title = f"{size} MiB {name}"
     if result is None:
         return title, "did not arrive", False
@@ -124,7 +124,7 @@ def _transfer(pair: Hosts, action: str, name: str, size: int) -> tuple[str, str,
     return title, figure, result["whole"]
 
 
-def _measured(pair: Hosts, *arguments: str) -> Any:
+def measured(pair: Hosts, *arguments: str) -> Any:
     """Run ttun.traffic on the client's host; return what it measured, None if it failed."""
     done = subprocess.run(
         pair.command(CLIENT, hosts.python("ttun.traffic", *arguments)),
@@ -136,7 +136,8 @@ def _measured(pair: Hosts, *arguments: str) -> Any:
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process, kindly at first."""
     process.terminate()
     try:
         process.wait(5)

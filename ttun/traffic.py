@@ -1,14 +1,24 @@
 """Traffic through a tunnel, made and measured: for the demo, the benchmark and the tests.
 
-``python -m ttun.traffic serve ADDRESS PORT`` answers; ``send``, ``receive`` and ``ping`` measure
-and print one line of JSON. A transfer is one TCP connection::
+``python -m ttun.traffic serve ADDRESS PORT`` answers; the others measure and print one line of
+JSON. ``send`` and ``receive`` compare checksums, one TCP connection each::
 
-    client: direction, u8: 0 to the server, 1 from it | size, u64 big-endian
+    client: action, u8: 0 to the server, 1 from it | size, u64 big-endian
     sender: size bytes, then their SHA-256        receiver, after all of it: b"1" whole, b"0" not
+
+``flood`` and ``drain`` measure how fast TCP goes, as iperf3 does, ``datagrams`` how many UDP
+datagrams arrive::
+
+    client: action, u8: 2 to the server, 3 from it, 4 datagrams | milliseconds, u64 big-endian
+    sender: anything, then the end                receiver, after it: bytes and nanoseconds, u64
+
+    datagrams: the server answers with a UDP port, u64; the client sends there and then a byte
+    here; the server says how many arrived and 0, u64
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +29,8 @@ import threading
 import time
 
 REQUEST = struct.Struct(">BQ")
-UPLOAD, DOWNLOAD = 0, 1
+UPLOAD, DOWNLOAD, FLOOD, DRAIN, DATAGRAMS = range(5)
+RESULT = struct.Struct(">QQ")
 BLOCK = 1 << 20
 ICMP_ECHO, ICMPV6_ECHO, ICMP_REPLY, ICMPV6_REPLY = 8, 128, 0, 129
 IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2  # linux/in.h, linux/in6.h
@@ -40,11 +51,17 @@ def _answer(sock: socket.socket) -> None:
     with sock:
         sock.settimeout(PATIENCE)
         try:
-            direction, size = REQUEST.unpack(_receive_exactly(sock, REQUEST.size))
-            if direction == UPLOAD:
+            action, size = REQUEST.unpack(_receive_exactly(sock, REQUEST.size))
+            if action == UPLOAD:
                 _receive_and_judge(sock, size)
-            else:
+            elif action == DOWNLOAD:
                 _send_and_ask(sock, size)
+            elif action == FLOOD:
+                sock.sendall(RESULT.pack(*_receive_all(sock)))
+            elif action == DRAIN:
+                _send_for(sock, size / 1000)
+            else:
+                _count_datagrams(sock)
         except OSError as error:
             print(f"transfer failed: {error}", file=sys.stderr)
 
@@ -87,6 +104,101 @@ def _receive_and_judge(sock: socket.socket, size: int) -> bool:
     whole = _receive_exactly(sock, digest.digest_size) == digest.digest()
     sock.sendall(b"1" if whole else b"0")
     return whole
+
+
+def flood(address: str, port: int, action: int, streams: int, seconds: float) -> float:
+    """Send (FLOOD) or receive (DRAIN) over some streams at once; return bits per second.
+
+    What counts is what the receiver got, over the time it took.
+    """
+    results: list[tuple[int, int]] = []
+
+    def one() -> None:
+        with socket.create_connection((address, port), timeout=PATIENCE) as sock:
+            sock.sendall(REQUEST.pack(action, int(seconds * 1000)))
+            if action == DRAIN:
+                results.append(_receive_all(sock))
+            else:
+                _send_for(sock, seconds)
+                results.append(RESULT.unpack(_receive_exactly(sock, RESULT.size)))
+
+    threads = [threading.Thread(target=one) for _ in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(results) < streams:
+        raise ConnectionError(f"{streams - len(results)} of {streams} streams broke")
+    return sum(size * 8e9 / nanoseconds for size, nanoseconds in results)
+
+
+def _send_for(sock: socket.socket, seconds: float) -> None:
+    block = bytes(BLOCK // 4)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sock.sendall(block)
+    sock.shutdown(socket.SHUT_WR)
+
+
+def _receive_all(sock: socket.socket) -> tuple[int, int]:
+    """Receive to the end; return bytes, and nanoseconds from the first to the last."""
+    buffer = bytearray(BLOCK)
+    size = sock.recv_into(buffer)
+    started = last = time.monotonic_ns()
+    while got := sock.recv_into(buffer):
+        size += got
+        last = time.monotonic_ns()
+    return size, max(1, last - started)
+
+
+def datagrams(
+    address: str, port: int, size: int, rate: int, seconds: float
+) -> dict[str, float | int]:
+    """Send datagrams of size bytes at rate per second (0: as fast as they go).
+
+    Returns how many were sent and how many arrived, and the seconds that sending took.
+    """
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(socket.create_connection((address, port), timeout=PATIENCE))
+        sender = stack.enter_context(socket.socket(control.family, socket.SOCK_DGRAM))
+        control.sendall(REQUEST.pack(DATAGRAMS, int(seconds * 1000)))
+        (target,) = struct.unpack(">Q", _receive_exactly(control, 8))
+        sender.connect((address, target))
+        body = bytes(size)
+        sent, started = 0, time.monotonic()
+        while (elapsed := time.monotonic() - started) < seconds:
+            due = int(rate * elapsed) - sent if rate else 1000
+            for _ in range(due):
+                sender.send(body)
+            sent += due
+        control.sendall(b".")
+        arrived, _ = RESULT.unpack(_receive_exactly(control, RESULT.size))
+        return {"sent": sent, "arrived": arrived, "seconds": elapsed}
+
+
+def _count_datagrams(control: socket.socket) -> None:
+    with socket.socket(control.family, socket.SOCK_DGRAM) as receiver:
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        receiver.bind((control.getsockname()[0], 0))
+        receiver.settimeout(0.3)
+        control.sendall(struct.pack(">Q", receiver.getsockname()[1]))
+        done = threading.Event()
+
+        def await_end() -> None:
+            control.recv(1)
+            done.set()
+
+        threading.Thread(target=await_end, daemon=True).start()
+        arrived, buffer = 0, bytearray(65536)
+        while True:
+            try:
+                while True:
+                    receiver.recv_into(buffer)
+                    arrived += 1
+            except socket.timeout:
+                if done.is_set():
+                    break
+        control.sendall(RESULT.pack(arrived, 0))
 
 
 def _receive_exactly(sock: socket.socket, size: int) -> bytes:
@@ -158,16 +270,28 @@ def internet_checksum(data: bytes) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Run serve ADDRESS PORT, send|receive ADDRESS PORT BYTES, or ping ADDRESS TIMES [BYTES]."""
-    action, address, number = arguments[0], arguments[1], int(arguments[2])
+    """Run one of these.
+
+    serve ADDRESS PORT; send|receive ADDRESS PORT BYTES; flood|drain ADDRESS PORT STREAMS SECONDS;
+    datagrams ADDRESS PORT BYTES RATE SECONDS; ping ADDRESS TIMES [BYTES [INTERVAL]].
+    """
+    action, address, number, *rest = arguments
     if action == "serve":
-        serve(address, number)
-    elif action == "ping":
-        size = int(arguments[3]) if arguments[3:] else 56
-        print(json.dumps(ping(address, number, interval=0.01, size=size)))
+        serve(address, int(number))
+        return
+    result: object
+    if action == "ping":
+        size, interval = [*rest, *("56", "0.01")[len(rest) :]]
+        result = ping(address, int(number), float(interval), int(size))
+    elif action == "datagrams":
+        result = datagrams(address, int(number), int(rest[0]), int(rest[1]), float(rest[2]))
+    elif action in ("flood", "drain"):
+        kind = FLOOD if action == "flood" else DRAIN
+        result = flood(address, int(number), kind, int(rest[0]), float(rest[1]))
     else:
-        direction = UPLOAD if action == "send" else DOWNLOAD
-        print(json.dumps(transfer(address, number, direction, int(arguments[3]))))
+        kind = UPLOAD if action == "send" else DOWNLOAD
+        result = transfer(address, int(number), kind, int(rest[0]))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

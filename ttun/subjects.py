@@ -1,0 +1,147 @@
+"""What ``ttun bench tunnel`` measures: this program, and others beside it in the same run.
+
+A subject knows how to start both its ends on two hosts. The server's end of its tunnel has the
+address that traffic goes to.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ttun import hosts, key
+from ttun.errors import TtunError, UsageError
+from ttun.hosts import CLIENT, SERVER, Hosts
+
+Ends = list["subprocess.Popen[str]"]
+TUNNEL = "10.1.1.1"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure. start: None for the bare link between the hosts."""
+
+    name: str
+    address: str
+    start: Callable[[Hosts], Ends] | None
+
+
+RAW = Subject("no tunnel", hosts.IPV4[SERVER], None)
+
+
+def ours(*options: str) -> Subject:
+    """Return this program with some options on both ends."""
+
+    def start(pair: Hosts) -> Ends:
+        environment = hosts.environment(TTUN_PSK=key.generate())
+        server = hosts.python("ttun", "server", *options)
+        client = hosts.python("ttun", "client", "-s", hosts.IPV4[SERVER], *options)
+        return [
+            _quietly(pair, host, command, environment)
+            for host, command in ((SERVER, server), (CLIENT, client))
+        ]
+
+    return Subject(" ".join(["ttun", *options]), TUNNEL, start)
+
+
+def against(text: str) -> Subject:
+    """Return what --against names: openvpn, wireguard-go, or 'SERVER COMMAND :: CLIENT COMMAND'.
+
+    {peer} in a command stands for the server's address. Raises UsageError for something else,
+    TtunError for a program that is not installed.
+    """
+    if text == "openvpn":
+        _need("openvpn", "openssl")
+        return Subject("openvpn (tcp, aes-256-gcm)", TUNNEL, _start_openvpn)
+    if text.rpartition("/")[2] == "wireguard-go":
+        _need(text, "wg")
+        return Subject("wireguard-go", TUNNEL, lambda pair: _start_wireguard(pair, text))
+    server, separator, client = text.partition("::")
+    if not separator:
+        raise UsageError(
+            f"--against {text!r}: openvpn, wireguard-go or 'SERVER COMMAND :: CLIENT COMMAND'"
+        )
+    commands = [shlex.split(end.format(peer=hosts.IPV4[SERVER])) for end in (server, client)]
+    if not all(commands):
+        raise UsageError(f"--against {text!r}: a command is missing beside the '::'")
+    _need(*(command[0] for command in commands))
+
+    def start(pair: Hosts) -> Ends:
+        ends = [_quietly(pair, SERVER, commands[0])]
+        time.sleep(1)
+        return [*ends, _quietly(pair, CLIENT, commands[1])]
+
+    return Subject(server.strip(), TUNNEL, start)
+
+
+def _need(*programs: str) -> None:
+    for program in programs:
+        if not shutil.which(program):
+            raise TtunError(f"{program} is not installed, so nothing can be measured against it")
+
+
+def _quietly(
+    pair: Hosts, host: str, command: list[str], environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    nowhere = subprocess.DEVNULL
+    return pair.start(host, command, environment=environment, stdout=nowhere, stderr=nowhere)
+
+
+def _start_openvpn(pair: Hosts) -> Ends:
+    """Start OpenVPN over TCP, with certificates made now that name each other."""
+    ends = []
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        prints = {host: _certificate(directory, host) for host in (SERVER, CLIENT)}
+        for host, other, more in (
+            (SERVER, CLIENT, f"proto tcp-server\nlocal {hosts.IPV4[SERVER]}\ntls-server\ndh none"),
+            (CLIENT, SERVER, f"proto tcp-client\nremote {hosts.IPV4[SERVER]}\nnobind\ntls-client"),
+        ):
+            mine, theirs = (TUNNEL, "10.1.1.2")[:: 1 if host == SERVER else -1]
+            config = directory / f"{host}.conf"
+            config.write_text(
+                f"{more}\ndev tun\nifconfig {mine} {theirs}\ntun-mtu 1280\ntcp-nodelay\n"
+                f"cert {directory}/{host}.crt\nkey {directory}/{host}.key\n"
+                f"peer-fingerprint {prints[other]}\ndata-ciphers AES-256-GCM\n"
+            )
+            ends.append(_quietly(pair, host, ["openvpn", "--config", str(config)]))
+            time.sleep(1)  # it has read its files by then
+    return ends
+
+
+def _certificate(directory: Path, name: str) -> str:
+    """Make a certificate and a key, and return the certificate's fingerprint."""
+    files = ["-keyout", f"{directory}/{name}.key", "-out", f"{directory}/{name}.crt"]
+    _run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-subj", f"/CN={name}", "-days", "2", *files)  # fmt: skip
+    fingerprint = _run("openssl", "x509", "-in", files[-1], "-noout", "-fingerprint", "-sha256")
+    return fingerprint.strip().partition("=")[2]
+
+
+def _start_wireguard(pair: Hosts, program: str) -> Ends:
+    ends, keys = [], {host: _run("wg", "genkey").strip() for host in (SERVER, CLIENT)}
+    public = {host: _run("wg", "pubkey", given=keys[host]).strip() for host in keys}
+    for host, other, address in ((SERVER, CLIENT, TUNNEL), (CLIENT, SERVER, "10.1.1.2")):
+        device = f"wg-{host}"  # its control socket goes by this name, for both hosts
+        ends.append(_quietly(pair, host, [program, "-f", device]))
+        config = f"[Interface]\nListenPort = 51820\nPrivateKey = {keys[host]}\n[Peer]\n"
+        config += f"PublicKey = {public[other]}\nAllowedIPs = 0.0.0.0/0\n"
+        config += f"Endpoint = {hosts.IPV4[other]}:51820\n"
+        time.sleep(1)
+        _run(*pair.command(host, ["wg", "setconf", device, "/dev/stdin"]), given=config)
+        for command in (f"address add {address}/30 dev {device}", f"link set {device} up"):
+            hosts.ip("-n", pair.names[host], *command.split())
+    return ends
+
+
+def _run(*command: str, given: str | None = None) -> str:
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise TtunError(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
