@@ -236,6 +236,8 @@ void ttun_session_free(struct ttun_session *s) {
     ttun_cipher_wipe(&s->rx);
     lane_destroy(&s->uplink);
     lane_destroy(&s->downlink);
+    pthread_cond_destroy(&s->delivered);
+    pthread_mutex_destroy(&s->delivery_lock);
     close(s->wake);
     explicit_bzero(s->memory, MEMORY_SIZE); /* packets are secrets too */
     free(s->memory);

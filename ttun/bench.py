@@ -26,7 +26,7 @@ from typing import Any
 from ttun import hosts
 from ttun.cipher import CIPHERS, CipherState
 from ttun.demo import end, measured, progress
-from ttun.errors import TtunError
+from ttun.errors import TtunError, UsageError
 from ttun.hosts import SERVER, Hosts
 from ttun.subjects import RAW, Subject, against, ours
 from ttun.version import __version__
@@ -90,26 +90,31 @@ def tunnel(
     plot_file: str | None,
 ) -> int:
     """Measure, print the table, and write what was asked for; return the exit code."""
-    subjects = [
-        RAW,
-        *(ours("-m", name) for name in CIPHERS),
-        *(against(text) for text in others),
-    ]
+    mine = [RAW, *(ours("-m", name) for name in CIPHERS)]
+    subjects = [*mine, *(against(text) for text in others)]
     if plot_file is not None:
         from ttun import plot  # that its library is there is better known now than afterwards
     if not hosts.may_make_hosts():
         raise TtunError("measuring makes two hosts on this machine: run it with sudo")
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise UsageError("two of what is to be measured have the same name")
     results: dict[str, list[Figures]] = {subject.name: [] for subject in subjects}
     with Hosts() as pair:
         for number in range(rounds):
             for subject in subjects:
                 progress(f"round {number + 1} of {rounds}: {subject.name}")
-                results[subject.name].append(_measure(pair, subject, seconds))
-            for name in results:
-                figures, bare = results[name][-1], results[RAW.name][-1]
+                try:
+                    figures = _measure(pair, subject, seconds)
+                except TtunError as error:
+                    if subject in mine:
+                        raise
+                    progress(f"left out of this round: {error}")
+                    continue
+                bare = figures if subject is RAW else results[RAW.name][-1]
                 figures["up_ratio"] = figures["up"] / bare["up"]
                 figures["down_ratio"] = figures["down"] / bare["down"]
-    medians = {name: _medians(runs) for name, runs in results.items()}
+                results[subject.name].append(figures)
+    medians = {name: _medians(runs) for name, runs in results.items() if runs}
     print(_table(medians))
     report = {
         "ttun": __version__,
@@ -215,8 +220,9 @@ def _medians(runs: list[Figures]) -> Figures:
 def _table(medians: dict[str, Figures]) -> str:
     """Return a table with a line for each figure and a column for each subject."""
     width = max(len(title) for title, _ in COLUMNS.values())
-    lines = [" " * width + "".join(f"  {name:>24}" for name in medians)]
+    widths = {name: max(10, len(name)) for name in medians}
+    lines = [" " * width + "".join(f"  {name:>{widths[name]}}" for name in medians)]
     for column, (title, digits) in COLUMNS.items():
-        cells = (f"  {figures[column]:>24,.{digits}f}" for figures in medians.values())
+        cells = (f"  {medians[name][column]:>{widths[name]},.{digits}f}" for name in medians)
         lines.append(f"{title:<{width}}" + "".join(cells))
     return "\n".join(lines)

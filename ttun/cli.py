@@ -239,9 +239,10 @@ def _fail(message: str) -> int:
 def _start_logging() -> None:
     # A full disk or a closed terminal must not turn a log line into a traceback.
     logging.raiseExceptions = False
-    logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S", level=logging.INFO
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 def run_genkey(_: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket
 import threading
 
 
@@ -12,19 +12,13 @@ class StopFlag(threading.Event):
     def __init__(self) -> None:
         """Make it unset."""
         super().__init__()
-        self._readable, self._writable = os.pipe()
+        self._readable, self._writable = socket.socketpair()
 
     def fileno(self) -> int:
         """Return the descriptor to poll; nobody reads from it."""
-        return self._readable
+        return self._readable.fileno()
 
     def set(self) -> None:
         """Set it and wake everybody."""
-        if not self.is_set():
-            super().set()
-            os.write(self._writable, b"!")
-
-    def close(self) -> None:
-        """Close the descriptors, when no thread polls them any more."""
-        os.close(self._readable)
-        os.close(self._writable)
+        super().set()
+        self._writable.close()  # the other end turns readable; closing twice is nothing

@@ -61,7 +61,7 @@ def against(text: str) -> Subject:
         return Subject("openvpn (tcp, aes-256-gcm)", TUNNEL, _start_openvpn)
     if text.rpartition("/")[2] == "wireguard-go":
         _need(text, "wg")
-        return Subject("wireguard-go", TUNNEL, lambda pair: _start_wireguard(pair, text))
+        return Subject(text, TUNNEL, lambda pair: _start_wireguard(pair, text))
     server, separator, client = text.partition("::")
     if not separator:
         raise UsageError(
@@ -77,7 +77,7 @@ def against(text: str) -> Subject:
         time.sleep(1)
         return [*ends, _quietly(pair, CLIENT, commands[1])]
 
-    return Subject(server.strip(), TUNNEL, start)
+    return Subject(Path(commands[0][0]).name, TUNNEL, start)
 
 
 def _need(*programs: str) -> None:
