@@ -77,7 +77,8 @@ struct ttun_session {
     struct lane uplink, downlink;
     pthread_mutex_t delivery_lock;
     pthread_cond_t delivered;
-    bool delivering; /* the downlink writes a large batch to the device */
+    bool delivering;     /* the downlink writes a large batch to the device */
+    unsigned deliveries; /* such batches so far */
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
     _Atomic uint64_t refused, empty, unsendable;
@@ -298,7 +299,9 @@ static void await_device(struct ttun_session *s) {
  * wake-up, a system call and a packet on the wire for each would cost more than the data. */
 static void await_delivery(struct ttun_session *s) {
     pthread_mutex_lock(&s->delivery_lock);
-    while (s->delivering)
+    /* The end of this batch, not of all: the next may begin before this thread is awake. */
+    unsigned seen = s->deliveries;
+    while (s->delivering && s->deliveries == seen)
         pthread_cond_wait(&s->delivered, &s->delivery_lock);
     pthread_mutex_unlock(&s->delivery_lock);
 }
@@ -306,8 +309,10 @@ static void await_delivery(struct ttun_session *s) {
 static void set_delivering(struct ttun_session *s, bool delivering) {
     pthread_mutex_lock(&s->delivery_lock);
     s->delivering = delivering;
-    if (!delivering)
+    if (!delivering) {
+        s->deliveries++;
         pthread_cond_signal(&s->delivered);
+    }
     pthread_mutex_unlock(&s->delivery_lock);
 }
 

@@ -171,6 +171,12 @@ def test_a_key_that_cannot_be_printed_is_an_error() -> None:
     assert done.stderr == "ttun: cannot write the output: No space left on device\n"
 
 
+def test_closed_standard_streams_are_no_trouble(tmp_path: Path) -> None:
+    close = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    assert run("genkey", prefix=close) == (0, "", "")
+    assert run("server", "-m", "none", "-k", "x", prefix=close) == (2, "", "")
+
+
 @pytest.mark.hosts
 def test_a_server_without_a_key_makes_one_and_shows_the_clients_command(bench: Bench) -> None:
     """On a terminal: /etc is an empty directory of the test's own, seen by this program alone."""
@@ -243,6 +249,25 @@ def test_the_interface_for_others_is_documented_and_works() -> None:
     assert server.status().role == "server"
     with pytest.raises(AttributeError, match="no attribute 'Tunnel'"):
         ttun.Tunnel  # noqa: B018
+
+
+@pytest.mark.hosts
+def test_a_callback_that_fails_ends_the_endpoint_and_its_threads(bench: Bench) -> None:
+    program = """if True:
+        import os, ttun
+        def fail(peer): raise ValueError("a bug of the caller's")
+        server = ttun.Server(b"secret", on_connected=fail)
+        server.start()
+        print("ready", flush=True)
+        try: server.wait()
+        except ttun.TtunError as error: print(error, len(os.listdir("/proc/self/task")), flush=True)
+    """
+    host = bench.helper(SERVER, sys.executable, "-c", program)
+    bench.client()
+    assert host.stdout is not None
+    message, threads = host.stdout.readline().rsplit(None, 1)
+    assert message == "internal error: ValueError: a bug of the caller's"
+    assert int(threads) <= 2
 
 
 @pytest.mark.hosts

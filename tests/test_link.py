@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 
@@ -78,6 +79,24 @@ def test_a_port_alone_listens_on_both_families(
         port = listener.getsockname()[1]
         with link.dial(Address(dialled, port), None, stop) as sock:
             assert link.transport(sock) == "tcp"
+
+
+def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    real = socket.socket
+
+    def without_ipv6(family: int = -1, *rest: int, **more: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *rest, **more)
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    listener = link.listen(Address("", 0), None)
+    monkeypatch.undo()
+    with listener:
+        assert listener.family == socket.AF_INET
+        link.dial(Address("127.0.0.1", listener.getsockname()[1]), None, stop).close()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ of the connection is the independent peer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -123,6 +124,27 @@ def test_known_answers_arrive_in_pieces_of_every_size(answers: dict, piece: int)
         assert rig.receive() == packet
     writer.join()
     assert rig.ended() == "the peer closed the connection"
+
+
+def test_the_uplink_goes_on_while_the_downlink_is_full(rig: Rig) -> None:
+    """However fast the peer sends, what the device has to send gets out."""
+    frames = threading.Event()
+
+    def flood() -> None:
+        with contextlib.suppress(OSError):
+            while not frames.is_set():
+                batch = [rig.peer.sending.seal(bytes(1200)) for _ in range(300)]
+                rig.peer.sock.sendall(b"".join(batch))
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    rig.peer.sock.settimeout(10)
+    for number in range(100):
+        packet = b"%d" % number
+        rig.device.outside.send(packet)
+        assert rig.peer.receive() == packet
+    frames.set()
+    flooding.join()
 
 
 def test_an_empty_frame_is_ignored(rig: Rig) -> None:

@@ -200,6 +200,7 @@ def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> li
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_standard_streams()
     parser = build_parser()
     options = parser.parse_args(join_values(arguments, parser))
     if not sys.platform.startswith("linux"):
@@ -220,6 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"cannot write the output: {error.strerror}")
     finally:
         _forget_unwritten()
+
+
+def _open_standard_streams() -> None:
+    """Give a program that was started without them somewhere to write, and no other file 0 to 2."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it is to stay open
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _forget_unwritten() -> None:

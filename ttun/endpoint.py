@@ -98,6 +98,7 @@ class Endpoint:
             self._open()
             self._thread.start()
         except BaseException:
+            self._close()
             self._device.close()
             raise
 
@@ -184,8 +185,13 @@ class Endpoint:
             self._since = time.monotonic()
         if self._stop.is_set():  # set between the handshake and here
             session.stop()
-        if self._on_connected:
-            self._on_connected(peer.name)
+        try:
+            if self._on_connected:
+                self._on_connected(peer.name)
+        except BaseException:  # no thread may outlive the device
+            session.stop()
+            session.wait()
+            raise
         reason = session.wait()
         with self._lock:
             self._peer = None

@@ -73,20 +73,18 @@ def listen(address: Address, mptcp: bool | None) -> socket.socket:
             address.port,
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
+            family=socket.AF_UNSPEC if address.host or _has_ipv6() else socket.AF_INET,
         )
     except (OSError, UnicodeError) as error:
         raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
     family, bind_to = info[0][0], info[0][4]
-    dual = not address.host and socket.has_ipv6
+    dual = not address.host and _has_ipv6()
     if dual:
         family, bind_to = socket.AF_INET6, ("::", address.port)
     try:
         listener = _open(family, mptcp is not False, quietly=mptcp is None)
     except OSError as error:
-        if not dual or error.errno != errno.EAFNOSUPPORT:
-            raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
-        dual, bind_to = False, ("0.0.0.0", address.port)  # a kernel without IPv6
-        listener = _open(socket.AF_INET, mptcp is not False, quietly=mptcp is None)
+        raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -98,6 +96,15 @@ def listen(address: Address, mptcp: bool | None) -> socket.socket:
         raise TtunError(f"cannot listen on {address}: {_why_not_bound(error)}") from None
     listener.setblocking(False)
     return listener
+
+
+def _has_ipv6() -> bool:
+    """Return whether this kernel has IPv6; Python only knows what it was compiled with."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+    except OSError:
+        return False
+    return True
 
 
 def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
