@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-C_FILES := $(wildcard csrc/codec.[ch] csrc/offload.[ch] csrc/pump.[ch])
+C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTHON_FILES := ttun ttun.py setup.py csrc tests
 

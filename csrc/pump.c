@@ -11,9 +11,9 @@
  *  4. downlink open: opens each frame of a slot in place, merges packets that follow each other,
  *     and writes them to the device.
  *
- * A lane is a ring of slots between the two threads of one direction. Handing a slot over wakes a
- * thread, which is dear where cores are scarce: with `direct`, the first thread empties the slot by
- * itself whenever the second one has nothing to do, and a send that would block goes to the ring.
+ * Between the two threads of a direction lies a lane (lane.h). With `direct` the first one empties
+ * a slot by itself whenever the second has nothing to do; a send that would block goes to the
+ * second.
  *
  * The first end stays: session_end stores the reason once, closes both lanes, wakes the device's
  * poll and shuts the socket down, so that every thread comes back from wherever it waits.
@@ -34,11 +34,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "lane.h"
 #include "offload.h"
 
 enum {
-    SLOTS = 4,              /* per lane */
-    SLOT_SIZE = 256 * 1024, /* bytes */
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
@@ -49,22 +48,6 @@ enum {
 
 static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
               "a slot has room for the rest of a frame and a whole one");
-
-struct slot {
-    uint8_t *bytes;    /* SLOT_SIZE of them */
-    size_t begin, end; /* what is left to do: whole frames */
-};
-
-struct lane {
-    pthread_mutex_t lock;
-    pthread_cond_t work; /* the second thread waits for a filled slot */
-    pthread_cond_t room; /* the first one for a free slot, or for all to be done */
-    struct slot slots[SLOTS];
-    unsigned first;  /* the oldest filled slot, below SLOTS */
-    unsigned filled; /* how many are filled, 0 to SLOTS */
-    bool emptying;   /* some thread works on the oldest one */
-    bool closed;
-};
 
 struct ttun_session {
     int tun, socket;
@@ -90,108 +73,6 @@ struct ttun_session {
 static void count(_Atomic uint64_t *counter, uint64_t n) {
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
                           memory_order_relaxed);
-}
-
-/* ---- the lane ------------------------------------------------------------------------------- */
-
-static int lane_init(struct lane *lane, uint8_t *memory) {
-    if ((errno = pthread_mutex_init(&lane->lock, NULL)) != 0)
-        return -1;
-    if ((errno = pthread_cond_init(&lane->work, NULL)) != 0) {
-        pthread_mutex_destroy(&lane->lock);
-        return -1;
-    }
-    if ((errno = pthread_cond_init(&lane->room, NULL)) != 0) {
-        pthread_cond_destroy(&lane->work);
-        pthread_mutex_destroy(&lane->lock);
-        return -1;
-    }
-    for (unsigned i = 0; i < SLOTS; i++)
-        lane->slots[i].bytes = memory + (size_t)i * SLOT_SIZE;
-    return 0;
-}
-
-static void lane_destroy(struct lane *lane) {
-    pthread_cond_destroy(&lane->room);
-    pthread_cond_destroy(&lane->work);
-    pthread_mutex_destroy(&lane->lock);
-}
-
-static void lane_close(struct lane *lane) {
-    pthread_mutex_lock(&lane->lock);
-    lane->closed = true;
-    pthread_cond_signal(&lane->work);
-    pthread_cond_signal(&lane->room);
-    pthread_mutex_unlock(&lane->lock);
-}
-
-/* First thread: the next slot to fill, or NULL when the session is over. Waits for a free one. */
-static struct slot *lane_free_slot(struct lane *lane) {
-    pthread_mutex_lock(&lane->lock);
-    while (lane->filled == SLOTS && !lane->closed)
-        pthread_cond_wait(&lane->room, &lane->lock);
-    struct slot *slot = lane->closed ? NULL : &lane->slots[(lane->first + lane->filled) % SLOTS];
-    pthread_mutex_unlock(&lane->lock);
-    return slot;
-}
-
-/* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
- * was before it and nobody works: the caller then empties it and calls lane_return. */
-static bool lane_push(struct lane *lane, bool direct) {
-    pthread_mutex_lock(&lane->lock);
-    direct = direct && lane->filled == 0 && !lane->emptying && !lane->closed;
-    lane->filled++;
-    lane->emptying = lane->emptying || direct;
-    if (!direct)
-        pthread_cond_signal(&lane->work);
-    pthread_mutex_unlock(&lane->lock);
-    return direct;
-}
-
-/* Second thread: the oldest filled slot, or NULL when the session is over. */
-static struct slot *lane_take(struct lane *lane) {
-    pthread_mutex_lock(&lane->lock);
-    while ((lane->filled == 0 || lane->emptying) && !lane->closed)
-        pthread_cond_wait(&lane->work, &lane->lock);
-    struct slot *slot = NULL;
-    if (!lane->closed) {
-        slot = &lane->slots[lane->first];
-        lane->emptying = true;
-    }
-    pthread_mutex_unlock(&lane->lock);
-    return slot;
-}
-
-/* Second thread: gives the emptied slot back. */
-static void lane_release(struct lane *lane) {
-    pthread_mutex_lock(&lane->lock);
-    assert(lane->filled > 0);
-    lane->emptying = false;
-    lane->first = (lane->first + 1) % SLOTS;
-    lane->filled--;
-    pthread_cond_signal(&lane->room); /* costs nothing while nobody waits */
-    pthread_mutex_unlock(&lane->lock);
-}
-
-/* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill,
- * while it is in the cache; `unfinished`, the second thread goes on with it. */
-static void lane_return(struct lane *lane, bool unfinished) {
-    pthread_mutex_lock(&lane->lock);
-    assert(lane->filled == 1);
-    lane->emptying = false;
-    if (unfinished)
-        pthread_cond_signal(&lane->work);
-    else
-        lane->filled = 0;
-    pthread_mutex_unlock(&lane->lock);
-}
-
-/* First thread: waits until all that it handed over is done. */
-static void lane_finish(struct lane *lane) {
-    pthread_mutex_lock(&lane->lock);
-    while (lane->filled > 0 && !lane->closed)
-        pthread_cond_wait(&lane->room, &lane->lock);
-    pthread_mutex_unlock(&lane->lock);
 }
 
 /* ---- the session ---------------------------------------------------------------------------- */

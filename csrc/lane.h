@@ -1,0 +1,67 @@
+/* A lane: a ring of slots between the two threads of one direction.
+ *
+ *  1. The first thread takes a free slot, fills it, and pushes it behind the others.
+ *  2. The second one takes the oldest, empties it, and releases it.
+ *
+ * Waking a thread for a slot is dear where cores are scarce. So the first thread may ask to empty
+ * the slot by itself (`direct`): it may when nothing is before it and nobody works, and it returns
+ * the slot emptied, or unfinished for the second thread to go on. */
+#ifndef TTUN_LANE_H
+#define TTUN_LANE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    SLOTS = 4,             /* per lane */
+    SLOT_SIZE = 256 * 1024 /* bytes */
+};
+
+struct slot {
+    uint8_t *bytes;    /* SLOT_SIZE of them */
+    size_t begin, end; /* what is left to do: whole frames */
+};
+
+struct lane {
+    pthread_mutex_t lock;
+    pthread_cond_t work; /* the second thread waits for a filled slot */
+    pthread_cond_t room; /* the first one for a free slot, or for all to be done */
+    struct slot slots[SLOTS];
+    unsigned first;  /* the oldest filled slot, below SLOTS */
+    unsigned filled; /* how many are filled, 0 to SLOTS */
+    bool emptying;   /* some thread works on the oldest one */
+    bool closed;
+};
+
+/* Makes an empty one on SLOTS * SLOT_SIZE bytes of memory. Returns 0, or -1 with errno set. */
+int lane_init(struct lane *lane, uint8_t *memory);
+
+/* Only when no thread uses it any more. */
+void lane_destroy(struct lane *lane);
+
+/* Ends it: whoever waits comes back with nothing. */
+void lane_close(struct lane *lane);
+
+/* First thread: the next slot to fill, or NULL when the session is over. Waits for a free one. */
+struct slot *lane_free_slot(struct lane *lane);
+
+/* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
+ * was before it and nobody works: the caller then empties it and calls lane_return. */
+bool lane_push(struct lane *lane, bool direct);
+
+/* Second thread: the oldest filled slot, or NULL when the session is over. */
+struct slot *lane_take(struct lane *lane);
+
+/* Second thread: gives the emptied slot back. */
+void lane_release(struct lane *lane);
+
+/* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill,
+ * while it is in the cache; `unfinished`, the second thread goes on with it. */
+void lane_return(struct lane *lane, bool unfinished);
+
+/* First thread: waits until all that it handed over is done. */
+void lane_finish(struct lane *lane);
+
+#endif
