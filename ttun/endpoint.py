@@ -6,6 +6,7 @@ device is opened by start() and outlives the sessions.
 
 from __future__ import annotations
 
+import abc
 import logging
 import threading
 import time
@@ -42,7 +43,7 @@ class Status:
     counters: Counters  # of this session, or the last one
 
 
-class Endpoint:
+class Endpoint(abc.ABC):
     """One end of a tunnel. Use Server or Client.
 
     key: the pre-shared key, any bytes. cipher: a name of ttun.cipher.CIPHERS. mtu: of the device,
@@ -147,15 +148,15 @@ class Endpoint:
                 counters=session.counters() if session else Counters(),
             )
 
-    def _open(self) -> None:
+    def _open(self) -> None:  # noqa: B027 - a client needs nothing
         """Open what this side needs besides the device. Raises TtunError."""
 
-    def _close(self) -> None:
+    def _close(self) -> None:  # noqa: B027
         """Close it again."""
 
+    @abc.abstractmethod
     def _run(self) -> None:
         """Look for a peer, run its session, look again, until stop is set."""
-        raise NotImplementedError
 
     def _main(self) -> None:
         try:
