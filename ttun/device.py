@@ -87,7 +87,8 @@ class Device:
         self._tun.netmask = str(addresses.ipv4.netmask)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             request = struct.pack("=16si20x", self.name.encode(), QUEUE_LENGTH)  # struct ifreq
-            fcntl.ioctl(control, SIOCSIFTXQLEN, request)
+            with contextlib.suppress(PermissionError):  # root of a user namespace may not
+                fcntl.ioctl(control, SIOCSIFTXQLEN, request)
         self._tun.up()
         shown = [str(addresses.ipv4)]
         if mtu < MIN_IPV6_MTU:
