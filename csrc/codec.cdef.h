@@ -40,6 +40,7 @@ enum ttun_end {
     TTUN_END_SOCKET,
     TTUN_END_DEVICE,
     TTUN_END_NONCES,
+    TTUN_END_CONTROL,
     ...
 };
 
@@ -49,14 +50,25 @@ struct ttun_counters {
     uint64_t refused;
     uint64_t empty;
     uint64_t unsendable;
+    uint64_t ignored;
+    uint64_t forged;
+    uint64_t sent;
     ...;
 };
 
-enum ttun_offload { TTUN_OFFLOAD_VNET, TTUN_OFFLOAD_TCP, TTUN_OFFLOAD_UDP, ... };
+enum ttun_offload { TTUN_OFFLOAD_VNET, TTUN_OFFLOAD_TCP, TTUN_OFFLOAD_UDP, TTUN_X1, ... };
+enum ttun_type { TTUN_OFFLOADED, TTUN_PING, TTUN_PONG, TTUN_REKEY, TTUN_SWITCH, ... };
+
+struct ttun_control {
+    uint8_t type;
+    uint8_t body[...];
+};
+
 
 struct ttun_session;
 
-struct ttun_session *ttun_session_new(int tun, int socket, int offload, const struct ttun_cipher_state *uplink,
+struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
+                                      const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct);
 void ttun_uplink_seal(struct ttun_session *);
 void ttun_uplink_send(struct ttun_session *);
@@ -65,6 +77,11 @@ void ttun_downlink_open(struct ttun_session *);
 void ttun_session_stop(struct ttun_session *);
 int ttun_session_end(struct ttun_session *, int *detail);
 void ttun_session_counters(struct ttun_session *, struct ttun_counters *out);
+uint64_t ttun_session_silence(struct ttun_session *);
+int ttun_session_take(struct ttun_session *, struct ttun_control *frame, long milliseconds);
+void ttun_session_post(struct ttun_session *, const struct ttun_control *frame);
+int ttun_session_rekey(struct ttun_session *, const struct ttun_cipher_state *uplink,
+                       const struct ttun_cipher_state *downlink);
 void ttun_session_free(struct ttun_session *);
 
 long ttun_drain(int tun, long most);
@@ -99,6 +116,8 @@ struct ttun_coalescer {
 void ttun_coalescer_init(struct ttun_coalescer *, bool tcp, bool udp);
 bool ttun_coalesce(struct ttun_coalescer *, uint8_t *packet, size_t size);
 unsigned ttun_flush(struct ttun_coalescer *);
+bool ttun_restore_vnet(struct ttun_vnet *, uint8_t *packet, size_t size, uint16_t gso_size,
+                       bool tcp, bool udp);
 
 uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size);
 uint16_t ttun_fold(uint64_t sum);

@@ -16,7 +16,7 @@
 
 enum {
     SLOTS = 4,             /* per lane */
-    SLOT_SIZE = 256 * 1024 /* bytes */
+    SLOT_SIZE = 260 * 1024 /* bytes: four of the largest frames */
 };
 
 struct slot {

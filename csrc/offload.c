@@ -9,7 +9,12 @@
  *  3. ttun_coalesce looks whether a packet is the next of its flow, with nothing unusual about it
  *     and right checksums. Merged packets reach the kernel as «checksum to be completed», so a
  * wrong one would be made right: what is broken is never merged.
- *  4. ttun_flush gives the first packet's headers the length of all of them. */
+ *  4. ttun_flush gives the first packet's headers the length of all of them.
+ *
+ * or, between two ends that both have offloads:
+ *
+ *  5. ttun_stays_whole asks whether the other end could restore the kernel's header.
+ *  6. ttun_restore_vnet does so, from the packet alone, and refuses what does not add up. */
 #include "offload.h"
 
 #include <assert.h>
@@ -24,6 +29,7 @@ enum {
     PROTO_UDP = 17,
     TCP_CHECKSUM = 16, /* where it stands in the header */
     UDP_CHECKSUM = 6,
+    UDP_SEGMENTS_MAX = 128, /* UDP_MAX_SEGMENTS of linux/udp.h: no kernel makes more of one */
     FIN = 0x01,
     SYN = 0x02,
     RST = 0x04,
@@ -217,11 +223,8 @@ struct layout {
     uint8_t protocol;
 };
 
-/* Is this TCP or UDP with a payload and nothing unusual, all of it there, its checksums right? In
- * ones' complement 0xffff is a second zero: nobody computes it (UDP apart), and it would not come
- * back from segmenting, so it counts as unusual. */
-static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
-                     struct layout *l) {
+/* Is this one TCP or UDP packet, right behind an IP header without options, all of it there? */
+static bool find_transport(const uint8_t *packet, size_t size, struct layout *l) {
     if (size >= IPV6_HEADER && packet[0] >> 4 == 6) {
         l->transport = IPV6_HEADER;
         l->protocol = packet[6]; /* an extension header is neither TCP nor UDP */
@@ -231,30 +234,42 @@ static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size
         l->transport = IPV4_HEADER;
         l->protocol = packet[9];
         /* Length; no fragment: neither offset nor «more», nor the reserved bit. */
-        if (get16(packet + 2) != size || (get16(packet + 6) & 0xbfff) != 0 ||
-            get16(packet + 10) == 0xffff || ttun_fold(ttun_sum(0, packet, IPV4_HEADER)) != 0xffff)
+        if (get16(packet + 2) != size || (get16(packet + 6) & 0xbfff) != 0)
             return false;
     } else {
         return false;
     }
     const uint8_t *transport = packet + l->transport;
     size_t room = size - l->transport;
-    if (l->protocol == PROTO_TCP && c->tcp && room >= TCP_HEADER) {
+    if (l->protocol == PROTO_TCP && room >= TCP_HEADER) {
         l->headers_size = l->transport + (transport[12] >> 4) * 4u;
+        return l->headers_size >= l->transport + TCP_HEADER && l->headers_size <= size;
+    }
+    l->headers_size = l->transport + UDP_HEADER;
+    return l->protocol == PROTO_UDP && room >= UDP_HEADER && get16(transport + 4) == room;
+}
+
+/* Does it have a payload and nothing unusual, and are its checksums right? In ones' complement
+ * 0xffff is a second zero: nobody computes it (UDP apart), and it would not come back from
+ * segmenting, so it counts as unusual. */
+static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
+                     struct layout *l) {
+    if (!find_transport(packet, size, l) || l->headers_size == size)
+        return false;
+    if (l->transport == IPV4_HEADER &&
+        (get16(packet + 10) == 0xffff || ttun_fold(ttun_sum(0, packet, IPV4_HEADER)) != 0xffff))
+        return false;
+    const uint8_t *transport = packet + l->transport;
+    size_t room = size - l->transport;
+    if (l->protocol == PROTO_TCP) {
         /* ACK, perhaps PSH and ECE, and no reserved bit. */
-        if (l->headers_size < l->transport + TCP_HEADER || (transport[12] & 0x0f) != 0 ||
+        if (!c->tcp || (transport[12] & 0x0f) != 0 ||
             (transport[13] & (FIN | SYN | RST | URG | CWR | ACK)) != ACK ||
             get16(transport + TCP_CHECKSUM) == 0xffff)
             return false;
-    } else if (l->protocol == PROTO_UDP && c->udp && room >= UDP_HEADER) {
-        l->headers_size = l->transport + UDP_HEADER;
-        if (get16(transport + 4) != room || get16(transport + UDP_CHECKSUM) == 0)
-            return false;
-    } else {
+    } else if (!c->udp || get16(transport + UDP_CHECKSUM) == 0) {
         return false;
     }
-    if (l->headers_size >= size)
-        return false; /* no payload */
     return ttun_fold(ttun_sum(pseudo_sum(packet, l->protocol, room), transport, room)) == 0xffff;
 }
 
@@ -337,6 +352,26 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
     return true;
 }
 
+/* The header of a packet whose checksum the kernel is to complete: the field then holds the sum
+ * over the pseudo-header. gso_size: 0, or what to cut it into. */
+static void describe(struct ttun_vnet *vnet, uint8_t *packet, size_t size, const struct layout *l,
+                     uint16_t gso_size) {
+    bool udp = l->protocol == PROTO_UDP;
+    *vnet = (struct ttun_vnet){
+        .flags = TTUN_NEEDS_CHECKSUM,
+        .gso_type = gso_size == 0                 ? TTUN_GSO_NONE
+                    : udp                         ? TTUN_GSO_UDP
+                    : l->transport == IPV6_HEADER ? TTUN_GSO_TCP6
+                                                  : TTUN_GSO_TCP4,
+        .header_size = (uint16_t)l->headers_size,
+        .gso_size = gso_size,
+        .checksum_start = (uint16_t)l->transport,
+        .checksum_offset = udp ? UDP_CHECKSUM : TCP_CHECKSUM,
+    };
+    store_sum(packet + l->transport + vnet->checksum_offset,
+              ttun_fold(pseudo_sum(packet, l->protocol, size - l->transport)));
+}
+
 unsigned ttun_flush(struct ttun_coalescer *c) {
     unsigned segments = c->segments;
     c->segments = 0;
@@ -344,19 +379,43 @@ unsigned ttun_flush(struct ttun_coalescer *c) {
         c->vnet = (struct ttun_vnet){0};
         return segments == 0 ? 0 : 2;
     }
+    struct layout l = {.transport = c->transport, .headers_size = c->headers_size};
     uint8_t *first = c->parts[1].iov_base;
-    uint8_t *transport = first + c->transport;
-    size_t transport_size = c->size - c->transport;
-    bool udp = c->vnet.gso_type == TTUN_GSO_UDP;
+    l.protocol = c->vnet.gso_type == TTUN_GSO_UDP ? PROTO_UDP : PROTO_TCP;
     set_ip_length(first, c->size);
-    if (udp)
-        put16(transport + 4, (uint16_t)transport_size);
-    c->vnet.flags = TTUN_NEEDS_CHECKSUM;
-    c->vnet.header_size = (uint16_t)c->headers_size;
-    c->vnet.checksum_start = (uint16_t)c->transport;
-    c->vnet.checksum_offset = udp ? UDP_CHECKSUM : TCP_CHECKSUM;
-    /* Where the kernel is to complete it, the field holds the sum over the pseudo-header. */
-    store_sum(transport + c->vnet.checksum_offset,
-              ttun_fold(pseudo_sum(first, udp ? PROTO_UDP : PROTO_TCP, transport_size)));
+    if (l.protocol == PROTO_UDP)
+        put16(first + c->transport + 4, (uint16_t)(c->size - c->transport));
+    describe(&c->vnet, first, c->size, &l, c->vnet.gso_size);
     return 1 + segments;
+}
+
+/* ---- whole packets -------------------------------------------------------------------------- */
+
+bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
+                       bool tcp, bool udp) {
+    struct layout l = {0};
+    if (size > TTUN_PACKET_MAX || !find_transport(packet, size, &l) ||
+        !(l.protocol == PROTO_TCP ? tcp : udp))
+        return false;
+    if (gso_size > 0 && (gso_size < TTUN_GSO_MIN || size - l.headers_size <= gso_size))
+        return false;
+    if (gso_size > 0 &&
+        (l.protocol == PROTO_TCP ? (packet[l.transport + 13] & (SYN | RST | URG | CWR)) != 0
+                                 : size - l.headers_size > (size_t)gso_size * UDP_SEGMENTS_MAX))
+        return false;
+    describe(vnet, packet, size, &l, gso_size);
+    return true;
+}
+
+bool ttun_stays_whole(const struct ttun_vnet *vnet, uint8_t *packet, size_t size, bool tcp,
+                      bool udp) {
+    struct ttun_vnet same;
+    uint16_t gso_size = vnet->gso_type == TTUN_GSO_NONE ? 0 : vnet->gso_size;
+    /* Two that may be merged with others are worth more to the receiver than a checksum. */
+    bool mergeable = gso_size == 0 && size <= TTUN_MERGED_MAX / 2;
+    return vnet->flags & TTUN_NEEDS_CHECKSUM && !mergeable &&
+           (vnet->gso_type == TTUN_GSO_NONE || gso_size > 0) &&
+           ttun_restore_vnet(&same, packet, size, gso_size, tcp, udp) &&
+           same.gso_type == vnet->gso_type && same.checksum_start == vnet->checksum_start &&
+           same.checksum_offset == vnet->checksum_offset;
 }

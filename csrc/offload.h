@@ -6,8 +6,9 @@
  *     segment    one packet of the kernel's  ->  packets that a peer without offloads can use
  *     coalesce   consecutive packets         ->  one that the kernel takes in one go
  *
- * coalesce, then segment gives the same bytes. Knows bytes and nothing else: no descriptor, no
- * allocation, no copy of a payload. */
+ * coalesce, then segment gives the same bytes. Where the other end has offloads too, a packet
+ * travels whole, with its gso_size as all that must be said about it. Knows bytes and nothing else:
+ * no descriptor, no allocation, no copy of a payload. */
 #ifndef TTUN_OFFLOAD_H
 #define TTUN_OFFLOAD_H
 
@@ -32,7 +33,7 @@ struct ttun_vnet {
     uint16_t checksum_start, checksum_offset;
 };
 
-enum { TTUN_NEEDS_CHECKSUM = 1 };
+enum { TTUN_NEEDS_CHECKSUM = 1, TTUN_GSO_MIN = 8 /* least gso_size that anybody needs */ };
 enum ttun_gso { TTUN_GSO_NONE = 0, TTUN_GSO_TCP4 = 1, TTUN_GSO_TCP6 = 4, TTUN_GSO_UDP = 5 };
 
 /* ---- segment ---- */
@@ -80,7 +81,22 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size);
  * parts there are, 0 when nothing was added. The coalescer is empty then. */
 unsigned ttun_flush(struct ttun_coalescer *c);
 
-/* ---- what both stand on ---- */
+/* ---- whole packets ---- */
+
+/* Makes the vnet header of a packet that lacks it, and writes the sum over the pseudo-header where
+ * the kernel wants it. gso_size: 0 for one packet, else what its payload is to be cut into. tcp,
+ * udp: what this device takes. Returns false for anything but one TCP or UDP packet, with no
+ * fragment, IP option or extension header, whose lengths are those of the packet, with more than
+ * one segment of at least TTUN_GSO_MIN bytes, and without SYN, RST, URG, CWR in all of them. */
+bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
+                       bool tcp, bool udp);
+
+/* Would ttun_restore_vnet give this very header at an end that takes tcp, udp, and is it worth it?
+ */
+bool ttun_stays_whole(const struct ttun_vnet *vnet, uint8_t *packet, size_t size, bool tcp,
+                      bool udp);
+
+/* ---- what all stand on ---- */
 
 /* Adds data to a ones' complement sum (RFC 1071) in the byte order of the machine. */
 uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size);

@@ -15,6 +15,11 @@
  * a slot by itself whenever the second has nothing to do; a send that would block goes to the
  * second.
  *
+ * On wire x1 a packet that the kernel left whole travels whole, and there are control frames. What
+ * the peer sends goes to an inbox, what Python answers comes from an outbox: the uplink looks there
+ * before each batch. The keys change with SWITCH, the last frame under the old key of its
+ * direction; the next keys are there before, so nobody waits for them.
+ *
  * The first end stays: session_end stores the reason once, closes both lanes, wakes the device's
  * poll and shuts the socket down, so that every thread comes back from wherever it waits.
  * All memory is taken in ttun_session_new. */
@@ -32,6 +37,7 @@
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lane.h"
@@ -41,6 +47,7 @@ enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
+    WHOLE = 3,               /* bytes in front of an offloaded packet: its type and its gso_size */
     LARGE_BATCH = 64 * 1024, /* bytes of a slot from which on the uplink waits for its end */
     SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX,
     MEMORY_SIZE = 2 * SLOTS * SLOT_SIZE + SCRATCH_SIZE
@@ -48,13 +55,26 @@ enum {
 
 static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
               "a slot has room for the rest of a frame and a whole one");
+static_assert((TTUN_PREFIX + 1 + TTUN_BODY_MAX + TTUN_TAG_MAX) * TTUN_TYPES < FRAME_MAX,
+              "all control frames fit in front of the first packet of a slot");
+
+/* The keys of one direction, and those that follow them. */
+struct keys {
+    struct ttun_cipher_state now, next;
+    bool ready; /* next is set */
+};
 
 struct ttun_session {
     int tun, socket;
     int wake; /* eventfd: the uplink is to look up from its device */
     bool direct;
     size_t vnet_size; /* of the header in front of each packet at the device, or 0 */
-    struct ttun_cipher_state tx, rx;
+    int wire;         /* 0, or TTUN_X1 and what the peer's device takes */
+    uint32_t tag_size;
+    struct keys tx, rx;
+    pthread_mutex_t keys_lock; /* over next and ready of both */
+    struct mailbox inbox, outbox;
+    _Atomic uint64_t heard; /* when a frame was opened last, in milliseconds */
     struct ttun_segmenter segmenter;
     struct ttun_coalescer coalescer;
     struct lane uplink, downlink;
@@ -64,7 +84,7 @@ struct ttun_session {
     unsigned deliveries; /* such batches so far */
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
-    _Atomic uint64_t refused, empty, unsendable;
+    _Atomic uint64_t refused, empty, unsendable, ignored, forged, sent;
     uint8_t *memory;  /* of all slots, then the scratch */
     uint8_t *scratch; /* where the uplink reads to */
 };
@@ -77,7 +97,13 @@ static void count(_Atomic uint64_t *counter, uint64_t n) {
 
 /* ---- the session ---------------------------------------------------------------------------- */
 
-struct ttun_session *ttun_session_new(int tun, int socket, int offload,
+static uint64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct) {
     struct ttun_session *s = aligned_alloc(_Alignof(struct ttun_session), sizeof *s);
@@ -87,26 +113,43 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload,
     s->tun = tun;
     s->socket = socket;
     s->direct = direct != 0;
-    s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->wire = wire;
     s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
     s->memory = malloc(MEMORY_SIZE);
-    if (s->wake < 0 || s->memory == NULL || lane_init(&s->uplink, s->memory) < 0)
-        goto failed;
-    if (lane_init(&s->downlink, s->memory + (size_t)SLOTS * SLOT_SIZE) < 0) {
-        lane_destroy(&s->uplink);
-        goto failed;
-    }
+    if (s->memory == NULL)
+        goto no_memory;
+    s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->wake < 0)
+        goto no_eventfd;
+    if (lane_init(&s->uplink, s->memory) < 0)
+        goto no_uplink;
+    if (lane_init(&s->downlink, s->memory + (size_t)SLOTS * SLOT_SIZE) < 0)
+        goto no_downlink;
+    if (mailbox_init(&s->inbox) < 0)
+        goto no_inbox;
+    if (mailbox_init(&s->outbox) < 0)
+        goto no_outbox;
     s->scratch = s->memory + (size_t)2 * SLOTS * SLOT_SIZE;
     pthread_mutex_init(&s->delivery_lock, NULL);
     pthread_cond_init(&s->delivered, NULL);
-    s->tx = *uplink;
-    s->rx = *downlink;
+    pthread_mutex_init(&s->keys_lock, NULL);
+    s->tx.now = *uplink;
+    s->rx.now = *downlink;
+    s->tag_size = downlink->tag_size;
+    s->heard = now_ms();
     return s;
-failed:
-    if (s->wake >= 0)
-        close(s->wake);
+no_outbox:
+    mailbox_destroy(&s->inbox);
+no_inbox:
+    lane_destroy(&s->downlink);
+no_downlink:
+    lane_destroy(&s->uplink);
+no_uplink:
+    close(s->wake);
+no_eventfd:
     free(s->memory);
+no_memory:
     free(s);
     return NULL;
 }
@@ -114,16 +157,24 @@ failed:
 void ttun_session_free(struct ttun_session *s) {
     if (s == NULL)
         return;
-    ttun_cipher_wipe(&s->tx);
-    ttun_cipher_wipe(&s->rx);
+    explicit_bzero(&s->tx, sizeof s->tx);
+    explicit_bzero(&s->rx, sizeof s->rx);
     lane_destroy(&s->uplink);
     lane_destroy(&s->downlink);
+    mailbox_destroy(&s->inbox);
+    mailbox_destroy(&s->outbox);
+    pthread_mutex_destroy(&s->keys_lock);
     pthread_cond_destroy(&s->delivered);
     pthread_mutex_destroy(&s->delivery_lock);
     close(s->wake);
     explicit_bzero(s->memory, MEMORY_SIZE); /* packets are secrets too */
     free(s->memory);
     free(s);
+}
+
+static void wake_uplink(struct ttun_session *s) {
+    if (eventfd_write(s->wake, 1) < 0)
+        assert(errno == EAGAIN); /* full is as good as written */
 }
 
 static void session_end(struct ttun_session *s, enum ttun_end why, int detail) {
@@ -136,8 +187,8 @@ static void session_end(struct ttun_session *s, enum ttun_end why, int detail) {
     atomic_store(&s->end, (int)why);
     lane_close(&s->uplink);
     lane_close(&s->downlink);
-    if (eventfd_write(s->wake, 1) < 0)
-        assert(errno == EAGAIN); /* full is as good as written */
+    mailbox_close(&s->inbox);
+    wake_uplink(s);
     shutdown(s->socket, SHUT_RDWR);
 }
 
@@ -164,15 +215,67 @@ void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
     out->refused = atomic_load(&s->refused);
     out->empty = atomic_load(&s->empty);
     out->unsendable = atomic_load(&s->unsendable);
+    out->ignored = atomic_load(&s->ignored);
+    out->forged = atomic_load(&s->forged);
+    out->sent = atomic_load(&s->sent);
+}
+
+uint64_t ttun_session_silence(struct ttun_session *s) {
+    uint64_t heard = atomic_load(&s->heard), now = now_ms();
+    return now > heard ? now - heard : 0;
+}
+
+/* ---- control frames and keys ---------------------------------------------------------------- */
+
+int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long milliseconds) {
+    return mailbox_take(&s->inbox, frame, milliseconds);
+}
+
+void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame) {
+    mailbox_post(&s->outbox, frame);
+    wake_uplink(s);
+}
+
+int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
+                       const struct ttun_cipher_state *downlink) {
+    pthread_mutex_lock(&s->keys_lock);
+    bool free = !s->tx.ready && !s->rx.ready && downlink->tag_size == s->tag_size;
+    if (free) {
+        s->tx.next = *uplink;
+        s->rx.next = *downlink;
+        s->tx.ready = s->rx.ready = true;
+    }
+    pthread_mutex_unlock(&s->keys_lock);
+    return free ? 0 : -1;
+}
+
+/* Puts the next key of a direction in the place of the one that saw its last frame. Returns false
+ * when there is no next one. */
+static bool next_key(struct ttun_session *s, struct keys *keys) {
+    pthread_mutex_lock(&s->keys_lock);
+    bool ready = keys->ready;
+    if (ready) {
+        keys->now = keys->next;
+        ttun_cipher_wipe(&keys->next);
+        keys->ready = false;
+    }
+    pthread_mutex_unlock(&s->keys_lock);
+    return ready;
 }
 
 /* ---- uplink --------------------------------------------------------------------------------- */
 
-/* Waits until the device has a packet or the session is over. */
+/* Waits until the device has a packet, there is a control frame to send, or the session is over. */
 static void await_device(struct ttun_session *s) {
     struct pollfd fds[] = {{.fd = s->tun, .events = POLLIN}, {.fd = s->wake, .events = POLLIN}};
-    if (poll(fds, 2, -1) < 0 && errno != EINTR)
-        session_end(s, TTUN_END_DEVICE, errno);
+    if (poll(fds, 2, -1) < 0) {
+        if (errno != EINTR)
+            session_end(s, TTUN_END_DEVICE, errno);
+    } else if (fds[1].revents != 0) {
+        eventfd_t rings;
+        if (eventfd_read(s->wake, &rings) < 0)
+            assert(errno == EAGAIN);
+    }
 }
 
 /* While the downlink delivers a batch, each packet of it may make the kernel answer with one of
@@ -197,15 +300,40 @@ static void set_delivering(struct ttun_session *s, bool delivering) {
     pthread_mutex_unlock(&s->delivery_lock);
 }
 
-/* Reads the next packet of the device into the scratch and starts to segment it. Returns false when
- * there is none and `wait` is false, or when the session is over. */
+static bool is_ip(const uint8_t *packet) {
+    return packet[0] >> 4 == 4 || packet[0] >> 4 == 6;
+}
+
+/* Starts on a packet in the scratch: whole where the peer takes it so, else in segments. Returns
+ * false when its vnet header contradicts it. */
+static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
+    struct ttun_vnet vnet = {0};
+    memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
+    if (s->wire != 0 && (size == 0 || !is_ip(packet)))
+        return false; /* its first byte would be taken for a type */
+    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX &&
+        ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
+                         s->wire & TTUN_OFFLOAD_UDP)) {
+        static const struct ttun_vnet done;
+        uint16_t gso_size = vnet.gso_type == TTUN_GSO_NONE ? 0 : vnet.gso_size;
+        packet -= WHOLE; /* where the vnet header was */
+        packet[0] = TTUN_OFFLOADED;
+        packet[1] = (uint8_t)(gso_size >> 8);
+        packet[2] = (uint8_t)gso_size;
+        return ttun_segment(&s->segmenter, &done, packet, WHOLE + size);
+    }
+    return ttun_segment(&s->segmenter, &vnet, packet, size);
+}
+
+/* Reads the next packet of the device into the scratch and starts on it. Returns false when there
+ * is none and `wait` is false, when a control frame is to be sent, or when the session is over. */
 static bool read_packet(struct ttun_session *s, bool wait) {
     uint8_t *packet = s->scratch + SCRATCH_PACKET;
     if (wait) {
         await_device(s);
         await_delivery(s);
     }
-    while (!is_over(s)) {
+    while (!is_over(s) && !(wait && mailbox_has(&s->outbox))) {
         ssize_t size = read(s->tun, packet - s->vnet_size, s->vnet_size + TTUN_PACKET_MAX);
         if (size < 0 && errno == EAGAIN) {
             if (!wait)
@@ -214,9 +342,7 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         } else if (size <= 0 && errno != EINTR) { /* 0: the end of a test's socketpair */
             session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
-            struct ttun_vnet vnet = {0};
-            memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
-            if (ttun_segment(&s->segmenter, &vnet, packet, (size_t)size - s->vnet_size))
+            if (start_packet(s, packet, (size_t)size - s->vnet_size))
                 return true;
             count(&s->unsendable, 1);
         }
@@ -224,21 +350,36 @@ static bool read_packet(struct ttun_session *s, bool wait) {
     return false;
 }
 
-/* Fills the slot with at least one sealed packet; false when the session is over. A large packet
- * may go on in the next slot. */
+/* Seals what Python wants to be sent. The slot is empty. */
+static void seal_control(struct ttun_session *s, struct slot *slot) {
+    struct ttun_control frame;
+    while (mailbox_take(&s->outbox, &frame, 0) == 1) {
+        uint8_t plaintext[1 + TTUN_BODY_MAX] = {frame.type};
+        size_t size = (size_t)ttun_body_size(frame.type);
+        memcpy(plaintext + 1, frame.body, size);
+        slot->end += ttun_seal(&s->tx.now, slot->bytes + slot->end, plaintext, 1 + size);
+        if (frame.type == TTUN_SWITCH && !next_key(s, &s->tx))
+            session_end(s, TTUN_END_CONTROL, TTUN_SWITCH);
+    }
+}
+
+/* Fills the slot with at least one frame; false when the session is over. A large packet may go on
+ * in the next slot. */
 static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     uint64_t packets = 0, bytes = 0;
     slot->begin = slot->end = 0;
-    while (SLOT_SIZE - slot->end >= FRAME_MAX) {
+    while (SLOT_SIZE - slot->end >= FRAME_MAX && !is_over(s)) {
+        if (slot->end == 0 && mailbox_has(&s->outbox))
+            seal_control(s, slot);
         size_t size;
         const uint8_t *packet = ttun_next_segment(&s->segmenter, &size);
         if (packet == NULL) {
-            if (!read_packet(s, slot->end == 0))
+            if (!read_packet(s, slot->end == 0) && slot->end > 0)
                 break;
             continue;
         }
-        size_t framed = ttun_seal(&s->tx, slot->bytes + slot->end, packet, size);
-        if (framed == 0 && s->tx.counter == UINT64_MAX) {
+        size_t framed = ttun_seal(&s->tx.now, slot->bytes + slot->end, packet, size);
+        if (framed == 0 && s->tx.now.counter == UINT64_MAX) {
             session_end(s, TTUN_END_NONCES, 0);
             break;
         }
@@ -248,7 +389,7 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
         }
         slot->end += framed;
         packets++;
-        bytes += size;
+        bytes += size - (s->wire != 0 && packet[0] == TTUN_OFFLOADED ? WHOLE : 0);
     }
     count(&s->uplink_packets, packets);
     count(&s->uplink_bytes, bytes);
@@ -270,6 +411,7 @@ static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
             return false;
         }
         slot->begin += (size_t)sent;
+        count(&s->sent, (uint64_t)sent);
     }
     return false;
 }
@@ -293,58 +435,108 @@ void ttun_uplink_send(struct ttun_session *s) {
 
 /* ---- downlink ------------------------------------------------------------------------------- */
 
-/* Writes what the coalescer holds to the device; false when the device is gone. */
+/* Writes one packet, its vnet header in parts[0], to the device. Returns false when the device is
+ * gone. packets, bytes: what it stands for. */
+static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsigned n,
+                         uint64_t packets, uint64_t bytes) {
+    unsigned skip = s->vnet_size == 0; /* the vnet header */
+    ssize_t written;
+    do
+        written = writev(s->tun, parts + skip, (int)(n - skip));
+    while (written < 0 && errno == EINTR);
+    if (written >= 0) {
+        count(&s->downlink_packets, packets);
+        count(&s->downlink_bytes, bytes);
+    } else if (errno == EBADFD) { /* the device was removed */
+        session_end(s, TTUN_END_DEVICE, errno);
+        return false;
+    } else {
+        count(&s->refused, packets);
+    }
+    return true;
+}
+
+/* Writes what the coalescer holds to the device. Returns false when the device is gone. */
 static bool write_merged(struct ttun_session *s) {
     uint64_t packets = s->coalescer.segments, bytes = 0;
     unsigned parts = ttun_flush(&s->coalescer);
     if (parts == 0)
         return true;
-    unsigned skip = s->vnet_size == 0; /* the vnet header */
-    ssize_t written;
-    do
-        written = writev(s->tun, s->coalescer.parts + skip, (int)(parts - skip));
-    while (written < 0 && errno == EINTR);
-    if (written < 0 && errno == EBADFD) { /* the device was removed */
-        session_end(s, TTUN_END_DEVICE, errno);
-        return false;
-    }
-    if (written < 0) {
-        count(&s->refused, packets);
-        return true;
-    }
     for (unsigned i = 1; i < parts; i++)
         bytes += s->coalescer.parts[i].iov_len;
     bytes += (packets - 1) * s->coalescer.headers_size; /* as many as came in frames */
-    count(&s->downlink_packets, packets);
-    count(&s->downlink_bytes, bytes);
-    return true;
+    return write_packet(s, s->coalescer.parts, parts, packets, bytes);
 }
 
-/* Opens each frame of a slot and writes its packet to the device, merged with those before it where
- * they can be. */
+/* Writes a packet that came whole, once its vnet header is restored. */
+static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size) {
+    struct ttun_vnet vnet;
+    if (size <= WHOLE || !ttun_restore_vnet(&vnet, plaintext + WHOLE, size - WHOLE,
+                                            (uint16_t)(plaintext[1] << 8 | plaintext[2]),
+                                            s->coalescer.tcp, s->coalescer.udp)) {
+        count(&s->forged, 1);
+        return true;
+    }
+    const struct iovec parts[] = {{.iov_base = &vnet, .iov_len = sizeof vnet},
+                                  {.iov_base = plaintext + WHOLE, .iov_len = size - WHOLE}};
+    return write_packet(s, parts, 2, 1, size - WHOLE);
+}
+
+/* Leaves a control frame to Python. Returns false when that ended the session. */
+static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, size_t size) {
+    struct ttun_control frame = {.type = plaintext[0]};
+    int body_size = ttun_body_size(frame.type);
+    if (body_size < 0) {
+        count(&s->ignored, 1);
+        return true;
+    }
+    bool fine = size == 1 + (size_t)body_size;
+    if (fine && frame.type == TTUN_SWITCH)
+        fine = next_key(s, &s->rx);
+    if (fine) {
+        memcpy(frame.body, plaintext + 1, (size_t)body_size);
+        /* Of pings the last one counts, but no key may get lost. */
+        fine = mailbox_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
+    }
+    if (!fine)
+        session_end(s, TTUN_END_CONTROL, frame.type);
+    return fine;
+}
+
+/* Brings one packet, or what else a frame may hold, where it belongs. Returns false when the
+ * session is over. */
+static bool deliver(struct ttun_session *s, uint8_t *plaintext, size_t size) {
+    if (s->wire != 0 && !is_ip(plaintext)) {
+        if (plaintext[0] == TTUN_OFFLOADED)
+            return write_merged(s) && write_whole(s, plaintext, size);
+        return receive_control(s, plaintext, size);
+    }
+    if (ttun_coalesce(&s->coalescer, plaintext, size))
+        return true;
+    return write_merged(s) && ttun_coalesce(&s->coalescer, plaintext, size);
+}
+
+/* Opens each frame of a slot and delivers what is in it. Packets are merged with those before them
+ * where they can be. */
 static void open_frames(struct ttun_session *s, struct slot *slot) {
     while (slot->begin < slot->end && !is_over(s)) {
-        uint8_t *packet = slot->bytes + slot->begin + TTUN_PREFIX;
+        uint8_t *plaintext = slot->bytes + slot->begin + TTUN_PREFIX;
         size_t length = ttun_frame_length(slot->bytes + slot->begin);
         slot->begin += TTUN_PREFIX + length;
         assert(slot->begin <= slot->end); /* a slot holds whole frames */
-        ptrdiff_t size = ttun_open(&s->rx, packet, length);
+        ptrdiff_t size = ttun_open(&s->rx.now, plaintext, length);
         if (size < 0) {
             write_merged(s); /* what came before it counts */
             session_end(s, TTUN_END_TAG, (int)length);
             return;
         }
-        if (size == 0) {
+        if (size == 0)
             count(&s->empty, 1);
-            continue;
-        }
-        if (!ttun_coalesce(&s->coalescer, packet, (size_t)size)) {
-            if (!write_merged(s))
-                return;
-            ttun_coalesce(&s->coalescer, packet, (size_t)size);
-        }
+        else if (!deliver(s, plaintext, (size_t)size))
+            break;
     }
     write_merged(s); /* nothing waits for what may come later */
+    atomic_store_explicit(&s->heard, now_ms(), memory_order_relaxed);
 }
 
 static void open_slot(struct ttun_session *s, struct slot *slot) {
@@ -380,7 +572,7 @@ void ttun_downlink_receive(struct ttun_session *s) {
                 return;
             }
             size += (size_t)got;
-            whole = ttun_whole_frames(slot->bytes, size, s->rx.tag_size, &bad);
+            whole = ttun_whole_frames(slot->bytes, size, s->tag_size, &bad);
         }
         slot->begin = 0;
         slot->end = whole;

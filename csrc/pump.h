@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "codec.h"
+#include "mailbox.h"
 
 struct ttun_session;
 
@@ -19,7 +20,8 @@ enum ttun_end {
     TTUN_END_TAG,       /* a frame failed authentication; detail: its length */
     TTUN_END_SOCKET,    /* detail: errno of send or recv */
     TTUN_END_DEVICE,    /* detail: errno of the TUN device */
-    TTUN_END_NONCES     /* the counter of a direction ran out */
+    TTUN_END_NONCES,    /* the counter of a direction ran out */
+    TTUN_END_CONTROL    /* a control frame that is malformed or out of place; detail: its type */
 };
 
 /* What a session carried so far. Packets as they stand in frames, and their bytes. */
@@ -29,21 +31,26 @@ struct ttun_counters {
     uint64_t refused;    /* packets of the peer that the kernel did not take */
     uint64_t empty;      /* frames without a packet, ignored */
     uint64_t unsendable; /* packets of ours that fit no frame or contradict their vnet header */
+    uint64_t ignored;    /* frames of a type that is not known */
+    uint64_t forged;     /* offloaded packets of the peer that do not add up, dropped */
+    uint64_t sent;       /* bytes handed to the socket */
 };
 
 /* What a TUN device can do. */
 enum ttun_offload {
     TTUN_OFFLOAD_VNET = 1, /* packets have a vnet header in front */
     TTUN_OFFLOAD_TCP = 2,  /* it takes merged TCP packets */
-    TTUN_OFFLOAD_UDP = 4   /* ... and UDP */
+    TTUN_OFFLOAD_UDP = 4,  /* ... and UDP */
+    TTUN_X1 = 8            /* of a wire: x1, not v1 */
 };
 
 /* Makes a session. tun: read and written, made non-blocking by the caller. socket: a connected,
  * blocking stream socket. Both stay the caller's and must outlive the session. offload:
- * ttun_offload bits. uplink, downlink: copied. direct: let the first thread of a direction do the
+ * ttun_offload bits of the device. wire: 0 for v1, or TTUN_X1 with the bits of what the peer's
+ * device takes. uplink, downlink: copied. direct: let the first thread of a direction do the
  * second one's work while that one is idle (right where cores are scarce). Returns NULL with errno
  * set. */
-struct ttun_session *ttun_session_new(int tun, int socket, int offload,
+struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct);
 
@@ -62,6 +69,23 @@ int ttun_session_end(struct ttun_session *s, int *detail);
 
 /* A snapshot, from any thread at any time. */
 void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out);
+
+/* Milliseconds since a frame of the peer was opened last. */
+uint64_t ttun_session_silence(struct ttun_session *s);
+
+/* Takes the next control frame of the peer; waits for one, `milliseconds` at most. Returns 1 with a
+ * frame, 0 when none came, -1 when the session is over. */
+int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long milliseconds);
+
+/* Has a control frame sealed before the next packet; never waits. A newer one takes the place of
+ * one of the same type that is not sealed yet. */
+void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame);
+
+/* Hands over the next keys, which are copied: `uplink` is used right behind the SWITCH that is
+ * posted next, `downlink` right behind the SWITCH of the peer. Returns -1 when the keys handed over
+ * before are not both in use yet. */
+int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
+                       const struct ttun_cipher_state *downlink);
 
 /* Wipes the keys and frees all. Only after the four bodies returned. NULL is fine. */
 void ttun_session_free(struct ttun_session *s);

@@ -55,10 +55,10 @@ def pair() -> Iterator[hosts.Hosts]:
         yield made
 
 
-@pytest.fixture(params=["offload", "no-offload"])
+@pytest.fixture(params=["x1", "v1-no-offload"])
 def bench(
     request: pytest.FixtureRequest, pair: hosts.Hosts, tmp_path: Path
 ) -> Iterator[tunnel.Bench]:
-    """What runs on them in one test: every test holds with offload at the device and without."""
-    options = [] if request.param == "offload" else ["-offload=false"]
-    yield from tunnel.bench(pair, tmp_path, options)
+    """What runs on them in one test: every test holds on both wires, with offload and without."""
+    wire, _, no_offload = request.param.partition("-")
+    yield from tunnel.bench(pair, tmp_path, wire, ["-offload=false"] if no_offload else [])

@@ -13,7 +13,7 @@ import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
 import ttun
-from ttun import cipher
+from ttun import sodium
 from ttun.cli import build_parser, join_values, main
 from ttun.errors import TtunError
 
@@ -44,7 +44,7 @@ USAGE = {
     "client -k x -s 2001:db8::1": "put an IPv6 address in brackets",
     "server -k x -l 20203:": "the port is a number",
     "server -k x -l :65536": "the port is a number",
-    "server -k x -m rot13": "unknown cipher 'rot13': choose chacha20-poly1305 or aes-256-gcm",
+    "server -k x -m rot13": "unknown cipher 'rot13': choose chacha20-poly1305 or aes-256-gcm or aegis-256",
     "server -k x -mtu 575": "an MTU of 575: it goes from 576 to 65519",
     "server -k x -mtu 65520": "an MTU of 65520: it goes from 576 to 65519",
     "server -k x -mtu many": "'many' is not a number",
@@ -116,7 +116,7 @@ def test_a_port_that_is_taken_is_a_line(bench: Bench) -> None:
 def test_aes_on_a_processor_without_it_names_the_other_cipher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(cipher._AVAILABLE, "aes", False)
+    monkeypatch.setattr(sodium, "HAS_AES", False)
     with pytest.raises(TtunError, match=r"lacks: use -m chacha20-poly1305 on both ends"):
         ttun.Server(b"key", cipher="aes-256-gcm")
     ttun.Server(b"key", cipher="chacha20-poly1305")
@@ -283,7 +283,11 @@ def test_callbacks_and_status(bench: Bench) -> None:
         while not events: time.sleep(0.01)
         status = server.status()
         assert status.peer == events[0] and status.device == "ttun0", status
-        assert status.transport == "tcp" and status.wire == "v1" and status.sessions == 1
+        assert (status.transport, status.sessions) == ("tcp", 1), status
+        assert (status.wire, status.cipher) == (sys.argv[1], sys.argv[2]), status
+        if status.wire == "x1":
+            while not server.status().round_trip: time.sleep(0.01)
+            assert 0 < server.status().round_trip < 10
         while len(events) < 2: time.sleep(0.01)
         assert events[1] == (events[0], "the peer closed the connection"), events
         assert server.status().peer is None
@@ -293,7 +297,9 @@ def test_callbacks_and_status(bench: Bench) -> None:
         print("done", server.status().counters.downlink_packets, flush=True)
     """
     host = bench.pair.start(
-        SERVER, [sys.executable, "-c", program], stdout=subprocess.PIPE,
+        SERVER,
+        [sys.executable, "-c", program, bench.wire, bench.cipher],
+        stdout=subprocess.PIPE,
         environment={"PYTHONPATH": str(Path(PROGRAM[1]).parent)},
     )  # fmt: skip
     bench.helpers.append(host)

@@ -15,7 +15,8 @@ from ttun.cipher import CIPHERS
 from ttun.errors import ProtocolError
 
 K = handshake.psk_key(b"secret")
-CHACHA, AES = CIPHERS["chacha20-poly1305"], CIPHERS["aes-256-gcm"]
+V1 = handshake.Terms("v1")
+V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 
 
 def drive(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
@@ -58,9 +59,10 @@ def against(steps: handshake.Steps, peer: Callable[[socket.socket], None]) -> ha
         thread.join()
 
 
-@pytest.mark.parametrize("cipher", CIPHERS)
+@pytest.mark.parametrize("wire", ["v1", "auto"])
+@pytest.mark.parametrize("cipher", V1_CIPHERS)
 @pytest.mark.parametrize("role", ["client", "server"])
-def test_it_agrees_with_an_independent_peer(cipher: str, role: str) -> None:
+def test_it_agrees_with_an_independent_peer(cipher: str, role: str, wire: str) -> None:
     peers: list[Peer] = []
 
     def peer(sock: socket.socket) -> None:
@@ -71,14 +73,14 @@ def test_it_agrees_with_an_independent_peer(cipher: str, role: str) -> None:
             peers[0].handshake_as_client()
 
     ours = handshake.client if role == "client" else handshake.server
-    keys = against(ours(K, CIPHERS[cipher]), peer)
+    keys = against(ours(K, handshake.Terms(wire, CIPHERS[cipher])), peer)
     assert peers[0].receiving.open(keys.sending.seal(b"there")[2:]) == b"there"
     assert keys.receiving.open(peers[0].sending.seal(b"back")[2:]) == b"back"
 
 
 def test_both_of_ours_agree() -> None:
-    mine = handshake.client(K, CHACHA)
-    keys = against(mine, lambda sock: drive(handshake.server(K, CHACHA), sock) and None)
+    mine = handshake.client(K, V1)
+    keys = against(mine, lambda sock: drive(handshake.server(K, V1), sock) and None)
     assert keys.wire == "v1"
 
 
@@ -109,11 +111,11 @@ def test_a_peer_that_does_not_prove_the_key_is_refused(
 
     ours = handshake.client if role == "client" else handshake.server
     with pytest.raises(ProtocolError, match=why):
-        against(ours(K, CHACHA), peer)
+        against(ours(K, V1), peer)
 
 
 def test_the_server_sends_no_frame_before_it_has_seen_the_magic() -> None:
-    steps = handshake.server(K, CHACHA)
+    steps = handshake.server(K, V1)
     assert next(steps) == (b"", 16)
     nonce, wanted = steps.send(os.urandom(16))
     assert (len(nonce), wanted) == (16, 2)
@@ -124,7 +126,7 @@ def test_the_server_sends_no_frame_before_it_has_seen_the_magic() -> None:
 
 
 def test_a_web_browser_is_recognised_after_18_bytes() -> None:
-    steps = handshake.server(K, CHACHA)
+    steps = handshake.server(K, V1)
     next(steps)
     request = b"GET / HTTP/1.1\r\nHost: example\r\n\r\n"
     steps.send(request[:16])
@@ -134,7 +136,7 @@ def test_a_web_browser_is_recognised_after_18_bytes() -> None:
 
 def test_an_unfinished_handshake_wants_few_bytes() -> None:
     for length in range(65536):
-        steps = handshake.server(K, CHACHA)
+        steps = handshake.server(K, V1)
         next(steps)
         steps.send(bytes(16))
         try:
@@ -145,4 +147,4 @@ def test_an_unfinished_handshake_wants_few_bytes() -> None:
 
 
 def test_nonces_are_fresh() -> None:
-    assert next(handshake.client(K, CHACHA)) != next(handshake.client(K, CHACHA))
+    assert next(handshake.client(K, V1)) != next(handshake.client(K, V1))

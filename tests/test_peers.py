@@ -162,23 +162,36 @@ def test_a_stranger_is_refused_with_a_reason_and_the_next_client_gets_in(
     client_gets_in(bench)
 
 
+V1_CHACHA, V1_AES = ("--wire", "v1"), ("--wire", "v1", "-m", "aes-256-gcm")
+
+
 @pytest.mark.parametrize(
-    ("key", "options", "reason"),
+    ("key", "ours", "theirs", "reason"),
     [
-        ("wrong", (), "wrong key, or another cipher than ours"),
-        ("secret", ("-m", "aes-256-gcm"), "wrong key, or another cipher than ours"),
+        ("wrong", (), (), "wrong key, or another cipher than ours"),
+        ("wrong", V1_CHACHA, V1_CHACHA, "wrong key, or another cipher than ours"),
+        ("secret", V1_CHACHA, V1_AES, "wrong key, or another cipher than ours"),
+        ("secret", (), V1_AES, "wrong key, or another cipher than ours"),
+        (
+            "secret",
+            ("-m", "chacha20-poly1305"),
+            ("-m", "aes-256-gcm"),
+            "no common cipher: ours chacha20-poly1305, the peer's aes-256-gcm",
+        ),
+        ("secret", ("--wire", "x1"), V1_CHACHA, "wire v1 alone, or has another key: --wire x1 re"),
+        ("secret", ("-m", "aegis-256"), V1_CHACHA, "another key: aegis-256 needs wire x1"),
     ],
 )
-def test_a_client_with_another_key_or_cipher_is_refused(
-    bench: Bench, key: str, options: tuple[str, ...], reason: str
+def test_a_client_that_does_not_fit_is_refused(
+    bench: Bench, key: str, ours: tuple[str, ...], theirs: tuple[str, ...], reason: str
 ) -> None:
-    server = bench.server()
-    client = bench.client(*options, key=key)
+    server = bench.server(*ours)
+    client = bench.client(*theirs, key=key)
     assert reason in server.says("failed:")
     client.says("failed:")
     client.says("reconnecting in")
     client.stop()
-    client_gets_in(bench)
+    bench.client(*ours).says("authenticated")
 
 
 def test_a_wrong_magic_is_refused(bench: Bench) -> None:

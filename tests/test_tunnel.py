@@ -23,17 +23,21 @@ pytestmark = pytest.mark.hosts
 
 GIB = 1 << 30
 PORT = "5001"
+every_way = pytest.mark.parametrize(
+    "bench", ["x1", "x1-no-offload", "v1", "v1-no-offload"], indirect=True
+)
 PUMP_THREADS = {"ttun-up-seal", "ttun-up-send", "ttun-down-recv", "ttun-down-open"}
 
 
+@every_way
 @pytest.mark.parametrize("cipher", ["chacha20-poly1305", "aes-256-gcm"])
 def test_both_families_are_carried_both_ways(bench: Bench, cipher: str) -> None:
     server, client = bench.tunnel("-m", cipher)
     for host in (SERVER, CLIENT):
         for addresses in (TUNNEL4, TUNNEL6):
             assert bench.ping(host, addresses[OTHER[host]], 20) == 20
-    assert f"wire v1, {cipher}" in server.log()
-    assert f"wire v1, {cipher}" in client.log()
+    assert f"wire {bench.wire}, {cipher}" in server.log()
+    assert f"wire {bench.wire}, {cipher}" in client.log()
     assert client.stop() == server.stop() == 0
     for end in (server, client):
         assert "disconnected" in end.log()
@@ -41,6 +45,7 @@ def test_both_families_are_carried_both_ways(bench: Bench, cipher: str) -> None:
         assert "secret" not in end.log()
 
 
+@every_way
 def test_a_gibibyte_each_way_at_once_arrives_whole(bench: Bench) -> None:
     bench.tunnel()
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
@@ -52,6 +57,7 @@ def test_a_gibibyte_each_way_at_once_arrives_whole(bench: Bench) -> None:
         assert all(transfer.result()["whole"] for transfer in transfers)
 
 
+@every_way
 def test_mixed_traffic_arrives_whole(bench: Bench) -> None:
     """Many flows of many sizes both ways, both families, and datagrams between them.
 
@@ -159,6 +165,7 @@ def test_a_second_client_waits_until_the_first_leaves(bench: Bench) -> None:
     bench.answers(SERVER)
 
 
+@every_way
 @pytest.mark.parametrize("mtu", [576, 1280, 1500, 9000, 65519])
 def test_every_mtu_carries_full_packets(bench: Bench, mtu: int) -> None:
     server, _ = bench.tunnel("-mtu", str(mtu))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ttun import cipher as ciphers
 from ttun import hosts
 from ttun.hosts import CLIENT, SERVER, Hosts
 
@@ -23,6 +24,8 @@ PROGRAM = [sys.executable, str(ROOT / "ttun.py")]
 SERVER_ADDRESS = "192.0.2.1"
 TUNNEL4 = {SERVER: "10.1.1.1", CLIENT: "10.1.1.2"}
 TUNNEL6 = {SERVER: "fc11::1", CLIENT: "fc11::2"}
+# What two of ours agree on without -m.
+BEST = {"v1": "chacha20-poly1305", "x1": ciphers.fast()[0].name}
 OTHER = {SERVER: CLIENT, CLIENT: SERVER}
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 libc = ctypes.CDLL(None, use_errno=True)
@@ -81,8 +84,10 @@ class End:
 class Bench:
     """Two hosts, and whatever a test starts on them; all of it is ended with the test."""
 
-    def __init__(self, pair: Hosts, directory: Path, options: list[str]) -> None:
-        self.pair, self.directory, self.options = pair, directory, options
+    def __init__(self, pair: Hosts, directory: Path, wire: str, options: list[str]) -> None:
+        self.pair, self.directory = pair, directory
+        self.wire, self.cipher = wire, BEST[wire]
+        self.options = options + (["--wire", "v1"] if wire == "v1" else [])
         self.ends: list[End] = []
         self.helpers: list[subprocess.Popen[str]] = []
 
@@ -186,9 +191,9 @@ class Bench:
             helper.stdout.close()
 
 
-def bench(pair: Hosts, directory: Path, options: list[str]) -> Iterator[Bench]:
-    """The fixture. options: of every server and client."""
-    made = Bench(pair, directory, options)
+def bench(pair: Hosts, directory: Path, wire: str, options: list[str]) -> Iterator[Bench]:
+    """The fixture. wire: between two of ours. options: of every server and client."""
+    made = Bench(pair, directory, wire, options)
     try:
         yield made
     except BaseException:

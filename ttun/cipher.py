@@ -1,8 +1,6 @@
 """The AEAD ciphers, and one direction of a session keyed with one of them.
 
-The ciphers are libsodium's, and libsodium is the one that PyNaCl carries inside its extension:
-its functions are plain C, so their addresses go straight to the codec and no packet meets Python.
-``nacl._sodium`` is private to PyNaCl; this file is the only one that reaches into it.
+The ciphers are libsodium's. Their addresses go straight to the codec, so no packet meets Python.
 """
 
 from __future__ import annotations
@@ -10,21 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+from ttun import sodium
 from ttun._codec import ffi, lib
 from ttun.errors import TtunError, UsageError
-
-try:
-    import nacl._sodium as sodium
-
-    _AVAILABLE = {
-        # sodium_init looks at the processor; before it, AES is reported missing everywhere.
-        "aes": sodium.lib.sodium_init() >= 0 and sodium.lib.crypto_aead_aes256gcm_is_available()
-    }
-    sodium.lib.crypto_aead_chacha20poly1305_ietf_encrypt  # noqa: B018 - is it there at all?
-except (ImportError, AttributeError) as problem:
-    raise TtunError(
-        f"ttun needs PyNaCl 1.6 or newer with its own libsodium ({problem}): pip install -U pynacl"
-    ) from None
 
 KEY_SIZE: int = lib.TTUN_KEY_SIZE
 PREFIX: int = lib.TTUN_PREFIX
@@ -45,6 +31,8 @@ CIPHERS = {
         Cipher("chacha20-poly1305", "crypto_aead_chacha20poly1305_ietf", 16),
         # NIST SP 800-38D
         Cipher("aes-256-gcm", "crypto_aead_aes256gcm", 16),
+        # RFC 10032; on wire x1 alone
+        Cipher("aegis-256", "crypto_aead_aegis256", 32),
     )
 }
 
@@ -56,12 +44,18 @@ def find(name: str) -> Cipher:
     """
     if name not in CIPHERS:
         raise UsageError(f"unknown cipher {name!r}: choose {' or '.join(CIPHERS)}")
-    if name.startswith("aes") and not _AVAILABLE["aes"]:
+    if name == "aes-256-gcm" and not sodium.HAS_AES:
         raise TtunError(
             f"{name} needs AES instructions, which this processor lacks: "
             "use -m chacha20-poly1305 on both ends"
         )
     return CIPHERS[name]
+
+
+def fast() -> list[Cipher]:
+    """Return the ciphers that run well on this processor, the best first."""
+    names = ["aegis-256", "aes-256-gcm"] if sodium.HAS_AES else []
+    return [CIPHERS[name] for name in [*names, "chacha20-poly1305"]]
 
 
 class CipherState:
@@ -71,7 +65,7 @@ class CipherState:
     client to server, 1 for the others; ``key`` has 32 bytes.
     """
 
-    def __init__(self, cipher: Cipher, direction: int, key: bytes) -> None:
+    def __init__(self, cipher: Cipher, direction: int, key: bytes | bytearray) -> None:
         """Key it; the next frame is number 0."""
         self.cipher = cipher
         state = lib.ttun_cipher_new(
@@ -107,7 +101,7 @@ def _functions(cipher: Cipher) -> tuple[Any, Any, Any]:
     packet. PyNaCl does not name those functions in Python, but its extension may export them.
     """
     names = [cipher.function + suffix for suffix in ("_encrypt_afternm", "_decrypt_afternm")]
-    library = os.fsencode(sodium.__file__)
+    library = os.fsencode(sodium.FILE)
     found = [lib.ttun_find_function(library, name.encode()) for name in names]
     expand = lib.ttun_find_function(library, f"{cipher.function}_beforenm".encode())
     if expand != ffi.NULL and all(function != ffi.NULL for function in found):

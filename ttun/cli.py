@@ -65,6 +65,14 @@ def build_parser() -> Parser:
         metavar="HOST:PORT",
         help="the server: a name, an IPv4 address or an [IPv6] one; the port is 20203 if left out",
     )
+    client.add_argument(
+        "-rekey",
+        "--rekey",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="fresh keys after so long, or after 64 GiB; on wire x1 (default: %(default).0f)",
+    )
     for end in (server, client):
         _tunnel_options(end)
 
@@ -126,9 +134,17 @@ def _tunnel_options(command: Parser) -> None:
     command.add_argument(
         "-m",
         "--cipher",
-        default="chacha20-poly1305",
         metavar="CIPHER",
-        help="chacha20-poly1305 or aes-256-gcm, the same on both ends (default: %(default)s)",
+        help="chacha20-poly1305, aes-256-gcm or aegis-256, and no other (default: the best of both "
+        "ends; with an original peer, chacha20-poly1305)",
+    )
+    command.add_argument(
+        "-wire",
+        "--wire",
+        default="auto",
+        metavar="auto|v1|x1",
+        help="x1 between two of ours, v1 with an original peer (default: auto, whatever the peer "
+        "has)",
     )
     command.add_argument(
         "-mtu",
@@ -304,6 +320,7 @@ def run_server(options: argparse.Namespace) -> int:
 def run_client(options: argparse.Namespace) -> int:
     """``ttun client``."""
     from ttun.client import Client
+    from ttun.control import Limits
 
     psk = key.find(options.psk, options.psk_file)
     if psk is None:
@@ -311,11 +328,14 @@ def run_client(options: argparse.Namespace) -> int:
             f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
             f"or into {key.DEFAULT_FILE} (chmod 600)"
         )
-    return _run(Client(psk, server=options.server, **_endpoint_options(options)))
+    if not 0 < options.rekey <= 120:
+        raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
+    limits = Limits(seconds=options.rekey)
+    return _run(Client(psk, server=options.server, limits=limits, **_endpoint_options(options)))
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
-    names = ("cipher", "mtu", "mptcp", "offload")
+    names = ("cipher", "mtu", "mptcp", "offload", "wire")
     return {name: getattr(options, name) for name in names}
 
 

@@ -93,7 +93,7 @@ class Client(Endpoint):
         handshakes = Handshakes(self._stop)
         try:
             name = str(self._server)
-            handshakes.add(sock, name, name, handshake.client(self._k, self._cipher))
+            handshakes.add(sock, name, name, handshake.client(self._k, self._terms))
             return handshakes.wait()
         finally:
             handshakes.close()

@@ -10,14 +10,16 @@ import abc
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, ClassVar
 
 from ttun import cipher as ciphers
 from ttun import link
+from ttun._codec import lib
+from ttun.control import DEFAULT_LIMITS, Limits
 from ttun.device import DEFAULT_MTU, MAX_MTU, MIN_MTU, Addresses, Device
 from ttun.errors import TtunError, UsageError
-from ttun.handshake import Keys, psk_key
+from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
 from ttun.handshakes import Peer
 from ttun.session import Counters, Session
 from ttun.stop import StopFlag
@@ -25,7 +27,8 @@ from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 
-DEFAULT_CIPHER = "chacha20-poly1305"
+WIRES = ["auto", "v1", "x1"]
+V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Status:
     device: str | None  # "ttun0"; None before start
     peer: str | None  # "192.0.2.1:20203"; None while there is no session
     transport: str | None  # "tcp" or "mptcp"
-    wire: str | None  # "v1"
-    cipher: str
+    wire: str | None  # "v1" or "x1"
+    cipher: str | None  # of the session
+    round_trip: float | None  # seconds, when it was measured last; on wire x1
     connected_for: float | None  # seconds
     sessions: int  # how many there have been, this one included
     counters: Counters  # of this session, or the last one
@@ -46,11 +50,13 @@ class Status:
 class Endpoint(abc.ABC):
     """One end of a tunnel. Use Server or Client.
 
-    key: the pre-shared key, any bytes. cipher: a name of ttun.cipher.CIPHERS. mtu: of the device,
-    576 to 65519. mptcp: True, False, or None for what is usual on that side. offload: use what
-    the kernel has of it at the device. on_connected is called with the peer's address,
-    on_disconnected with that and the reason, both on the endpoint's thread. Raises UsageError for
-    a bad value, TtunError for what this machine lacks.
+    key: the pre-shared key, any bytes. cipher: a name of ttun.cipher.CIPHERS, the only one that may
+    carry packets; None for the best that both ends have. mtu: of the device, 576 to 65519. mptcp:
+    True, False, or None for what is usual on that side. offload: use what the kernel has of it at
+    the device. wire: "v1", "x1", or "auto" for x1 with a peer that has it. limits: how long keys of
+    wire x1 live. on_connected is called with the peer's address, on_disconnected with that and the
+    reason, both on the endpoint's thread. Raises UsageError for a bad value, TtunError for what
+    this machine lacks.
     """
 
     role: ClassVar[str]
@@ -60,10 +66,12 @@ class Endpoint(abc.ABC):
         self,
         key: bytes,
         *,
-        cipher: str = DEFAULT_CIPHER,
+        cipher: str | None = None,
         mtu: int = DEFAULT_MTU,
         mptcp: bool | None = None,
         offload: bool = True,
+        wire: str = "auto",
+        limits: Limits = DEFAULT_LIMITS,
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -72,7 +80,8 @@ class Endpoint(abc.ABC):
             raise UsageError("the key is empty")
         if not MIN_MTU <= mtu <= MAX_MTU:
             raise UsageError(f"an MTU of {mtu}: it goes from {MIN_MTU} to {MAX_MTU}")
-        self._cipher = ciphers.find(cipher)
+        self._terms = _terms(wire, cipher, mtu)
+        self._limits = limits
         self._k = psk_key(key)
         self._mtu = mtu
         self._mptcp = mptcp
@@ -81,11 +90,12 @@ class Endpoint(abc.ABC):
         self._on_disconnected = on_disconnected
         self._stop = StopFlag()
         self._over = threading.Event()
-        self._lock = threading.Lock()  # over the five below
+        self._lock = threading.Lock()  # over the seven below
         self._device: Device | None = None
         self._session: Session | None = None
         self._peer: str | None = None
         self._transport: str | None = None
+        self._wire = self._cipher = ""
         self._sessions = 0
         self._since = 0.0
         self._error: TtunError | None = None
@@ -93,8 +103,9 @@ class Endpoint(abc.ABC):
 
     def start(self) -> None:
         """Open the device (and the server's port) and go to work on a thread. Raises TtunError."""
-        log.info("ttun %s %s, cipher %s", __version__, self.role, self._cipher.name)
+        log.info("ttun %s %s", __version__, self.role)
         self._device = Device(self.addresses, self._mtu, self._offload)
+        self._terms = replace(self._terms, features=self._device.offload >> 1)
         try:
             self._open()
             self._thread.start()
@@ -136,13 +147,15 @@ class Endpoint(abc.ABC):
         """Return what it is doing now, from any thread."""
         with self._lock:
             session, connected = self._session, self._peer is not None
+            control = session.control if session and connected else None
             return Status(
                 role=self.role,
                 device=self._device.name if self._device else None,
                 peer=self._peer,
                 transport=self._transport if connected else None,
-                wire="v1" if connected else None,
-                cipher=self._cipher.name,
+                wire=self._wire if connected else None,
+                cipher=self._cipher if connected else None,
+                round_trip=control.rtt if control else None,
                 connected_for=time.monotonic() - self._since if connected else None,
                 sessions=self._sessions,
                 counters=session.counters() if session else Counters(),
@@ -176,12 +189,13 @@ class Endpoint(abc.ABC):
         assert self._device is not None
         transport = link.transport(peer.sock)
         try:
-            session = Session(peer.sock, self._device, peer.keys)
+            session = Session(peer.sock, self._device, peer.keys, self._limits)
         except OSError as error:
             log.warning("no session with %s: %s", peer.name, error.strerror or error)
             return 0.0
         with self._lock:
             self._session, self._peer, self._transport = session, peer.name, transport
+            self._wire, self._cipher = peer.keys.wire, peer.keys.sending.cipher.name
             self._sessions += 1
             self._since = time.monotonic()
         if self._stop.is_set():  # set between the handshake and here
@@ -212,12 +226,32 @@ class Endpoint(abc.ABC):
     def _authenticated(self, peer: Peer, then: str = "") -> None:
         keys: Keys = peer.keys
         log.info(
-            "peer %s authenticated: wire %s, %s%s",
+            "peer %s authenticated: wire %s, %s%s%s",
             peer.name,
             keys.wire,
             keys.sending.cipher.name,
+            ", forward secrecy" if keys.agreement else "",
             then,
         )
+
+
+def _terms(wire: str, name: str | None, mtu: int) -> Terms:
+    """Return what to agree to. Raises UsageError for what no peer could agree to."""
+    if wire not in WIRES:
+        raise UsageError(f"unknown wire {wire!r}: choose {', '.join(WIRES)}")
+    cipher = None if name is None else ciphers.find(name)
+    offers = [
+        offer
+        for offer in ([cipher] if cipher else ciphers.fast())
+        if mtu + offer.tag_size <= lib.TTUN_LENGTH_MAX
+    ]
+    if not offers:
+        raise UsageError(f"{name} and an MTU of {mtu}: with its tag a packet fits no frame")
+    if cipher is None or cipher.name in V1_CIPHERS:
+        return Terms(wire, cipher or V1_DEFAULT, offers)
+    if wire == "v1":
+        raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
+    return Terms("x1", V1_DEFAULT, offers, needs_x1=f"{cipher.name} needs wire x1")
 
 
 def describe(counters: Counters) -> str:
@@ -230,6 +264,8 @@ def describe(counters: Counters) -> str:
         text += f"; {counters.refused} of the peer's packets were refused by the kernel"
     if counters.unsendable:
         text += f"; {counters.unsendable} could not be sent"
+    if counters.forged:
+        text += f"; {counters.forged} of the peer's packets did not add up"
     return text
 
 

@@ -10,6 +10,9 @@ Wire v1, ``||`` is concatenation::
 
     K = blake2s("ttun/psk/v1" || psk)      SK = blake2s("ttun/sk/v1" || K || Nc || Ns)
 
+Wire x1 is the same, but Nc and Ns carry marks, and an offer follows each magic as frame 1, in the
+same write. What comes behind it is under keys that both offers made (x1.py).
+
 Each side is a generator. It yields what to send and how many bytes it wants next, is sent exactly
 those, and returns the keys. It raises ProtocolError when the peer is not one of ours. The caller
 owns the socket and the 10 seconds that all of it may take.
@@ -21,15 +24,28 @@ import hashlib
 import hmac
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ttun.cipher import PREFIX, Cipher, CipherState
+from ttun import x1
+from ttun.cipher import CIPHERS, PREFIX, Cipher, CipherState
 from ttun.errors import ProtocolError
+from ttun.sodium import KeyPair
+from ttun.x1 import NONCE_SIZE, TO_CLIENT, TO_SERVER
 
 TIMEOUT = 10.0  # seconds
-NONCE_SIZE = 16
 MAGIC = b"TTUN/v1\0"
-TO_SERVER, TO_CLIENT = 0, 1  # the direction byte of a frame's nonce
+V1_DEFAULT = CIPHERS["chacha20-poly1305"]  # every end has it: the frames before an agreement
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What this end agrees to."""
+
+    wire: str = "auto"  # "v1", "x1", or "auto": x1 with a peer that has it, else v1
+    cipher: Cipher = V1_DEFAULT  # of wire v1
+    offers: list[Cipher] = field(default_factory=list)  # on wire x1
+    features: int = 0  # of this end's device, as in an offer
+    needs_x1: str = "--wire x1 refuses that"  # why, where wire is "x1"
 
 
 @dataclass
@@ -38,7 +54,12 @@ class Keys:
 
     sending: CipherState
     receiving: CipherState
-    wire: str = "v1"
+    agreement: x1.Agreement | None = None  # None on wire v1
+
+    @property
+    def wire(self) -> str:
+        """The name of the wire that these keys are for."""
+        return "x1" if self.agreement else "v1"
 
     def wipe(self) -> None:
         """Overwrite both keys."""
@@ -49,6 +70,7 @@ class Keys:
 # (bytes to send, bytes wanted next) -> those bytes; at the end, the keys
 Steps = Generator[tuple[bytes, int], bytes, Keys]
 _Step = Generator[tuple[bytes, int], bytes, None]
+_Frame = Generator[tuple[bytes, int], bytes, bytes]
 
 
 def psk_key(psk: bytes) -> bytes:
@@ -61,40 +83,80 @@ def session_key(k: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
     return hashlib.blake2s(b"ttun/sk/v1" + k + client_nonce + server_nonce).digest()
 
 
-def client(k: bytes, cipher: Cipher) -> Steps:
+def client(k: bytes, terms: Terms) -> Steps:
     """Shake hands as the client."""
-    client_nonce = os.urandom(NONCE_SIZE)
+    client_nonce = _nonce(k, TO_SERVER, terms.wire != "v1")
     server_nonce = yield client_nonce, NONCE_SIZE
+    is_x1 = terms.wire != "v1" and x1.is_marked(k, TO_CLIENT, server_nonce)
+    _check_wire(terms, is_x1)
     sk = session_key(k, client_nonce, server_nonce)
+    cipher = V1_DEFAULT if is_x1 else terms.cipher
     keys = Keys(CipherState(cipher, TO_SERVER, sk), CipherState(cipher, TO_CLIENT, sk))
-    yield from _receive_magic(keys.receiving, keys.sending.seal(MAGIC))
-    return keys
+    magic = keys.sending.seal(MAGIC)
+    if not is_x1:
+        yield from _receive_magic(keys.receiving, magic)
+        return keys
+    pair = KeyPair()
+    ours = x1.make_offer(terms.offers, terms.features, pair).encode()
+    yield from _receive_magic(keys.receiving, magic + keys.sending.seal(ours))
+    theirs = yield from _receive(keys.receiving, b"", len(ours), "its offer")
+    return _agreed(keys, x1.agree(sk, True, pair, ours, theirs))
 
 
-def server(k: bytes, cipher: Cipher) -> Steps:
+def server(k: bytes, terms: Terms) -> Steps:
     """Shake hands as the server, which sends no frame before it has verified the client's."""
     client_nonce = yield b"", NONCE_SIZE
-    server_nonce = os.urandom(NONCE_SIZE)
+    is_x1 = terms.wire != "v1" and x1.is_marked(k, TO_SERVER, client_nonce)
+    _check_wire(terms, is_x1)
+    server_nonce = _nonce(k, TO_CLIENT, is_x1)
     sk = session_key(k, client_nonce, server_nonce)
+    cipher = V1_DEFAULT if is_x1 else terms.cipher
     keys = Keys(CipherState(cipher, TO_CLIENT, sk), CipherState(cipher, TO_SERVER, sk))
     yield from _receive_magic(keys.receiving, server_nonce)
-    yield keys.sending.seal(MAGIC), 0
-    return keys
+    if not is_x1:
+        yield keys.sending.seal(MAGIC), 0
+        return keys
+    pair = KeyPair()
+    ours = x1.make_offer(terms.offers, terms.features, pair).encode()
+    theirs = yield from _receive(keys.receiving, b"", len(ours), "its offer")
+    yield keys.sending.seal(MAGIC) + keys.sending.seal(ours), 0  # also where there is no agreement
+    return _agreed(keys, x1.agree(sk, False, pair, ours, theirs))
+
+
+def _nonce(k: bytes, direction: int, marked: bool) -> bytes:
+    return x1.marked_nonce(k, direction) if marked else os.urandom(NONCE_SIZE)
+
+
+def _check_wire(terms: Terms, is_x1: bool) -> None:
+    if terms.wire == "x1" and not is_x1:
+        raise ProtocolError(f"it speaks wire v1 alone, or has another key: {terms.needs_x1}")
+
+
+def _agreed(keys: Keys, agreement: x1.Agreement) -> Keys:
+    """Go over to the keys that nobody can compute again."""
+    keys.wipe()
+    return Keys(*agreement.states(), agreement)
 
 
 def _receive_magic(state: CipherState, send_first: bytes) -> _Step:
-    """Send, then read frame 0 and make sure that it holds the magic.
+    """Send, then read frame 0 and make sure that it holds the magic."""
+    plaintext = yield from _receive(state, send_first, len(MAGIC), "its first frame")
+    if not hmac.compare_digest(plaintext, MAGIC):
+        raise ProtocolError("wrong magic: another version of ttun")
 
-    A frame of another length cannot hold it, so the length is refused before a byte of the frame
-    is read: an unfinished handshake never keeps more than a few dozen bytes.
+
+def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Frame:
+    """Send, then read the next frame, which holds size bytes.
+
+    A frame of another length is refused before a byte of it is read: an unfinished handshake never
+    keeps more than a few dozen bytes.
     """
     prefix = yield send_first, PREFIX
     length = int.from_bytes(prefix, "big")
-    if length != len(MAGIC) + state.cipher.tag_size:
-        raise ProtocolError(f"not a ttun peer: its first frame has a length of {length}")
+    if length != size + state.cipher.tag_size:
+        raise ProtocolError(f"not a ttun peer: {what} has a length of {length}")
     ciphertext = yield b"", length
     plaintext = state.open(ciphertext)
     if plaintext is None:
         raise ProtocolError("wrong key, or another cipher than ours")
-    if not hmac.compare_digest(plaintext, MAGIC):
-        raise ProtocolError("wrong magic: another version of ttun")
+    return plaintext

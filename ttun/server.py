@@ -70,7 +70,7 @@ class Server(Endpoint):
         """Return the first peer that proves the key; None when stop was set."""
         assert self._listener is not None
         handshakes = Handshakes(self._stop)
-        handshakes.listen(self._listener, lambda: handshake.server(self._k, self._cipher))
+        handshakes.listen(self._listener, lambda: handshake.server(self._k, self._terms))
         try:
             return handshakes.wait()
         finally:

@@ -2,7 +2,8 @@
 
 1. Drop what waits in the device: stale packets do not go into a new session.
 2. Start two threads per direction, each inside one long C call (csrc/pump.c) without the GIL.
-3. Wait for all four. The first thing that goes wrong ends all of them.
+   On wire x1 a fifth one handles control frames (control.py).
+3. Wait for all of them. The first thing that goes wrong ends all of them.
 4. Wipe the keys and say why it ended and what went through.
 """
 
@@ -15,6 +16,7 @@ import time
 from typing import Any, NamedTuple
 
 from ttun._codec import ffi, lib
+from ttun.control import DEFAULT_LIMITS, NAMES, Control, Limits
 from ttun.device import Device
 from ttun.handshake import Keys
 
@@ -31,12 +33,20 @@ class Counters(NamedTuple):
     refused: int = 0  # packets of the peer that the kernel did not take
     empty: int = 0  # frames without a packet
     unsendable: int = 0  # packets of ours that fit no frame or contradict their vnet header
+    ignored: int = 0  # frames of a type that is not known
+    forged: int = 0  # offloaded packets of the peer that do not add up
 
 
 class Session:
     """Carries packets between a device and a peer until one of them ends it."""
 
-    def __init__(self, sock: socket.socket, device: Device, keys: Keys) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        device: Device,
+        keys: Keys,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         """Take over the socket and the keys, and start. The device stays the caller's."""
         self._sock = sock
         self._started = time.monotonic()
@@ -46,6 +56,7 @@ class Session:
             device.fileno(),
             sock.fileno(),
             device.offload,
+            _wire(keys),
             keys.sending.c,
             keys.receiving.c,
             len(os.sched_getaffinity(0)) <= FEW_CORES,
@@ -57,6 +68,9 @@ class Session:
         self._c = session
         self._freed = threading.Lock()  # held while the C session is used from outside, or freed
         self._counters = Counters()
+        self.control: Control | None = None
+        if keys.agreement is not None:
+            self.control = Control(session, sock, keys.agreement, limits)
         bodies = [
             lib.ttun_uplink_seal,
             lib.ttun_uplink_send,
@@ -72,6 +86,8 @@ class Session:
             for thread in self._threads:
                 thread.start()
                 started.append(thread)
+            if self.control is not None:
+                self.control.start()
         except RuntimeError as error:  # the process may have no more threads
             self._threads = started
             self.stop()
@@ -88,6 +104,8 @@ class Session:
         """Wait until it is over, release all, and return why it ended."""
         for thread in self._threads:
             thread.join()
+        if self.control is not None:
+            self.control.join()
         with self._freed:
             detail = ffi.new("int *")
             end = lib.ttun_session_end(self._c, detail)
@@ -97,6 +115,8 @@ class Session:
         self._sock.close()
         self.duration = time.monotonic() - self._started
         self.device_lost = end == lib.TTUN_END_DEVICE
+        if self.control is not None and self.control.reason and end == lib.TTUN_END_STOPPED:
+            return self.control.reason
         return _reason(end, detail[0])
 
     def counters(self) -> Counters:
@@ -110,6 +130,15 @@ class Session:
         return Counters(*(getattr(counters, name) for name in Counters._fields))
 
 
+def _wire(keys: Keys) -> int:
+    """Return the wire as the codec takes it: v1, or x1 and what the peer's device takes."""
+    if keys.agreement is None:
+        return 0
+    takes = [lib.TTUN_OFFLOAD_TCP, lib.TTUN_OFFLOAD_UDP]
+    bits = [bit for n, bit in enumerate(takes) if keys.agreement.features >> n & 1]
+    return int(lib.TTUN_X1 + sum(bits))
+
+
 def _reason(end: int, detail: int) -> str:
     """Put the codec's reason into words for the log."""
     reasons = {
@@ -121,5 +150,6 @@ def _reason(end: int, detail: int) -> str:
         lib.TTUN_END_SOCKET: os.strerror(detail),
         lib.TTUN_END_DEVICE: f"the TUN device failed: {os.strerror(detail)}",
         lib.TTUN_END_NONCES: "this session ran out of nonces",
+        lib.TTUN_END_CONTROL: f"the peer sent a {NAMES.get(detail)} frame out of place",
     }
     return reasons[end]

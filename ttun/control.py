@@ -1,0 +1,213 @@
+"""Control frames of an x1 session: is the peer alive, how far is it, and fresh keys now and then.
+
+One thread, beside the four that carry packets. It waits for control frames of the peer and looks
+at the clock in between; what it has to say it posts, and it never holds up a packet.
+
+1. PING after 5 s without a frame of the peer; PONG gives the round-trip time. No frame for 15 s,
+   and nothing newly acknowledged by the peer's kernel either (a full queue on a slow link is no
+   death): the peer is gone. Without a frame it is gone after 60 s in any case.
+2. Rekey: the client sends REKEY, the server answers with its own. Each side now has the next keys
+   and gives them to the codec; SWITCH is its last frame under the old one. First the client's,
+   then, as the answer to that, the server's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ttun._codec import ffi, lib
+from ttun.errors import ProtocolError
+from ttun.sodium import KeyPair
+from ttun.x1 import Agreement
+
+PING_AFTER, DEAD_AFTER, LOST_AFTER = 5.0, 15.0, 60.0  # seconds without a frame
+LOOK_AT_CLOCK = 1.0  # seconds
+STORM_PAUSE = 0.005  # seconds after a ping: somebody who sends many does not cost a core
+REKEY_TIMEOUT = 60.0  # seconds
+SIOCOUTQ = 0x5411  # linux/sockios.h
+NAMES = {
+    lib.TTUN_PING: "PING",
+    lib.TTUN_PONG: "PONG",
+    lib.TTUN_REKEY: "REKEY",
+    lib.TTUN_SWITCH: "SWITCH",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a key is used, from the first packet on: whichever comes first."""
+
+    seconds: float = 120.0
+    bytes: float = 64 * 2**30  # in either direction
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Control:
+    """The control thread of one session. The C session must outlive it."""
+
+    def __init__(
+        self, session: Any, sock: socket.socket, agreement: Agreement, limits: Limits
+    ) -> None:
+        """Take over the agreement. limits: a server lets twice as much pass."""
+        self.rtt: float | None = None  # seconds, the last one measured
+        self.rekeys = 0
+        self.reason: str | None = None  # why this thread ended the session, if it did
+        self._c = session
+        self._sock = sock
+        self._agreement = agreement
+        factor = 1 if agreement.is_client else 2
+        self._limits = Limits(limits.seconds * factor, limits.bytes * factor)
+        self._frame: Any = ffi.new("struct ttun_control *")
+        self._counters: Any = ffi.new("struct ttun_counters *")
+        self._pinged_at = float("-inf")
+        self._ping = b""
+        self._acknowledged = -1
+        self._progress_at = 0.0
+        self._pair: KeyPair | None = None  # the client's, between its REKEY and the server's
+        self._expected: int | None = None  # the frame that goes on with a rekey, None between two
+        self._rekey_at = 0.0
+        self._begin_epoch()
+        self._thread = threading.Thread(target=self._run, name="ttun-control", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Raises RuntimeError if the process may have no more."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the session is over, then wipe what keys are made of."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._agreement.p.wipe()
+
+    def _run(self) -> None:
+        try:
+            self._send_ping()
+            while (taken := self._take()) >= 0:
+                if taken > 0:
+                    self._receive(self._frame.type, bytes(ffi.buffer(self._frame.body)))
+                self._look_at_clock(time.monotonic())
+        except ProtocolError as error:
+            self.reason = str(error)
+        except Exception as error:  # a bug ends this session, not the program
+            self.reason = f"internal error: {type(error).__name__}"
+        lib.ttun_session_stop(self._c)
+
+    def _take(self) -> int:
+        """Wait for a control frame until it is time to look at the clock."""
+        wait = LOOK_AT_CLOCK
+        if self._first_packet_at is not None and self._expected is None:
+            due = self._first_packet_at + self._limits.seconds - time.monotonic()
+            wait = min(max(due, 0.001), wait)
+        taken: int = lib.ttun_session_take(self._c, self._frame, int(wait * 1000))
+        return taken
+
+    def _post(self, kind: int, body: bytes = b"") -> None:
+        lib.ttun_session_post(
+            self._c, ffi.new("struct ttun_control *", {"type": kind, "body": body})
+        )
+
+    # ---- liveness ----
+
+    def _receive(self, kind: int, body: bytes) -> None:
+        if kind == lib.TTUN_PING:
+            self._post(lib.TTUN_PONG, body[:8])
+            time.sleep(STORM_PAUSE)
+        elif kind == lib.TTUN_PONG:
+            if body[:8] == self._ping:
+                self.rtt = time.monotonic() - self._pinged_at
+                self._ping = b""
+        elif kind != self._expected and (self._expected or kind != self._first()):
+            raise ProtocolError(f"the peer sent a {NAMES[kind]} frame out of place")
+        elif kind == lib.TTUN_REKEY:
+            self._go_on(body)
+        else:
+            self._finish()
+
+    def _send_ping(self) -> None:
+        self._pinged_at, self._ping = time.monotonic(), os.urandom(8)
+        self._post(lib.TTUN_PING, self._ping)
+
+    def _look_at_clock(self, now: float) -> None:
+        lib.ttun_session_counters(self._c, self._counters)
+        acknowledged = self._counters.sent - self._unacknowledged()
+        if acknowledged > self._acknowledged:
+            self._acknowledged, self._progress_at = acknowledged, now
+        silence = lib.ttun_session_silence(self._c) / 1000
+        if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= DEAD_AFTER:
+            raise ProtocolError(f"no sign of life from the peer for {silence:.0f} s")
+        if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:
+            self._send_ping()
+        self._check_key(now)
+
+    def _unacknowledged(self) -> int:
+        """Return how many bytes wait in the socket or for the peer's kernel."""
+        answer = fcntl.ioctl(self._sock, SIOCOUTQ, bytes(4))
+        return int(struct.unpack("=i", answer)[0])
+
+    # ---- fresh keys ----
+
+    def _begin_epoch(self) -> None:
+        """Count from here what goes under the keys in use."""
+        lib.ttun_session_counters(self._c, self._counters)
+        self._carried = self._bytes()
+        self._first_packet_at: float | None = None
+
+    def _bytes(self) -> tuple[int, int]:
+        return self._counters.uplink_bytes, self._counters.downlink_bytes
+
+    def _check_key(self, now: float) -> None:
+        if self._expected is not None and now - self._rekey_at >= REKEY_TIMEOUT:
+            raise ProtocolError("the peer did not go on with fresh keys")
+        most = max(now - before for now, before in zip(self._bytes(), self._carried))
+        if most > 0 and self._first_packet_at is None:
+            self._first_packet_at = now
+        if self._first_packet_at is None or self._expected is not None:
+            return
+        if now - self._first_packet_at < self._limits.seconds and most < self._limits.bytes:
+            return
+        if not self._agreement.is_client:
+            raise ProtocolError("the peer let twice the life of a key pass")
+        self._pair = KeyPair()
+        self._expect(lib.TTUN_REKEY)
+        self._post(lib.TTUN_REKEY, self._pair.public)
+
+    def _first(self) -> int | None:
+        """Return the frame of the peer that begins a rekey: the client does."""
+        return None if self._agreement.is_client else int(lib.TTUN_REKEY)
+
+    def _expect(self, kind: int) -> None:
+        self._expected, self._rekey_at = kind, time.monotonic()
+
+    def _go_on(self, public: bytes) -> None:
+        """The peer's REKEY: the next keys can be made."""
+        pair = self._pair or KeyPair()
+        self._pair = None
+        self._agreement.rekey(pair, public)
+        sending, receiving = self._agreement.states()
+        code = lib.ttun_session_rekey(self._c, sending.c, receiving.c)
+        sending.wipe()
+        receiving.wipe()
+        if code != 0:
+            raise ProtocolError("the peer began another rekey too early")
+        self._expect(lib.TTUN_SWITCH)
+        if self._agreement.is_client:
+            self._post(lib.TTUN_SWITCH)
+        else:
+            self._post(lib.TTUN_REKEY, pair.public)
+
+    def _finish(self) -> None:
+        """The peer's SWITCH: what it sends is under the new key by now."""
+        if not self._agreement.is_client:
+            self._post(lib.TTUN_SWITCH)
+        self._expected = None
+        self.rekeys += 1
+        self._begin_epoch()
