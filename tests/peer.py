@@ -1,6 +1,6 @@
-"""A second peer, independent of ttun: wire v1 written from docs/protocol.md.
+"""A second peer, independent of ttun: both wires written from docs/protocol.md.
 
-On hashlib and ``cryptography`` alone; it shares no line with what it tests.
+On hashlib, ``cryptography`` and aegis.py alone; it shares no line with what it tests.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import os
 import socket
 import struct
 
+from aegis import AEGIS256
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 MAGIC = b"TTUN/v1\x00"
-AEADS = {"chacha20-poly1305": ChaCha20Poly1305, "aes-256-gcm": AESGCM}
+AEADS = {"chacha20-poly1305": ChaCha20Poly1305, "aes-256-gcm": AESGCM, "aegis-256": AEGIS256}
+BITS = {"chacha20-poly1305": 1, "aes-256-gcm": 2, "aegis-256": 4}
+PING, PONG, REKEY, SWITCH = b"\x02", b"\x03", b"\x04", b"\x05"
 
 
 def blake2s(data: bytes) -> bytes:
@@ -98,6 +102,115 @@ class Peer:
             if is_reply(packet, to):
                 return packet
         raise AssertionError(f"no echo reply among {packets} packets")
+
+
+class X1Peer(Peer):
+    """One side of a connection that speaks x1. The next keys stay in `next` until they are used."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        psk: bytes = b"secret",
+        ciphers: tuple[str, ...] = ("chacha20-poly1305",),
+        features: int = 0,
+    ) -> None:
+        super().__init__(sock, psk)
+        self.ciphers, self.features = ciphers, features
+        self.fresh()
+
+    def fresh(self) -> bytes:
+        """A new X25519 key; its public half."""
+        self.secret = X25519PrivateKey.generate()
+        return self.secret.public_key().public_bytes_raw()
+
+    def marked(self, role: int) -> bytes:
+        r = os.urandom(10)
+        return r + hashlib.blake2s(b"ttun/x1/mark" + bytes([role]) + r, key=self.k).digest()[:6]
+
+    def offer(self, magic: bytes = b"TTUN/x1\0", public: bytes | None = None) -> bytes:
+        bits = sum(BITS[name] for name in self.ciphers)
+        public = self.fresh() if public is None else public
+        return magic + bytes([bits, self.features, 0, 0]) + public
+
+    def mix(self, public: bytes, said: bytes, key: bytes, person: bytes) -> None:
+        """Make the keys of both directions; they are used from use_next on."""
+        shared = self.secret.exchange(X25519PublicKey.from_public_bytes(public))
+        self.p = hashlib.blake2b(shared + said, digest_size=32, key=key, person=person).digest()
+        keys = [
+            hashlib.blake2b(digest_size=32, key=self.p, person=person).digest()
+            for person in (b"ttun/x1 c2s", b"ttun/x1 s2c")
+        ]
+        self.next_sending = Direction(self.cipher, keys[self.role], self.role)
+        self.next_receiving = Direction(self.cipher, keys[1 - self.role], 1 - self.role)
+
+    def agree(self, mine: bytes, theirs: bytes) -> None:
+        common = mine[8] & theirs[8]
+        self.cipher = next(name for name in reversed(list(BITS)) if common & BITS[name])
+        said = theirs + mine if self.role else mine + theirs
+        self.mix(theirs[12:], said, self.sk, b"ttun/x1 session")
+        self.sending, self.receiving = self.next_sending, self.next_receiving
+
+    def nonces(self, role: int) -> None:
+        """role: 0 as the client, 1 as the server."""
+        self.role = role
+        mine = self.marked(role)
+        if role == 0:
+            self.sock.sendall(mine)
+        theirs = self.exactly(16)
+        if role == 1:
+            self.sock.sendall(mine)
+        nonces = (theirs, mine) if role else (mine, theirs)
+        self.key(*nonces, sends=role)
+        self.sk = blake2s(b"ttun/sk/v1" + self.k + nonces[0] + nonces[1])
+
+    def shake(self, role: int, offer: bytes | None = None) -> None:
+        """Shake hands on wire x1; role as above. offer: to send in place of the right one."""
+        self.nonces(role)
+        mine = self.offer() if offer is None else offer
+        hello = self.sending.seal(MAGIC) + self.sending.seal(mine)
+        if role == 0:
+            self.sock.sendall(hello)
+        assert self.receive() == MAGIC
+        theirs = self.receive()
+        if role == 1:
+            self.sock.sendall(hello)
+        self.agree(mine, theirs)
+
+    def begin_rekey(self) -> None:
+        """As the client, up to the point where the next keys are known."""
+        mine = self.fresh()
+        self.send(REKEY + mine)
+        theirs = self.receive_control(REKEY)
+        self.mix(theirs, mine + theirs, self.p, b"ttun/x1 rekey")
+
+    def answer_rekey(self, public: bytes) -> None:
+        """As the server, the same."""
+        mine = self.fresh()
+        self.mix(public, public + mine, self.p, b"ttun/x1 rekey")
+        self.send(REKEY + mine)
+
+    def switch(self) -> None:
+        """Send SWITCH, the last frame under the old key."""
+        self.send(SWITCH)
+        self.sending = self.next_sending
+
+    def switched(self) -> None:
+        """Receive SWITCH; what comes behind it is under the next key."""
+        assert self.receive_control(SWITCH) == b""
+        self.receiving = self.next_receiving
+
+    def receive_control(self, kind: bytes) -> bytes:
+        """The body of the next control frame of a kind; what lies before it is dropped."""
+        while True:
+            plaintext = self.receive()
+            if plaintext[:1] == kind:
+                return plaintext[1:]
+
+    def receive_packet(self) -> bytes:
+        while True:
+            plaintext = self.receive()
+            if plaintext[0] >> 4 in (4, 6):
+                return plaintext
 
 
 def checksum(data: bytes) -> int:

@@ -11,6 +11,7 @@ from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench
 
 from ttun import subjects
 from ttun.bench import COLUMNS
+from ttun.cipher import CIPHERS, fast
 from ttun.errors import TtunError, UsageError
 
 PORT = "5001"
@@ -21,7 +22,7 @@ def test_codec_has_a_line_for_each_cipher() -> None:
         [*PROGRAM, "bench", "codec"], capture_output=True, text=True, check=True, timeout=60
     )
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["chacha20-poly1305", "aes-256-gcm"]
+    assert [line.split()[0] for line in lines[1:]] == list(CIPHERS)
     assert all(float(figure) > 0 for figure in lines[1].split()[1:] if figure[0].isdigit())
 
 
@@ -38,7 +39,7 @@ def test_tunnel_measures_everything_of_every_subject(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "round 1 of 1: no tunnel" in done.stderr
     medians = json.loads(report.read_text())["medians"]
-    assert len(medians) == 4
+    assert len(medians) == 2 + len(fast()) + len([c for c in fast() if c.tag_size == 16])
     for name, figures in medians.items():
         assert set(figures) == set(COLUMNS)
         assert all(figures[column] > 0 for column in ("up", "down_8", "datagrams", "ping"))

@@ -165,6 +165,7 @@ def test_a_stranger_is_refused_with_a_reason_and_the_next_client_gets_in(
 V1_CHACHA, V1_AES = ("--wire", "v1"), ("--wire", "v1", "-m", "aes-256-gcm")
 
 
+@pytest.mark.parametrize("bench", ["x1"], indirect=True)
 @pytest.mark.parametrize(
     ("key", "ours", "theirs", "reason"),
     [

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import pytest
 from known_answers import SESSIONS, frames, plaintext
 from peer import Peer
+from socket_device import SocketDevice
 
 from ttun.cipher import CIPHERS, CipherState
 from ttun.handshake import Keys, session_key
@@ -25,30 +26,11 @@ NONCES = b"c" * 16, b"s" * 16
 FEW, MANY = [0, 1], [0, 1, 2, 3]  # cores: how slots are handed over depends on them
 
 
-class FakeDevice:
-    """What Session wants of a device, on a datagram socketpair."""
-
-    offload = 0
-
-    def __init__(self) -> None:
-        self.inside, self.outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        for sock in (self.inside, self.outside):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
-        self.inside.setblocking(False)
-        self.outside.settimeout(10)
-
-    def fileno(self) -> int:
-        return self.inside.fileno()
-
-    def drain(self) -> int:
-        return 0
-
-
 class Rig:
     """A server's session, its device and the client on the other end of the connection."""
 
     def __init__(self, cipher: str = "chacha20-poly1305", sk: bytes | None = None) -> None:
-        self.device = FakeDevice()
+        self.device = SocketDevice()
         ours, theirs = socket.socketpair()
         self.peer = Peer(theirs, b"secret", cipher)
         self.peer.key(*NONCES, sends=0)

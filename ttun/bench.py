@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from ttun import hosts
-from ttun.cipher import CIPHERS, CipherState
+from ttun.cipher import CIPHERS, CipherState, fast
 from ttun.demo import end, measured, progress
+from ttun.endpoint import V1_CIPHERS
 from ttun.errors import TtunError, UsageError
 from ttun.hosts import SERVER, Hosts
 from ttun.subjects import RAW, Subject, against, ours
 from ttun.version import __version__
 
 PORT = "5001"  # of the traffic server, in a namespace of its own
-SIZES = [64, 576, 1280, 9000, 65519]  # bytes of a packet
+SIZES = [64, 576, 1280, 9000, 65503]  # bytes of a packet
 CODEC_SECONDS, CODEC_BUFFER = 0.5, 128 * 1024  # a buffer as the pump fills
 STEADY_RATE = 100_000  # datagrams per second that a tunnel should carry without loss
 START_TIMEOUT = 20.0  # seconds
@@ -90,7 +91,12 @@ def tunnel(
     plot_file: str | None,
 ) -> int:
     """Measure, print the table, and write what was asked for; return the exit code."""
-    mine = [RAW, *(ours("-m", name) for name in CIPHERS)]
+    names = [cipher.name for cipher in fast()]
+    mine = [
+        RAW,
+        *(ours("-m", name) for name in names),
+        *(ours("--wire", "v1", "-m", name) for name in names if name in V1_CIPHERS),
+    ]
     subjects = [*mine, *(against(text) for text in others)]
     if plot_file is not None:
         from ttun import plot  # that its library is there is better known now than afterwards

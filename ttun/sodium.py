@@ -39,6 +39,8 @@ class Secret(bytearray):
         """Show nothing of them."""
         return "<secret>"
 
+    __str__ = __repr__  # bytearray has one of its own
+
 
 class KeyPair:
     """A fresh X25519 key pair (RFC 7748)."""
