@@ -207,9 +207,10 @@ class X1Peer(Peer):
                 return plaintext[1:]
 
     def receive_packet(self) -> bytes:
+        """The next packet, whole ones with the three bytes in front."""
         while True:
             plaintext = self.receive()
-            if plaintext[0] >> 4 in (4, 6):
+            if plaintext[0] >> 4 in (4, 6) or plaintext[0] == 1:
                 return plaintext
 
 

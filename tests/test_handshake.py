@@ -19,7 +19,7 @@ V1 = handshake.Terms("v1")
 V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 
 
-def drive(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
+def shake(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
     """Run a handshake over a blocking socket, giving it exactly the bytes that it wants."""
     try:
         send, wanted = next(steps)
@@ -35,8 +35,12 @@ def drive(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
             send, wanted = steps.send(data)
     except StopIteration as done:
         return done.value
-    finally:
-        sock.close()
+
+
+def drive(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
+    """Run a handshake and close the socket."""
+    with sock:
+        return shake(steps, sock)
 
 
 def against(steps: handshake.Steps, peer: Callable[[socket.socket], None]) -> handshake.Keys:

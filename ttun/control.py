@@ -206,8 +206,8 @@ class Control:
 
     def _finish(self) -> None:
         """The peer's SWITCH: what it sends is under the new key by now."""
-        if not self._agreement.is_client:
-            self._post(lib.TTUN_SWITCH)
         self._expected = None
         self.rekeys += 1
         self._begin_epoch()
+        if not self._agreement.is_client:
+            self._post(lib.TTUN_SWITCH)
