@@ -116,6 +116,7 @@ struct ttun_coalescer {
 void ttun_coalescer_init(struct ttun_coalescer *, bool tcp, bool udp);
 bool ttun_coalesce(struct ttun_coalescer *, uint8_t *packet, size_t size);
 unsigned ttun_flush(struct ttun_coalescer *);
+bool ttun_stays_whole(const struct ttun_vnet *, uint8_t *packet, size_t size, bool tcp, bool udp);
 bool ttun_restore_vnet(struct ttun_vnet *, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp);
 
