@@ -178,7 +178,7 @@ def test_failures_double_the_wait_up_to_thirty_seconds() -> None:
 def test_in_the_first_minute_after_a_session_it_waits_two_seconds_at_most() -> None:
     backoff = Backoff()
     backoff.after_session(5, now=100)
-    assert all(backoff.after_failure(now=100 + i) <= 2 for i in range(60))
+    assert all(backoff.after_failure(now=100 + i) <= 1 for i in range(60))
     assert backoff.after_failure(now=161) > 2
 
 

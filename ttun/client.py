@@ -20,11 +20,11 @@ class Backoff:
 
     At once after a session of over 10 s. Else 1 s, doubled with each attempt up to 30 s, with
     jitter so that many clients of a server that comes back do not come all at once; back to 1 s
-    after a session of over 60 s. In the first minute after a session never more than 2 s: most
+    after a session of over 60 s. In the first minute after a session never more than 1 s: most
     outages are short.
     """
 
-    FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 2.0
+    FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 1.0
     GOOD_SESSION, LONG_SESSION, AT_FIRST = 10.0, 60.0, 60.0
 
     def __init__(self) -> None:
