@@ -11,7 +11,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["codec.c", "lane.c", "mailbox.c", "offload.c", "pump.c"]
+SOURCES = ["codec.c", "lane.c", "mailbox.c", "offload.c", "pump.c", "session.c"]
 FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", ""))
 
 ffibuilder = FFI()

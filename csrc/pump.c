@@ -19,249 +19,31 @@
  * the peer sends goes to an inbox, what Python answers comes from an outbox: the uplink looks there
  * before each batch. The keys change with SWITCH, the last frame under the old key of its
  * direction; the next keys are there before, so nobody waits for them.
- *
- * The first end stays: session_end stores the reason once, closes both lanes, wakes the device's
- * poll and shuts the socket down, so that every thread comes back from wherever it waits.
- * All memory is taken in ttun_session_new. */
+ */
 #define _GNU_SOURCE
 #include "pump.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "lane.h"
-#include "offload.h"
+#include "session.h"
 
 enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
-    /* The vnet header lies right before the packet, which starts on a multiple of 16. */
-    SCRATCH_PACKET = 16,
-    WHOLE = 3,               /* bytes in front of an offloaded packet: its type and its gso_size */
-    LARGE_BATCH = 64 * 1024, /* bytes of a slot from which on the uplink waits for its end */
-    SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX,
-    MEMORY_SIZE = 2 * SLOTS * SLOT_SIZE + SCRATCH_SIZE
+    WHOLE = 3,              /* bytes in front of an offloaded packet: its type and its gso_size */
+    LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */
 };
 
 static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
               "a slot has room for the rest of a frame and a whole one");
 static_assert((TTUN_PREFIX + 1 + TTUN_BODY_MAX + TTUN_TAG_MAX) * TTUN_TYPES < FRAME_MAX,
               "all control frames fit in front of the first packet of a slot");
-
-/* The keys of one direction, and those that follow them. */
-struct keys {
-    struct ttun_cipher_state now, next;
-    bool ready; /* next is set */
-};
-
-struct ttun_session {
-    int tun, socket;
-    int wake; /* eventfd: the uplink is to look up from its device */
-    bool direct;
-    size_t vnet_size; /* of the header in front of each packet at the device, or 0 */
-    int wire;         /* 0, or TTUN_X1 and what the peer's device takes */
-    uint32_t tag_size;
-    struct keys tx, rx;
-    pthread_mutex_t keys_lock; /* over next and ready of both */
-    struct mailbox inbox, outbox;
-    _Atomic uint64_t heard; /* when a frame was opened last, in milliseconds */
-    struct ttun_segmenter segmenter;
-    struct ttun_coalescer coalescer;
-    struct lane uplink, downlink;
-    pthread_mutex_t delivery_lock;
-    pthread_cond_t delivered;
-    bool delivering;     /* the downlink writes a large batch to the device */
-    unsigned deliveries; /* such batches so far */
-    atomic_int end, end_detail;
-    _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
-    _Atomic uint64_t refused, empty, unsendable, ignored, forged, sent;
-    uint8_t *memory;  /* of all slots, then the scratch */
-    uint8_t *scratch; /* where the uplink reads to */
-};
-
-/* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
-static void count(_Atomic uint64_t *counter, uint64_t n) {
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
-                          memory_order_relaxed);
-}
-
-/* ---- the session ---------------------------------------------------------------------------- */
-
-static uint64_t now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
-struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
-                                      const struct ttun_cipher_state *uplink,
-                                      const struct ttun_cipher_state *downlink, int direct) {
-    struct ttun_session *s = aligned_alloc(_Alignof(struct ttun_session), sizeof *s);
-    if (s == NULL)
-        return NULL;
-    memset(s, 0, sizeof *s);
-    s->tun = tun;
-    s->socket = socket;
-    s->direct = direct != 0;
-    s->wire = wire;
-    s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
-    ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
-    s->memory = malloc(MEMORY_SIZE);
-    if (s->memory == NULL)
-        goto no_memory;
-    s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (s->wake < 0)
-        goto no_eventfd;
-    if (lane_init(&s->uplink, s->memory) < 0)
-        goto no_uplink;
-    if (lane_init(&s->downlink, s->memory + (size_t)SLOTS * SLOT_SIZE) < 0)
-        goto no_downlink;
-    if (mailbox_init(&s->inbox) < 0)
-        goto no_inbox;
-    if (mailbox_init(&s->outbox) < 0)
-        goto no_outbox;
-    s->scratch = s->memory + (size_t)2 * SLOTS * SLOT_SIZE;
-    pthread_mutex_init(&s->delivery_lock, NULL);
-    pthread_cond_init(&s->delivered, NULL);
-    pthread_mutex_init(&s->keys_lock, NULL);
-    s->tx.now = *uplink;
-    s->rx.now = *downlink;
-    s->tag_size = downlink->tag_size;
-    s->heard = now_ms();
-    return s;
-no_outbox:
-    mailbox_destroy(&s->inbox);
-no_inbox:
-    lane_destroy(&s->downlink);
-no_downlink:
-    lane_destroy(&s->uplink);
-no_uplink:
-    close(s->wake);
-no_eventfd:
-    free(s->memory);
-no_memory:
-    free(s);
-    return NULL;
-}
-
-void ttun_session_free(struct ttun_session *s) {
-    if (s == NULL)
-        return;
-    explicit_bzero(&s->tx, sizeof s->tx);
-    explicit_bzero(&s->rx, sizeof s->rx);
-    lane_destroy(&s->uplink);
-    lane_destroy(&s->downlink);
-    mailbox_destroy(&s->inbox);
-    mailbox_destroy(&s->outbox);
-    pthread_mutex_destroy(&s->keys_lock);
-    pthread_cond_destroy(&s->delivered);
-    pthread_mutex_destroy(&s->delivery_lock);
-    close(s->wake);
-    explicit_bzero(s->memory, MEMORY_SIZE); /* packets are secrets too */
-    free(s->memory);
-    free(s);
-}
-
-static void wake_uplink(struct ttun_session *s) {
-    if (eventfd_write(s->wake, 1) < 0)
-        assert(errno == EAGAIN); /* full is as good as written */
-}
-
-static void session_end(struct ttun_session *s, enum ttun_end why, int detail) {
-    int running = TTUN_RUNNING;
-    /* The detail is published by the store to `end`, so it is written first, by one thread only. */
-    static const int claimed = -1;
-    if (!atomic_compare_exchange_strong(&s->end, &running, claimed))
-        return;
-    atomic_store(&s->end_detail, detail);
-    atomic_store(&s->end, (int)why);
-    lane_close(&s->uplink);
-    lane_close(&s->downlink);
-    mailbox_close(&s->inbox);
-    wake_uplink(s);
-    shutdown(s->socket, SHUT_RDWR);
-}
-
-static bool is_over(struct ttun_session *s) {
-    return atomic_load(&s->end) != TTUN_RUNNING;
-}
-
-void ttun_session_stop(struct ttun_session *s) {
-    session_end(s, TTUN_END_STOPPED, 0);
-}
-
-int ttun_session_end(struct ttun_session *s, int *detail) {
-    int end = atomic_load(&s->end);
-    if (detail != NULL)
-        *detail = atomic_load(&s->end_detail);
-    return end < 0 ? TTUN_RUNNING : end; /* claimed, not yet told */
-}
-
-void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
-    out->uplink_packets = atomic_load(&s->uplink_packets);
-    out->uplink_bytes = atomic_load(&s->uplink_bytes);
-    out->downlink_packets = atomic_load(&s->downlink_packets);
-    out->downlink_bytes = atomic_load(&s->downlink_bytes);
-    out->refused = atomic_load(&s->refused);
-    out->empty = atomic_load(&s->empty);
-    out->unsendable = atomic_load(&s->unsendable);
-    out->ignored = atomic_load(&s->ignored);
-    out->forged = atomic_load(&s->forged);
-    out->sent = atomic_load(&s->sent);
-}
-
-uint64_t ttun_session_silence(struct ttun_session *s) {
-    uint64_t heard = atomic_load(&s->heard), now = now_ms();
-    return now > heard ? now - heard : 0;
-}
-
-/* ---- control frames and keys ---------------------------------------------------------------- */
-
-int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long milliseconds) {
-    return mailbox_take(&s->inbox, frame, milliseconds);
-}
-
-void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame) {
-    mailbox_post(&s->outbox, frame);
-    wake_uplink(s);
-}
-
-int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
-                       const struct ttun_cipher_state *downlink) {
-    pthread_mutex_lock(&s->keys_lock);
-    bool free = !s->tx.ready && !s->rx.ready && downlink->tag_size == s->tag_size;
-    if (free) {
-        s->tx.next = *uplink;
-        s->rx.next = *downlink;
-        s->tx.ready = s->rx.ready = true;
-    }
-    pthread_mutex_unlock(&s->keys_lock);
-    return free ? 0 : -1;
-}
-
-/* Puts the next key of a direction in the place of the one that saw its last frame. Returns false
- * when there is no next one. */
-static bool next_key(struct ttun_session *s, struct keys *keys) {
-    pthread_mutex_lock(&s->keys_lock);
-    bool ready = keys->ready;
-    if (ready) {
-        keys->now = keys->next;
-        ttun_cipher_wipe(&keys->next);
-        keys->ready = false;
-    }
-    pthread_mutex_unlock(&s->keys_lock);
-    return ready;
-}
 
 /* ---- uplink --------------------------------------------------------------------------------- */
 
@@ -597,18 +379,4 @@ void ttun_downlink_open(struct ttun_session *s) {
         open_slot(s, slot);
         lane_release(&s->downlink);
     }
-}
-
-/* ---- beside the session --------------------------------------------------------------------- */
-
-long ttun_drain(int tun, long most) {
-    uint8_t first[sizeof(struct ttun_vnet) + 1]; /* a TUN read drops what does not fit */
-    long drained = 0;
-    while (drained < most && (read(tun, first, sizeof first) > 0 || errno == EINTR))
-        drained++;
-    return drained;
-}
-
-int ttun_forbid_dumps(void) {
-    return prctl(PR_SET_DUMPABLE, 0);
 }

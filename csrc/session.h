@@ -1,0 +1,71 @@
+/* The inside of a session, for pump.c and session.c; pump.h is what others see. */
+#ifndef TTUN_SESSION_H
+#define TTUN_SESSION_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "lane.h"
+#include "offload.h"
+#include "pump.h"
+
+enum {
+    /* The vnet header lies right before the packet, which starts on a multiple of 16. */
+    SCRATCH_PACKET = 16,
+    SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX,
+    MEMORY_SIZE = 2 * SLOTS * SLOT_SIZE + SCRATCH_SIZE
+};
+
+/* The keys of one direction, and those that follow them. */
+struct keys {
+    struct ttun_cipher_state now, next;
+    bool ready; /* next is set */
+};
+
+struct ttun_session {
+    int tun, socket;
+    int wake; /* eventfd: the uplink is to look up from its device */
+    bool direct;
+    size_t vnet_size; /* of the header in front of each packet at the device, or 0 */
+    int wire;         /* 0, or TTUN_X1 and what the peer's device takes */
+    uint32_t tag_size;
+    struct keys tx, rx;
+    pthread_mutex_t keys_lock; /* over next and ready of both */
+    struct mailbox inbox, outbox;
+    _Atomic uint64_t heard; /* when a frame was opened last, in milliseconds */
+    struct ttun_segmenter segmenter;
+    struct ttun_coalescer coalescer;
+    struct lane uplink, downlink;
+    pthread_mutex_t delivery_lock;
+    pthread_cond_t delivered;
+    bool delivering;     /* the downlink writes a large batch to the device */
+    unsigned deliveries; /* such batches so far */
+    atomic_int end, end_detail;
+    _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
+    _Atomic uint64_t refused, empty, unsendable, ignored, forged, sent;
+    uint8_t *memory;  /* of all slots, then the scratch */
+    uint8_t *scratch; /* where the uplink reads to */
+};
+
+/* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
+static inline void count(_Atomic uint64_t *counter, uint64_t n) {
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
+                          memory_order_relaxed);
+}
+
+/* Ends the session: the first reason stays. Every thread comes back from wherever it waits. */
+void session_end(struct ttun_session *s, enum ttun_end why, int detail);
+
+static inline bool is_over(struct ttun_session *s) {
+    return atomic_load(&s->end) != TTUN_RUNNING;
+}
+
+/* Puts the next key of a direction in the place of the one that saw its last frame. Returns false
+ * when there is no next one. */
+bool next_key(struct ttun_session *s, struct keys *keys);
+
+/* Milliseconds on a clock that only goes forward, exact to a few. */
+uint64_t now_ms(void);
+
+#endif

@@ -1,0 +1,75 @@
+"""An x1 session of ours over socketpairs: the device is one, the connection to the independent peer
+another."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+from peer import X1Peer
+from socket_device import SocketDevice
+from test_handshake import K, shake
+from test_x1 import OURS, ROLES, terms
+
+from ttun import control
+from ttun.control import Limits
+from ttun.session import Session
+
+PACKET = b"\x45 a packet"
+
+
+class Rig:
+    """A session of ours in a role, its device, and the independent peer on the other end."""
+
+    def __init__(
+        self,
+        role: str = "server",
+        limits: Limits = control.DEFAULT_LIMITS,
+        offload: int = 0,
+        features: int = 3,
+    ) -> None:
+        """offload: of our device; features: what the peer says that it takes."""
+        self.device = SocketDevice(offload)
+        ours, theirs = socket.socketpair()
+        self.peer = X1Peer(theirs, features=features)
+        peer = threading.Thread(target=self.peer.shake, args=(1 - ROLES[role],))
+        peer.start()
+        keys = shake(OURS[role](K, terms("chacha20-poly1305")), ours)
+        peer.join()
+        self.session = Session(ours, self.device, keys, limits)  # type: ignore[arg-type]
+        self.reason: str | None = None
+
+    def end(self) -> str:
+        if self.reason is None:
+            self.session.stop()
+            self.reason = self.session.wait()
+        return self.reason
+
+    def ended(self) -> str:
+        self.reason = self.session.wait()
+        return self.reason
+
+    def carries_up(self) -> None:
+        self.device.outside.send(PACKET)
+        assert self.peer.receive_packet() == PACKET
+
+    def carries_down(self) -> None:
+        self.peer.send(PACKET)
+        assert self.device.outside.recv(70000) == PACKET
+
+    def carries(self) -> None:
+        """A packet goes each way."""
+        self.carries_up()
+        self.carries_down()
+
+
+@contextlib.contextmanager
+def rigged(*arguments: object, **options: object) -> Iterator[Rig]:
+    rig = Rig(*arguments, **options)  # type: ignore[arg-type]
+    try:
+        yield rig
+    finally:
+        rig.end()
+        rig.peer.sock.close()
