@@ -150,7 +150,10 @@ class Control:
 
     def _unacknowledged(self) -> int:
         """Return how many bytes wait in the socket or for the peer's kernel."""
-        answer = fcntl.ioctl(self._sock, SIOCOUTQ, bytes(4))
+        try:
+            answer = fcntl.ioctl(self._sock, SIOCOUTQ, bytes(4))
+        except OSError:  # an old kernel, over MPTCP: then what is sent is all that is known
+            return 0
         return int(struct.unpack("=i", answer)[0])
 
     # ---- fresh keys ----
