@@ -9,7 +9,7 @@ C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTHON_FILES := ttun ttun.py setup.py csrc tests
 
-.PHONY: all demo test lint format help clean
+.PHONY: all demo test asan ubsan tsan lint format help clean
 
 all: $(VENV)/.built
 
@@ -17,6 +17,7 @@ help:
 	@echo 'make         build into .venv; then: sudo ./ttun.py server'
 	@echo 'make demo    both ends on this machine: pings, a transfer, a table'
 	@echo 'make test    all tests; those that need root use a user namespace without it'
+	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -26,6 +27,9 @@ demo: all
 
 test: all $(VENV)/.tools-test
 	$(BIN)/python -m pytest $(TESTS)
+
+asan ubsan tsan: all $(VENV)/.tools-test
+	$(BIN)/python tests/sanitize.py $@ $(TESTS)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)
