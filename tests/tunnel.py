@@ -46,12 +46,19 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
 class End:
     """One running program, and what it says on stderr."""
 
-    def __init__(self, pair: Hosts, host: str, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        pair: Hosts,
+        host: str,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.host, self.path = host, log
         with log.open("w") as file:
             self.process = pair.start(
                 host, [*PROGRAM, *arguments], stdout=file, stderr=file,
-                environment=hosts.environment(),
+                environment=hosts.environment(**(environment or {})),
             )  # fmt: skip
 
     def log(self) -> str:
@@ -91,8 +98,9 @@ class Bench:
         self.ends: list[End] = []
         self.helpers: list[subprocess.Popen[str]] = []
 
-    def start(self, host: str, *arguments: str) -> End:
-        end = End(self.pair, host, list(arguments), self.directory / f"{len(self.ends)}.log")
+    def start(self, host: str, *arguments: str, environment: dict[str, str] | None = None) -> End:
+        log = self.directory / f"{len(self.ends)}.log"
+        end = End(self.pair, host, list(arguments), log, environment)
         self.ends.append(end)
         return end
 

@@ -1,7 +1,7 @@
 """What a server and a client have in common: the device, one session at a time, start and stop.
 
 A thread of the endpoint's own looks for a peer, runs its session to the end, and looks again. The
-device is opened by start() and outlives the sessions.
+device is opened by open() or start() and outlives the sessions.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Endpoint(abc.ABC):
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Check the values; nothing is opened before start()."""
+        """Check the values; nothing is opened before open() or start()."""
         if not key:
             raise UsageError("the key is empty")
         if not MIN_MTU <= mtu <= MAX_MTU:
@@ -101,17 +101,25 @@ class Endpoint(abc.ABC):
         self._error: TtunError | None = None
         self._thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
 
-    def start(self) -> None:
-        """Open the device (and the server's port) and go to work on a thread. Raises TtunError."""
+    def open(self) -> None:
+        """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
         log.info("ttun %s %s", __version__, self.role)
         self._device = Device(self.addresses, self._mtu, self._offload)
         self._terms = replace(self._terms, features=self._device.offload >> 1)
         try:
             self._open()
-            self._thread.start()
         except BaseException:
-            self._close()
-            self._device.close()
+            self._release()
+            raise
+
+    def start(self) -> None:
+        """Go to work on a thread; open() first, if that was not done. Raises TtunError."""
+        if self._device is None:
+            self.open()
+        try:
+            self._thread.start()
+        except BaseException:  # the process may have no more threads
+            self._release()
             raise
 
     def stop(self) -> None:
@@ -179,10 +187,14 @@ class Endpoint(abc.ABC):
         except Exception as error:  # a bug: say so in one line, without what is in memory
             self._error = TtunError(f"internal error: {type(error).__name__}: {error}")
         finally:
-            self._close()
-            assert self._device is not None
-            self._device.close()
+            self._release()
             self._over.set()
+
+    def _release(self) -> None:
+        """Close all that open() opened."""
+        self._close()
+        assert self._device is not None
+        self._device.close()
 
     def _carry(self, peer: Peer) -> float:
         """Run a session to its end; return how many seconds it lasted."""
