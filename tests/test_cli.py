@@ -228,6 +228,46 @@ def test_ttun_py_finds_its_venv_from_anywhere(bench: Bench) -> None:
 
 
 @pytest.mark.hosts
+@pytest.mark.parametrize(
+    "option", [("-k", "{}"), ("--psk", "{}"), ("-k={}",), ("--psk={}",)], ids=lambda o: o[0][:5]
+)
+def test_a_key_does_not_stay_in_the_process_list(bench: Bench, option: tuple[str, ...]) -> None:
+    key = "the key of this very test"
+    server = bench.start(SERVER, "server", *(part.format(key) for part in option), "-l", ":5")
+    server.says("listening")
+    line = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    assert key.encode() not in line
+    assert len(key) * b"*" + b"\0-l\0:5\0" in line
+    assert b"server\0" in line
+
+
+@pytest.mark.hosts
+def test_a_key_of_bytes_that_are_no_text_does_not_stay_either(bench: Bench) -> None:
+    script = "exec \"$@\" -k $(printf '\\377\\376%s' 0123456789abcdef)"
+    with (bench.directory / "log").open("w") as log:
+        server = bench.pair.start(
+            SERVER, ["sh", "-c", script, "sh", *PROGRAM, "server"], stderr=log
+        )
+    try:
+        eventually(lambda: "listening" in (bench.directory / "log").read_text(), "it listens")
+        line = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert line.endswith(b"-k\0" + 18 * b"*" + b"\0")
+    finally:
+        server.terminate()
+        assert server.wait(5) == 0
+
+
+@pytest.mark.hosts
+def test_a_short_key_is_worth_a_line(bench: Bench) -> None:
+    server = bench.server(key="fifteen bytes..")
+    assert "the key has 15 bytes" in server.log()
+    assert "ttun genkey makes a safe one" in server.log()
+    client = bench.client(key="sixteen bytes...")
+    client.says("tun ttun0 up")
+    assert "genkey" not in client.log()
+
+
+@pytest.mark.hosts
 def test_a_log_that_cannot_be_written_is_no_end(bench: Bench) -> None:
     full = bench.pair.start(
         SERVER,

@@ -228,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.platform.startswith("linux"):
         return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
     _start_logging()
+    if getattr(options, "psk", None):
+        key.hide(os.fsencode(options.psk))
     try:
         code = int(options.run(options))
         sys.stdout.flush()
@@ -321,7 +323,7 @@ def run_server(options: argparse.Namespace) -> int:
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
         _show_client_command(psk)
     server = Server(psk, listen=options.listen, **_endpoint_options(options))
-    return _run(server, options.user)
+    return _run(server, psk, options.user)
 
 
 def run_client(options: argparse.Namespace) -> int:
@@ -339,7 +341,7 @@ def run_client(options: argparse.Namespace) -> int:
         raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
     limits = Limits(seconds=options.rekey)
     client = Client(psk, server=options.server, limits=limits, **_endpoint_options(options))
-    return _run(client, options.user)
+    return _run(client, psk, options.user)
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
@@ -360,10 +362,11 @@ def _show_client_command(psk: bytes) -> None:
     print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {host}:20203\n")
 
 
-def _run(endpoint: Endpoint, user_name: str | None) -> int:
+def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
     privileges.forbid_dumps()
     user = privileges.find_user(user_name)
+    key.warn_if_short(psk)
     # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
     # safe at any moment, and the main thread sleeps in read().
     readable, writable = os.pipe()
