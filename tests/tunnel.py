@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from ttun import hosts
 from ttun.hosts import CLIENT, SERVER, Hosts
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = [sys.executable, str(ROOT / "ttun.py")]
+SCRIPT = ROOT / "ttun.py"
+# TTUN_TEST_PROGRAM: what to run in its place (tests/sanitize.py: with an instrumented codec).
+PROGRAM = shlex.split(os.environ.get("TTUN_TEST_PROGRAM", "")) or [sys.executable, str(SCRIPT)]
 SERVER_ADDRESS = "192.0.2.1"
 TUNNEL4 = {SERVER: "10.1.1.1", CLIENT: "10.1.1.2"}
 TUNNEL6 = {SERVER: "fc11::1", CLIENT: "fc11::2"}
