@@ -186,6 +186,19 @@ class Bench:
             raise errors[0]
         return results[0]
 
+    @contextlib.contextmanager
+    def link_down(self, host: str) -> Iterator[None]:
+        """Cut the link between the hosts for a while."""
+        name, link = self.pair.names[host], self.pair.links[host]
+        hosts.ip("-n", name, "link", "set", link, "down")
+        try:
+            yield
+        finally:
+            hosts.ip("-n", name, "link", "set", link, "up")
+            # The kernel forgets IPv6 addresses of a link that goes down.
+            address = f"{hosts.IPV6[host]}/64"
+            hosts.ip("-n", name, "address", "replace", address, "dev", link, "nodad")
+
     def devices(self, host: str) -> list[str]:
         """The names of the TUN devices on a host."""
         shown = json.loads(hosts.ip("-n", self.pair.names[host], "-json", "link", "show"))

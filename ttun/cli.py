@@ -56,6 +56,12 @@ def build_parser() -> Parser:
         metavar="ADDRESS",
         help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
     )
+    server.add_argument(
+        "-takeover",
+        "--takeover",
+        action="store_true",
+        help="a new client replaces the one that is connected (default: it waits)",
+    )
     client = _command(commands, "client", "connect to the server", epilog=EPILOG)
     client.set_defaults(run=run_client)
     client.add_argument(
@@ -322,7 +328,9 @@ def run_server(options: argparse.Namespace) -> int:
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
         _show_client_command(psk)
-    server = Server(psk, listen=options.listen, **_endpoint_options(options))
+    server = Server(
+        psk, listen=options.listen, takeover=options.takeover, **_endpoint_options(options)
+    )
     return _run(server, psk, options.user)
 
 

@@ -23,6 +23,7 @@ from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
 from ttun.handshakes import Peer
 from ttun.session import Counters, Session
 from ttun.stop import StopFlag
+from ttun.vanished import Watch
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
@@ -90,12 +91,13 @@ class Endpoint(abc.ABC):
         self._on_disconnected = on_disconnected
         self._stop = StopFlag()
         self._over = threading.Event()
-        self._lock = threading.Lock()  # over the seven below
+        self._lock = threading.Lock()  # over the eight below
         self._device: Device | None = None
         self._session: Session | None = None
         self._peer: str | None = None
         self._transport: str | None = None
         self._wire = self._cipher = ""
+        self._why: str | None = None  # why the session is ended, if not by itself
         self._sessions = 0
         self._since = 0.0
         self._error: TtunError | None = None
@@ -210,7 +212,8 @@ class Endpoint(abc.ABC):
             self._wire, self._cipher = peer.keys.wire, peer.keys.sending.cipher.name
             self._sessions += 1
             self._since = time.monotonic()
-        if self._stop.is_set():  # set between the handshake and here
+            self._why = None
+        if self._is_unwanted():  # since the handshake
             session.stop()
         try:
             if self._on_connected:
@@ -219,9 +222,11 @@ class Endpoint(abc.ABC):
             session.stop()
             session.wait()
             raise
+        watch = Watch(peer.sock, lambda why: self._end_session(session, why))
         reason = session.wait()
+        watch.stop()
         with self._lock:
-            self._peer = None
+            reason, self._peer = self._why or reason, None
         log.info(
             "peer %s disconnected after %.0f s: %s; %s",
             peer.name,
@@ -234,6 +239,17 @@ class Endpoint(abc.ABC):
         if session.device_lost:
             raise TtunError(f"{reason}: was {self._device.name} removed?")
         return session.duration
+
+    def _is_unwanted(self) -> bool:
+        """Return whether a session that begins now has to end at once."""
+        return self._stop.is_set()
+
+    def _end_session(self, session: Session, why: str) -> None:
+        """End a session for a reason that it does not know itself."""
+        with self._lock:
+            if session is self._session:
+                self._why = self._why or why
+        session.stop()
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
         keys: Keys = peer.keys
