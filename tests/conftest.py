@@ -63,3 +63,9 @@ def bench(
     """What runs on them in one test: every test holds on both wires, with offload and without."""
     wire, _, no_offload = request.param.partition("-")
     yield from tunnel.bench(pair, tmp_path, wire, ["-offload=false"] if no_offload else [])
+
+
+@pytest.fixture
+def plain(pair: hosts.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
+    """The same once, where offload at the device makes no difference."""
+    yield from tunnel.bench(pair, tmp_path, "x1", [])

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tunnel
 from peer import Peer, echo_request
 from test_peers import STRANGERS, TO_SERVER, connect
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench, End, eventually
 
-from ttun import hosts
-
 pytestmark = pytest.mark.hosts
-
-
-@pytest.fixture
-def plain(pair: hosts.Hosts, tmp_path: Path) -> Iterator[Bench]:
-    """One bench: offload at the device makes no difference here."""
-    yield from tunnel.bench(pair, tmp_path, [])
 
 
 def takeover_tunnel(bench: Bench) -> tuple[End, End]:

@@ -7,15 +7,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tunnel
 from peer import Peer
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
-from ttun import hosts, link, vanished
+from ttun import link, vanished
 
 pytestmark = pytest.mark.hosts
 
@@ -26,17 +24,9 @@ needs_mptcp = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def plain(pair: hosts.Hosts, tmp_path: Path) -> Iterator[Bench]:
-    """One bench: offload at the device makes no difference here, and time does."""
-    yield from tunnel.bench(pair, tmp_path, [])
-
-
 def connect(bench: Bench, port: int, mptcp: bool) -> socket.socket:
     def dial() -> socket.socket:
-        sock = socket.socket(
-            socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP if mptcp else 0
-        )
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP if mptcp else 0)
         sock.connect((SERVER_ADDRESS, port))
         return sock
 

@@ -187,17 +187,17 @@ class Bench:
         return results[0]
 
     @contextlib.contextmanager
-    def link_down(self, host: str) -> Iterator[None]:
-        """Cut the link between the hosts for a while."""
-        name, link = self.pair.names[host], self.pair.links[host]
-        hosts.ip("-n", name, "link", "set", link, "down")
+    def link_down(self, host: str, link: str | None = None) -> Iterator[None]:
+        """Cut a link for a while; the one between the hosts, if none is named."""
+        name, usual = self.pair.names[host], self.pair.links[host]
+        hosts.ip("-n", name, "link", "set", link or usual, "down")
         try:
             yield
         finally:
-            hosts.ip("-n", name, "link", "set", link, "up")
+            hosts.ip("-n", name, "link", "set", link or usual, "up")
             # The kernel forgets IPv6 addresses of a link that goes down.
             address = f"{hosts.IPV6[host]}/64"
-            hosts.ip("-n", name, "address", "replace", address, "dev", link, "nodad")
+            hosts.ip("-n", name, "address", "replace", address, "dev", usual, "nodad")
 
     def devices(self, host: str) -> list[str]:
         """The names of the TUN devices on a host."""
