@@ -9,9 +9,11 @@ C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 FUZZERS := $(basename $(notdir $(wildcard tests/fuzz/*.c)))
 FUZZ_SECONDS ?= 60
+SECONDS ?= 120
+SEED ?= 1
 PYTHON_FILES := ttun ttun.py setup.py csrc tests
 
-.PHONY: all demo test asan ubsan tsan fuzz lint format help clean
+.PHONY: all demo test asan ubsan tsan fuzz faults lint format help clean
 
 all: $(VENV)/.built
 
@@ -21,6 +23,7 @@ help:
 	@echo 'make test    all tests; those that need root use a user namespace without it'
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
+	@echo 'make faults  SECONDS=120 SEED=1: a tunnel under traffic, and all that can go wrong'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -51,6 +54,9 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	  echo "$$fuzzer: $$(grep -o '[0-9]*$$' build/fuzz/$$fuzzer.log | tail -n 5 | head -n 1) inputs"; \
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
+
+faults: all
+	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["ttun", "csrc", "tests", "ttun.py", "setup.py", "pyproject.toml"]
+PARTS = ["ttun", "csrc", "tests", "ttun.py", "setup.py", "pyproject.toml", "SECURITY.md"]
 
 
 class Sanitizer(NamedTuple):
