@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/fuzz/*.[ch]))
+C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 FUZZERS := $(basename $(notdir $(wildcard tests/fuzz/*.c)))
 FUZZ_SECONDS ?= 60
 SECONDS ?= 120
 SEED ?= 1
+WIRE ?= x1
 PYTHON_FILES := ttun ttun.py setup.py csrc tests
 
 .PHONY: all demo test asan ubsan tsan fuzz faults lint format help clean
@@ -23,7 +24,7 @@ help:
 	@echo 'make test    all tests; those that need root use a user namespace without it'
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
-	@echo 'make faults  SECONDS=120 SEED=1: a tunnel under traffic, and all that can go wrong'
+	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -56,7 +57,7 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
 
 faults: all
-	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED)
+	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)

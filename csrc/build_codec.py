@@ -12,7 +12,13 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "codec.c", "lane.c", "mailbox.c", "offload.c", "process.c", "pump.c", "session.c",
+    "codec.c",
+    "lane.c",
+    "mailbox.c",
+    "offload.c",
+    "process.c",
+    "pump.c",
+    "session.c",
 ]
 FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", ""))
 

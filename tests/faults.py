@@ -1,6 +1,6 @@
 """A host of faults: a tunnel under traffic, and one thing after another that goes wrong.
 
-    python tests/faults.py SECONDS SEED        make faults SECONDS=600 SEED=1
+    python tests/faults.py SECONDS SEED WIRE        make faults SECONDS=600 SEED=1 WIRE=x1
 
 1. Both ends run on two hosts, with checked datagrams both ways all the while.
 2. Faults come in an order, and with durations, that the seed decides: all kinds, then all again.
@@ -13,8 +13,8 @@
 
 There is no netem here, so loss and resets are rules of nftables, and corruption is one that
 rewrites a byte of the payload on its way in: on a veth pair no checksum of TCP stands in its way,
-so what refuses it is the tag of the frame. The clock that jumps is libfaketime's, for both ends
-alone.
+so what refuses it is the tag of the frame. The clock that jumps is that of both ends alone:
+clock.c.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,6 @@ from ttun import hosts
 BACK = 5.0  # seconds after the repair
 VANISHED = 40.0  # seconds until both ends know that the other one is gone
 GROWTH = 8192  # KiB of memory that an end may gain
-FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
 FLOOD = [sys.executable, str(Path(__file__).with_name("flood.py"))]
 
 
@@ -98,16 +98,12 @@ class World:
         self.bench = bench
         self.rng = random.Random(seed)
         self.clock = bench.directory / "clock"
-        self.clock.write_text("+0\n")
-        self.clock.chmod(0o644)  # the ends read it as an unprivileged user
-        self.environment = {}
-        if FAKETIME:
-            self.environment = {
-                "LD_PRELOAD": str(FAKETIME),
-                "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-                "FAKETIME_NO_CACHE": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
+        self.set_clock(0)
+        self.clock.chmod(0o644)  # the ends open it, and read it as an unprivileged user
+        library = bench.directory / "clock.so"
+        source = Path(__file__).with_name("clock.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
+        self.environment = {"LD_PRELOAD": str(library), "TTUN_TEST_CLOCK": str(self.clock)}
         self.ends: dict[str, End] = {}
         self.baseline: dict[End, tuple[int, int, int]] = {}
         self.slowest: dict[str, float] = {}
@@ -123,8 +119,9 @@ class World:
     def start(self, host: str) -> None:
         options = ["server"] if host == SERVER else ["client", "-s", SERVER_ADDRESS]
         self.ends[host] = self.bench.start(
-            host, *options, "-k", "the key of the faults", environment=self.environment
-        )
+            host, *options, "-k", "the key of the faults", *self.bench.options,
+            environment=self.environment,
+        )  # fmt: skip
 
     # ---- what goes wrong; each repairs it and returns how long it may take to be noticed ----
 
@@ -162,10 +159,14 @@ class World:
         return 0
 
     def clock_jump(self) -> float:
-        if FAKETIME:
-            self.clock.write_text(f"{self.rng.choice([-(10**8), -86400, 86400, 10**8]):+d}\n")
-            time.sleep(1.5)
+        """The wall clocks of both ends are set, by a day or by years; sessions go on meanwhile."""
+        self.set_clock(self.rng.choice([-(10**8), -86400, 0, 86400, 10**8]))
+        self.reset()  # a session ends and begins at that time
         return 0
+
+    def set_clock(self, ahead: int) -> None:
+        with self.clock.open("r+b" if self.clock.exists() else "wb") as file:
+            file.write(struct.pack("=q", ahead))
 
     def stop_and_continue(self) -> float:
         end, pause = self.ends[self.rng.choice([SERVER, CLIENT])], self.rng.uniform(0.2, 3)
@@ -345,7 +346,7 @@ def make_memory_group() -> Path | None:
     return group
 
 
-def faults(seconds: float, seed: int) -> str:
+def faults(seconds: float, seed: int, wire: str) -> str:
     """Run them and return the report. AssertionError says what did not hold."""
     if not shutil.which("nft"):
         raise SystemExit("faults need nft: apt install nftables")
@@ -353,7 +354,7 @@ def faults(seconds: float, seed: int) -> str:
         directory = Path(name)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "none", name], check=True)
         directory.chmod(0o755)
-        bench = Bench(pair, directory, [])
+        bench = Bench(pair, directory, wire, [])
         world = None
         try:
             world = World(bench, seed)
@@ -369,5 +370,6 @@ def faults(seconds: float, seed: int) -> str:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
-    print(f"seed {sys.argv[2]}, {sys.argv[1]} s", flush=True)
-    print(faults(float(sys.argv[1]), int(sys.argv[2])))
+    duration, chosen, both = sys.argv[1:]
+    print(f"{duration} s, seed {chosen}, wire {both}", flush=True)
+    print(faults(float(duration), int(chosen), both))

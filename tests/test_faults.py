@@ -16,11 +16,12 @@ pytestmark = pytest.mark.hosts
 
 
 @pytest.mark.skipif(not shutil.which("nft"), reason="it needs nftables")
-def test_a_short_while_of_faults() -> None:
+@pytest.mark.parametrize("wire", ["v1", "x1"])
+def test_a_short_while_of_faults(wire: str) -> None:
     """TTUN_TEST_SEED: another order of them."""
     script = Path(__file__).with_name("faults.py")
     done = subprocess.run(
-        [sys.executable, script, "20", os.environ.get("TTUN_TEST_SEED", "1")],
+        [sys.executable, script, "15", os.environ.get("TTUN_TEST_SEED", "1"), wire],
         env={**os.environ, **hosts.environment()}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)  # pytest -rP shows it

@@ -222,9 +222,12 @@ class Endpoint(abc.ABC):
             session.stop()
             session.wait()
             raise
-        watch = Watch(peer.sock, lambda why: self._end_session(session, why))
+        watch = None
+        if session.control is None:  # wire x1 asks the peer itself
+            watch = Watch(peer.sock, lambda why: self._end_session(session, why))
         reason = session.wait()
-        watch.stop()
+        if watch is not None:
+            watch.stop()
         with self._lock:
             reason, self._peer = self._why or reason, None
         log.info(

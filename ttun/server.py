@@ -141,6 +141,8 @@ class Server(Endpoint):
             session = self._session  # nobody takes the successor before `arrived`
         if before is not None:
             before.keys.wipe()
+            if before.keys.agreement is not None:
+                before.keys.agreement.p.wipe()
             before.sock.close()
         if session is not None and peer is not None:
             self._end_session(session, f"{peer.name} took over")
