@@ -5,11 +5,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch]))
+C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+FUZZERS := $(basename $(notdir $(wildcard tests/fuzz/*.c)))
+FUZZ_SECONDS ?= 60
+SECONDS ?= 120
+SEED ?= 1
+WIRE ?= x1
 PYTHON_FILES := ttun ttun.py setup.py csrc tests
 
-.PHONY: all demo test lint format help clean
+.PHONY: all demo test asan ubsan tsan fuzz faults lint format help clean
 
 all: $(VENV)/.built
 
@@ -17,6 +22,9 @@ help:
 	@echo 'make         build into .venv; then: sudo ./ttun.py server'
 	@echo 'make demo    both ends on this machine: pings, a transfer, a table'
 	@echo 'make test    all tests; those that need root use a user namespace without it'
+	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
+	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
+	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -26,6 +34,30 @@ demo: all
 
 test: all $(VENV)/.tools-test
 	$(BIN)/python -m pytest $(TESTS)
+
+asan ubsan tsan: all $(VENV)/.tools-test
+	$(BIN)/python tests/sanitize.py $@ $(TESTS)
+
+# What a fuzzer finds it leaves in build/fuzz; put it into tests/fuzz/seeds/ once it is mended.
+build/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h $(wildcard csrc/*.[ch])
+	@mkdir -p build/fuzz
+	clang -std=c11 -g -O1 -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc \
+	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  $< csrc/codec.c csrc/offload.c -ldl -o $@
+
+fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
+	@for fuzzer in $(FUZZERS); do \
+	  mkdir -p build/fuzz/corpus/$$fuzzer; \
+	  build/fuzz/$$fuzzer -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/$$fuzzer- build/fuzz/corpus/$$fuzzer \
+	    tests/fuzz/seeds/$$fuzzer > build/fuzz/$$fuzzer.log 2>&1 || \
+	    { tail -n 50 build/fuzz/$$fuzzer.log; exit 1; }; \
+	  echo "$$fuzzer: $$(grep -o '[0-9]*$$' build/fuzz/$$fuzzer.log | tail -n 5 | head -n 1) inputs"; \
+	done
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
+
+faults: all
+	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -37,7 +69,7 @@ lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	  command -v $$compiler > /dev/null || { echo "$$compiler: not here, left out"; continue; }; \
 	  echo "$$compiler -Wall -Wextra -Werror"; \
 	  for file in $(filter %.c,$(C_FILES)); do \
-	    $$compiler -std=c11 -O2 -Wall -Wextra -Werror -fsyntax-only $$file || exit 1; \
+	    $$compiler -std=c11 -O2 -Wall -Wextra -Werror -Icsrc -fsyntax-only $$file || exit 1; \
 	  done; \
 	done
 

@@ -11,14 +11,22 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["codec.c", "lane.c", "mailbox.c", "offload.c", "pump.c", "session.c"]
+SOURCES = [
+    "codec.c",
+    "lane.c",
+    "mailbox.c",
+    "offload.c",
+    "process.c",
+    "pump.c",
+    "session.c",
+]
 FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", ""))
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
 ffibuilder.set_source(
     "ttun._codec",
-    '#include "codec.h"\n#include "offload.h"\n#include "pump.h"\n',
+    '#include "codec.h"\n#include "offload.h"\n#include "process.h"\n#include "pump.h"\n',
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],
     depends=[f"csrc/{path.name}" for path in HERE.glob("*.[ch]")],

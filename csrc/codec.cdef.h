@@ -1,4 +1,4 @@
-/* What Python sees of codec.h, offload.h and pump.h, in the subset of C that cffi reads. */
+/* What Python sees of codec.h, offload.h, process.h and pump.h, in the subset of C that cffi reads. */
 
 #define TTUN_KEY_SIZE ...
 #define TTUN_PREFIX ...
@@ -85,7 +85,10 @@ int ttun_session_rekey(struct ttun_session *, const struct ttun_cipher_state *up
 void ttun_session_free(struct ttun_session *);
 
 long ttun_drain(int tun, long most);
+
 int ttun_forbid_dumps(void);
+void ttun_drop_bounding_set(void);
+int ttun_drop_capabilities(void);
 
 #define TTUN_SEGMENTS_MAX ...
 #define TTUN_PACKET_MAX ...

@@ -93,7 +93,4 @@ void ttun_session_free(struct ttun_session *s);
 /* Reads away what waits in a device, at most `most` packets, and returns how many those were. */
 long ttun_drain(int tun, long most);
 
-/* Forbids core dumps and ptrace of this process by others, so that keys stay in it. 0, or -1. */
-int ttun_forbid_dumps(void);
-
 #endif

@@ -11,7 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -184,8 +183,4 @@ long ttun_drain(int tun, long most) {
     while (drained < most && (read(tun, first, sizeof first) > 0 || errno == EINTR))
         drained++;
     return drained;
-}
-
-int ttun_forbid_dumps(void) {
-    return prctl(PR_SET_DUMPABLE, 0);
 }

@@ -20,6 +20,7 @@ WHY_NOT = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: waits, with little to do, for half a minute or more")
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
     config.stash[WHY_NOT] = ""
     if hosts.may_make_hosts():
@@ -62,3 +63,9 @@ def bench(
     """What runs on them in one test: every test holds on both wires, with offload and without."""
     wire, _, no_offload = request.param.partition("-")
     yield from tunnel.bench(pair, tmp_path, wire, ["-offload=false"] if no_offload else [])
+
+
+@pytest.fixture
+def plain(pair: hosts.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
+    """The same once, where offload at the device makes no difference."""
+    yield from tunnel.bench(pair, tmp_path, "x1", [])

@@ -24,7 +24,11 @@ PORT = "5001"
 
 
 def cut(bench: Bench, state: str) -> None:
-    hosts.ip("-n", bench.pair.names[SERVER], "link", "set", bench.pair.links[SERVER], state)
+    name, link = bench.pair.names[SERVER], bench.pair.links[SERVER]
+    hosts.ip("-n", name, "link", "set", link, state)
+    if state == "up":  # the kernel dropped its IPv6 address
+        address = f"{hosts.IPV6[SERVER]}/64"
+        hosts.ip("-n", name, "address", "replace", address, "dev", link, "nodad")
 
 
 def test_a_cable_that_is_cut_is_noticed_on_both_ends(bench: Bench) -> None:

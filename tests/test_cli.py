@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
+from tunnel import CLIENT, PROGRAM, SCRIPT, SERVER, Bench, eventually
 
 import ttun
 from ttun import sodium
@@ -56,6 +56,7 @@ USAGE = {
     "server -k x extra": "unrecognized arguments: extra",
     "server -k=": "the key in -k is empty",
     "server -k=--": "the key in -k is empty",
+    "server -k x --user no.such.user": "--user no.such.user: there is no such user",
     "genkey now": "unrecognized arguments: now",
 }
 
@@ -213,8 +214,8 @@ def test_a_server_without_a_key_makes_one_and_shows_the_clients_command(bench: B
 def test_ttun_py_finds_its_venv_from_anywhere(bench: Bench) -> None:
     """Through a symbolic link, from /, and with the empty environment of sudo."""
     link = bench.directory / "tunnel"
-    link.symlink_to(PROGRAM[1])
-    python = Path(PROGRAM[1]).parent / ".venv" / "bin" / "python3"
+    link.symlink_to(SCRIPT)
+    python = SCRIPT.parent / ".venv" / "bin" / "python3"
     if not python.exists():
         pytest.skip("not built with make")
     outside = Path(sys.base_prefix) / "bin" / "python3"
@@ -222,6 +223,46 @@ def test_ttun_py_finds_its_venv_from_anywhere(bench: Bench) -> None:
         [outside, link, "genkey"], cwd="/", env={}, capture_output=True, text=True, check=True
     )
     assert len(done.stdout) == 65
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize(
+    "option", [("-k", "{}"), ("--psk", "{}"), ("-k={}",), ("--psk={}",)], ids=lambda o: o[0][:5]
+)
+def test_a_key_does_not_stay_in_the_process_list(bench: Bench, option: tuple[str, ...]) -> None:
+    key = "the key of this very test"
+    server = bench.start(SERVER, "server", *(part.format(key) for part in option), "-l", ":5")
+    server.says("listening")
+    line = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    assert key.encode() not in line
+    assert len(key) * b"*" + b"\0-l\0:5\0" in line
+    assert b"server\0" in line
+
+
+@pytest.mark.hosts
+def test_a_key_of_bytes_that_are_no_text_does_not_stay_either(bench: Bench) -> None:
+    script = "exec \"$@\" -k $(printf '\\377\\376%s' 0123456789abcdef)"
+    with (bench.directory / "log").open("w") as log:
+        server = bench.pair.start(
+            SERVER, ["sh", "-c", script, "sh", *PROGRAM, "server"], stderr=log
+        )
+    try:
+        eventually(lambda: "listening" in (bench.directory / "log").read_text(), "it listens")
+        line = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert line.endswith(b"-k\0" + 18 * b"*" + b"\0")
+    finally:
+        server.terminate()
+        assert server.wait(5) == 0
+
+
+@pytest.mark.hosts
+def test_a_short_key_is_worth_a_line(bench: Bench) -> None:
+    server = bench.server(key="fifteen bytes..")
+    assert "the key has 15 bytes" in server.log()
+    assert "ttun genkey makes a safe one" in server.log()
+    client = bench.client(key="sixteen bytes...")
+    client.says("tun ttun0 up")
+    assert "genkey" not in client.log()
 
 
 @pytest.mark.hosts
@@ -304,7 +345,7 @@ def test_callbacks_and_status(bench: Bench) -> None:
         SERVER,
         [sys.executable, "-c", program, bench.wire, bench.cipher],
         stdout=subprocess.PIPE,
-        environment={"PYTHONPATH": str(Path(PROGRAM[1]).parent)},
+        environment={"PYTHONPATH": str(SCRIPT.parent)},
     )  # fmt: skip
     bench.helpers.append(host)
     assert host.stdout is not None

@@ -22,6 +22,7 @@ from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventual
 pytestmark = pytest.mark.hosts
 
 GIB = 1 << 30
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # what CPU time is counted in
 PORT = "5001"
 every_way = pytest.mark.parametrize(
     "bench", ["x1", "x1-no-offload", "v1", "v1-no-offload"], indirect=True
@@ -229,14 +230,14 @@ def test_four_pump_threads_carry_everything_and_python_nothing(bench: Bench) -> 
     before = [thread_times(end) for end in ends]
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
     for action in ("send", "receive"):
-        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(GIB // 2))["whole"]
+        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(GIB))["whole"]
     for end, earlier in zip(ends, before):
         times = thread_times(end)
         assert set(times) >= PUMP_THREADS
         used = {name: seconds - earlier.get(name, 0) for name, seconds in times.items()}
         pump = sum(used.pop(name) for name in PUMP_THREADS)
         assert pump > 0.2
-        assert sum(used.values()) < 0.05 * pump, used
+        assert sum(used.values()) < 0.05 * pump + 2 * TICK, used
 
 
 def test_a_signal_to_another_thread_is_no_trouble(bench: Bench) -> None:

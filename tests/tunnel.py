@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from ttun import hosts
 from ttun.hosts import CLIENT, SERVER, Hosts
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = [sys.executable, str(ROOT / "ttun.py")]
+SCRIPT = ROOT / "ttun.py"
+# TTUN_TEST_PROGRAM: what to run in its place (tests/sanitize.py: with an instrumented codec).
+PROGRAM = shlex.split(os.environ.get("TTUN_TEST_PROGRAM", "")) or [sys.executable, str(SCRIPT)]
 SERVER_ADDRESS = "192.0.2.1"
 TUNNEL4 = {SERVER: "10.1.1.1", CLIENT: "10.1.1.2"}
 TUNNEL6 = {SERVER: "fc11::1", CLIENT: "fc11::2"}
@@ -46,12 +49,19 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
 class End:
     """One running program, and what it says on stderr."""
 
-    def __init__(self, pair: Hosts, host: str, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        pair: Hosts,
+        host: str,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.host, self.path = host, log
         with log.open("w") as file:
             self.process = pair.start(
                 host, [*PROGRAM, *arguments], stdout=file, stderr=file,
-                environment=hosts.environment(),
+                environment=hosts.environment(**(environment or {})),
             )  # fmt: skip
 
     def log(self) -> str:
@@ -91,8 +101,9 @@ class Bench:
         self.ends: list[End] = []
         self.helpers: list[subprocess.Popen[str]] = []
 
-    def start(self, host: str, *arguments: str) -> End:
-        end = End(self.pair, host, list(arguments), self.directory / f"{len(self.ends)}.log")
+    def start(self, host: str, *arguments: str, environment: dict[str, str] | None = None) -> End:
+        log = self.directory / f"{len(self.ends)}.log"
+        end = End(self.pair, host, list(arguments), log, environment)
         self.ends.append(end)
         return end
 
@@ -174,6 +185,19 @@ class Bench:
         if errors:
             raise errors[0]
         return results[0]
+
+    @contextlib.contextmanager
+    def link_down(self, host: str, link: str | None = None) -> Iterator[None]:
+        """Cut a link for a while; the one between the hosts, if none is named."""
+        name, usual = self.pair.names[host], self.pair.links[host]
+        hosts.ip("-n", name, "link", "set", link or usual, "down")
+        try:
+            yield
+        finally:
+            hosts.ip("-n", name, "link", "set", link or usual, "up")
+            # The kernel forgets IPv6 addresses of a link that goes down.
+            address = f"{hosts.IPV6[host]}/64"
+            hosts.ip("-n", name, "address", "replace", address, "dev", usual, "nodad")
 
     def devices(self, host: str) -> list[str]:
         """The names of the TUN devices on a host."""

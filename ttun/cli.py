@@ -56,6 +56,12 @@ def build_parser() -> Parser:
         metavar="ADDRESS",
         help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
     )
+    server.add_argument(
+        "-takeover",
+        "--takeover",
+        action="store_true",
+        help="a new client replaces the one that is connected (default: it waits)",
+    )
     client = _command(commands, "client", "connect to the server", epilog=EPILOG)
     client.set_defaults(run=run_client)
     client.add_argument(
@@ -173,6 +179,12 @@ def _tunnel_options(command: Parser) -> None:
         metavar="true|false",
         help="large packets at the device where the kernel has them (default: true)",
     )
+    command.add_argument(
+        "-user",
+        "--user",
+        metavar="NAME",
+        help="who to be once the device is open (default: nobody, if started as root)",
+    )
 
 
 def _number(text: str) -> int:
@@ -222,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.platform.startswith("linux"):
         return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
     _start_logging()
+    if getattr(options, "psk", None):
+        key.hide(os.fsencode(options.psk))
     try:
         code = int(options.run(options))
         sys.stdout.flush()
@@ -314,7 +328,10 @@ def run_server(options: argparse.Namespace) -> int:
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
         _show_client_command(psk)
-    return _run(Server(psk, listen=options.listen, **_endpoint_options(options)))
+    server = Server(
+        psk, listen=options.listen, takeover=options.takeover, **_endpoint_options(options)
+    )
+    return _run(server, psk, options.user)
 
 
 def run_client(options: argparse.Namespace) -> int:
@@ -331,7 +348,8 @@ def run_client(options: argparse.Namespace) -> int:
     if not 0 < options.rekey <= 120:
         raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
     limits = Limits(seconds=options.rekey)
-    return _run(Client(psk, server=options.server, limits=limits, **_endpoint_options(options)))
+    client = Client(psk, server=options.server, limits=limits, **_endpoint_options(options))
+    return _run(client, psk, options.user)
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
@@ -352,9 +370,11 @@ def _show_client_command(psk: bytes) -> None:
     print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {host}:20203\n")
 
 
-def _run(endpoint: Endpoint) -> int:
+def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
     privileges.forbid_dumps()
+    user = privileges.find_user(user_name)
+    key.warn_if_short(psk)
     # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
     # safe at any moment, and the main thread sleeps in read().
     readable, writable = os.pipe()
@@ -362,6 +382,8 @@ def _run(endpoint: Endpoint) -> int:
     signal.set_wakeup_fd(writable)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    endpoint.open()
+    privileges.drop(user, required=user_name is not None)  # before there are threads
     endpoint.start()
     endpoint.when_over(lambda: os.write(writable, b"\0"))
     received = os.read(readable, 1)[0]

@@ -1,7 +1,7 @@
 """What a server and a client have in common: the device, one session at a time, start and stop.
 
 A thread of the endpoint's own looks for a peer, runs its session to the end, and looks again. The
-device is opened by start() and outlives the sessions.
+device is opened by open() or start() and outlives the sessions.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
 from ttun.handshakes import Peer
 from ttun.session import Counters, Session
 from ttun.stop import StopFlag
+from ttun.vanished import Watch
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
@@ -75,7 +76,7 @@ class Endpoint(abc.ABC):
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Check the values; nothing is opened before start()."""
+        """Check the values; nothing is opened before open() or start()."""
         if not key:
             raise UsageError("the key is empty")
         if not MIN_MTU <= mtu <= MAX_MTU:
@@ -90,28 +91,37 @@ class Endpoint(abc.ABC):
         self._on_disconnected = on_disconnected
         self._stop = StopFlag()
         self._over = threading.Event()
-        self._lock = threading.Lock()  # over the seven below
+        self._lock = threading.Lock()  # over the eight below
         self._device: Device | None = None
         self._session: Session | None = None
         self._peer: str | None = None
         self._transport: str | None = None
         self._wire = self._cipher = ""
+        self._why: str | None = None  # why the session is ended, if not by itself
         self._sessions = 0
         self._since = 0.0
         self._error: TtunError | None = None
         self._thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
 
-    def start(self) -> None:
-        """Open the device (and the server's port) and go to work on a thread. Raises TtunError."""
+    def open(self) -> None:
+        """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
         log.info("ttun %s %s", __version__, self.role)
         self._device = Device(self.addresses, self._mtu, self._offload)
         self._terms = replace(self._terms, features=self._device.offload >> 1)
         try:
             self._open()
-            self._thread.start()
         except BaseException:
-            self._close()
-            self._device.close()
+            self._release()
+            raise
+
+    def start(self) -> None:
+        """Go to work on a thread; open() first, if that was not done. Raises TtunError."""
+        if self._device is None:
+            self.open()
+        try:
+            self._thread.start()
+        except BaseException:  # the process may have no more threads
+            self._release()
             raise
 
     def stop(self) -> None:
@@ -179,10 +189,14 @@ class Endpoint(abc.ABC):
         except Exception as error:  # a bug: say so in one line, without what is in memory
             self._error = TtunError(f"internal error: {type(error).__name__}: {error}")
         finally:
-            self._close()
-            assert self._device is not None
-            self._device.close()
+            self._release()
             self._over.set()
+
+    def _release(self) -> None:
+        """Close all that open() opened."""
+        self._close()
+        assert self._device is not None
+        self._device.close()
 
     def _carry(self, peer: Peer) -> float:
         """Run a session to its end; return how many seconds it lasted."""
@@ -198,7 +212,8 @@ class Endpoint(abc.ABC):
             self._wire, self._cipher = peer.keys.wire, peer.keys.sending.cipher.name
             self._sessions += 1
             self._since = time.monotonic()
-        if self._stop.is_set():  # set between the handshake and here
+            self._why = None
+        if self._is_unwanted():  # since the handshake
             session.stop()
         try:
             if self._on_connected:
@@ -207,9 +222,14 @@ class Endpoint(abc.ABC):
             session.stop()
             session.wait()
             raise
+        watch = None
+        if session.control is None:  # wire x1 asks the peer itself
+            watch = Watch(peer.sock, lambda why: self._end_session(session, why))
         reason = session.wait()
+        if watch is not None:
+            watch.stop()
         with self._lock:
-            self._peer = None
+            reason, self._peer = self._why or reason, None
         log.info(
             "peer %s disconnected after %.0f s: %s; %s",
             peer.name,
@@ -222,6 +242,17 @@ class Endpoint(abc.ABC):
         if session.device_lost:
             raise TtunError(f"{reason}: was {self._device.name} removed?")
         return session.duration
+
+    def _is_unwanted(self) -> bool:
+        """Return whether a session that begins now has to end at once."""
+        return self._stop.is_set()
+
+    def _end_session(self, session: Session, why: str) -> None:
+        """End a session for a reason that it does not know itself."""
+        with self._lock:
+            if session is self._session:
+                self._why = self._why or why
+        session.stop()
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
         keys: Keys = peer.keys

@@ -6,7 +6,8 @@ peer only. A connection costs a descriptor and less than a kilobyte until it is 
  1. The listener is readable: accept, and start a handshake. A full house drops one that has sent
     nothing, else a random one, never the newcomer.
  2. A peer's bytes came: hand exactly what it wants to the handshake, send what that answers.
- 3. It is over: the first that proved the key is returned, a failed one is logged and closed.
+ 3. It is over: the first that proved the key is returned, a failed one is logged and closed. Of
+    many that fail only some get a line, and the others a number.
  4. Ten seconds after a connection was made it is closed, however busily it sends.
 """
 
@@ -25,6 +26,7 @@ from ttun import link
 from ttun.errors import ProtocolError
 from ttun.handshake import TIMEOUT, Keys, Steps
 from ttun.stop import StopFlag
+from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
 
@@ -64,6 +66,9 @@ class Handshakes:
         self._unfinished: list[_Unfinished] = []
         self._listener: socket.socket | None = None
         self._begin: Callable[[], Steps] | None = None
+        # A crowd of strangers must not fill the disk.
+        self._connected = Summary("and %d more connected")
+        self._failed = Summary("and %d more handshakes failed")
 
     def listen(self, listener: socket.socket, begin: Callable[[], Steps]) -> None:
         """Take whom the listener brings; begin makes a handshake for each."""
@@ -74,7 +79,12 @@ class Handshakes:
         """Start a handshake over a connected socket."""
         sock.setblocking(False)
         link.tune(sock)
-        log.info("peer %s connected over %s; handshaking", name, link.transport(sock))
+        self._connected.log(
+            time.monotonic(),
+            "peer %s connected over %s; handshaking",
+            name,
+            link.transport(sock),
+        )
         self._make_way(address)
         peer = _Unfinished(sock, name, address, steps, time.monotonic() + TIMEOUT)
         self._unfinished.append(peer)
@@ -93,8 +103,11 @@ class Handshakes:
             now = time.monotonic()
             for late in [peer for peer in self._unfinished if peer.deadline <= now]:
                 self._drop(late, f"no handshake within {TIMEOUT:.0f} s")
-            first = min((peer.deadline for peer in self._unfinished), default=None)
-            timeout = None if first is None else max(0.0, first - now)
+            summaries = (self._connected, self._failed)
+            for summary in summaries:
+                summary.tick(now)
+            first = min([x.deadline for x in self._unfinished] + [x.due for x in summaries])
+            timeout = None if first == float("inf") else max(0.0, first - now)
             for key, _ in self._selector.select(timeout):
                 peer = key.data
                 if key.fileobj is self._listener:
@@ -111,6 +124,8 @@ class Handshakes:
             self._forget(peer)
             peer.sock.close()
         self._selector.close()
+        for summary in (self._connected, self._failed):
+            summary.tick(time.monotonic(), end=True)
 
     def _accept(self) -> None:
         assert self._listener is not None and self._begin is not None
@@ -165,7 +180,7 @@ class Handshakes:
             raise OSError("it does not read what it is sent")
 
     def _drop(self, peer: _Unfinished, reason: str) -> None:
-        log.info("handshake with %s failed: %s", peer.name, reason)
+        self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, reason)
         self._forget(peer)
         peer.sock.close()
 

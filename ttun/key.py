@@ -7,6 +7,7 @@ A key is bytes, taken as given; a file may end in a newline, which is not part o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import stat
@@ -14,9 +15,12 @@ from pathlib import Path
 
 from ttun.errors import TtunError, UsageError
 
+log = logging.getLogger("ttun")
+
 DEFAULT_FILE = Path("/etc/ttun/psk")
 VARIABLE = "TTUN_PSK"
 MAX_SIZE = 65536  # bytes of a key file; a larger one is some other file
+SHORT = 16  # bytes; below that it is worth a warning
 
 
 def generate() -> str:
@@ -84,6 +88,38 @@ def create(path: Path = DEFAULT_FILE) -> bytes:
             f"cannot keep a key in {path}: {error.strerror}; name one with -k or --psk-file"
         ) from None
     return read_file(path)
+
+
+def warn_if_short(key: bytes) -> None:
+    """Say so when a key can be guessed by somebody who recorded a handshake."""
+    if len(key) < SHORT:
+        log.warning(
+            "the key has %d bytes, so whoever records this link can try out all such keys: "
+            "ttun genkey makes a safe one",
+            len(key),
+        )
+
+
+def hide(key: bytes) -> None:
+    """Overwrite a key that stands on this program's command line, as ps shows it.
+
+    The kernel reads /proc/PID/cmdline from the program's own memory, and proc_pid_stat(5) says
+    where that is. What was read there before stays known: a file is the better place for a key.
+    """
+    from ttun._codec import ffi
+
+    # After the name in parentheses comes the third field; arg_start and arg_end are 48 and 49.
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    start, end = int(fields[48 - 3]), int(fields[49 - 3])
+    if not 0 < start < end:
+        return  # this kernel does not tell
+    line = ffi.buffer(ffi.cast("char *", start), end - start)
+    position = 0
+    for argument in line[:].split(b"\0"):
+        position += len(argument)
+        if argument == key or argument.endswith(b"=" + key):
+            line[position - len(key) : position] = b"*" * len(key)
+        position += 1
 
 
 def _not_empty(key: bytes, source: str) -> bytes:

@@ -1,13 +1,43 @@
-"""What this process may do, and what nobody may do to it. Source: capabilities(7), prctl(2)."""
+"""What this process may do, and what nobody may do to it. Source: capabilities(7), prctl(2).
+
+A program that made its device and its port needs no right any more. drop() gives all of them up:
+
+ 1. What is loaded on first use later on is loaded now: afterwards this user may not be able to.
+ 2. The bounding set loses every capability, so that no program started from here gets one.
+ 3. Groups and user change to an unprivileged user's. glibc does that in every thread.
+ 4. What capabilities are left go (in a user namespace the user may have had to stay root).
+ 5. no_new_privs: no set-user-ID program gives anything back.
+
+Capabilities belong to a thread, and a new thread starts with those of the one that made it: drop
+before threads are made.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
+import pwd
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
-from ttun.errors import TtunError
+from ttun.errors import TtunError, UsageError
+
+log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h
+DEFAULT_USER = "nobody"
+NOBODY = 65534  # where the user database has none: the kernel's own overflow user
+
+
+class User(NamedTuple):
+    """Whom to become."""
+
+    name: str
+    uid: int
+    gid: int
 
 
 def has(capability: int) -> bool:
@@ -29,3 +59,75 @@ def forbid_dumps() -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lib.ttun_forbid_dumps()
+
+
+def find_user(name: str | None) -> User | None:
+    """Return whom to become. name: of a user, or None for what is usual.
+
+    That is nobody for root, and nobody else (None) for everybody else. Raises UsageError for a
+    name that is no user's.
+    """
+    if name is None and os.geteuid() != 0:
+        return None
+    try:
+        entry = pwd.getpwnam(name or DEFAULT_USER)
+    except (KeyError, ValueError):
+        if name is not None:
+            raise UsageError(f"--user {name}: there is no such user") from None
+        return User(DEFAULT_USER, NOBODY, NOBODY)
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
+
+def drop(user: User | None, *, required: bool) -> None:
+    """Become user, if one is given, and give up every capability, for good.
+
+    required: raise TtunError when that user cannot be had; else stay who we are, and say so.
+    """
+    from ttun._codec import lib
+
+    _load_what_comes_later()
+    lib.ttun_drop_bounding_set()
+    done = f"going on as user {os.geteuid()}"
+    if user is not None:
+        try:
+            _become(user)
+            done = f"going on as user {user.name}"
+        except OSError as error:
+            why = f"cannot become the user {user.name}: {_why_not(error)}"
+            if required:
+                raise TtunError(why) from None
+            done = f"{why}; {done}"
+    if lib.ttun_drop_capabilities() != 0:
+        raise TtunError("cannot give up capabilities")
+    forbid_dumps()  # the kernel forgets that when the user changes
+    log.info("%s, without capabilities", done)
+
+
+def _become(user: User) -> None:
+    if os.getresuid() == (user.uid,) * 3 and os.getresgid() == (user.gid,) * 3:
+        return
+    # The user last: who is not root may not change groups. In a user namespace the first of these
+    # fails, and then nothing has changed.
+    group, groups = os.getresgid(), os.getgroups()
+    try:
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setgroups([])
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.setresgid(*group)
+            os.setgroups(groups)
+        raise
+
+
+def _why_not(error: OSError) -> str:
+    if error.errno == errno.EINVAL:
+        return "this user namespace does not have it"
+    if error.errno == errno.EPERM:
+        return "this process may not change its user"
+    return error.strerror or str(error)
+
+
+def _load_what_comes_later() -> None:
+    """Import what Python would import at the first look-up of a name."""
+    "localhost".encode("idna")

@@ -1,17 +1,21 @@
 """The server: listens, lets one peer in at a time, and lets the next in when that one has left.
 
-While a peer is connected nobody accepts: others wait in the TCP backlog.
+While a peer is connected nobody accepts: others wait in the TCP backlog. With takeover a thread
+goes on accepting, and whoever proves the key replaces the peer that is there: for a client that
+comes from another network before its old connection is known to be dead.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import threading
 from typing import Any
 
 from ttun import handshake, link
 from ttun.device import SERVER
 from ttun.endpoint import Endpoint
+from ttun.errors import TtunError
 from ttun.handshakes import Handshakes, Peer
 
 log = logging.getLogger("ttun")
@@ -34,9 +38,21 @@ class Server(Endpoint):
     role = "server"
     addresses = SERVER
 
-    def __init__(self, key: bytes, *, listen: str = DEFAULT_LISTEN, **options: Any) -> None:
-        """Take the address to listen on and the options of Endpoint."""
+    def __init__(
+        self,
+        key: bytes,
+        *,
+        listen: str = DEFAULT_LISTEN,
+        takeover: bool = False,
+        **options: Any,
+    ) -> None:
+        """Take the address to listen on, whether a new client replaces the one that is there, and
+        the options of Endpoint.
+        """
         super().__init__(key, **options)
+        self._takeover = takeover
+        self._successor: Peer | None = None  # under the lock: waits until the session has ended
+        self._arrived = threading.Event()  # there is a successor, or none will come any more
         self._listen = link.parse_address(listen, listening=True)
         self._listener: socket.socket | None = None
 
@@ -60,6 +76,9 @@ class Server(Endpoint):
             self._listener.close()
 
     def _run(self) -> None:
+        if self._takeover:
+            self._run_with_takeover()
+            return
         while not self._stop.is_set():
             peer = self._let_in()
             if peer is not None:
@@ -68,10 +87,66 @@ class Server(Endpoint):
 
     def _let_in(self) -> Peer | None:
         """Return the first peer that proves the key; None when stop was set."""
-        assert self._listener is not None
-        handshakes = Handshakes(self._stop)
-        handshakes.listen(self._listener, lambda: handshake.server(self._k, self._terms))
+        handshakes = self._handshakes()
         try:
             return handshakes.wait()
         finally:
             handshakes.close()
+
+    def _handshakes(self) -> Handshakes:
+        assert self._listener is not None
+        handshakes = Handshakes(self._stop)
+        handshakes.listen(self._listener, lambda: handshake.server(self._k, self._terms))
+        return handshakes
+
+    def _run_with_takeover(self) -> None:
+        door = threading.Thread(target=self._let_in_always, name="ttun-door", daemon=True)
+        door.start()
+        try:
+            while (peer := self._next_peer()) is not None:
+                self._authenticated(peer, "; another client may take over")
+                self._carry(peer)
+        finally:
+            self._stop.set()  # also where the device was lost: the door has to close
+            door.join()
+            self._succeed(None)
+
+    def _let_in_always(self) -> None:
+        """Let peers in, one after the other, until stop is set. The latest one counts."""
+        handshakes = self._handshakes()
+        try:
+            while (peer := handshakes.wait()) is not None:
+                self._succeed(peer)
+        except Exception as error:  # a bug: the server ends with it, as with any other
+            self._error = TtunError(f"internal error: {type(error).__name__}: {error}")
+        finally:
+            handshakes.close()
+            self._stop.set()
+            self._arrived.set()
+
+    def _next_peer(self) -> Peer | None:
+        """Wait for the next peer; None when stop was set."""
+        peer = None
+        while peer is None and not self._stop.is_set():
+            self._arrived.wait()
+            with self._lock:
+                self._arrived.clear()
+                peer, self._successor = self._successor, None
+        return peer
+
+    def _succeed(self, peer: Peer | None) -> None:
+        """Put a peer in the place of whoever waits for the session to end, and end that."""
+        with self._lock:
+            before, self._successor = self._successor, peer
+            session = self._session  # nobody takes the successor before `arrived`
+        if before is not None:
+            before.keys.wipe()
+            if before.keys.agreement is not None:
+                before.keys.agreement.p.wipe()
+            before.sock.close()
+        if session is not None and peer is not None:
+            self._end_session(session, f"{peer.name} took over")
+        self._arrived.set()
+
+    def _is_unwanted(self) -> bool:
+        return super()._is_unwanted() or self._successor is not None

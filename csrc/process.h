@@ -1,0 +1,16 @@
+/* What this process may do, and what others may do to it. Sources: prctl(2), capabilities(7). */
+#ifndef TTUN_PROCESS_H
+#define TTUN_PROCESS_H
+
+/* Forbids core dumps and ptrace of this process by others, so that keys stay in it. 0, or -1. */
+int ttun_forbid_dumps(void);
+
+/* Takes every capability out of this thread's bounding set, as far as it may: nothing that it
+ * executes can have one. It may while it has CAP_SETPCAP, so this comes before the others go. */
+void ttun_drop_bounding_set(void);
+
+/* Gives up all capabilities of this thread and sets no_new_privs. Threads that it makes afterwards
+ * have none either. 0, or -1 with errno set. */
+int ttun_drop_capabilities(void);
+
+#endif

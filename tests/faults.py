@@ -1,0 +1,375 @@
+"""A host of faults: a tunnel under traffic, and one thing after another that goes wrong.
+
+    python tests/faults.py SECONDS SEED WIRE        make faults SECONDS=600 SEED=1 WIRE=x1
+
+1. Both ends run on two hosts, with checked datagrams both ways all the while.
+2. Faults come in an order, and with durations, that the seed decides: all kinds, then all again.
+3. After each repair the tunnel has to be back within 5 s and the time that it takes to notice.
+   That is the length of an outage once more, as TCP doubles the time between its attempts, or 40 s
+   where a peer has vanished.
+4. No datagram may arrive changed; a transfer after each fault has to arrive whole.
+5. An end that lived through it has as many descriptors and threads as before, and no more memory.
+6. In the end each host has one device, and when both ends have stopped, none.
+
+There is no netem here, so loss and resets are rules of nftables, and corruption is one that
+rewrites a byte of the payload on its way in: on a veth pair no checksum of TCP stands in its way,
+so what refuses it is the tag of the frame. The clock that jumps is that of both ends alone:
+clock.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+from tunnel import CLIENT, OTHER, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End, eventually
+
+from ttun import hosts
+
+BACK = 5.0  # seconds after the repair
+VANISHED = 40.0  # seconds until both ends know that the other one is gone
+GROWTH = 8192  # KiB of memory that an end may gain
+FLOOD = [sys.executable, str(Path(__file__).with_name("flood.py"))]
+
+
+class Datagrams:
+    """Checked datagrams from one host to the other, until closed."""
+
+    def __init__(self, bench: Bench, source: str, rng: random.Random) -> None:
+        self.arrived = self.wrong = 0
+        self.rng = random.Random(rng.random())
+        self.over = threading.Event()
+
+        def make() -> socket.socket:
+            return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+        self.sender, self.receiver = bench.on(source, make), bench.on(OTHER[source], make)
+        self.receiver.bind(("", 7000))
+        self.receiver.settimeout(0.2)
+        self.target = TUNNEL4[OTHER[source]], 7000
+        bodies = self.send, self.receive
+        self.threads = [threading.Thread(target=body, daemon=True) for body in bodies]
+        for thread in self.threads:
+            thread.start()
+
+    def send(self) -> None:
+        while not self.over.wait(0.01):
+            for _ in range(3):
+                body = self.rng.randbytes(self.rng.randrange(1, 1200))
+                with contextlib.suppress(OSError):  # no device just now
+                    self.sender.sendto(zlib.crc32(body).to_bytes(4, "big") + body, self.target)
+
+    def receive(self) -> None:
+        while not self.over.is_set():
+            with contextlib.suppress(OSError):
+                data = self.receiver.recv(65536)
+                self.arrived += 1
+                self.wrong += zlib.crc32(data[4:]).to_bytes(4, "big") != data[:4]
+
+    def close(self) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+        self.sender.close()
+        self.receiver.close()
+
+
+class World:
+    """Both ends, what goes wrong with them, and what has to hold all the while."""
+
+    def __init__(self, bench: Bench, seed: int) -> None:
+        self.bench = bench
+        self.rng = random.Random(seed)
+        self.clock = bench.directory / "clock"
+        self.set_clock(0)
+        self.clock.chmod(0o644)  # the ends open it, and read it as an unprivileged user
+        library = bench.directory / "clock.so"
+        source = Path(__file__).with_name("clock.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
+        self.environment = {"LD_PRELOAD": str(library), "TTUN_TEST_CLOCK": str(self.clock)}
+        self.ends: dict[str, End] = {}
+        self.baseline: dict[End, tuple[int, int, int]] = {}
+        self.slowest: dict[str, float] = {}
+        self.count: Counter[str] = Counter()
+        self.done = 0
+        for host in (SERVER, CLIENT):
+            self.start(host)
+        self.traffic = [Datagrams(bench, host, self.rng) for host in (SERVER, CLIENT)]
+        bench.serve_traffic(SERVER, "0.0.0.0")
+        self.await_back("start", time.monotonic(), 5)
+        self.check()
+
+    def start(self, host: str) -> None:
+        options = ["server"] if host == SERVER else ["client", "-s", SERVER_ADDRESS]
+        self.ends[host] = self.bench.start(
+            host, *options, "-k", "the key of the faults", *self.bench.options,
+            environment=self.environment,
+        )  # fmt: skip
+
+    # ---- what goes wrong; each repairs it and returns how long it may take to be noticed ----
+
+    def kill(self) -> float:
+        host = self.rng.choice([SERVER, CLIENT])
+        self.ends[host].kill()
+        eventually(lambda: self.bench.devices(host) == [], "no device without its end", 5)
+        self.start(host)
+        return 0
+
+    def link_down(self) -> float:
+        outage = self.rng.uniform(0.2, 3)
+        with self.bench.link_down(self.rng.choice([SERVER, CLIENT])):
+            time.sleep(outage)
+        return outage
+
+    def total_loss(self) -> float:
+        outage = self.rng.uniform(0.5, 3)
+        with self.rule("tcp dport 20203 drop"), self.rule("tcp sport 20203 drop", CLIENT):
+            time.sleep(outage)
+        return outage
+
+    def corruption(self) -> float:
+        host, port = self.rng.choice([(SERVER, "dport"), (CLIENT, "sport")])
+        at, value = self.rng.randrange(0, 60) * 8, self.rng.randrange(256)
+        # Longer than headers and that offset, or there is no such byte.
+        with self.rule(f"tcp {port} 20203 meta length > 140 @ih,{at},8 set {value}", host):
+            time.sleep(self.rng.uniform(0.1, 1))
+        return 0
+
+    def reset(self) -> float:
+        host, port = self.rng.choice([(SERVER, "dport"), (CLIENT, "sport")])
+        with self.rule(f"tcp {port} 20203 counter reject with tcp reset", host):
+            time.sleep(self.rng.uniform(0.05, 0.5))
+        return 0
+
+    def clock_jump(self) -> float:
+        """The wall clocks of both ends are set, by a day or by years; sessions go on meanwhile."""
+        self.set_clock(self.rng.choice([-(10**8), -86400, 0, 86400, 10**8]))
+        self.reset()  # a session ends and begins at that time
+        return 0
+
+    def set_clock(self, ahead: int) -> None:
+        with self.clock.open("r+b" if self.clock.exists() else "wb") as file:
+            file.write(struct.pack("=q", ahead))
+
+    def stop_and_continue(self) -> float:
+        end, pause = self.ends[self.rng.choice([SERVER, CLIENT])], self.rng.uniform(0.2, 3)
+        end.process.send_signal(signal.SIGSTOP)
+        time.sleep(pause)
+        end.process.send_signal(signal.SIGCONT)
+        return pause
+
+    def full_disk(self) -> float:
+        """Of the logs; a session ends and begins meanwhile, so that there is something to log."""
+        filler = self.bench.directory / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(1000)) == 1000:
+                pass
+        self.count["KiB that a disk was filled with"] += filler.stat().st_size // 1024
+        self.reset()
+        time.sleep(1)
+        filler.unlink()
+        return 0
+
+    def memory_pressure(self) -> float:
+        """Both ends may have what they have and little more, while a session ends and begins."""
+        group = make_memory_group()
+        if group is None:
+            return 0
+        try:
+            for end in self.ends.values():
+                (group / "cgroup.procs").write_text(str(end.process.pid))
+            # A process that moves here leaves behind what it has: this is for what it takes now.
+            limit = self.rng.choice([256, 512, 1024]) * 1024
+            (group / "memory.limit_in_bytes").write_text(str(limit))
+            self.reset()
+            time.sleep(1)
+            self.count["hits of the memory limit"] += int((group / "memory.failcnt").read_text())
+        finally:
+            (group / "memory.limit_in_bytes").write_text("-1")
+            for end in self.ends.values():
+                if end.process.poll() is None:
+                    (group.parent / "cgroup.procs").write_text(str(end.process.pid))
+            group.rmdir()
+        for host, end in list(self.ends.items()):
+            if end.process.poll() is not None:  # the kernel chose to kill it
+                self.count["ends killed for want of memory"] += 1
+                self.start(host)
+        return 0
+
+    def storm(self) -> float:
+        """A crowd of connections, and the session ends in the middle of it."""
+        storm = self.bench.pair.start(
+            CLIENT,
+            [*FLOOD, "hold", SERVER_ADDRESS, "20203", "300", "200", "0.0.0.0"],
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(1)
+        self.reset()
+        time.sleep(1)
+        assert storm.poll() is None, "it blows all the while"
+        storm.kill()
+        storm.wait()
+        return 0
+
+    def address_change(self) -> float:
+        """The client's host gets another address, and the old connection is worth nothing."""
+        name = self.bench.pair.names[CLIENT]
+        shown = hosts.ip("-n", name, "-4", "-o", "address", "show", "dev", "vclient")
+        new = "192.0.2.2" if "192.0.2.3/" in shown else "192.0.2.3"
+        old = "192.0.2.3" if new == "192.0.2.2" else "192.0.2.2"
+        hosts.ip("-n", name, "address", "delete", f"{old}/24", "dev", "vclient")
+        hosts.ip("-n", name, "address", "add", f"{new}/24", "dev", "vclient")
+        return VANISHED
+
+    # ---- what has to hold ----
+
+    @contextlib.contextmanager
+    def rule(self, rule: str, host: str = SERVER) -> Iterator[None]:
+        """A rule of nftables for what comes in on a host, for a while."""
+        table = f"table inet faults{self.rng.randrange(10**9)}"
+        chain = "{ type filter hook input priority 0; }"
+        script = f"add {table}; add chain {table[6:]} in {chain}; add rule {table[6:]} in {rule}"
+        self.bench.run(host, "nft", script)
+        try:
+            yield
+        finally:
+            self.bench.run(host, "nft", f"delete {table}")
+
+    def await_back(self, fault: str, since: float, notice: float) -> None:
+        """Wait until pings go both ways; no longer than they may take."""
+        for host in (CLIENT, SERVER):
+            left = since + BACK + notice - time.monotonic()
+            try:
+                self.bench.answers(host, max(left, 0.1))
+            except AssertionError:
+                raise AssertionError(
+                    f"after {fault}: not back within {BACK + notice:.1f} s of the repair\n"
+                    + "\n".join(end.log()[-1500:] for end in self.ends.values())
+                ) from None
+        took = time.monotonic() - since
+        self.slowest[fault] = max(took, self.slowest.get(fault, 0))
+
+    def check(self) -> None:
+        """Assert all that has to hold when the tunnel is back."""
+        assert sum(flow.wrong for flow in self.traffic) == 0, "a datagram arrived changed"
+        size = str(self.rng.randrange(1 << 20))
+        assert self.bench.traffic(CLIENT, "send", TUNNEL4[SERVER], "5001", size)["whole"]
+        for host, end in self.ends.items():
+            assert end.process.poll() is None, f"{host} has ended:\n{end.log()}"
+            eventually(lambda host=host: self.bench.devices(host) == ["ttun0"], "one device", 5)
+            before = self.baseline.setdefault(end, usage(end))
+            eventually(
+                lambda end=end, before=before: usage(end)[:2] == before[:2],
+                f"{host}: as many descriptors and threads as {before[:2]}", 15,
+            )  # fmt: skip
+            grown = usage(end)[2] - before[2]
+            assert grown < GROWTH, f"{host}: {grown} KiB more memory"
+
+    def run(self, seconds: float, patient: bool) -> None:
+        """Let things go wrong for so long. patient: also what takes 40 s to be noticed."""
+        kinds: list[Callable[[], float]] = [
+            self.kill, self.link_down, self.total_loss, self.corruption, self.reset,
+            self.clock_jump, self.stop_and_continue, self.full_disk, self.memory_pressure,
+            self.storm,
+        ]  # fmt: skip
+        if patient:
+            kinds.append(self.address_change)
+        deadline = time.monotonic() + seconds
+        while True:
+            self.rng.shuffle(kinds)
+            for kind in kinds:
+                if time.monotonic() > deadline:
+                    return
+                notice = kind()
+                self.await_back(kind.__name__, time.monotonic(), notice)
+                self.check()
+                self.done += 1
+
+    def close(self) -> None:
+        """End the traffic and both ends, and look for what they left."""
+        for flow in self.traffic:
+            flow.close()
+        for end in self.ends.values():
+            assert end.stop() == 0, end.log()
+        for host in (SERVER, CLIENT):
+            assert self.bench.devices(host) == [], f"{host}: an orphan device"
+        for end in self.bench.ends:
+            assert "Traceback" not in end.log()
+            assert "internal error" not in end.log()
+
+    def report(self) -> str:
+        """What happened, for a person."""
+        arrived = sum(flow.arrived for flow in self.traffic)
+        for end in self.bench.ends:
+            for reason in re.findall(r"disconnected after \d+ s: (.*?);", end.log()):
+                self.count[re.sub(r"\d+", "N", f"session over: {reason}")] += 1
+        log = "".join(end.log() for end in self.bench.ends)
+        dates = sorted(set(re.findall(r"^\d{4}/\d\d/\d\d", log, re.MULTILINE)))
+        lines = [f"{self.done} faults, {arrived} datagrams arrived, none changed; slowest return:"]
+        lines += [f"  {name:18} {took:5.1f} s" for name, took in sorted(self.slowest.items())]
+        lines += [f"  {number:6} {what}" for what, number in sorted(self.count.items())]
+        lines += [f"  dates in the logs: {' '.join(dates)}"]
+        return "\n".join(lines)
+
+
+def usage(end: End) -> tuple[int, int, int]:
+    """Open descriptors, threads and KiB in memory of an end."""
+    proc = Path(f"/proc/{end.process.pid}")
+    memory = int((proc / "status").read_text().split("VmRSS:")[1].split()[0])
+    return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task")), memory
+
+
+def make_memory_group() -> Path | None:
+    """Return a memory control group of our own (cgroups v1), or None where there is none."""
+    group = Path(f"/sys/fs/cgroup/memory/ttun-faults-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:
+        return None
+    return group
+
+
+def faults(seconds: float, seed: int, wire: str) -> str:
+    """Run them and return the report. AssertionError says what did not hold."""
+    if not shutil.which("nft"):
+        raise SystemExit("faults need nft: apt install nftables")
+    with tempfile.TemporaryDirectory(prefix="ttun-faults-") as name, hosts.Hosts() as pair:
+        directory = Path(name)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "none", name], check=True)
+        directory.chmod(0o755)
+        bench = Bench(pair, directory, wire, [])
+        world = None
+        try:
+            world = World(bench, seed)
+            world.run(seconds, patient=seconds >= 120)
+            world.close()
+            return world.report()
+        finally:
+            for flow in world.traffic if world else ():
+                flow.over.set()
+            bench.close()
+            subprocess.run(["umount", name], check=True)
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+    duration, chosen, both = sys.argv[1:]
+    print(f"{duration} s, seed {chosen}, wire {both}", flush=True)
+    print(faults(float(duration), int(chosen), both))

@@ -1,0 +1,185 @@
+"""Handshakes under attack: crowds, nonsense in great numbers, and the true client all the while.
+
+TTUN_TEST_HANDSHAKES: how many malformed handshakes, 2000 as a rule; a million for a run by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from peer import Peer
+from test_peers import client_gets_in, connect
+from tunnel import CLIENT, SERVER_ADDRESS, Bench, End, eventually
+
+from ttun import hosts, summary
+from ttun.summary import Summary
+
+COUNT = int(os.environ.get("TTUN_TEST_HANDSHAKES", "2000"))
+FLOOD = [sys.executable, str(Path(__file__).with_name("flood.py"))]
+OTHERS = [f"192.0.2.{number}" for number in range(101, 121)]
+
+
+@pytest.fixture
+def addresses(pair: hosts.Hosts) -> Iterator[list[str]]:
+    """Other addresses of the client's host."""
+    name = pair.names[CLIENT]
+    for address in OTHERS:
+        hosts.ip("-n", name, "address", "add", f"{address}/24", "dev", "vclient")
+    yield OTHERS
+    for address in OTHERS:
+        hosts.ip("-n", name, "address", "delete", f"{address}/24", "dev", "vclient")
+
+
+class Relay:
+    """A link of the test's own: it hands everything on, this many seconds late."""
+
+    def __init__(self, bench: Bench, delay: float) -> None:
+        self.bench, self.delay = bench, delay
+        self.listener = bench.on(CLIENT, lambda: socket.create_server(("127.0.0.1", 0)))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+                far = connect(self.bench)
+            except OSError:
+                return
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=self.carry, args=pair, daemon=True).start()
+
+    def carry(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                time.sleep(self.delay)  # a handshake has one message under way
+                target.sendall(data)
+            time.sleep(self.delay)
+        except OSError:
+            pass
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # close() would wait for the other thread's recv
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def test_only_the_first_lines_are_written_and_the_rest_is_summed_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "ttun")
+    lines = Summary("and %d more failed")
+    for i in range(500):
+        lines.log(100 + i / 100, "%d failed", i)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{i} failed" for i in range(summary.MOST)
+    ]
+    assert lines.due == 110
+    caplog.clear()
+    lines.tick(109.9)
+    assert not caplog.records
+    lines.tick(110.1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "and 490 more failed in the last 10 s"
+    ]
+    assert lines.due == float("inf")
+    lines.log(130, "again")
+    assert caplog.records[-1].getMessage() == "again"
+    lines.tick(150, end=True)
+    assert caplog.records[-1].getMessage() == "again", "nothing was left out"
+
+
+@pytest.mark.slow
+@pytest.mark.hosts
+@pytest.mark.parametrize("delay", [0, 0.05], ids=["near", "100 ms away"])
+def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
+    addresses: list[str], plain: Bench, delay: float
+) -> None:
+    """1,000 connections and 200 more each second, half of them from the client's own address."""
+    server = plain.server()
+    sources = [x for address in addresses for x in (address, "192.0.2.2")]
+    plain.helper(CLIENT, *FLOOD, "hold", SERVER_ADDRESS, "20203", "1000", "200", *sources)
+    relay = Relay(plain, delay) if delay else None
+    times = []
+    for _ in range(20):
+        started = time.monotonic()
+        client = plain.client(to=relay.address if relay else SERVER_ADDRESS)
+        client.says("authenticated", seconds=20)
+        times.append(time.monotonic() - started)
+        client.stop()
+        time.sleep(random.uniform(0, 0.5))  # the crowd comes back before the next
+    print(" ".join(f"{seconds:.2f}" for seconds in sorted(times)))  # pytest -rP shows it
+    if relay:
+        relay.close()
+    assert max(times) < 2
+    assert re.search(r"and \d{2,} more handshakes failed in the last \d+ s", server.log())
+    assert len(server.log().splitlines()) < 20 * 2 * (summary.MOST + 5)
+
+
+@pytest.mark.hosts
+def test_a_flood_of_malformed_handshakes_leaves_nothing(plain: Bench) -> None:
+    server = plain.server()
+    flood = ["malformed", SERVER_ADDRESS, "20203"]
+    plain.run(CLIENT, *FLOOD, *flood, "200", "0")  # what grows once has grown
+    before = usage(server.process.pid)
+    rate = plain.run(CLIENT, *FLOOD, *flood, str(COUNT), "1", timeout=60 + COUNT / 100)
+    print(f"{rate.strip()} a second")
+    eventually(lambda: usage(server.process.pid)[0] == before[0], "all descriptors are closed", 15)
+    grown = usage(server.process.pid)[1] - before[1]
+    print(f"{grown} KiB more memory")
+    assert grown < 4096
+    assert "Traceback" not in server.log()
+    assert "internal error" not in server.log()
+    client_gets_in(plain)
+    lines = server.log().count("connected over")
+    assert lines + summed_up(server, "connected") >= 200 + COUNT, "it has met all of them"
+    assert summed_up(server, "handshakes failed") > 0.9 * COUNT
+
+
+@pytest.mark.hosts
+def test_a_flood_of_malformed_frames_leaves_nothing(plain: Bench) -> None:
+    """Each ends a session of somebody who had the key; a tenth of the number of handshakes."""
+    server = plain.server()
+    rng = random.Random(1)
+    before = (0, 0)
+    for number in range(COUNT // 10):
+        if number == 20:
+            before = usage(server.process.pid)
+        with connect(plain) as sock:
+            peer = Peer(sock, b"secret")
+            peer.handshake_as_client()
+            for _ in range(rng.randrange(3)):
+                peer.send(rng.randbytes(rng.choice([0, 1, 19, 20, 40, 1280, 65519])))
+            length = rng.choice([0, 15, 16, 17, 36, 1296, 65535])
+            sock.sendall(struct.pack(">H", length) + rng.randbytes(rng.randrange(length + 1)))
+            sock.shutdown(socket.SHUT_WR)
+        server.says("disconnected", times=number + 1)
+    eventually(lambda: usage(server.process.pid)[0] == before[0], "all descriptors are closed")
+    grown = usage(server.process.pid)[1] - before[1]
+    print(f"{grown} KiB more memory")
+    assert grown < 4096
+    assert "internal error" not in server.log()
+    client_gets_in(plain)
+
+
+def summed_up(server: End, what: str) -> int:
+    return sum(map(int, re.findall(rf"and (\d+) more {what}", server.log())))
+
+
+def usage(pid: int) -> tuple[int, int]:
+    """Open descriptors and KiB in memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return len(os.listdir(f"/proc/{pid}/fd")), int(status.split("VmRSS:")[1].split()[0])

@@ -1,0 +1,147 @@
+"""What a running end may still do: nothing but what it has open."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
+
+from ttun import hosts, privileges
+
+pytestmark = pytest.mark.hosts
+
+IS_NOBODY_HERE = len(Path("/proc/self/uid_map").read_text().splitlines()) == 1 and (
+    int(Path("/proc/self/uid_map").read_text().split()[2]) > privileges.NOBODY
+)
+
+
+def threads(pid: int) -> Iterator[dict[str, str]]:
+    """/proc/PID/task/*/status."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        lines = (task / "status").read_text().splitlines()
+        yield dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def has_nothing(pid: int, uid: int, gid: int) -> None:
+    """Assert that no thread has any right but that user's own."""
+    found = list(threads(pid))
+    assert found
+    for thread in found:
+        assert thread["Uid"].split() == [str(uid)] * 4, thread["Name"]
+        assert thread["Gid"].split() == [str(gid)] * 4, thread["Name"]
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(thread[kind], 16) == 0, (thread["Name"], kind)
+        assert thread["NoNewPrivs"] == "1", thread["Name"]
+        if uid != 0:  # the kernel gives /proc/PID to root where nobody may dump or trace it
+            assert os.stat(f"/proc/{pid}/environ").st_uid == 0
+            assert thread["Groups"].split() == [], thread["Name"]
+
+
+def unprivileged() -> tuple[int, int]:
+    """The user and the group that an end becomes here."""
+    if not IS_NOBODY_HERE:
+        return 0, 0
+    entry = pwd.getpwnam("nobody")
+    return entry.pw_uid, entry.pw_gid
+
+
+@pytest.mark.parametrize("options", [(), ("-mptcp",)], ids=["tcp", "mptcp"])
+def test_an_end_has_no_right_left_and_goes_on_redialling(
+    bench: Bench, options: tuple[str, ...]
+) -> None:
+    server, client = bench.tunnel(*options)
+    for round_ in (1, 2):
+        bench.answers()
+        for end in (server, client):
+            assert len(list(threads(end.process.pid))) >= 6, "all threads of a session run"
+            has_nothing(end.process.pid, *unprivileged())
+            limits = Path(f"/proc/{end.process.pid}/limits").read_text()
+            assert limits.split("core file size")[1].split()[:2] == ["0", "0"]
+        if round_ == 1:
+            server.kill()
+            server = bench.server(*options)
+            client.says("authenticated", times=2)
+    assert bench.devices(CLIENT) == ["ttun0"]
+    assert client.stop() == 0
+    assert bench.devices(CLIENT) == []
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+def test_another_user_can_be_named(bench: Bench) -> None:
+    entry = pwd.getpwnam("daemon")
+    server = bench.server("--user", "daemon")
+    server.says("going on as user daemon, without capabilities")
+    has_nothing(server.process.pid, entry.pw_uid, entry.pw_gid)
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+def test_root_stays_root_if_told_to_but_loses_every_capability(bench: Bench) -> None:
+    server = bench.server("--user", "root")
+    server.says("going on as user root, without capabilities")
+    has_nothing(server.process.pid, 0, 0)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_user_namespace_without_nobody(tmp_path: Path, named: bool) -> None:
+    """It keeps the user and says so; a user that was asked for by name is asked for in earnest."""
+    command = ["unshare", "--user", "--map-root-user", "--net", *PROGRAM, "server", "-k", "secret"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        end = subprocess.Popen([*command, *(["--user", "nobody"] if named else [])], stderr=file)
+    try:
+        if named:
+            assert end.wait(10) == 1
+            assert log.read_text().endswith(
+                "ttun: cannot become the user nobody: this user namespace does not have it\n"
+            )
+            return
+        eventually(lambda: "going on as user 0" in log.read_text(), "it goes on")
+        assert "user nobody: this user namespace does not have it; " in log.read_text()
+        has_nothing(end.pid, 0, 0)
+    finally:
+        end.send_signal(signal.SIGTERM)
+        assert end.wait(10) in (0, 1)
+
+
+AUDIT = """
+import os, sys
+def audit(event, arguments):
+    if event == "import" and os.geteuid() != 0:
+        os.write(2, b"imported late: %s\\n" % str(arguments[0]).encode())
+sys.addaudithook(audit)
+"""
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+def test_nothing_is_imported_once_the_user_has_changed(bench: Bench) -> None:
+    """The program may lie in a directory that nobody can read, such as root's own."""
+    (bench.directory / "sitecustomize.py").write_text(AUDIT)
+    path = f"{bench.directory}:{hosts.environment()['PYTHONPATH']}"
+
+    def start(*arguments: str) -> End:
+        return bench.start(SERVER, *arguments, environment={"PYTHONPATH": path})
+
+    server = start("server", "-k", "secret")
+    server.says("listening")
+    client = start("client", "-k", "secret", "-s", "localhost")
+    client.says("authenticated")
+    server.kill()
+    client.says("cannot connect")
+    server = start("server", "-k", "secret")
+    client.says("authenticated", times=2)
+    with bench.on(CLIENT, lambda: __import__("socket").create_connection((SERVER_ADDRESS, 20203))):
+        pass  # a stranger, so that a failed handshake is logged
+    client.stop()
+    server.says("disconnected")
+    server.stop()
+    for end in bench.ends:
+        assert "without capabilities" in end.log()
+        assert "imported late" not in end.log()
+        assert "Traceback" not in end.log()
+    assert os.geteuid() == 0, "else nothing was looked at"

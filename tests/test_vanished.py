@@ -1,0 +1,145 @@
+"""A peer that is gone without a word: the link goes down, so nothing answers any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from peer import Peer
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
+
+from ttun import link, vanished
+
+pytestmark = pytest.mark.hosts
+
+SO_BINDTODEVICE = 25
+KINDS = [(proto, busy) for proto in ("tcp", "mptcp") for busy in (False, True)]
+needs_mptcp = pytest.mark.skipif(
+    not os.path.exists("/proc/sys/net/mptcp"), reason="no Multipath TCP in this kernel"
+)
+
+
+def connect(bench: Bench, port: int, mptcp: bool) -> socket.socket:
+    def dial() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP if mptcp else 0)
+        sock.connect((SERVER_ADDRESS, port))
+        return sock
+
+    return bench.on(CLIENT, dial)
+
+
+def swallow(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while sock.recv(65536):
+            pass
+
+
+def send_into(bench: Bench, device: str) -> None:
+    """Make the server's host send packets into one of its devices, though all look alike."""
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, device.encode())
+            for _ in range(20):
+                sock.sendto(bytes(1000), (TUNNEL4[CLIENT], 9))
+
+    bench.on(SERVER, send)
+
+
+@pytest.mark.slow
+@needs_mptcp
+def test_a_vanished_peer_leaves_the_listener_free_within_45_seconds(plain: Bench) -> None:
+    """Over TCP and MPTCP, idle and with data in flight: four servers, side by side."""
+    servers, socks = [], []
+    for number, (proto, _) in enumerate(KINDS):
+        server = plain.server("-l", f":{20300 + number}")
+        sock = connect(plain, 20300 + number, proto == "mptcp")
+        Peer(sock, b"secret").handshake_as_client()
+        server.says(f"connected over {proto};")
+        server.says("authenticated")
+        sock.settimeout(None)
+        threading.Thread(target=swallow, args=(sock,), daemon=True).start()
+        servers.append(server)
+        socks.append(sock)
+    try:
+        time.sleep(1)  # what a fresh device says by itself is acknowledged
+        with plain.link_down(CLIENT):
+            cut = time.monotonic()
+            for number, (_, busy) in enumerate(KINDS):
+                if busy:
+                    send_into(plain, f"ttun{number}")
+            times = {}
+            while len(times) < len(KINDS) and time.monotonic() - cut < 45:
+                for kind, server in zip(KINDS, servers):
+                    if kind not in times and "disconnected" in server.log():
+                        times[kind] = time.monotonic() - cut
+                time.sleep(0.1)
+        print(times)  # pytest -rP shows it
+        assert sorted(times) == sorted(KINDS), times
+        assert min(times.values()) > 15, f"no outage of a few seconds ends a session: {times}"
+        for (proto, _), server in zip(KINDS, servers):
+            ours = "nothing came from the peer" in server.log()
+            assert ours == (proto == "mptcp"), server.log()
+    finally:
+        for sock in socks:
+            sock.close()
+    for number in range(len(KINDS)):
+        client = plain.client(to=f"{SERVER_ADDRESS}:{20300 + number}")
+        client.says("authenticated", seconds=5)
+        client.stop()
+
+
+@pytest.mark.slow
+@needs_mptcp
+def test_an_idle_mptcp_session_goes_on_and_takes_no_time(plain: Bench) -> None:
+    """Keepalive answers for a peer that says nothing, and looking for it costs next to nothing."""
+    ends = plain.tunnel("-mptcp")
+    plain.answers()
+    before = [cpu(end.process.pid) for end in ends]
+    time.sleep(40)
+    used = [cpu(end.process.pid) - start for end, start in zip(ends, before)]
+    assert plain.ping(CLIENT, TUNNEL4[SERVER], 3) == 3
+    for end in ends:
+        assert "disconnected" not in end.log()
+    assert max(used) <= 0.3, "0.03 s in 30 s are usual at most"
+
+
+def cpu(pid: int) -> float:
+    """CPU seconds of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@needs_mptcp
+def test_the_kernel_tells_how_long_a_path_has_been_silent(plain: Bench) -> None:
+    with plain.on(SERVER, lambda: link.listen(link.Address("", 9999), None)) as listener:
+        with connect(plain, 9999, True) as sock:
+            listener.setblocking(True)
+            with listener.accept()[0] as accepted:
+                sock.send(b"1")
+                assert accepted.recv(1) == b"1"
+                for end in (sock, accepted):
+                    link.tune(end)
+                    assert vanished.silence(end) < 1000
+                time.sleep(0.5)
+                assert vanished.silence(accepted) >= 400
+                sock.send(b"1")
+                assert accepted.recv(1) == b"1"
+                eventually(lambda: vanished.silence(accepted) < 400, "it was heard again")
+        with connect(plain, 9999, False) as sock:
+            assert vanished.silence(sock) is None
+
+
+def test_where_the_kernel_sees_to_it_there_is_no_thread(plain: Bench) -> None:
+    for end in plain.tunnel():
+        names = [
+            Path(task, "comm").read_text().strip()
+            for task in Path(f"/proc/{end.process.pid}/task").iterdir()
+        ]
+        assert "ttun-watch" not in names
+        assert len(names) >= 6
