@@ -43,7 +43,7 @@ build/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h $(wildcard csrc/*.[ch])
 	@mkdir -p build/fuzz
 	clang -std=c11 -g -O1 -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc \
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-	  $< csrc/codec.c csrc/offload.c -ldl -o $@
+	  $< $(wildcard csrc/*.c) -pthread -ldl -o $@
 
 fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	@for fuzzer in $(FUZZERS); do \

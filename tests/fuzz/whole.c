@@ -1,0 +1,42 @@
+/* Whole packets of a peer: any gso_size before any packet. What is let through must have a header
+ * that fits it, from which the segmenter, as the kernel would, makes segments that hold the payload
+ * whole and in order; and the sender's side must find that the very same header would be made. */
+#include "fuzz.h"
+#include "offload.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    struct input in = {data, size};
+    uint16_t gso_size = take16(&in);
+    uint8_t takes = take(&in);
+    bool tcp = takes & 1, udp = takes & 2;
+    uint8_t *packet = copy_of(in.bytes, in.left), *found;
+    struct ttun_vnet vnet;
+    if (!ttun_restore_vnet(&vnet, packet, in.left, gso_size, tcp, udp)) {
+        MUST(in.left == 0 || memcmp(packet, in.bytes, in.left) == 0);
+        free(packet);
+        return 0;
+    }
+    size_t field = vnet.checksum_start + vnet.checksum_offset;
+    MUST(vnet.flags == TTUN_NEEDS_CHECKSUM && vnet.gso_size == gso_size);
+    MUST(vnet.checksum_offset == 6 ? udp : tcp);
+    MUST(field + 2 <= vnet.header_size && vnet.header_size <= in.left);
+    MUST((vnet.gso_type == TTUN_GSO_NONE) == (gso_size == 0));
+    MUST(memcmp(packet, in.bytes, field) == 0);
+    MUST(memcmp(packet + field + 2, in.bytes + field + 2, in.left - field - 2) == 0);
+    if (gso_size > 0)
+        MUST(ttun_stays_whole(&vnet, packet, in.left, tcp, udp));
+
+    struct ttun_segmenter g;
+    size_t length, payload = 0;
+    MUST(ttun_segment(&g, &vnet, packet, in.left));
+    while ((found = ttun_next_segment(&g, &length)) != NULL && gso_size > 0) {
+        size_t part = length - vnet.header_size;
+        MUST(found >= packet && found + length <= packet + in.left && part <= gso_size);
+        MUST(memcmp(found + vnet.header_size, in.bytes + vnet.header_size + payload, part) == 0);
+        payload += part;
+    }
+    if (gso_size > 0)
+        MUST(vnet.header_size + payload == in.left);
+    free(packet);
+    return 0;
+}
