@@ -92,6 +92,16 @@ def build_parser() -> Parser:
         help="how much to send each way (default: %(default)s MiB)",
     )
     _bench_commands(_command(commands, "bench", "measure how fast it is on this machine"))
+    show = _command(commands, "show", "what the tunnels of this machine are doing")
+    show.set_defaults(run=run_show, how="text")
+    show.add_argument("device", nargs="?", metavar="DEVICE", help="ttun0, for one (default: all)")
+    how = show.add_mutually_exclusive_group()
+    for name, text in (
+        ("json", "as JSON"),
+        ("prometheus", "in the text format of Prometheus"),
+        ("watch", "again every second, with rates and a graph"),
+    ):
+        how.add_argument(f"--{name}", dest="how", action="store_const", const=name, help=text)
     genkey = _command(commands, "genkey", "print a fresh 256-bit key")
     genkey.set_defaults(run=run_genkey)
     return parser
@@ -318,6 +328,13 @@ def run_bench_tunnel(options: argparse.Namespace) -> int:
     )
 
 
+def run_show(options: argparse.Namespace) -> int:
+    """``ttun show``."""
+    from ttun import show
+
+    return show.run(options.device, options.how)
+
+
 def run_server(options: argparse.Namespace) -> int:
     """``ttun server``."""
     from ttun.server import Server
@@ -372,6 +389,8 @@ def _show_client_command(psk: bytes) -> None:
 
 def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
+    from ttun import show, status
+
     privileges.forbid_dumps()
     user = privileges.find_user(user_name)
     key.warn_if_short(psk)
@@ -380,13 +399,18 @@ def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     endpoint.open()
+    socket_of_status = status.StatusSocket(str(endpoint.status().device))
     privileges.drop(user, required=user_name is not None)  # before there are threads
     endpoint.start()
+    socket_of_status.serve(endpoint.status)
     endpoint.when_over(lambda: os.write(writable, b"\0"))
-    received = os.read(readable, 1)[0]
+    while (received := os.read(readable, 1)[0]) == signal.SIGUSR1:
+        lines = show.describe(status.as_dict(endpoint.status()))
+        log.info("status: %s", "; ".join(line.strip() for line in lines))
+    socket_of_status.close()
     if received:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()

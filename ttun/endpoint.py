@@ -44,8 +44,10 @@ class Status:
     cipher: str | None  # of the session
     round_trip: float | None  # seconds, when it was measured last; on wire x1
     connected_for: float | None  # seconds
+    silent_for: float | None  # seconds since a frame of the peer was opened
     sessions: int  # how many there have been, this one included
     counters: Counters  # of this session, or the last one
+    totals: Counters  # of all sessions
 
 
 class Endpoint(abc.ABC):
@@ -91,7 +93,7 @@ class Endpoint(abc.ABC):
         self._on_disconnected = on_disconnected
         self._stop = StopFlag()
         self._over = threading.Event()
-        self._lock = threading.Lock()  # over the eight below
+        self._lock = threading.Lock()  # over the nine below
         self._device: Device | None = None
         self._session: Session | None = None
         self._peer: str | None = None
@@ -99,6 +101,7 @@ class Endpoint(abc.ABC):
         self._wire = self._cipher = ""
         self._why: str | None = None  # why the session is ended, if not by itself
         self._sessions = 0
+        self._earlier = Counters()  # of all sessions before this one
         self._since = 0.0
         self._error: TtunError | None = None
         self._thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
@@ -158,6 +161,7 @@ class Endpoint(abc.ABC):
         with self._lock:
             session, connected = self._session, self._peer is not None
             control = session.control if session and connected else None
+            counters = session.counters() if session else Counters()
             return Status(
                 role=self.role,
                 device=self._device.name if self._device else None,
@@ -167,8 +171,10 @@ class Endpoint(abc.ABC):
                 cipher=self._cipher if connected else None,
                 round_trip=control.rtt if control else None,
                 connected_for=time.monotonic() - self._since if connected else None,
+                silent_for=session.silence() if session and connected else None,
                 sessions=self._sessions,
-                counters=session.counters() if session else Counters(),
+                counters=counters,
+                totals=self._earlier.plus(counters),
             )
 
     def _open(self) -> None:  # noqa: B027 - a client needs nothing
@@ -208,6 +214,8 @@ class Endpoint(abc.ABC):
             log.warning("no session with %s: %s", peer.name, error.strerror or error)
             return 0.0
         with self._lock:
+            if self._session is not None:
+                self._earlier = self._earlier.plus(self._session.counters())
             self._session, self._peer, self._transport = session, peer.name, transport
             self._wire, self._cipher = peer.keys.wire, peer.keys.sending.cipher.name
             self._sessions += 1
@@ -288,8 +296,8 @@ def _terms(wire: str, name: str | None, mtu: int) -> Terms:
 def describe(counters: Counters) -> str:
     """Return what went through in words."""
     text = (
-        f"sent {counters.uplink_packets} packets, {_size(counters.uplink_bytes)}; "
-        f"received {counters.downlink_packets} packets, {_size(counters.downlink_bytes)}"
+        f"sent {counters.uplink_packets} packets, {size_in_words(counters.uplink_bytes)}; "
+        f"received {counters.downlink_packets} packets, {size_in_words(counters.downlink_bytes)}"
     )
     if counters.refused:
         text += f"; {counters.refused} of the peer's packets were refused by the kernel"
@@ -300,7 +308,7 @@ def describe(counters: Counters) -> str:
     return text
 
 
-def _size(size: float) -> str:
+def size_in_words(size: float) -> str:
     """Return a number of bytes in the unit that suits it."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -36,6 +36,10 @@ class Counters(NamedTuple):
     ignored: int = 0  # frames of a type that is not known
     forged: int = 0  # offloaded packets of the peer that do not add up
 
+    def plus(self, other: Counters) -> Counters:
+        """Return the sum of both."""
+        return Counters(*map(sum, zip(self, other)))
+
 
 class Session:
     """Carries packets between a device and a peer until one of them ends it."""
@@ -123,6 +127,11 @@ class Session:
         """Return what it carried so far, from any thread, also afterwards."""
         with self._freed:
             return self._counters if self._c is None else self._read_counters()
+
+    def silence(self) -> float | None:
+        """Return for how many seconds no frame of the peer was opened; None when it is over."""
+        with self._freed:
+            return None if self._c is None else lib.ttun_session_silence(self._c) / 1000
 
     def _read_counters(self) -> Counters:
         counters: Any = ffi.new("struct ttun_counters *")
