@@ -204,9 +204,9 @@ class World:
         finally:
             (group / "memory.limit_in_bytes").write_text("-1")
             for end in self.ends.values():
-                if end.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):  # it was killed
                     (group.parent / "cgroup.procs").write_text(str(end.process.pid))
-            group.rmdir()
+            eventually(lambda: removed(group), "nobody is left in the group", 5)
         for host, end in list(self.ends.items()):
             if end.process.poll() is not None:  # the kernel chose to kill it
                 self.count["ends killed for want of memory"] += 1
@@ -346,6 +346,14 @@ def make_memory_group() -> Path | None:
     return group
 
 
+def removed(group: Path) -> bool:
+    """Remove a control group; whether that went, as a killed process takes a moment to leave it."""
+    with contextlib.suppress(OSError):
+        group.rmdir()
+        return True
+    return False
+
+
 def faults(seconds: float, seed: int, wire: str) -> str:
     """Run them and return the report. AssertionError says what did not hold."""
     if not shutil.which("nft"):
@@ -361,6 +369,10 @@ def faults(seconds: float, seed: int, wire: str) -> str:
             world.run(seconds, patient=seconds >= 120)
             world.close()
             return world.report()
+        except BaseException:
+            if world is not None:
+                print(world.report(), flush=True)
+            raise
         finally:
             for flow in world.traffic if world else ():
                 flow.over.set()

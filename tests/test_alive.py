@@ -23,14 +23,6 @@ pytestmark = [pytest.mark.hosts, pytest.mark.parametrize("bench", ["x1"], indire
 PORT = "5001"
 
 
-def cut(bench: Bench, state: str) -> None:
-    name, link = bench.pair.names[SERVER], bench.pair.links[SERVER]
-    hosts.ip("-n", name, "link", "set", link, state)
-    if state == "up":  # the kernel dropped its IPv6 address
-        address = f"{hosts.IPV6[SERVER]}/64"
-        hosts.ip("-n", name, "address", "replace", address, "dev", link, "nodad")
-
-
 def test_a_cable_that_is_cut_is_noticed_on_both_ends(bench: Bench) -> None:
     """No FIN comes, one end has data under way, the other one has none."""
     server, client = bench.tunnel()
@@ -42,19 +34,17 @@ def test_a_cable_that_is_cut_is_noticed_on_both_ends(bench: Bench) -> None:
     )
     try:
         time.sleep(0.5)
-        cut(bench, "down")
-        started = time.monotonic()
-        for end in (server, client):
-            end.says("no sign of life from the peer for 15 s", seconds=40)
-        assert time.monotonic() - started >= 14
-        assert "over 15 s" not in server.log()
-        cut(bench, "up")
+        with bench.link_down(SERVER):
+            started = time.monotonic()
+            for end in (server, client):
+                end.says("no sign of life from the peer for 15 s", seconds=40)
+            assert time.monotonic() - started >= 14
+            assert "over 15 s" not in server.log()
         server.says("authenticated", times=2)
         bench.answers()
     finally:
         flood.kill()
         flood.wait()
-        cut(bench, "up")
 
 
 def test_fresh_keys_under_load_lose_no_byte(bench: Bench) -> None:
