@@ -190,6 +190,23 @@ def _tunnel_options(command: Parser) -> None:
         help="large packets at the device where the kernel has them (default: true)",
     )
     command.add_argument(
+        "--dev", default="ttun%d", metavar="NAME", help="name of the device (default: ttunN)"
+    )
+    for side, whose in (("local", "our"), ("peer", "the peer's")):
+        for version in ("4", "6"):
+            command.add_argument(
+                f"--{side}{version}",
+                metavar="ADDRESS",
+                help=f"{whose} IPv{version} address in the tunnel, if not the usual one",
+            )
+    command.add_argument(
+        "--route",
+        action="append",
+        default=[],
+        metavar="NET/LENGTH",
+        help="reach this network through the tunnel; repeatable",
+    )
+    command.add_argument(
         "-user",
         "--user",
         metavar="NAME",
@@ -370,8 +387,18 @@ def run_client(options: argparse.Namespace) -> int:
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
+    from ttun import routes
+    from ttun.device import CLIENT, SERVER, Addresses
+
     names = ("cipher", "mtu", "mptcp", "offload", "wire")
-    return {name: getattr(options, name) for name in names}
+    usual = SERVER if options.command == "server" else CLIENT
+    given = (options.local4, options.local6, options.peer4, options.peer6)
+    return {
+        **{name: getattr(options, name) for name in names},
+        "device": options.dev,
+        "addresses": Addresses.parse(usual, *given),
+        "routes": [routes.parse(text) for text in options.route],
+    }
 
 
 def _show_client_command(psk: bytes) -> None:

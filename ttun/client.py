@@ -10,7 +10,9 @@ from typing import Any
 from ttun import handshake, link
 from ttun.device import CLIENT
 from ttun.endpoint import Endpoint
+from ttun.errors import UsageError
 from ttun.handshakes import Handshakes, Peer
+from ttun.routes import catching
 
 log = logging.getLogger("ttun")
 
@@ -81,10 +83,22 @@ class Client(Endpoint):
                 log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
                 self._stop.wait(wait)
 
+    def _open(self) -> None:
+        if why := self._caught(self._server.host):  # of a name it is known when that is looked up
+            raise UsageError(why)
+
+    def _caught(self, address: str) -> str | None:
+        """Return why an address cannot be dialled: a route of ours would carry it."""
+        assert self._device is not None
+        route = catching(self._routes, address, self._device.name)
+        if route is None:
+            return None
+        return f"the route to {route} would carry the tunnel's own way to {address}"
+
     def _connect(self) -> Peer | None:
         """Dial and shake hands; None if either failed, or stop was set."""
         try:
-            sock = link.dial(self._server, self._mptcp, self._stop)
+            sock = link.dial(self._server, self._mptcp, self._stop, self._caught)
         except InterruptedError:
             return None
         except OSError as error:

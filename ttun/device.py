@@ -14,17 +14,19 @@ import logging
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytun
 
-from ttun import privileges
+from ttun import privileges, routes
 from ttun._codec import lib
-from ttun.errors import TtunError
+from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
 
+FIRST_FREE = "ttun%d"  # the kernel fills in the first free number
 DEFAULT_MTU = 1280
 MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
@@ -49,10 +51,50 @@ STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
 
 @dataclass(frozen=True)
 class Addresses:
-    """The addresses of one end, with their prefix lengths."""
+    """The addresses of one end, with their prefix lengths, and of its peer where those do not
+    cover it.
+    """
 
     ipv4: ipaddress.IPv4Interface
     ipv6: ipaddress.IPv6Interface
+    peer4: ipaddress.IPv4Address | None = None
+    peer6: ipaddress.IPv6Address | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        usual: Addresses,
+        local4: str | None = None,
+        local6: str | None = None,
+        peer4: str | None = None,
+        peer6: str | None = None,
+    ) -> Addresses:
+        """Return the usual ones with some of them changed. Raises UsageError.
+
+        A local address without a length has the usual one; with a peer's it stands alone.
+        """
+        try:
+            ipv4 = _interface(ipaddress.IPv4Interface, local4, usual.ipv4, peer4 is not None)
+            ipv6 = _interface(ipaddress.IPv6Interface, local6, usual.ipv6, peer6 is not None)
+            return cls(
+                ipv4,
+                ipv6,
+                None if peer4 is None else ipaddress.IPv4Address(peer4),
+                None if peer6 is None else ipaddress.IPv6Address(peer6),
+            )
+        except ValueError as error:
+            raise UsageError(f"an address of the tunnel: {error}") from None
+
+
+_I = TypeVar("_I", ipaddress.IPv4Interface, ipaddress.IPv6Interface)
+
+
+def _interface(kind: type[_I], text: str | None, usual: _I, alone: bool) -> _I:
+    if text is None:
+        text = str(usual.ip)
+    if "/" in text:
+        return kind(text)
+    return kind(f"{text}/{usual.max_prefixlen if alone else usual.network.prefixlen}")
 
 
 SERVER = Addresses(ipaddress.IPv4Interface("10.1.1.1/30"), ipaddress.IPv6Interface("fc11::1/126"))
@@ -65,18 +107,32 @@ class Device:
     ``offload`` has the TTUN_OFFLOAD bits of what it can do, for the codec.
     """
 
-    def __init__(self, addresses: Addresses, mtu: int, offload: bool = True) -> None:
-        """Open the first free ttunN and bring it up. Raises TtunError."""
+    def __init__(
+        self,
+        addresses: Addresses,
+        mtu: int,
+        offload: bool = True,
+        name: str = FIRST_FREE,
+        networks: Sequence[routes.Network] = (),
+    ) -> None:
+        """Open a device, bring it up, and route networks through it. Raises TtunError."""
         privileges.check()
         try:
-            self._tun, self.offload = _open(offload)
+            self._tun, self.offload = _open(name, offload)
         except OSError as error:
+            if _is_taken(name):
+                raise TtunError(f"there is a device {name} already: choose another name") from None
             raise TtunError(_why_no_device(error)) from None
         try:
             self.name: str = self._tun.name
             os.set_inheritable(self.fileno(), False)
             os.set_blocking(self.fileno(), False)
             self._configure(addresses, mtu)
+            for network in networks:
+                routes.add(network, self.name)
+        except TtunError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise TtunError(f"cannot set up {self.name}: {error.strerror or error}") from None
@@ -84,6 +140,8 @@ class Device:
     def _configure(self, addresses: Addresses, mtu: int) -> None:
         self._tun.mtu = mtu
         self._tun.addr = str(addresses.ipv4.ip)
+        if addresses.peer4 is not None:
+            self._tun.dstaddr = str(addresses.peer4)
         self._tun.netmask = str(addresses.ipv4.netmask)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             request = struct.pack("=16si20x", self.name.encode(), QUEUE_LENGTH)  # struct ifreq
@@ -96,6 +154,8 @@ class Device:
         else:
             try:
                 self._add_ipv6(addresses.ipv6)
+                if addresses.peer6 is not None:
+                    routes.add(ipaddress.ip_network(addresses.peer6), self.name)
                 shown.append(str(addresses.ipv6))
             except OSError as error:
                 log.info("no IPv6 in the tunnel: %s", error.strerror or error)
@@ -123,14 +183,14 @@ class Device:
         self._tun.close()
 
 
-def _open(offload: bool) -> tuple[Any, int]:
+def _open(name: str, offload: bool) -> tuple[Any, int]:
     """Open a device with the most offload that this kernel has; return it and what that is."""
     flags = pytun.IFF_TUN | pytun.IFF_NO_PI
     if offload:
         try:
-            tun = pytun.TunTapDevice(name="ttun%d", flags=flags | pytun.IFF_VNET_HDR)
+            tun = pytun.TunTapDevice(name=name, flags=flags | pytun.IFF_VNET_HDR)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno != errno.EINVAL or _is_taken(name):
                 raise
             log.info("no offload: this kernel has no vnet header")
         else:
@@ -139,7 +199,11 @@ def _open(offload: bool) -> tuple[Any, int]:
                     fcntl.ioctl(tun, TUNSETOFFLOAD, wanted)
                     return tun, bits
             return tun, lib.TTUN_OFFLOAD_VNET
-    return pytun.TunTapDevice(name="ttun%d", flags=flags), 0
+    return pytun.TunTapDevice(name=name, flags=flags), 0
+
+
+def _is_taken(name: str) -> bool:
+    return name in (other for _, other in socket.if_nameindex())
 
 
 def _why_no_device(error: OSError) -> str:

@@ -10,6 +10,7 @@ import abc
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Callable, ClassVar
 
@@ -17,10 +18,11 @@ from ttun import cipher as ciphers
 from ttun import link
 from ttun._codec import lib
 from ttun.control import DEFAULT_LIMITS, Limits
-from ttun.device import DEFAULT_MTU, MAX_MTU, MIN_MTU, Addresses, Device
+from ttun.device import DEFAULT_MTU, FIRST_FREE, MAX_MTU, MIN_MTU, Addresses, Device
 from ttun.errors import TtunError, UsageError
 from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
 from ttun.handshakes import Peer
+from ttun.routes import Network
 from ttun.session import Counters, Session
 from ttun.stop import StopFlag
 from ttun.vanished import Watch
@@ -57,9 +59,10 @@ class Endpoint(abc.ABC):
     carry packets; None for the best that both ends have. mtu: of the device, 576 to 65519. mptcp:
     True, False, or None for what is usual on that side. offload: use what the kernel has of it at
     the device. wire: "v1", "x1", or "auto" for x1 with a peer that has it. limits: how long keys of
-    wire x1 live. on_connected is called with the peer's address, on_disconnected with that and the
-    reason, both on the endpoint's thread. Raises UsageError for a bad value, TtunError for what
-    this machine lacks.
+    wire x1 live. device: its name, with %d for the first free number. addresses: in the tunnel, if
+    not the usual ones. routes: networks to be reached through it. on_connected is called with the
+    peer's address, on_disconnected with that and the reason, both on the endpoint's thread. Raises
+    UsageError for a bad value, TtunError for what this machine lacks.
     """
 
     role: ClassVar[str]
@@ -75,6 +78,9 @@ class Endpoint(abc.ABC):
         offload: bool = True,
         wire: str = "auto",
         limits: Limits = DEFAULT_LIMITS,
+        device: str = FIRST_FREE,
+        addresses: Addresses | None = None,
+        routes: Sequence[Network] = (),
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -87,6 +93,9 @@ class Endpoint(abc.ABC):
         self._limits = limits
         self._k = psk_key(key)
         self._mtu = mtu
+        self._name = _device_name(device)
+        self._addresses = addresses or self.addresses
+        self._routes = list(routes)
         self._mptcp = mptcp
         self._offload = offload
         self._on_connected = on_connected
@@ -109,7 +118,7 @@ class Endpoint(abc.ABC):
     def open(self) -> None:
         """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
         log.info("ttun %s %s", __version__, self.role)
-        self._device = Device(self.addresses, self._mtu, self._offload)
+        self._device = Device(self._addresses, self._mtu, self._offload, self._name, self._routes)
         self._terms = replace(self._terms, features=self._device.offload >> 1)
         try:
             self._open()
@@ -272,6 +281,13 @@ class Endpoint(abc.ABC):
             ", forward secrecy" if keys.agreement else "",
             then,
         )
+
+
+def _device_name(name: str) -> str:
+    """Return a name that the kernel takes. Raises UsageError. Source: dev_valid_name()."""
+    if not name or len(name) > 15 or name in (".", "..") or set(name) & set("/: \t\n"):
+        raise UsageError(f"{name!r} is no name for a device: 1 to 15 characters, no slash or colon")
+    return name
 
 
 def _terms(wire: str, name: str | None, mtu: int) -> Terms:

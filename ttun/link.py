@@ -13,7 +13,7 @@ import queue
 import select
 import socket
 import threading
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from ttun.errors import TtunError, UsageError
 from ttun.stop import StopFlag
@@ -107,13 +107,22 @@ def _has_ipv6() -> bool:
     return True
 
 
-def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
+def dial(
+    address: Address,
+    mptcp: bool | None,
+    stop: StopFlag,
+    why_not: Callable[[str], str | None] = lambda _: None,
+) -> socket.socket:
     """Return a socket connected to one of the addresses of a name, looked up now.
 
-    Raises OSError with a line that names what was tried; InterruptedError when stop was set.
+    why_not: gives a reason for an address that is not to be dialled. Raises OSError with a line
+    that names what was tried; InterruptedError when stop was set.
     """
     failures = []
     for family, target in _look_up(address, stop):
+        if reason := why_not(target[0]):
+            failures.append(reason)
+            continue
         try:
             return _connect(family, target, mptcp is True, stop)
         except InterruptedError:

@@ -1,0 +1,139 @@
+"""Other names, addresses and routes than the usual ones, and the route that would catch its own
+tunnel."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+
+import pytest
+from tunnel import CLIENT, SERVER, Bench, eventually
+
+from ttun import hosts, routes
+from ttun.device import SERVER as USUAL
+from ttun.device import Addresses
+from ttun.errors import TtunError, UsageError
+
+ONCE = pytest.mark.parametrize("bench", ["x1"], indirect=True)
+
+
+def test_addresses_that_are_given_replace_the_usual_ones() -> None:
+    parsed = Addresses.parse(USUAL, local4="10.9.0.1")
+    assert str(parsed.ipv4) == "10.9.0.1/30" and parsed.ipv6 == USUAL.ipv6
+    parsed = Addresses.parse(USUAL, "10.9.0.1", "fd00::1/64", "10.8.0.2", "fd01::2")
+    assert (str(parsed.ipv4), str(parsed.peer4)) == ("10.9.0.1/32", "10.8.0.2")
+    assert (str(parsed.ipv6), str(parsed.peer6)) == ("fd00::1/64", "fd01::2")
+    for wrong in ("10.9.0", "fd00::1", "10.9.0.1/33", ""):
+        with pytest.raises(UsageError, match="an address of the tunnel"):
+            Addresses.parse(USUAL, local4=wrong)
+
+
+def test_a_network_with_host_bits_is_refused() -> None:
+    assert str(routes.parse("198.51.100.0/24")) == "198.51.100.0/24"
+    with pytest.raises(UsageError, match="has host bits set"):
+        routes.parse("198.51.100.1/24")
+
+
+V4_TABLE = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
+eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\t0\t0\t0
+eth0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+ttun0\t006433C6\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
+NONE = "00000000000000000000000000000000 00 " + "0" * 32
+V6_TABLE = f"""20010db8{"0" * 24} 20 {NONE} 00000100 00000001 00000000 00000001 eth0
+{"0" * 32} 00 {NONE} ffffffff 00000001 00000000 00200200 lo
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "peer", "caught"),
+    [
+        ("192.0.2.0/24", "192.0.2.1", True),  # as long as the link's own
+        ("192.0.2.0/25", "192.0.2.1", True),
+        ("192.0.2.0/25", "::ffff:192.0.2.1", True),
+        ("0.0.0.0/0", "192.0.2.1", False),  # the link's own is longer
+        ("0.0.0.0/0", "203.0.113.1", True),
+        ("0.0.0.0/1", "198.51.100.1", False),
+        ("198.51.100.0/24", "198.51.100.1", True),  # the other one is our own device's
+        ("198.51.100.0/24", "203.0.113.1", False),
+        ("2001:db8::/64", "2001:db8::1", True),
+        ("2000::/3", "2001:db8::1", False),
+        ("2000::/3", "2001:db9::1", True),
+        ("127.0.0.0/8", "127.0.0.1", False),
+        ("0.0.0.0/0", "", False),
+        ("0.0.0.0/0", "a.name", False),
+    ],
+)
+def test_the_way_to_the_peer_is_known(
+    monkeypatch: pytest.MonkeyPatch, network: str, peer: str, caught: bool
+) -> None:
+    tables = {"/proc/net/route": V4_TABLE, "/proc/net/ipv6_route": V6_TABLE}
+    monkeypatch.setattr(routes, "_table", lambda path: tables[path].splitlines())
+    net = ipaddress.ip_network(network)
+    assert (routes.catching([net], peer, "ttun0") == net) == caught
+
+
+@pytest.mark.hosts
+@ONCE
+def test_two_tunnels_with_other_addresses_side_by_side(bench: Bench) -> None:
+    """Each with a name, addresses and a route of its own; all of it goes with them."""
+    ends = []
+    for n in (1, 2):
+        port = str(20300 + n)
+        first, second = f"10.9.{n}.1", f"10.9.{n}.2"
+        ours = ["--dev", f"site{n}", "--local4", first, "--peer4", second]
+        ours += ["--local6", f"fd0{n}::1", "--peer6", f"fd0{n}::2"]
+        ends.append(bench.server("-l", f":{port}", *ours, "--route", f"198.51.{n}.0/24"))
+        theirs = ["--dev", f"site{n}", "--local4", second, "--peer4", first]
+        theirs += ["--local6", f"fd0{n}::2", "--peer6", f"fd0{n}::1"]
+        hosts.ip("-n", bench.pair.names[CLIENT], "address", "add", f"198.51.{n}.1/32", "dev", "lo")
+        ends.append(bench.client(*theirs, to=f"192.0.2.1:{port}"))
+        ends[-1].says("authenticated")
+        for address in (second, f"fd0{n}::2", f"198.51.{n}.1"):
+            eventually(lambda to=address: bench.ping(SERVER, to) == 1, f"ping {address}")
+        hosts.ip("-n", bench.pair.names[CLIENT], "address", "del", f"198.51.{n}.1/32", "dev", "lo")
+    for end in ends:
+        assert end.stop() == 0
+    for host in (SERVER, CLIENT):
+        table = json.loads(hosts.ip("-n", bench.pair.names[host], "-json", "route", "show"))
+        assert [route["dst"] for route in table] == ["192.0.2.0/24"]
+
+
+@pytest.mark.hosts
+@ONCE
+def test_a_route_over_the_own_connection_is_refused(bench: Bench) -> None:
+    client = bench.client("--route", "192.0.2.0/25")
+    assert client.ended() == 2
+    assert "the route to 192.0.2.0/25 would carry the tunnel's own way to 192.0.2.1" in client.log()
+    assert bench.devices(CLIENT) == []
+    bench.server()
+    client = bench.client("--route", "0.0.0.0/0")  # the link's own route is longer
+    client.says("authenticated")
+    client.stop()
+
+
+@pytest.mark.hosts
+@ONCE
+def test_a_device_of_that_name_is_a_line(bench: Bench) -> None:
+    end = bench.start(CLIENT, "client", "-k", "x", "-s", "192.0.2.1", "--dev", "lo")
+    assert end.ended() == 1
+    assert "ttun: there is a device lo already: choose another name" in end.log()
+
+
+@pytest.mark.hosts
+@ONCE
+def test_a_route_that_is_there_already_is_a_line(bench: Bench) -> None:
+    end = bench.start(
+        SERVER, "server", "-k", "x", "--route", "198.51.100.0/24", "--route", "198.51.100.0/24"
+    )
+    assert end.ended() == 1
+    assert "cannot add a route to 198.51.100.0/24 through ttun0: there is one" in end.log()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "with space", "sixteen-letters-", ".."])
+def test_a_name_that_the_kernel_does_not_take_is_refused(name: str) -> None:
+    import ttun
+
+    with pytest.raises(UsageError, match="is no name for a device"):
+        ttun.Server(b"key", device=name)
+    assert issubclass(UsageError, TtunError)

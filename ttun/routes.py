@@ -1,0 +1,149 @@
+"""Routes through the tunnel, and what they must not carry: the tunnel's own connection.
+
+They are added when the device is up, before privileges go, and the kernel takes them away with the
+device. A route that would catch the way to the server would lock the tunnel into itself: a client
+refuses it, or an address of the server's name that it catches. A server does not know who will
+come; who comes from a network that it routes into the tunnel gets no answer.
+
+Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg), proc(5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Union
+
+from ttun.errors import TtunError, UsageError
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+SIOCADDRT = 0x890B  # linux/sockios.h
+RTF_UP = 0x0001  # linux/route.h
+METRIC = 1024  # what the kernel gives a route of IPv6 that names none
+
+
+class _Rtentry(ctypes.Structure):
+    _fields_ = [
+        ("pad1", ctypes.c_ulong),
+        ("destination", ctypes.c_char * 16),  # struct sockaddr_in, as are the next two
+        ("gateway", ctypes.c_char * 16),
+        ("mask", ctypes.c_char * 16),
+        ("flags", ctypes.c_ushort),
+        ("pad2", ctypes.c_short),
+        ("pad3", ctypes.c_ulong),
+        ("pad4", ctypes.c_void_p),
+        ("metric", ctypes.c_short),
+        ("device", ctypes.c_char_p),
+        ("mtu", ctypes.c_ulong),
+        ("window", ctypes.c_ulong),
+        ("irtt", ctypes.c_ushort),
+    ]
+
+
+def parse(text: str) -> Network:
+    """Read NET/LENGTH. Raises UsageError."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise UsageError(f"--route {text}: {error}") from None
+
+
+def add(network: Network, device: str) -> None:
+    """Add a route through a device that is up. Raises TtunError."""
+    try:
+        if network.version == 4:
+            _add_ipv4(network, device)
+        else:
+            _add_ipv6(network, device)
+    except OSError as error:
+        why = "there is one already" if error.errno == errno.EEXIST else error.strerror
+        raise TtunError(f"cannot add a route to {network} through {device}: {why}") from None
+
+
+def _add_ipv4(network: Network, device: str) -> None:
+    def sockaddr(address: bytes) -> bytes:
+        return struct.pack("=HH4s8x", socket.AF_INET, 0, address)
+
+    entry = _Rtentry(flags=RTF_UP, device=device.encode())
+    # Past ctypes' strings, which end at the first zero.
+    base = ctypes.addressof(entry)
+    for field, address in (
+        (_Rtentry.destination, network.network_address),
+        (_Rtentry.gateway, ipaddress.IPv4Address(0)),
+        (_Rtentry.mask, network.netmask),
+    ):
+        ctypes.memmove(base + field.offset, sockaddr(address.packed), field.size)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, SIOCADDRT, entry)
+
+
+def _add_ipv6(network: Network, device: str) -> None:
+    request = struct.pack(
+        "@16s16s16sIHHILIi",
+        network.network_address.packed,
+        bytes(16),  # from anywhere
+        bytes(16),  # no gateway
+        0,
+        network.prefixlen,
+        0,
+        METRIC,
+        0,
+        RTF_UP,
+        socket.if_nametoindex(device),
+    )
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, SIOCADDRT, request)
+
+
+def catching(routes: Iterable[Network], address: str, device: str) -> Network | None:
+    """Return the route of ours that would carry packets to an address; None if none would.
+
+    The kernel takes the longest prefix; one of ours that is as long as another's may win.
+    """
+    try:
+        target = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(target, ipaddress.IPv6Address) and target.ipv4_mapped is not None:
+        target = target.ipv4_mapped
+    found = [route for route in routes if target in route]
+    if not found or target.is_loopback:
+        return None
+    longest = max(found, key=lambda route: route.prefixlen)
+    return longest if longest.prefixlen >= _longest_other(target, device) else None
+
+
+def _longest_other(target: Address, device: str) -> int:
+    """Return the length of the best prefix to an address through any other device, or -1."""
+    lengths = [-1]
+    if target.version == 4:
+        for line in _table("/proc/net/route")[1:]:
+            fields = line.split()
+            # Numbers in the byte order of the machine, in hexadecimal.
+            network, mask = (
+                ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
+            )
+            route = ipaddress.ip_network(f"{network}/{mask}")
+            if fields[0] != device and target in route:
+                lengths.append(route.prefixlen)
+    else:
+        for line in _table("/proc/net/ipv6_route"):
+            fields = line.split()
+            net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
+            if fields[9] not in (device, "lo") and target in net6:
+                lengths.append(net6.prefixlen)
+    return max(lengths)
+
+
+def _table(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
