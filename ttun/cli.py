@@ -206,6 +206,13 @@ def _tunnel_options(command: Parser) -> None:
         metavar="NET/LENGTH",
         help="reach this network through the tunnel; repeatable",
     )
+    for name, when in (("up", "a peer is connected"), ("down", "it has left")):
+        command.add_argument(
+            f"--{name}",
+            metavar="COMMAND",
+            help=f"run when {when}, with TTUN_DEVICE, TTUN_PEER and more in its environment, as "
+            "the user of --user",
+        )
     command.add_argument(
         "-user",
         "--user",
@@ -365,7 +372,7 @@ def run_server(options: argparse.Namespace) -> int:
     server = Server(
         psk, listen=options.listen, takeover=options.takeover, **_endpoint_options(options)
     )
-    return _run(server, psk, options.user)
+    return _run(server, psk, options)
 
 
 def run_client(options: argparse.Namespace) -> int:
@@ -383,7 +390,7 @@ def run_client(options: argparse.Namespace) -> int:
         raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
     limits = Limits(seconds=options.rekey)
     client = Client(psk, server=options.server, limits=limits, **_endpoint_options(options))
-    return _run(client, psk, options.user)
+    return _run(client, psk, options)
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
@@ -414,12 +421,16 @@ def _show_client_command(psk: bytes) -> None:
     print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {host}:20203\n")
 
 
-def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
+def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
     from ttun import show, status
+    from ttun.hooks import Hooks
 
     privileges.forbid_dumps()
-    user = privileges.find_user(user_name)
+    user = privileges.find_user(options.user)
+    hooks = Hooks(options.up, options.down)
+    endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
+    endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
     # safe at any moment, and the main thread sleeps in read().
@@ -430,7 +441,8 @@ def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
         signal.signal(number, lambda *_: None)
     endpoint.open()
     socket_of_status = status.StatusSocket(str(endpoint.status().device))
-    privileges.drop(user, required=user_name is not None)  # before there are threads
+    privileges.drop(user, required=options.user is not None)  # before there are threads
+    hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(lambda: os.write(writable, b"\0"))
@@ -441,5 +453,6 @@ def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     if received:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
+    hooks.close()
     endpoint.wait()
     return 0

@@ -98,8 +98,8 @@ class Endpoint(abc.ABC):
         self._routes = list(routes)
         self._mptcp = mptcp
         self._offload = offload
-        self._on_connected = on_connected
-        self._on_disconnected = on_disconnected
+        self.on_connected = on_connected
+        self.on_disconnected = on_disconnected
         self._stop = StopFlag()
         self._over = threading.Event()
         self._lock = threading.Lock()  # over the nine below
@@ -107,7 +107,7 @@ class Endpoint(abc.ABC):
         self._session: Session | None = None
         self._peer: str | None = None
         self._transport: str | None = None
-        self._wire = self._cipher = ""
+        self._wire = self._cipher = self._last_peer = ""
         self._why: str | None = None  # why the session is ended, if not by itself
         self._sessions = 0
         self._earlier = Counters()  # of all sessions before this one
@@ -186,6 +186,20 @@ class Endpoint(abc.ABC):
                 totals=self._earlier.plus(counters),
             )
 
+    def facts(self) -> dict[str, str | None]:
+        """Return what does not change while a session lasts, in words."""
+        ours, device = self._addresses, self._device
+        with self._lock:
+            return {
+                "role": self.role,
+                "device": device.name if device else None,
+                "peer": self._last_peer,
+                "wire": self._wire,
+                "cipher": self._cipher,
+                "local4": str(ours.ipv4),
+                "local6": str(ours.ipv6),
+            }
+
     def _open(self) -> None:  # noqa: B027 - a client needs nothing
         """Open what this side needs besides the device. Raises TtunError."""
 
@@ -226,6 +240,7 @@ class Endpoint(abc.ABC):
             if self._session is not None:
                 self._earlier = self._earlier.plus(self._session.counters())
             self._session, self._peer, self._transport = session, peer.name, transport
+            self._last_peer = peer.name
             self._wire, self._cipher = peer.keys.wire, peer.keys.sending.cipher.name
             self._sessions += 1
             self._since = time.monotonic()
@@ -233,8 +248,8 @@ class Endpoint(abc.ABC):
         if self._is_unwanted():  # since the handshake
             session.stop()
         try:
-            if self._on_connected:
-                self._on_connected(peer.name)
+            if self.on_connected:
+                self.on_connected(peer.name)
         except BaseException:  # no thread may outlive the device
             session.stop()
             session.wait()
@@ -254,8 +269,8 @@ class Endpoint(abc.ABC):
             reason,
             describe(session.counters()),
         )
-        if self._on_disconnected:
-            self._on_disconnected(peer.name, reason)
+        if self.on_disconnected:
+            self.on_disconnected(peer.name, reason)
         if session.device_lost:
             raise TtunError(f"{reason}: was {self._device.name} removed?")
         return session.duration
