@@ -131,7 +131,7 @@ def main(name: str, arguments: list[str]) -> int:
         codes = [
             run([*instrumented, "-m", "pytest", *arguments, "-m", "not hosts"], home),
             run(
-                [sys.executable, "-m", "pytest", *arguments, "-m", "hosts"],
+                [sys.executable, "-m", "pytest", *arguments, "-m", "hosts and not slow"],
                 ROOT,
                 TTUN_TEST_PROGRAM=shlex.join([*instrumented, f"{home}/ttun.py"]),
             ),

@@ -15,6 +15,7 @@ from ttun import hosts
 pytestmark = pytest.mark.hosts
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nft"), reason="it needs nftables")
 @pytest.mark.parametrize("wire", ["v1", "x1"])
 def test_a_short_while_of_faults(wire: str) -> None:
