@@ -20,7 +20,7 @@ WHY_NOT = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes, and mostly waits, a quarter of a minute or more")
+    config.addinivalue_line("markers", "slow: for a quarter of a minute and more it mostly waits")
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
     config.stash[WHY_NOT] = ""
     if hosts.may_make_hosts():

@@ -138,9 +138,7 @@ def test_a_flood_of_malformed_handshakes_leaves_nothing(plain: Bench) -> None:
     rate = plain.run(CLIENT, *FLOOD, *flood, str(COUNT), "1", timeout=60 + COUNT / 100)
     print(f"{rate.strip()} a second")
     eventually(lambda: usage(server.process.pid)[0] == before[0], "all descriptors are closed", 15)
-    grown = usage(server.process.pid)[1] - before[1]
-    print(f"{grown} KiB more memory")
-    assert grown < 4096
+    assert_small(usage(server.process.pid)[1] - before[1])
     assert "Traceback" not in server.log()
     assert "internal error" not in server.log()
     client_gets_in(plain)
@@ -168,15 +166,19 @@ def test_a_flood_of_malformed_frames_leaves_nothing(plain: Bench) -> None:
             sock.shutdown(socket.SHUT_WR)
         server.says("disconnected", times=number + 1)
     eventually(lambda: usage(server.process.pid)[0] == before[0], "all descriptors are closed")
-    grown = usage(server.process.pid)[1] - before[1]
-    print(f"{grown} KiB more memory")
-    assert grown < 4096
+    assert_small(usage(server.process.pid)[1] - before[1])
     assert "internal error" not in server.log()
     client_gets_in(plain)
 
 
 def summed_up(server: End, what: str) -> int:
     return sum(map(int, re.findall(rf"and (\d+) more {what}", server.log())))
+
+
+def assert_small(grown: int) -> None:
+    """KiB of memory that a server gained. A sanitizer keeps what was freed, so it is not asked."""
+    print(f"{grown} KiB more memory")
+    assert grown < 4096 or "TTUN_TEST_PROGRAM" in os.environ
 
 
 def usage(pid: int) -> tuple[int, int]:
