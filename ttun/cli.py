@@ -1,4 +1,4 @@
-"""The command line: ``ttun server``, ``client``, ``demo``, ``bench``, ``genkey``.
+"""The command line: ``ttun server``, ``client``, ``demo``, ``bench``, ``genkey``, ``doctor``.
 
 Long options work with one dash, as in the original program, and with two. A value may begin with
 a dash. Errors are one line on stderr: exit code 2 for bad usage, 1 for what cannot work here.
@@ -104,6 +104,14 @@ def build_parser() -> Parser:
         how.add_argument(f"--{name}", dest="how", action="store_const", const=name, help=text)
     genkey = _command(commands, "genkey", "print a fresh 256-bit key")
     genkey.set_defaults(run=run_genkey)
+    doctor = _command(commands, "doctor", "what of this machine a tunnel can use, what it lacks")
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument(
+        "peer",
+        nargs="?",
+        metavar="HOST[:PORT]",
+        help="a server, to see whether it answers and how large a packet gets there",
+    )
     return parser
 
 
@@ -318,6 +326,14 @@ def run_genkey(_: argparse.Namespace) -> int:
     """``ttun genkey``."""
     print(key.generate())
     return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """``ttun doctor``."""
+    from ttun import doctor, link
+
+    peer = options.peer
+    return doctor.run(peer and link.parse_address(peer, listening=False))
 
 
 def run_demo(options: argparse.Namespace) -> int:
