@@ -324,7 +324,7 @@ def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) ->
     around: list[Route] = []
     for route in routes:
         # A default route is no conflict: the tunnel's own is more specific.
-        if route.network.prefixlen and route.network.overlaps(wanted):  # type: ignore[arg-type]
+        if route.network.prefixlen and route.network.overlaps(wanted):
             (taken if route.network.prefixlen >= wanted.prefixlen else around).append(route)
     if taken:
         names = sorted({route.device for route in taken})
