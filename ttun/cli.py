@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from ttun.version import __version__
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
+    from ttun.notify import Manager
 
 log = logging.getLogger("ttun")
 
@@ -432,9 +434,10 @@ def _show_client_command(psk: bytes) -> None:
 
 def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
-    from ttun import show, status
+    from ttun import notify, show, status
 
     privileges.forbid_dumps()
+    manager = notify.Manager()
     user = privileges.find_user(user_name)
     key.warn_if_short(psk)
     # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
@@ -450,12 +453,22 @@ def _run(endpoint: Endpoint, psk: bytes, user_name: str | None) -> int:
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(lambda: os.write(writable, b"\0"))
-    while (received := os.read(readable, 1)[0]) == signal.SIGUSR1:
+    manager.tell(manager.READY)
+    while (received := _wait(readable, endpoint, manager)) == signal.SIGUSR1:
         lines = show.describe(status.as_dict(endpoint.status()))
         log.info("status: %s", "; ".join(line.strip() for line in lines))
+    manager.tell(manager.STOPPING)
     socket_of_status.close()
     if received:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
     endpoint.wait()
     return 0
+
+
+def _wait(readable: int, endpoint: Endpoint, manager: Manager) -> int:
+    """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
+    while not select.select([readable], [], [], manager.interval)[0]:
+        endpoint.status()  # an endpoint that hangs with its lock held gives none
+        manager.tell(manager.ALIVE)
+    return os.read(readable, 1)[0]
