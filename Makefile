@@ -12,9 +12,20 @@ FUZZ_SECONDS ?= 60
 SECONDS ?= 120
 SEED ?= 1
 WIRE ?= x1
-PYTHON_FILES := ttun ttun.py setup.py csrc tests
+PYTHON_FILES := ttun ttun.py setup.py csrc tests packaging
 
-.PHONY: all demo test asan ubsan tsan fuzz faults lint format help clean
+# Where make install puts things; DESTDIR goes before all of it, for packages.
+PREFIX ?= /usr/local
+DESTDIR ?=
+BINDIR = $(PREFIX)/bin
+LIBDIR = $(PREFIX)/lib/ttun
+SHARE = $(DESTDIR)$(PREFIX)/share
+SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
+SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
+FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
+  -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
+
+.PHONY: all demo test asan ubsan tsan fuzz faults wheels install uninstall lint format help clean
 
 all: $(VENV)/.built
 
@@ -25,6 +36,9 @@ help:
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
 	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong'
+	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
+	@echo 'make uninstall, with the same two: take them away again'
+	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -55,6 +69,38 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	  echo "$$fuzzer: $$(grep -o '[0-9]*$$' build/fuzz/$$fuzzer.log | tail -n 5 | head -n 1) inputs"; \
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
+
+# The program and what it needs go into a directory of their own, which no other Python reads.
+install: all
+	rm -rf $(DESTDIR)$(LIBDIR)
+	$(PIP) install wheel
+	$(PIP) install --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
+	rm -rf $(DESTDIR)$(LIBDIR)/bin
+	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
+	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions \
+	  $(SHARE)/fish/vendor_completions.d
+	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun
+	chmod 755 $(DESTDIR)$(BINDIR)/ttun
+	$(BIN)/python -m ttun.manual man > $(SHARE)/man/man1/ttun.1
+	$(BIN)/python -m ttun.manual bash > $(SHARE)/bash-completion/completions/ttun
+	$(BIN)/python -m ttun.manual zsh > $(SHARE)/zsh/site-functions/_ttun
+	$(BIN)/python -m ttun.manual fish > $(SHARE)/fish/vendor_completions.d/ttun.fish
+	for unit in $(notdir $(wildcard packaging/systemd/*.service)); do \
+	  $(FILL_IN) packaging/systemd/$$unit > $(SYSTEMD)/$$unit || exit 1; \
+	done
+	install -m 644 packaging/systemd/sysusers.conf $(SYSUSERS)/ttun.conf
+	@echo 'for the services, once: systemd-sysusers && systemctl daemon-reload; see docs/services.md'
+
+uninstall:
+	rm -rf $(DESTDIR)$(LIBDIR)
+	rm -f $(DESTDIR)$(BINDIR)/ttun $(SYSTEMD)/ttun-server@.service \
+	  $(SYSTEMD)/ttun-client@.service $(SYSTEMD)/ttun-tox@.service $(SYSUSERS)/ttun.conf \
+	  $(SHARE)/man/man1/ttun.1 $(SHARE)/bash-completion/completions/ttun \
+	  $(SHARE)/zsh/site-functions/_ttun $(SHARE)/fish/vendor_completions.d/ttun.fish
+
+# PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
+wheels: $(VENV)/.venv
+	nice $(BIN)/python packaging/wheels.py $(PLATFORMS)
 
 faults: all
 	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)

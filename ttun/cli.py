@@ -1,4 +1,4 @@
-"""The command line: ``ttun server``, ``client``, ``demo``, ``bench``, ``genkey``.
+"""The command line: ``ttun server``, ``client``, ``demo``, ``bench``, ``genkey``, ``doctor``.
 
 Long options work with one dash, as in the original program, and with two. A value may begin with
 a dash. Errors are one line on stderr: exit code 2 for bad usage, 1 for what cannot work here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from ttun.version import __version__
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
+    from ttun.notify import Manager
 
 log = logging.getLogger("ttun")
 
@@ -104,6 +106,14 @@ def build_parser() -> Parser:
         how.add_argument(f"--{name}", dest="how", action="store_const", const=name, help=text)
     genkey = _command(commands, "genkey", "print a fresh 256-bit key")
     genkey.set_defaults(run=run_genkey)
+    doctor = _command(commands, "doctor", "what of this machine a tunnel can use, what it lacks")
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument(
+        "peer",
+        nargs="?",
+        metavar="HOST[:PORT]",
+        help="a server, to see whether it answers and how large a packet gets there",
+    )
     return parser
 
 
@@ -327,6 +337,14 @@ def run_genkey(_: argparse.Namespace) -> int:
     return 0
 
 
+def run_doctor(options: argparse.Namespace) -> int:
+    """``ttun doctor``."""
+    from ttun import doctor, link
+
+    peer = options.peer
+    return doctor.run(peer and link.parse_address(peer, listening=False))
+
+
 def run_demo(options: argparse.Namespace) -> int:
     """``ttun demo``."""
     from ttun import demo
@@ -423,10 +441,11 @@ def _show_client_command(psk: bytes) -> None:
 
 def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     """Run an endpoint until SIGINT, SIGTERM or its own end."""
-    from ttun import show, status
+    from ttun import notify, show, status
     from ttun.hooks import Hooks
 
     privileges.forbid_dumps()
+    manager = notify.Manager()
     user = privileges.find_user(options.user)
     hooks = Hooks(options.up, options.down)
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
@@ -446,9 +465,11 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(lambda: os.write(writable, b"\0"))
-    while (received := os.read(readable, 1)[0]) == signal.SIGUSR1:
+    manager.tell(manager.READY)
+    while (received := _wait(readable, endpoint, manager)) == signal.SIGUSR1:
         lines = show.describe(status.as_dict(endpoint.status()))
         log.info("status: %s", "; ".join(line.strip() for line in lines))
+    manager.tell(manager.STOPPING)
     socket_of_status.close()
     if received:
         log.info("%s: stopping", signal.Signals(received).name)
@@ -456,3 +477,11 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     hooks.close()
     endpoint.wait()
     return 0
+
+
+def _wait(readable: int, endpoint: Endpoint, manager: Manager) -> int:
+    """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
+    while not select.select([readable], [], [], manager.interval)[0]:
+        endpoint.status()  # an endpoint that hangs with its lock held gives none
+        manager.tell(manager.ALIVE)
+    return os.read(readable, 1)[0]

@@ -19,6 +19,7 @@ log = logging.getLogger("ttun")
 
 DEFAULT_FILE = Path("/etc/ttun/psk")
 VARIABLE = "TTUN_PSK"
+CREDENTIALS = "CREDENTIALS_DIRECTORY"
 MAX_SIZE = 65536  # bytes of a key file; a larger one is some other file
 SHORT = 16  # bytes; below that it is worth a warning
 
@@ -53,7 +54,7 @@ def read_file(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            if mode & (stat.S_IRWXG | stat.S_IRWXO) and not _is_credential(path, mode):
                 raise TtunError(f"others can read the key file {path}: chmod 600 {path}")
             key = file.read(MAX_SIZE + 1)
     except OSError as error:
@@ -61,6 +62,16 @@ def read_file(path: Path) -> bytes:
     if len(key) > MAX_SIZE:
         raise TtunError(f"{path} is no key file: it has more than {MAX_SIZE} bytes")
     return _not_empty(key[:-1] if key.endswith(b"\n") else key, str(path))
+
+
+def _is_credential(path: Path, mode: int) -> bool:
+    """Return whether systemd keeps a file for this service alone (systemd.exec(5), Credentials).
+
+    It may give the service its right by an access control list, whose mask stat shows as the right
+    of a group; nobody but root and the service can enter the directory.
+    """
+    directory = os.environ.get(CREDENTIALS)
+    return directory is not None and path.parent == Path(directory) and not mode & ~0o440 & 0o777
 
 
 def create(path: Path = DEFAULT_FILE) -> bytes:

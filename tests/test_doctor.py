@@ -1,0 +1,261 @@
+"""``ttun doctor`` on hosts that lack something: what that costs, and how to mend it."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, PROGRAM, SERVER, Bench
+
+from ttun import doctor, hosts, path_mtu, sodium
+from ttun.doctor import LESS, NO, OK, UNSEEN, Route
+
+hosts_only = pytest.mark.hosts
+HIDE_NODE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
+FALSE_NODE = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/net/tun && exec "$@"',
+              "sh"]  # fmt: skip
+NO_RIGHT = ["setpriv", "--bounding-set", "-net_admin"]
+
+
+class Report:
+    """What the program said on a host, by subject."""
+
+    def __init__(self, pair: hosts.Hosts, host: str, *arguments: str, prefix: list[str]) -> None:
+        done = subprocess.run(
+            pair.command(host, [*prefix, *PROGRAM, "doctor", *arguments]),
+            capture_output=True, text=True, timeout=120, check=False,
+            env={**os.environ, **hosts.environment()},
+        )  # fmt: skip
+        assert done.stderr == ""
+        self.code, self.text = done.returncode, done.stdout
+        self.blocks: dict[str, tuple[str, str]] = {}
+        subject = ""
+        for line in self.text.splitlines():
+            if line.startswith(" " * 21):
+                mark, found = self.blocks[subject]
+                self.blocks[subject] = mark, f"{found}\n{line.strip()}"
+            elif line[:5].strip() in (OK, LESS, NO, UNSEEN):
+                subject = line[6:20].strip()
+                assert subject not in self.blocks
+                self.blocks[subject] = line[:5].strip(), line[21:]
+
+    def __getitem__(self, subject: str) -> tuple[str, str]:
+        return self.blocks[subject]
+
+
+def report(
+    pair: hosts.Hosts, *arguments: str, host: str = CLIENT, prefix: list[str] | None = None
+) -> Report:
+    return Report(pair, host, *arguments, prefix=prefix or [])
+
+
+@contextmanager
+def changed(
+    pair: hosts.Hosts, do: list[str], undo: list[str], host: str = CLIENT
+) -> Iterator[None]:
+    subprocess.run(pair.command(host, do), check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(pair.command(host, undo), check=True, capture_output=True)
+
+
+@hosts_only
+def test_where_all_is_well_a_tunnel_can_run(pair: hosts.Hosts) -> None:
+    found = report(pair)
+    assert found.code == 0
+    for subject in ("packages", "rights", "/dev/net/tun", "IPv6", "clock",
+                    "IPv4 addresses", "IPv6 addresses"):  # fmt: skip
+        assert found[subject][0] == OK, found.text
+    assert found["offloads"][1].startswith("vnet header")
+    assert "server" not in found.blocks, "no peer was named"
+    assert "A tunnel can run here" in found.text.splitlines()[-1]
+    links = hosts.ip("-n", pair.names[CLIENT], "link")
+    assert "vclient" in links
+    assert ": ttun" not in links, "the device that it looked with is gone again"
+
+
+@hosts_only
+@pytest.mark.parametrize(
+    ("prefix", "subject", "says"),
+    [
+        (NO_RIGHT, "rights", "no CAP_NET_ADMIN\ncosts: no device can be made\nfix: sudo"),
+        (HIDE_NODE, "/dev/net/tun", "No such file"),
+        (FALSE_NODE, "/dev/net/tun", "it is something else"),
+    ],
+)
+def test_where_no_tunnel_can_run_it_says_so(
+    pair: hosts.Hosts, prefix: list[str], subject: str, says: str
+) -> None:
+    found = report(pair, prefix=prefix)
+    assert found.code == 1
+    assert found[subject][0] == NO
+    assert found[subject][1].startswith(says)
+    assert "fix: " in found[subject][1]
+    assert found["offloads"][0] in (UNSEEN, NO)
+    assert "No tunnel can run here" in found.text.splitlines()[-1]
+
+
+@hosts_only
+@pytest.mark.parametrize(
+    ("setting", "bad", "good", "subject"),
+    [
+        ("net.mptcp.enabled", "0", "1", "Multipath TCP"),
+        ("net.ipv6.conf.default.disable_ipv6", "1", "0", "IPv6"),
+    ],
+)
+def test_what_is_switched_off_costs_and_the_tunnel_runs(
+    pair: hosts.Hosts, setting: str, bad: str, good: str, subject: str
+) -> None:
+    path = "/proc/sys/" + setting.replace(".", "/")
+    if not Path(path).exists():
+        pytest.skip(f"this kernel has no {setting}")
+    write = ["sh", "-c", 'echo "$1" > "$2"', "sh"]
+    with changed(pair, [*write, bad, path], [*write, good, path]):
+        found = report(pair)
+    assert found.code == 0
+    assert found[subject][0] == LESS
+    assert found[subject][1].startswith("switched off\ncosts: ")
+    assert f"fix: sysctl {setting.split('.', maxsplit=1)[0]}" in found[subject][1]
+    assert report(pair)[subject][0] == OK
+
+
+@hosts_only
+@pytest.mark.parametrize(
+    ("add", "subject", "says"),
+    [
+        ("addr add 10.1.1.9/24 dev vclient", "IPv4 addresses", "inside 10.1.1.0/24 on vclient"),
+        ("addr add 10.1.1.2/32 dev lo", "IPv4 addresses", "already on lo"),
+        ("route add 10.0.0.0/8 via 192.0.2.1", "IPv4 addresses", "inside 10.0.0.0/8 on vclient"),
+        ("addr add fc11::2/126 dev vclient", "IPv6 addresses", "already on vclient"),
+        ("-6 route add fc00::/7 dev vclient", "IPv6 addresses", "inside fc00::/7 on vclient"),
+    ],
+)
+def test_addresses_that_something_else_has(
+    pair: hosts.Hosts, add: str, subject: str, says: str
+) -> None:
+    remove = add.replace(" add ", " del ")
+    with changed(pair, ["ip", *add.split()], ["ip", *remove.split()]):
+        found = report(pair)
+    assert found.code == 0
+    assert found[subject][0] == LESS
+    assert says in found[subject][1]
+    assert report(pair)[subject][0] == OK
+
+
+@hosts_only
+def test_a_default_route_is_no_conflict(pair: hosts.Hosts) -> None:
+    add = ["ip", "route", "add", "default", "via", "192.0.2.1"]
+    with changed(pair, add, ["ip", "route", "del", "default"]):
+        assert report(pair)["IPv4 addresses"][0] == OK
+
+
+@hosts_only
+def test_another_tunnel_is_a_conflict(bench: Bench) -> None:
+    bench.server()
+    found = report(bench.pair, host=SERVER)
+    assert "already on ttun0" in found["IPv4 addresses"][1]
+    assert "already on ttun0" in found["IPv6 addresses"][1]
+
+
+@hosts_only
+@pytest.mark.parametrize("peer", ["192.0.2.1", "[2001:db8::1]"])
+def test_a_peer_that_answers_and_how_large_a_packet_gets_there(bench: Bench, peer: str) -> None:
+    bench.server()
+    found = report(bench.pair, peer)
+    assert found.code == 0
+    assert found["server"] == (OK, f"{peer}:20203 takes connections")
+    assert found["path MTU"] == (OK, "1500 bytes get there")
+    with changed(bench.pair, ["ip", "link", "set", "vclient", "mtu", "1400"],
+                 ["ip", "link", "set", "vclient", "mtu", "1500"]):  # fmt: skip
+        assert report(bench.pair, peer)["path MTU"] == (OK, "1400 bytes get there")
+
+
+@hosts_only
+def test_a_path_that_loses_large_packets_without_a_word(pair: hosts.Hosts) -> None:
+    table = "add table ip hole; add chain ip hole in { type filter hook input priority 0; };"
+    rules = f"{table} add rule ip hole in ip length > 1300 drop"
+    with changed(pair, ["nft", rules], ["nft", "delete table ip hole"], host=SERVER):
+        mark, text = report(pair, "192.0.2.1")["path MTU"]
+    assert mark == LESS
+    passes = int(text.split()[0])
+    assert 1300 - path_mtu.STEP <= passes <= 1300
+    assert "1500 are lost without a word" in text
+    assert "fix: sysctl net.ipv4.tcp_mtu_probing=1" in text
+
+
+@hosts_only
+def test_a_route_with_a_smaller_mtu_is_found(pair: hosts.Hosts) -> None:
+    route = ["ip", "route", "add", "192.0.2.1/32", "dev", "vclient", "mtu", "1380"]
+    with changed(pair, route, ["ip", "route", "del", "192.0.2.1/32"]):
+        assert report(pair, "192.0.2.1")["path MTU"] == (OK, "1380 bytes get there")
+
+
+@hosts_only
+def test_a_peer_without_a_server_and_one_that_is_silent(pair: hosts.Hosts) -> None:
+    found = report(pair, "192.0.2.1:9")
+    assert found.code == 1
+    assert found["server"][0] == NO
+    assert "192.0.2.1:9: Connection refused" in found["server"][1]
+    hook = "type filter hook input priority 0; policy drop;"
+    rules = f"add table ip hole; add chain ip hole in {{ {hook} }}"
+    with changed(pair, ["nft", rules], ["nft", "delete table ip hole"], host=SERVER):
+        found = report(pair, "192.0.2.1")
+    assert "timed out" in found["server"][1]
+    assert found["path MTU"] == (
+        UNSEEN, "1500 bytes as far as this kernel knows: the peer answers no probe"
+    )  # fmt: skip
+
+
+@hosts_only
+def test_a_name_that_nobody_has(pair: hosts.Hosts) -> None:
+    found = report(pair, "nobody.invalid")
+    assert found.code == 1
+    assert found["server"][1].startswith("nobody.invalid: ")
+    assert found["path MTU"][0] == UNSEEN
+
+
+def test_without_a_package_it_says_which_and_looks_at_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "ttun.device", raising=False)
+    monkeypatch.delattr("ttun.device", raising=False)
+    monkeypatch.setitem(sys.modules, "pytun", None)
+    assert doctor.run(None) == 1
+    out = capsys.readouterr().out
+    assert "pytun" in out.splitlines()[0]
+    assert "fix: pip install ttun" in out
+    assert "clock" in out
+
+
+def test_a_processor_without_aes_and_a_system_without_toxcore(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sodium, "HAS_AES", False)
+    aes = doctor.look_at_aes()
+    assert aes.mark == LESS
+    assert "chacha20-poly1305" in aes.cost
+    monkeypatch.setattr(doctor, "TOXCORE", "libtoxcore.so.99")
+    toxcore = doctor.look_at_toxcore()
+    assert (toxcore.mark, toxcore.found) == (LESS, "no libtoxcore.so.99")
+
+
+@pytest.mark.parametrize(
+    ("day", "mark"), [("1970-01-01", LESS), ("2026-11-22", OK), ("2090-01-01", LESS)]
+)
+def test_the_clock(day: str, mark: str) -> None:
+    assert doctor.look_at_clock(datetime.date.fromisoformat(day)).mark == mark
+
+
+def test_the_most_specific_network_around_is_named() -> None:
+    wanted = ipaddress.ip_network("10.1.1.0/30")
+    routes = [Route(ipaddress.ip_network(text), "eth0") for text in ("10.0.0.0/8", "10.1.0.0/16")]
+    assert "inside 10.1.0.0/16" in doctor.look_at_addresses("x", wanted, routes).found
+    assert doctor.look_at_addresses("x", wanted, []).mark == OK

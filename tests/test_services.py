@@ -1,0 +1,182 @@
+"""What ``make install`` installs: a program that runs, and units that systemd and procd take."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from tunnel import PROGRAM, ROOT, SERVER, Bench, eventually
+
+from ttun import hosts
+
+UNITS = [f"ttun-{kind}@.service" for kind in ("server", "client", "tox")]
+UID = 65534
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``make install`` into a directory."""
+    if not (ROOT / ".venv" / ".built").exists():
+        pytest.skip("not built with make")
+    prefix = tmp_path_factory.mktemp("prefix")
+    done = subprocess.run(
+        ["make", "install", f"PREFIX={prefix}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return prefix
+
+
+def test_the_installed_program_needs_nothing_else(installed: Path) -> None:
+    program = installed / "bin" / "ttun"
+
+    def says(*arguments: str) -> str:
+        return subprocess.run(
+            [program, *arguments], cwd="/", env={}, capture_output=True, text=True, check=False
+        ).stdout
+
+    assert re.fullmatch(r"[0-9a-f]{64}\n", says("genkey"))
+    assert says("doctor").startswith("ok    packages"), "the codec and its packages load"
+
+
+def test_nothing_is_left_to_fill_in_and_uninstall_leaves_nothing(
+    installed: Path, tmp_path: Path
+) -> None:
+    program = installed / "lib" / "ttun"
+    files = [p for p in installed.rglob("*") if p.is_file() and program not in p.parents]
+    names = {path.name for path in files}
+    assert names == {"ttun", "ttun.1", "_ttun", "ttun.fish", "ttun.conf", *UNITS}
+    for path in files:
+        assert not re.search(r"@[A-Z]+@", path.read_text()), path
+        assert path.stat().st_mode & stat.S_IROTH, path
+    copy = tmp_path / "copy"
+    shutil.copytree(installed, copy)
+    make = ["make", "uninstall", f"PREFIX={copy}"]
+    subprocess.run(make, cwd=ROOT, capture_output=True, check=True)
+    assert [path for path in copy.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+@pytest.mark.parametrize("unit", UNITS)
+def test_systemd_finds_nothing_wrong_and_the_units_are_confined(installed: Path, unit: str) -> None:
+    instance = installed / unit.replace("@.", "@office.")
+    shutil.copy(installed / "lib" / "systemd" / "system" / unit, instance)
+    found = subprocess.run(
+        ["systemd-analyze", "verify", str(instance)], capture_output=True, text=True, check=False,
+        env={**os.environ, "MANPATH": str(installed / "share" / "man")},
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (0, "")
+    score = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(instance)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert score.returncode == 0, "3.0 at most: " + score.stdout[-200:]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-sysusers"), reason="systemd is not installed")
+def test_the_user_is_made(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    subprocess.run(
+        ["systemd-sysusers", f"--root={tmp_path}", installed / "lib" / "sysusers.d" / "ttun.conf"],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert re.search(r"^ttun:", (tmp_path / "etc" / "passwd").read_text(), re.M)
+
+
+@pytest.mark.hosts
+def test_a_server_runs_with_the_one_right_that_its_unit_gives(bench: Bench) -> None:
+    """As another user, with CAP_NET_ADMIN alone, and the key where systemd puts it.
+
+    The key's file shows a group's right, as it does where systemd gives the service its own by an
+    access control list.
+    """
+    unit = (ROOT / "packaging" / "systemd" / "ttun-server@.service").read_text()
+    assert "AmbientCapabilities=CAP_NET_ADMIN\nCapabilityBoundingSet=CAP_NET_ADMIN\n" in unit
+    script = f"""
+        set -e
+        mount -t tmpfs none /dev/net && mknod -m 666 /dev/net/tun c 10 200
+        mkdir -p /run/ttun && mount -t tmpfs -o uid={UID},mode=755 none /run/ttun
+        mount -t tmpfs none /mnt
+        printf secret > /mnt/psk; chown 0:{UID} /mnt/psk; chmod 440 /mnt/psk
+        exec setpriv --reuid {UID} --regid {UID} --clear-groups --no-new-privs \\
+            --inh-caps=-all,+net_admin --ambient-caps=-all,+net_admin \\
+            --bounding-set=-all,+net_admin "$@"
+    """
+    works = ["unshare", "--mount", "sh", "-c", script, "sh", "true"]
+    made = subprocess.run(works, capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip("no device node can be made here")
+    log = bench.directory / "server.log"
+    with log.open("w") as file:
+        server = bench.pair.start(
+            SERVER,
+            ["unshare", "--mount", "sh", "-c", script, "sh", *PROGRAM, "server", "--psk-file",
+             "/mnt/psk", *bench.options],
+            stderr=file, environment=hosts.environment(CREDENTIALS_DIRECTORY="/mnt"),
+        )  # fmt: skip
+    try:
+        eventually(lambda: "listening on" in log.read_text(), f"it listens: {log.read_text()}")
+        bench.client().says("authenticated")
+        bench.answers()
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        assert re.search(rf"^Uid:\s+{UID}\s+{UID}", status, re.M)
+        assert re.search(r"^CapEff:\s+0+$", status, re.M), "and it gave that right up"
+        assert "no status" not in log.read_text(), "ttun show finds it"
+    finally:
+        server.terminate()
+        assert server.wait(10) == 0
+
+
+def test_a_credential_that_all_can_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ttun import key
+    from ttun.errors import TtunError
+
+    file = tmp_path / "psk"
+    file.write_text("secret")
+    file.chmod(0o440)
+    with pytest.raises(TtunError, match="others can read"):
+        key.read_file(file)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert key.read_file(file) == b"secret"
+    file.chmod(0o444)
+    with pytest.raises(TtunError, match="others can read"):
+        key.read_file(file)
+
+
+PROCD = """
+config_load() { echo "load $1"; }
+config_foreach() { "$1" office; "$1" off; }
+config_get_bool() { if [ "$2" = off ]; then eval "$1=0"; else eval "$1=$4"; fi; }
+config_get() { case "$3" in
+    role) eval "$1=client" ;; options) eval "$1='-s vpn.example.net --dev ttun7'" ;; esac; }
+procd_open_instance() { echo "open $1"; }
+procd_set_param() { echo "set $*"; }
+procd_close_instance() { echo close; }
+procd_add_reload_trigger() { echo "trigger $1"; }
+. "$0"; start_service; service_triggers
+"""
+
+
+@pytest.mark.parametrize("shell", [["dash"], ["busybox", "ash"], ["bash", "--posix"]])
+def test_what_the_init_script_asks_of_procd(shell: list[str]) -> None:
+    """procd itself runs on OpenWrt only: its shell functions are stood in for."""
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    done = subprocess.run(
+        [*shell, "-c", PROCD, str(ROOT / "packaging" / "openwrt" / "ttun.init")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "load ttun", "open office",
+        "set command /usr/bin/ttun client --psk-file /etc/ttun/office.psk "
+        "-s vpn.example.net --dev ttun7",
+        "set respawn 3600 5 0", "set stdout 1", "set stderr 1", "close", "trigger ttun",
+    ]  # fmt: skip
