@@ -88,6 +88,8 @@ def build_parser() -> Parser:
     _bench_commands(_command(commands, "bench", "measure how fast it is on this machine"))
     genkey = _command(commands, "genkey", "print a fresh 256-bit key")
     genkey.set_defaults(run=run_genkey)
+    # Its options are tuntox's own, in a parser of its own: see run_tox.
+    _command(commands, "tox", "forward ports through Tox to a machine behind NAT, as tuntox does")
     return parser
 
 
@@ -218,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_standard_streams()
     parser = build_parser()
-    options = parser.parse_args(join_values(arguments, parser))
+    if arguments[:1] == ["tox"]:
+        options = argparse.Namespace(command="tox", run=run_tox, arguments=arguments[1:])
+    else:
+        options = parser.parse_args(join_values(arguments, parser))
     if not sys.platform.startswith("linux"):
         return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
     _start_logging()
@@ -302,6 +307,21 @@ def run_bench_tunnel(options: argparse.Namespace) -> int:
     return bench.tunnel(
         options.rounds, options.seconds, options.against, options.json, options.plot
     )
+
+
+def run_tox(options: argparse.Namespace) -> int:
+    """``ttun tox``."""
+    from ttun.tox import command
+    from ttun.tox import options as tox_options
+
+    parser = Parser(
+        prog="ttun tox",
+        description="Forward ports through Tox to a machine behind NAT; the options are tuntox's.",
+        epilog=tox_options.EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return command.run(parser, options.arguments)
 
 
 def run_server(options: argparse.Namespace) -> int:

@@ -1,0 +1,244 @@
+"""Hosts on a Tox network of their own, on this machine, for the end-to-end tests.
+
+    flat                                    behind NAT
+    server 192.0.2.1 ---- node 192.0.2.3    server 198.51.100.2 -- .1 nat 203.0.113.2 ---- node
+    client 192.0.2.2 ----/                  client 198.51.100.130 -- .129 nat 203.0.113.3 -/  .1
+
+The node runs Debian's tox-bootstrapd. No packet leaves the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tunnel
+
+from ttun import hosts
+
+SERVER, CLIENT, NODE = "toxserver", "toxclient", "toxnode"
+NAT = {SERVER: "toxnats", CLIENT: "toxnatc"}
+PORT = 33445
+T = TypeVar("T")
+
+
+def why_not() -> str:
+    """What is missing on this machine, as the command that brings it; empty if nothing."""
+    missing = []
+    if ctypes.util.find_library("toxcore") is None:
+        try:
+            ctypes.CDLL("libtoxcore.so.2")
+        except OSError:
+            missing.append("libtoxcore2")
+    if shutil.which("tox-bootstrapd") is None:
+        missing.append("toxcore-utils")
+    return f"apt install {' '.join(missing)}" if missing else ""
+
+
+class Program:
+    """A running program, and what it says."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.path = process, log
+
+    def log(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def says(self, text: str, times: int = 1, seconds: float = 60) -> str:
+        tunnel.eventually(lambda: self.log().count(text) >= times, f"{text!r} in {self.path}:\n", seconds)
+        return self.log()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"did not stop:\n{self.log()}") from None
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def resident(self) -> int:
+        """KiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+
+class Lab:
+    """The hosts, the bootstrap node, and what a test starts on them."""
+
+    def __init__(self, directory: Path, *, nat: bool = False) -> None:
+        self.directory, self.nat = directory, nat
+        roles = [SERVER, CLIENT, NODE, *(NAT.values() if nat else [])]
+        self.names = {role: f"{hosts.PREFIX}-{os.getpid()}-{role}{'n' if nat else ''}" for role in roles}
+        self.programs: list[Program] = []
+        self.nodes = directory / "nodes.json"
+
+    def __enter__(self) -> Lab:
+        try:
+            for name in self.names.values():
+                hosts.ip("netns", "add", name)
+                hosts.ip("-n", name, "link", "set", "lo", "up")
+            if self.nat:
+                self._wire_nat()
+            else:
+                self._wire_flat()
+            self._start_node("203.0.113.1" if self.nat else "192.0.2.3")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for program in self.programs:
+            if program.process.poll() is None:
+                program.process.kill()
+                program.process.wait()
+        for name in self.names.values():
+            hosts._remove(name)
+
+    def _wire(self, a: str, address_a: str | None, b: str, address_b: str | None) -> None:
+        """A veth pair between two hosts; its ends are named after the host at the other end."""
+        ends = [(a, f"to-{b}", address_a), (b, f"to-{a}", address_b)]
+        hosts.ip("link", "add", ends[0][1], "netns", self.names[a], "type", "veth",
+                 "peer", "name", ends[1][1], "netns", self.names[b])  # fmt: skip
+        for host, link, address in ends:
+            hosts.ip("-n", self.names[host], "link", "set", link, "up")
+            if address:
+                hosts.ip("-n", self.names[host], "address", "add", address, "dev", link)
+            else:
+                hosts.ip("-n", self.names[host], "link", "set", link, "master", "br0")
+
+    def _bridge(self, address: str) -> None:
+        name = self.names[NODE]
+        hosts.ip("-n", name, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
+        hosts.ip("-n", name, "address", "add", address, "dev", "br0")
+        hosts.ip("-n", name, "link", "set", "br0", "up")
+
+    def _wire_flat(self) -> None:
+        self._bridge("192.0.2.3/24")
+        self._wire(SERVER, "192.0.2.1/24", NODE, None)
+        self._wire(CLIENT, "192.0.2.2/24", NODE, None)
+
+    def _wire_nat(self) -> None:
+        self._bridge("203.0.113.1/24")
+        for host, inside, router, outside in (
+            (SERVER, "198.51.100.2/25", "198.51.100.1/25", "203.0.113.2/24"),
+            (CLIENT, "198.51.100.130/25", "198.51.100.129/25", "203.0.113.3/24"),
+        ):
+            nat = NAT[host]
+            self._wire(host, inside, nat, router)
+            self._wire(nat, outside, NODE, None)
+            hosts.ip("-n", self.names[host], "route", "add", "default", "via", router[:-3])
+            self.run(nat, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+            self.run(nat, "nft", "add table ip nat; add chain ip nat post { type nat hook postrouting"
+                     f" priority 100; }}; add rule ip nat post oifname to-{NODE} masquerade")  # fmt: skip
+
+    def drop_udp(self) -> None:
+        for nat in NAT.values():
+            self.run(nat, "nft", "add table ip f; add chain ip f fwd { type filter hook forward"
+                     " priority 0; }; add rule ip f fwd meta l4proto udp drop")  # fmt: skip
+
+    def _start_node(self, address: str) -> None:
+        config = self.directory / "bootstrapd.conf"
+        config.write_text(
+            f'port = {PORT}\nkeys_file_path = "{self.directory}/node_keys"\n'
+            f'pid_file_path = "{self.directory}/node.pid"\n'
+            "enable_ipv6 = false\nenable_ipv4_fallback = true\nenable_lan_discovery = true\n"
+            f"enable_tcp_relay = true\ntcp_relay_ports = [{PORT}]\n"
+            'enable_motd = true\nmotd = "test"\n'
+        )
+        log = self.directory / "node.log"
+        node = self.start(
+            NODE, "tox-bootstrapd", "--foreground", "--log-backend=stdout", f"--config={config}", log=log
+        )
+        text = node.says("Public Key: ", seconds=20)
+        key = re.search(r"Public Key: ([0-9A-F]{64})", text)
+        assert key, text
+        entry = {"ipv4": address, "ipv6": "-", "port": PORT, "tcp_ports": [PORT], "public_key": key[1]}
+        self.nodes.write_text(json.dumps({"nodes": [entry]}))
+
+    def command(self, host: str, *arguments: str) -> list[str]:
+        return ["ip", "netns", "exec", self.names[host], *arguments]
+
+    def start(
+        self, host: str, *arguments: str, log: Path | None = None, stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None, environment: dict[str, str] | None = None,
+    ) -> Program:  # fmt: skip
+        log = log or self.directory / f"{len(self.programs)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                self.command(host, *arguments), stdin=stdin, stdout=stdout or file, stderr=file,
+                env={**os.environ, **hosts.environment(), **(environment or {})},
+            )  # fmt: skip
+        program = Program(process, log)
+        self.programs.append(program)
+        return program
+
+    def run(self, host: str, *arguments: str, timeout: float = 120) -> str:
+        return subprocess.run(
+            self.command(host, *arguments), capture_output=True, text=True, check=True,
+            timeout=timeout, env={**os.environ, **hosts.environment()},
+        ).stdout  # fmt: skip
+
+    def tox(self, host: str, *options: str, **how: Any) -> Program:
+        """Start ``ttun tox``."""
+        return self.start(host, *tunnel.PROGRAM, "tox", "-b", str(self.nodes), *options, **how)
+
+    def serve(self, *options: str, **how: Any) -> tuple[Program, str]:
+        """Start a server; return it and its Tox ID."""
+        server = self.tox(SERVER, *options, **how)
+        text = server.says("Using Tox ID: ", seconds=20)
+        found = re.search(r"Using Tox ID: ([0-9A-F]{76})", text)
+        assert found
+        return server, found[1]
+
+    def on(self, host: str, function: Callable[[], T]) -> T:
+        """Call function on a thread that is on a host: sockets made there belong to that host."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            descriptor = os.open(f"/run/netns/{self.names[host]}", os.O_RDONLY)
+            try:
+                if tunnel.libc.setns(descriptor, tunnel.CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+                results.append(function())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                os.close(descriptor)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def connect(self, port: int, host: str = CLIENT) -> socket.socket:
+        """Connect to a port of the loopback on a host."""
+        return self.on(host, lambda: socket.create_connection(("127.0.0.1", port), 30))
+
+    def listen(self, host: str, port: int = 0) -> socket.socket:
+        """Listen on the loopback of a host."""
+        return self.on(host, lambda: socket.create_server(("127.0.0.1", port), backlog=512))
