@@ -9,7 +9,6 @@ The node runs Debian's tox-bootstrapd. No packet leaves the machine.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes.util
 import json
 import os
@@ -18,10 +17,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +55,9 @@ class Program:
         return self.path.read_text(errors="replace")
 
     def says(self, text: str, times: int = 1, seconds: float = 60) -> str:
-        tunnel.eventually(lambda: self.log().count(text) >= times, f"{text!r} in {self.path}:\n", seconds)
+        tunnel.eventually(
+            lambda: self.log().count(text) >= times, f"{text!r} in {self.path}:\n", seconds
+        )
         return self.log()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -86,7 +85,9 @@ class Lab:
     def __init__(self, directory: Path, *, nat: bool = False) -> None:
         self.directory, self.nat = directory, nat
         roles = [SERVER, CLIENT, NODE, *(NAT.values() if nat else [])]
-        self.names = {role: f"{hosts.PREFIX}-{os.getpid()}-{role}{'n' if nat else ''}" for role in roles}
+        self.names = {
+            role: f"{hosts.PREFIX}-{os.getpid()}-{role}{'n' if nat else ''}" for role in roles
+        }
         self.programs: list[Program] = []
         self.nodes = directory / "nodes.json"
 
@@ -169,12 +170,23 @@ class Lab:
         )
         log = self.directory / "node.log"
         node = self.start(
-            NODE, "tox-bootstrapd", "--foreground", "--log-backend=stdout", f"--config={config}", log=log
+            NODE,
+            "tox-bootstrapd",
+            "--foreground",
+            "--log-backend=stdout",
+            f"--config={config}",
+            log=log,
         )
         text = node.says("Public Key: ", seconds=20)
         key = re.search(r"Public Key: ([0-9A-F]{64})", text)
         assert key, text
-        entry = {"ipv4": address, "ipv6": "-", "port": PORT, "tcp_ports": [PORT], "public_key": key[1]}
+        entry = {
+            "ipv4": address,
+            "ipv6": "-",
+            "port": PORT,
+            "tcp_ports": [PORT],
+            "public_key": key[1],
+        }
         self.nodes.write_text(json.dumps({"nodes": [entry]}))
 
     def command(self, host: str, *arguments: str) -> list[str]:

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ttun import key, privileges
@@ -21,6 +22,7 @@ from ttun.version import __version__
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
+    from ttun.tox.transport import Listener
 
 log = logging.getLogger("ttun")
 
@@ -56,6 +58,15 @@ def build_parser() -> Parser:
         metavar="ADDRESS",
         help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
     )
+    server.add_argument(
+        "--tox", action="store_true", help="listen on the Tox network instead: no open port"
+    )
+    server.add_argument(
+        "--tox-dir",
+        default="/etc/ttun",
+        metavar="DIR",
+        help="our Tox identity (default: %(default)s)",
+    )
     client = _command(commands, "client", "connect to the server", epilog=EPILOG)
     client.set_defaults(run=run_client)
     client.add_argument(
@@ -63,7 +74,8 @@ def build_parser() -> Parser:
         "--server",
         required=True,
         metavar="HOST:PORT",
-        help="the server: a name, an IPv4 address or an [IPv6] one; the port is 20203 if left out",
+        help="the server: a name, an IPv4 address or an [IPv6] one; the port is 20203 if left out; "
+        "tox:ID through the Tox network, or tox:NAME from ~/.config/ttun/hosts",
     )
     client.add_argument(
         "-rekey",
@@ -74,6 +86,9 @@ def build_parser() -> Parser:
         help="fresh keys after so long, or after 64 GiB; on wire x1 (default: %(default).0f)",
     )
     for end in (server, client):
+        end.add_argument(
+            "--tox-nodes", metavar="FILE", help="where to enter Tox, like nodes.tox.chat/json"
+        )
         _tunnel_options(end)
 
     demo = _command(commands, "demo", "both ends on this machine: pings, a transfer, a table")
@@ -329,12 +344,23 @@ def run_server(options: argparse.Namespace) -> int:
     from ttun.server import Server
 
     psk = key.find(options.psk, options.psk_file)
+    made = psk is None
     if psk is None:
         privileges.check()  # before a key is made that nobody can use
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
-        _show_client_command(psk)
-    return _run(Server(psk, listen=options.listen, **_endpoint_options(options)))
+    tox = _tox_listener(options) if options.tox else None
+    if tox is not None:
+        log.info("on the client: ttun client -s %s", tox.address)
+    if made:
+        _show_client_command(psk, tox.address if tox else None)
+    return _run(Server(psk, listen=options.listen, tox=tox, **_endpoint_options(options)))
+
+
+def _tox_listener(options: argparse.Namespace) -> Listener:
+    from ttun.tox.transport import Listener
+
+    return Listener(Path(options.tox_dir), Path(options.tox_nodes) if options.tox_nodes else None)
 
 
 def run_client(options: argparse.Namespace) -> int:
@@ -350,8 +376,14 @@ def run_client(options: argparse.Namespace) -> int:
         )
     if not 0 < options.rekey <= 120:
         raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
-    limits = Limits(seconds=options.rekey)
-    return _run(Client(psk, server=options.server, limits=limits, **_endpoint_options(options)))
+    client = Client(
+        psk,
+        server=options.server,
+        tox_nodes=options.tox_nodes,
+        limits=Limits(seconds=options.rekey),
+        **_endpoint_options(options),
+    )
+    return _run(client)
 
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
@@ -359,17 +391,21 @@ def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(options, name) for name in names}
 
 
-def _show_client_command(psk: bytes) -> None:
+def _show_client_command(psk: bytes, tox: str | None) -> None:
     """Print the other end's command line, but only where a person sees it and no log keeps it."""
     if not sys.stdout.isatty():
         return
+    where = tox or f"{_our_address()}:20203"
+    print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {where}\n")
+
+
+def _our_address() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
-            host = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
         except OSError:
-            host = "THIS-HOST"
-    print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {host}:20203\n")
+            return "THIS-HOST"
 
 
 def _run(endpoint: Endpoint) -> int:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ttun import handshake, link
 from ttun.device import SERVER
 from ttun.endpoint import Endpoint
 from ttun.handshakes import Handshakes, Peer
+
+if TYPE_CHECKING:
+    from ttun.tox.transport import Listener
 
 log = logging.getLogger("ttun")
 
@@ -34,9 +37,17 @@ class Server(Endpoint):
     role = "server"
     addresses = SERVER
 
-    def __init__(self, key: bytes, *, listen: str = DEFAULT_LISTEN, **options: Any) -> None:
-        """Take the address to listen on and the options of Endpoint."""
+    def __init__(
+        self,
+        key: bytes,
+        *,
+        listen: str = DEFAULT_LISTEN,
+        tox: Listener | None = None,
+        **options: Any,
+    ) -> None:
+        """Take the address to listen on, or a Tox to listen on instead, and Endpoint's options."""
         super().__init__(key, **options)
+        self._tox = tox
         self._listen = link.parse_address(listen, listening=True)
         self._listener: socket.socket | None = None
 
@@ -48,6 +59,10 @@ class Server(Endpoint):
         return port
 
     def _open(self) -> None:
+        if self._tox is not None:
+            self._tox.start()
+            log.info("listening on %s", self._tox.address)
+            return
         self._listener = link.listen(self._listen, self._mptcp)
         log.info("listening on %s (%s)", link.show(self._listener.getsockname()), self._kinds())
 
@@ -56,6 +71,8 @@ class Server(Endpoint):
         return "tcp and mptcp" if self._listener.proto == link.IPPROTO_MPTCP else "tcp"
 
     def _close(self) -> None:
+        if self._tox is not None:
+            self._tox.close()
         if self._listener is not None:
             self._listener.close()
 
@@ -68,9 +85,10 @@ class Server(Endpoint):
 
     def _let_in(self) -> Peer | None:
         """Return the first peer that proves the key; None when stop was set."""
-        assert self._listener is not None
+        # A Tox listener has what is used of a socket here: fileno() and accept().
+        listener = cast(socket.socket, self._tox or self._listener)
         handshakes = Handshakes(self._stop)
-        handshakes.listen(self._listener, lambda: handshake.server(self._k, self._terms))
+        handshakes.listen(listener, lambda: handshake.server(self._k, self._terms))
         try:
             return handshakes.wait()
         finally:

@@ -1,15 +1,16 @@
 """The client: finds the server, keeps finding it, and asks it for tunnels.
 
- 1. A friend request goes to the server, with the secret. It is repeated as a new one when nothing
-    came of it within 45 seconds.
- 2. The server is online: what waited is requested.
- 3. Nothing was heard of it for 20 seconds though it was pinged, or toxcore says that it is gone:
-    all streams end, and the search begins anew. Listening ports stay, and connections made there
-    meanwhile wait.
+1. A friend request goes to the server, with the secret. It is repeated as a new one when nothing
+   came of it within 45 seconds.
+2. The server is online: what waited is requested.
+3. Nothing was heard of it for 20 seconds though it was pinged, or toxcore says that it is gone:
+   all streams end, and the search begins anew. Listening ports stay, and connections made there
+   meanwhile wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
@@ -252,10 +253,8 @@ class _SocksTalk:
             self._connect(*done.value)
         except socks5.Refusal as refusal:
             log.info("SOCKS5: %s", refusal)
-            try:
+            with contextlib.suppress(OSError):
                 self._sock.send(refusal.reply)
-            except OSError:
-                pass
             self.close()
         except (ProtocolError, OSError) as error:
             log.debug("SOCKS5: %s", error)
@@ -265,10 +264,8 @@ class _SocksTalk:
         sock = self._sock
 
         def answer(reason: int | None) -> None:
-            try:
+            with contextlib.suppress(OSError):
                 sock.send(socks5.reply(reason))
-            except OSError:
-                pass
 
         self._leave()
         self._client.open(sock, host, port, answer)

@@ -89,9 +89,7 @@ def _open(asked: Options) -> toxcore.Tox:
     """Open our Tox, with the identity that was kept, and say who we are."""
     keep = not asked.client or asked.keep_identity
     saved = identity.load(asked.directory) if keep else None
-    tox = open_tox(
-        saved, asked.relay_port, asked.udp_ports, asked.proxy, verbose=asked.debug > 1
-    )
+    tox = open_tox(saved, asked.relay_port, asked.udp_ports, asked.proxy, verbose=asked.debug > 1)
     if keep:
         if asked.keep_identity:
             _make_directory(asked.directory)
@@ -215,7 +213,7 @@ def _ping(client: Client, end: _End) -> None:
         end.is_over(0)
 
     client.on_answer_to_ping = answered
-    client.on_online = lambda: client.ping()
+    client.on_online = client.ping
 
 
 def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
@@ -248,6 +246,3 @@ def _send_stdin(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         log.debug("stdin: %s", error)
-
-
-

@@ -11,6 +11,7 @@ the last time at once. What left the buffer is granted to the peer again.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import logging
@@ -268,10 +269,8 @@ class Stream:
         self.link.streams.discard(self)
         self.link.forwarder.loop.remove(self._sock)
         if self._aborted:
-            try:
+            with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-            except OSError:
-                pass
         self._sock.close()
         self._buffer.clear()
         self._pending = memoryview(b"")

@@ -17,6 +17,7 @@ even for one that is somebody else's: it wakes us once for what arrives, nothing
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -119,10 +120,8 @@ class Loop:
             self._epoll.unregister(sock)
 
     def _wake_up(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._readable, 4096)
-        except BlockingIOError:
-            pass
 
     def _main(self) -> None:
         assert self._owner is not None

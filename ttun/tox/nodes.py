@@ -63,5 +63,7 @@ def _nodes(entry: dict[str, Any]) -> list[Node]:
         return []
     hosts = [entry.get("ipv4"), entry.get("ipv6")]
     return [
-        Node(host, port, key, relay_ports) for host in hosts if isinstance(host, str) and host != "-"
+        Node(host, port, key, relay_ports)
+        for host in hosts
+        if isinstance(host, str) and host != "-"
     ]

@@ -248,7 +248,7 @@ def _port(text: str, least: int, whole: str) -> int:
     return int(text)
 
 
-class _checked:  # noqa: N801 - it stands where argparse wants a type
+class _checked:
     """A type for argparse whose UsageError is the message."""
 
     def __init__(self, parse: object) -> None:

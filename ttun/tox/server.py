@@ -10,6 +10,7 @@ In place of the network a target can be a function that takes the socket: the tu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import logging
@@ -18,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Callable, Union
+from typing import Callable
 
 from ttun.tox import protocol
 from ttun.tox.forwarder import Forwarder, Link, Stream
@@ -115,9 +116,9 @@ class Server(Forwarder):
         """Connect a friend to a target."""
         target = f"{request.host}:{request.port}"
         reason = None
-        if self._rules is not None and not allowed(self._rules, request.host, request.port):
-            reason = protocol.RULE
-        elif self._targets is not None and (request.host, request.port) not in self._targets:
+        if (self._rules is not None and not allowed(self._rules, request.host, request.port)) or (
+            self._targets is not None and (request.host, request.port) not in self._targets
+        ):
             reason = protocol.RULE
         elif sum(len(each.streams) for each in self.links.values()) >= MAX_STREAMS:
             reason = protocol.FULL
@@ -161,10 +162,8 @@ class Server(Forwarder):
 
         def look_up() -> None:
             addresses: list[Sockaddr] = []
-            try:
+            with contextlib.suppress(OSError, UnicodeError):
                 addresses = _addresses(request, 0)
-            except (OSError, UnicodeError):
-                pass
             self.loop.call(lambda: found(addresses))
 
         def found(addresses: list[Sockaddr]) -> None:
@@ -174,9 +173,7 @@ class Server(Forwarder):
 
         threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
 
-    def _connect(
-        self, link: Link, request: protocol.Requested, addresses: list[Sockaddr]
-    ) -> None:
+    def _connect(self, link: Link, request: protocol.Requested, addresses: list[Sockaddr]) -> None:
         if not addresses:
             self._refuse(link, request, protocol.NAME)
             return
@@ -213,7 +210,7 @@ class _Connecting:
         loop: Loop,
         link: Link,
         addresses: list[Sockaddr],
-        done: Callable[[Union[socket.socket, None], int], None],
+        done: Callable[[socket.socket | None, int], None],
     ) -> None:
         self.link = link
         self.deadline = time.monotonic() + CONNECT_TIMEOUT

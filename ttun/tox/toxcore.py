@@ -137,7 +137,7 @@ class Packet(NamedTuple):
 Event = Union[SelfStatus, FriendStatus, FriendRequest, Packet]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load() -> tuple[Any, Any]:
     """Return cffi's FFI and the library. Raises TtunError naming the package if it is not here."""
     ffi = FFI()
