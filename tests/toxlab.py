@@ -29,6 +29,17 @@ from ttun import hosts
 SERVER, CLIENT, NODE = "toxserver", "toxclient", "toxnode"
 NAT = {SERVER: "toxnats", CLIENT: "toxnatc"}
 PORT = 33445
+MASQUERADE = f"""
+add table ip nat
+add chain ip nat out {{ type nat hook postrouting priority 100; }}
+add rule ip nat out oifname to-{NODE} masquerade
+add table ip wall
+add chain ip wall in {{ type filter hook input priority 0; }}
+add rule ip wall in iifname to-{NODE} ct state new drop"""
+DROP_UDP = """
+add table ip strict
+add chain ip strict through { type filter hook forward priority 0; }
+add rule ip strict through meta l4proto udp drop"""
 T = TypeVar("T")
 
 
@@ -82,12 +93,12 @@ class Program:
 class Lab:
     """The hosts, the bootstrap node, and what a test starts on them."""
 
-    def __init__(self, directory: Path, *, nat: bool = False) -> None:
-        self.directory, self.nat = directory, nat
+    def __init__(
+        self, directory: Path, *, tag: str = "", nat: bool = False, nodes: int = 1
+    ) -> None:
+        self.directory, self.nat, self.node_count = directory, nat, nodes
         roles = [SERVER, CLIENT, NODE, *(NAT.values() if nat else [])]
-        self.names = {
-            role: f"{hosts.PREFIX}-{os.getpid()}-{role}{'n' if nat else ''}" for role in roles
-        }
+        self.names = {role: f"{hosts.PREFIX}-{os.getpid()}-{role}{tag}" for role in roles}
         self.programs: list[Program] = []
         self.nodes = directory / "nodes.json"
 
@@ -100,7 +111,7 @@ class Lab:
                 self._wire_nat()
             else:
                 self._wire_flat()
-            self._start_node("203.0.113.1" if self.nat else "192.0.2.3")
+            self._start_nodes("203.0.113.1" if self.nat else "192.0.2.3", self.node_count)
         except BaseException:
             self.close()
             raise
@@ -150,44 +161,45 @@ class Lab:
             self._wire(host, inside, nat, router)
             self._wire(nat, outside, NODE, None)
             hosts.ip("-n", self.names[host], "route", "add", "default", "via", router[:-3])
-            self.run(nat, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-            self.run(nat, "nft", "add table ip nat; add chain ip nat post { type nat hook postrouting"
-                     f" priority 100; }}; add rule ip nat post oifname to-{NODE} masquerade")  # fmt: skip
+            self.run(nat, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+            self.run(nat, "nft", MASQUERADE)
 
     def drop_udp(self) -> None:
+        """Leave the hosts behind NAT nothing but TCP."""
         for nat in NAT.values():
-            self.run(nat, "nft", "add table ip f; add chain ip f fwd { type filter hook forward"
-                     " priority 0; }; add rule ip f fwd meta l4proto udp drop")  # fmt: skip
+            self.run(nat, "nft", DROP_UDP)
 
-    def _start_node(self, address: str) -> None:
-        config = self.directory / "bootstrapd.conf"
-        config.write_text(
-            f'port = {PORT}\nkeys_file_path = "{self.directory}/node_keys"\n'
-            f'pid_file_path = "{self.directory}/node.pid"\n'
-            "enable_ipv6 = false\nenable_ipv4_fallback = true\nenable_lan_discovery = true\n"
-            f"enable_tcp_relay = true\ntcp_relay_ports = [{PORT}]\n"
-            'enable_motd = true\nmotd = "test"\n'
-        )
-        log = self.directory / "node.log"
-        node = self.start(
-            NODE,
-            "tox-bootstrapd",
-            "--foreground",
-            "--log-backend=stdout",
-            f"--config={config}",
-            log=log,
-        )
-        text = node.says("Public Key: ", seconds=20)
-        key = re.search(r"Public Key: ([0-9A-F]{64})", text)
-        assert key, text
-        entry = {
-            "ipv4": address,
-            "ipv6": "-",
-            "port": PORT,
-            "tcp_ports": [PORT],
-            "public_key": key[1],
-        }
-        self.nodes.write_text(json.dumps({"nodes": [entry]}))
+    def _start_nodes(self, address: str, count: int) -> None:
+        """Bootstrap nodes, each at a port of its own, that know the first."""
+        entries: list[dict[str, object]] = []
+        for number in range(count):
+            port = PORT + number
+            home = self.directory / f"node{number}"
+            home.mkdir()
+            known = "".join(
+                f'{{ public_key = "{entry["public_key"]}" port = {PORT} address = "{address}" }}'
+                for entry in entries[:1]
+            )
+            (home / "conf").write_text(
+                f'port = {port}\nkeys_file_path = "{home}/keys"\npid_file_path = "{home}/pid"\n'
+                "enable_ipv6 = false\nenable_ipv4_fallback = true\nenable_lan_discovery = true\n"
+                f"enable_tcp_relay = true\ntcp_relay_ports = [{port}]\nenable_motd = false\n"
+                f"bootstrap_nodes = ({known})\n"
+            )
+            node = self.start(
+                NODE,
+                "tox-bootstrapd",
+                "--foreground",
+                "--log-backend=stdout",
+                f"--config={home}/conf",
+                log=home / "log",
+            )
+            key = re.search("Public Key: ([0-9A-F]{64})", node.says("Public Key: ", seconds=20))
+            assert key
+            entries.append(
+                {"ipv4": address, "port": port, "tcp_ports": [port], "public_key": key[1]}
+            )
+        self.nodes.write_text(json.dumps({"nodes": entries}))
 
     def command(self, host: str, *arguments: str) -> list[str]:
         return ["ip", "netns", "exec", self.names[host], *arguments]

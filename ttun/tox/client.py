@@ -19,8 +19,9 @@ from typing import Callable
 
 from ttun.errors import ProtocolError
 from ttun.tox import protocol, socks5
-from ttun.tox.forwarder import Answer, Forwarder, Link, Stream
+from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
+from ttun.tox.stream import Answer, Stream
 
 log = logging.getLogger("ttun")
 

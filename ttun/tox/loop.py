@@ -100,10 +100,8 @@ class Loop:
     def call(self, function: Callable[[], None]) -> None:
         """Have function called on the loop's thread; from any thread. After the end, never."""
         self._calls.append(function)
-        try:
+        with contextlib.suppress(OSError):  # full: it wakes up anyway; or closed: it is over
             os.write(self._writable, b"\0")
-        except OSError:
-            pass  # full: it wakes up anyway; or closed: it is over
 
     def add(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
         """Call handler with what happens to a socket, each thing once (EPOLLET)."""

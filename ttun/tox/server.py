@@ -22,9 +22,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
 from ttun.tox import protocol
-from ttun.tox.forwarder import Forwarder, Link, Stream
+from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.rules import Rule, allowed
+from ttun.tox.stream import Stream
 from ttun.tox.toxcore import FriendRequest
 
 log = logging.getLogger("ttun")
@@ -116,9 +117,8 @@ class Server(Forwarder):
         """Connect a friend to a target."""
         target = f"{request.host}:{request.port}"
         reason = None
-        if (self._rules is not None and not allowed(self._rules, request.host, request.port)) or (
-            self._targets is not None and (request.host, request.port) not in self._targets
-        ):
+        by_rule = self._rules is None or allowed(self._rules, request.host, request.port)
+        if not by_rule or not self._has_target(request):
             reason = protocol.RULE
         elif sum(len(each.streams) for each in self.links.values()) >= MAX_STREAMS:
             reason = protocol.FULL
@@ -135,6 +135,9 @@ class Server(Forwarder):
         else:
             log.debug("peer %s: connecting to %s", link.name, target)
             self._look_up(link, request)
+
+    def _has_target(self, request: protocol.Requested) -> bool:
+        return self._targets is None or (request.host, request.port) in self._targets
 
     def _refuse(self, link: Link, request: protocol.Requested, reason: int) -> None:
         why = protocol.REASONS[reason]
