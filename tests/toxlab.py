@@ -9,6 +9,7 @@ The node runs Debian's tox-bootstrapd. No packet leaves the machine.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import json
 import os
@@ -17,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -266,3 +268,30 @@ class Lab:
     def listen(self, host: str, port: int = 0) -> socket.socket:
         """Listen on the loopback of a host."""
         return self.on(host, lambda: socket.create_server(("127.0.0.1", port), backlog=512))
+
+    def identity(self, directory: Path) -> str:
+        """Make an identity before anybody uses it; its Tox ID."""
+        code = (
+            "import pathlib, sys; from ttun.tox import identity, toxcore;"
+            "tox = toxcore.Tox(udp_ports=None); directory = pathlib.Path(sys.argv[1]);"
+            "directory.mkdir(); identity.keep(tox, directory, None);"
+            "print(tox.address().hex().upper())"
+        )
+        return self.run(NODE, sys.executable, "-c", code, str(directory)).strip()
+
+    def echo(self, port: int) -> None:
+        """Echo on the server's host: each connection until it ends its half."""
+        listener = self.listen(SERVER, port)
+
+        def serve(sock: socket.socket) -> None:
+            with sock, contextlib.suppress(OSError):
+                while data := sock.recv(65536):
+                    sock.sendall(data)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listener.accept()
+                    threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()

@@ -26,6 +26,11 @@ from ttun.tox.toxcore import FriendStatus, Packet
 
 log = logging.getLogger("ttun")
 
+# toxcore lowers a friend's rate when it has lost packets to send again and its budget is used up at
+# once, which it is while there is more to send: below some 1000 packets a second it can go on
+# until 4 a second are left. A second in which nothing is sent ends that, and loses nothing: the
+# budget of that second is there afterwards.
+STUCK_AFTER, STUCK_RATE, PAUSE = 2.0, 20.0, 1.1  # seconds, packets per second, seconds
 PING_INTERVAL = 5.0  # seconds
 BOOTSTRAP_INTERVAL, BOOTSTRAP_NODES = 10.0, 8
 COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
@@ -43,10 +48,30 @@ class Link:
         self.queue: deque[Stream] = deque()  # streams that may have something to send
         self.heard = self.pinged = time.monotonic()
         self.complaints = 0
+        self._stuck_since = self._paused_until = 0.0
+        self._taken = 0  # packets since then
 
-    def fill(self) -> bool:
+    def fill(self, now: float) -> bool:
         """Send until toxcore takes no more (True), or there is nothing more to send (False)."""
-        send, control = self.forwarder.loop.tox.send, self.peer.control
+        if now < self._paused_until:
+            return False
+        if not self._fill():
+            self._stuck_since = 0.0
+            return False
+        if not self._stuck_since or now - self._stuck_since >= STUCK_AFTER:
+            if self._stuck_since and self._taken < STUCK_AFTER * STUCK_RATE:
+                self._paused_until = now + PAUSE
+            self._stuck_since, self._taken = now, 0
+        return now >= self._paused_until
+
+    def _fill(self) -> bool:
+        toxcore_send, control = self.forwarder.loop.tox.send, self.peer.control
+
+        def send(friend: int, packet: bytes) -> bool:
+            taken = toxcore_send(friend, packet)
+            self._taken += taken
+            return taken
+
         while True:
             while control:
                 if not send(self.friend, control[0]):
@@ -187,7 +212,7 @@ class Forwarder:
         if len(data) == 8:
             link.peer.round_trip = max(0.0, time.monotonic() - struct.unpack(">d", data)[0])
 
-    def flush(self) -> bool:
+    def flush(self, now: float) -> bool:
         """Write to sockets, then fill toxcore; return whether more waits for room in toxcore."""
         while self.dirty:
             dirty, self.dirty = self.dirty, []
@@ -198,7 +223,7 @@ class Forwarder:
             if len(link.peer.control) > protocol.MAX_CONTROL:
                 log.warning("peer %s asks faster than it takes answers: dropped", link.name)
                 self.on_flood(link)
-            elif link.fill():
+            elif link.fill(now):
                 full = True
         return full
 
@@ -206,7 +231,7 @@ class Forwarder:
         """Close everything; what is queued for friends is sent if toxcore takes it now."""
         for link in list(self.links.values()):
             link.drop(link.streams)
-            link.fill()
+            link.fill(time.monotonic())
         if self.links:
             self.loop.tox.iterate()
 

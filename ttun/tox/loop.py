@@ -7,8 +7,9 @@ and for no lock, and two hundred connections cost two hundred descriptors.
  1. Sleep until a socket of ours or of toxcore's has something, or toxcore's own interval is over.
  2. Serve our sockets: they are edge-triggered and say once that they became readable or writable.
  3. Iterate toxcore if it has work, and hand on what it reports.
- 4. Let the owner flush what came for sockets and fill toxcore's queue. If that is full, wake up in
-    a millisecond, the step of toxcore's own clock: each brings room for more.
+ 4. Let the owner flush what came for sockets and fill toxcore's queue. If that is full, nothing
+    else happens until toxcore's interval is over, a millisecond or two: that brings room for more.
+    Iterating sooner would not, and toxcore would take the empty room for congestion.
 
 toxcore does not say which sockets it has. They are found among the descriptors of the process: once
 a second, the ones that are Internet sockets and not ours. An edge-triggered wait on them is safe
@@ -39,7 +40,7 @@ EDGES = READABLE | WRITABLE | select.EPOLLET
 
 TICK = 0.5  # seconds
 SEARCH = 1.0  # seconds between two searches for toxcore's sockets
-FULL = 0.001  # seconds until a full queue has room again
+FULL_LEAST, FULL_MOST = 0.001, 0.002  # seconds until a full queue may have room again
 UNWATCHED = 0.005  # seconds between two iterations where toxcore's sockets cannot be found
 DESCRIPTORS = "/proc/self/fd"
 
@@ -53,7 +54,7 @@ class Owner(Protocol):
     def on_tick(self, now: float) -> None:
         """Look at what takes too long, a few times per second."""
 
-    def flush(self) -> bool:
+    def flush(self, now: float) -> bool:
         """Send what can be sent; return whether more waits for room in toxcore."""
 
     def on_stop(self) -> None:
@@ -138,12 +139,14 @@ class Loop:
 
     def _run(self, owner: Owner) -> None:
         due = next_tick = next_search = 0.0
-        waiting = False
+        full = False
         while not self._stopping:
-            now = time.monotonic()
-            events = self._epoll.poll(max(0.0, min(due, next_tick) - now))
+            wait = max(0.0, min(due, next_tick) - time.monotonic())
+            if full:
+                time.sleep(wait)
+                wait = 0.0
             iterate = False
-            for descriptor, what in events:
+            for descriptor, what in self._epoll.poll(wait):
                 handler = self._handlers.get(descriptor)
                 if handler is None:
                     iterate = True
@@ -152,7 +155,7 @@ class Loop:
             while self._calls:
                 self._calls.popleft()()
             now = time.monotonic()
-            if iterate or now >= due:
+            if iterate or full or now >= due:
                 for event in self.tox.iterate():
                     owner.on_event(event)
                 now = time.monotonic()
@@ -163,9 +166,9 @@ class Loop:
             if now >= next_search:
                 self._search()
                 next_search = now + SEARCH
-            waiting = owner.flush()
-            if waiting:
-                due = min(due, now + FULL)
+            full = owner.flush(now)
+            if full:
+                due = now + min(max(self.tox.interval(), FULL_LEAST), FULL_MOST)
 
     def _search(self) -> None:
         """Watch the sockets of toxcore's that are not watched yet."""
