@@ -58,6 +58,11 @@ def why_not() -> str:
     return f"apt install {' '.join(missing)}" if missing else ""
 
 
+def no_nat() -> str:
+    """What is missing for the hosts behind NAT."""
+    return "" if shutil.which("nft") else "NAT in a test needs nft: apt install nftables"
+
+
 class Program:
     """A running program, and what it says."""
 
