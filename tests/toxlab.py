@@ -31,6 +31,7 @@ from ttun import hosts
 SERVER, CLIENT, NODE = "toxserver", "toxclient", "toxnode"
 NAT = {SERVER: "toxnats", CLIENT: "toxnatc"}
 PORT = 33445
+FLAT = "192.0.2"  # RFC 5737; local discovery, which toxcore does in private networks only, is out
 MASQUERADE = f"""
 add table ip nat
 add chain ip nat out {{ type nat hook postrouting priority 100; }}
@@ -118,7 +119,7 @@ class Lab:
                 self._wire_nat()
             else:
                 self._wire_flat()
-            self._start_nodes("203.0.113.1" if self.nat else "192.0.2.3", self.node_count)
+            self._start_nodes("203.0.113.1" if self.nat else f"{FLAT}.3", self.node_count)
         except BaseException:
             self.close()
             raise
@@ -143,20 +144,22 @@ class Lab:
         for host, link, address in ends:
             hosts.ip("-n", self.names[host], "link", "set", link, "up")
             if address:
-                hosts.ip("-n", self.names[host], "address", "add", address, "dev", link)
+                hosts.ip(
+                    "-n", self.names[host], "address", "add", address, "broadcast", "+", "dev", link
+                )
             else:
                 hosts.ip("-n", self.names[host], "link", "set", link, "master", "br0")
 
     def _bridge(self, address: str) -> None:
         name = self.names[NODE]
         hosts.ip("-n", name, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
-        hosts.ip("-n", name, "address", "add", address, "dev", "br0")
+        hosts.ip("-n", name, "address", "add", address, "broadcast", "+", "dev", "br0")
         hosts.ip("-n", name, "link", "set", "br0", "up")
 
     def _wire_flat(self) -> None:
-        self._bridge("192.0.2.3/24")
-        self._wire(SERVER, "192.0.2.1/24", NODE, None)
-        self._wire(CLIENT, "192.0.2.2/24", NODE, None)
+        self._bridge(f"{FLAT}.3/24")
+        self._wire(SERVER, f"{FLAT}.1/24", NODE, None)
+        self._wire(CLIENT, f"{FLAT}.2/24", NODE, None)
 
     def _wire_nat(self) -> None:
         self._bridge("203.0.113.1/24")
@@ -204,7 +207,13 @@ class Lab:
             key = re.search("Public Key: ([0-9A-F]{64})", node.says("Public Key: ", seconds=20))
             assert key
             entries.append(
-                {"ipv4": address, "port": port, "tcp_ports": [port], "public_key": key[1]}
+                {
+                    "ipv4": address,
+                    "ipv6": "-",
+                    "port": port,
+                    "tcp_ports": [port],
+                    "public_key": key[1],
+                }
             )
         self.nodes.write_text(json.dumps({"nodes": entries}))
 
