@@ -16,6 +16,7 @@ import stat
 import statistics
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from toxlab import CLIENT, SERVER, Lab, Program
+from toxlab import CLIENT, NODE, SERVER, Lab, Program
 from tunnel import PROGRAM, eventually
 
 pytestmark = [pytest.mark.hosts, pytest.mark.tox]
@@ -51,6 +52,7 @@ class Net:
     unlisted: Program
     pipe: Program
     pinger: Program
+    proxied: Program
     reborn: list[Program]
     reborn_client: Program
     identities: Path
@@ -89,6 +91,11 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         pinger = lab.tox(CLIENT, *to_server, "-p", environment=shared)
+        lab.start(NODE, sys.executable, str(Path(__file__).with_name("socks_proxy.py")), "9050")
+        proxied = lab.tox(
+            CLIENT, *to_server, "-p",
+            environment={**shared, "ALL_PROXY": "socks5://192.0.2.3:9050"},
+        )  # fmt: skip
         again = (*ALONE, "-C", str(directory / "reborn"))
         first, reborn_id = lab.serve(*again)
         reborn_client = lab.tox(CLIENT, *ALONE, "-i", reborn_id, f"-L{REBORN}:127.0.0.1:{ECHO}")
@@ -108,7 +115,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
         restart.join()
         yield Net(
             lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, pinger,
-            reborn, reborn_client, directory,
+            proxied, reborn, reborn_client, directory,
         )  # fmt: skip
 
 
@@ -329,6 +336,12 @@ def test_stdin_and_stdout_for_proxy_commands(net: Net) -> None:
 def test_ping_prints_the_time_and_exits(net: Net) -> None:
     assert net.pinger.process.wait(60) == 0
     assert re.search(r"^pong in \d+\.\d ms$", net.pinger.log(), re.MULTILINE)
+
+
+def test_through_a_proxy(net: Net) -> None:
+    assert net.proxied.process.wait(60) == 0
+    assert "on the Tox network over a TCP relay" in net.proxied.log()
+    assert "over UDP" not in net.proxied.log()
 
 
 def test_without_the_secret_nobody_gets_in(net: Net) -> None:

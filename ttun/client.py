@@ -79,7 +79,7 @@ class Client(Endpoint):
             from ttun.tox.transport import Dialer
 
             self._tox = Dialer(server[4:], Path(tox_nodes) if tox_nodes else None)
-            self._server = server[:12]
+            self._server = server if len(server) < 64 else server[:12]  # for the log
         else:
             self._server = link.parse_address(server, listening=False)
 

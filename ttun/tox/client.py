@@ -154,7 +154,7 @@ class Client(Forwarder):
         elif self.link is None and now - self._invited > INVITE_AGAIN:
             self._invite()
         for wish in [each for each in self._wishes if each.deadline <= now]:
-            self._refuse(wish, protocol.UNREACHABLE)
+            self._refuse(wish, protocol.OFFLINE if wish.stream is None else protocol.SILENT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
         for listener in self._listeners:
@@ -168,7 +168,7 @@ class Client(Forwarder):
             talk.close()
         super().on_stop()
         for wish in list(self._wishes):
-            self._refuse(wish, protocol.UNREACHABLE)
+            self._refuse(wish, protocol.OFFLINE)
 
     def talk_socks(self, sock: socket.socket) -> None:
         """Have a local program say in SOCKS5 where it wants to go."""

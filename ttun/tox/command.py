@@ -39,8 +39,12 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     contact = identity.find_contact(asked.ids[0]) if asked.client else None
     keys = {identity.parse_key(text) for text in asked.ids} if asked.ids else None
     targets = rules.load(asked.rules) if asked.rules and not asked.client else None
-    _settle(asked)
-    loop = Loop(_open(asked))
+    pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
+    if asked.user is not None:
+        daemon.become(asked.user)
+    tox = _open(asked)
+    _settle(asked, pid_file)
+    loop = Loop(tox)
     forwarder: Forwarder
     if contact is not None:
         forwarder = Client(loop, contact.address, asked.secret or contact.secret)
@@ -137,30 +141,25 @@ def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str,
                     continue  # no IPv6 here, and nobody asked for it
                 raise
             listeners.append((listener, forward.target))
+            shown = link.show(listener.getsockname())
+            what = f"{forward.target[0]}:{forward.target[1]}" if forward.target else "SOCKS5"
+            log.info("listening on %s for %s", shown, what)
             if not forward.port:
                 break  # any port: another address would get another one
-        what = f"{forward.target[0]}:{forward.target[1]}" if forward.target else "SOCKS5"
-        shown = link.show(listener.getsockname())
-        log.info("listening on %s for %s", shown, what)
     return listeners
 
 
-def _settle(asked: Options) -> None:
-    """Go to the background, leave the process id, become another user, as far as asked for."""
-    if asked.daemonize and asked.syslog and not os.path.exists(daemon.SYSLOG):
-        log.warning("no syslog at %s: nothing will be logged", daemon.SYSLOG)
-    pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
-    if asked.directory and asked.daemonize:
-        for name in ("directory", "id_file"):
-            if getattr(asked, name) is not None:
-                setattr(asked, name, Path(os.path.abspath(getattr(asked, name))))
+def _settle(asked: Options, pid_file: int | None) -> None:
+    """Go to the background and change over to syslog, as far as asked for.
+
+    Sockets come along, threads would not: there is none yet.
+    """
+    if asked.syslog and not (asked.daemonize and not os.path.exists(daemon.SYSLOG)):
+        daemon.log_to_syslog(log)
+    if asked.daemonize:
         daemon.to_background()
     if pid_file is not None:
         daemon.write_pid(pid_file)
-    if asked.syslog and (not asked.daemonize or os.path.exists(daemon.SYSLOG)):
-        daemon.log_to_syslog(log)
-    if asked.user is not None:
-        daemon.become(asked.user)
 
 
 class _End:

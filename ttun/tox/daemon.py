@@ -79,5 +79,5 @@ def log_to_syslog(log: logging.Logger) -> None:
         )
     except OSError as error:
         raise TtunError(f"no syslog at {SYSLOG}: {error.strerror}") from None
-    handler.setFormatter(logging.Formatter(f"ttun[{os.getpid()}]: %(message)s"))
+    handler.setFormatter(logging.Formatter("ttun[%(process)d]: %(message)s"))
     log.handlers[:] = [handler]

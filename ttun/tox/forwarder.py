@@ -126,8 +126,8 @@ class Forwarder:
         elif isinstance(event, toxcore.SelfStatus):
             self.online = event.connection != toxcore.OFFLINE
             way = toxcore.TRANSPORTS.get(event.connection, "?")
-            log.info("on the Tox network over %s", way) if self.online else log.info(
-                "off the Tox network"
+            log.info(
+                "on the Tox network over %s" if self.online else "off the Tox network: %s", way
             )
         else:
             self.on_request(event)
