@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import struct
@@ -20,17 +21,13 @@ from ttun.errors import ProtocolError
 from ttun.tox import loop as loops
 from ttun.tox import protocol, toxcore
 from ttun.tox.nodes import Node
+from ttun.tox.pace import Pace
 from ttun.tox.protocol import Peer
 from ttun.tox.stream import FULL, MORE, Stream
 from ttun.tox.toxcore import FriendStatus, Packet
 
 log = logging.getLogger("ttun")
 
-# toxcore lowers a friend's rate when it has lost packets to send again and its budget is used up at
-# once, which it is while there is more to send: below some 1000 packets a second it can go on
-# until 4 a second are left. A second in which nothing is sent ends that, and loses nothing: the
-# budget of that second is there afterwards.
-STUCK_AFTER, STUCK_RATE, PAUSE = 2.0, 20.0, 1.1  # seconds, packets per second, seconds
 PING_INTERVAL = 5.0  # seconds
 BOOTSTRAP_INTERVAL, BOOTSTRAP_NODES = 10.0, 8
 COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
@@ -48,29 +45,27 @@ class Link:
         self.queue: deque[Stream] = deque()  # streams that may have something to send
         self.heard = self.pinged = time.monotonic()
         self.complaints = 0
-        self._stuck_since = self._paused_until = 0.0
-        self._taken = 0  # packets since then
+        self._pace = Pace(self.heard)
 
-    def fill(self, now: float) -> bool:
-        """Send until toxcore takes no more (True), or there is nothing more to send (False)."""
-        if now < self._paused_until:
-            return False
+    def fill(self, now: float) -> tuple[bool, float]:
+        """Send what may be sent; return whether toxcore is full, and when to come again."""
+        self._pace.refill(now)
         if not self._fill():
-            self._stuck_since = 0.0
-            return False
-        if not self._stuck_since or now - self._stuck_since >= STUCK_AFTER:
-            if self._stuck_since and self._taken < STUCK_AFTER * STUCK_RATE:
-                self._paused_until = now + PAUSE
-            self._stuck_since, self._taken = now, 0
-        return now >= self._paused_until
+            return False, math.inf
+        if self._pace.take():  # so it was toxcore that refused
+            self._pace.refused(now)
+            return True, now
+        return False, now + self._pace.wait(now)
 
     def _fill(self) -> bool:
-        toxcore_send, control = self.forwarder.loop.tox.send, self.peer.control
+        """Send; return whether there is more."""
+        toxcore_send, pace, control = self.forwarder.loop.tox.send, self._pace, self.peer.control
 
         def send(friend: int, packet: bytes) -> bool:
-            taken = toxcore_send(friend, packet)
-            self._taken += taken
-            return taken
+            if not pace.take() or not toxcore_send(friend, packet):
+                return False
+            pace.sent()
+            return True
 
         while True:
             while control:
@@ -212,20 +207,21 @@ class Forwarder:
         if len(data) == 8:
             link.peer.round_trip = max(0.0, time.monotonic() - struct.unpack(">d", data)[0])
 
-    def flush(self, now: float) -> bool:
-        """Write to sockets, then fill toxcore; return whether more waits for room in toxcore."""
+    def flush(self, now: float) -> tuple[bool, float]:
+        """Write to sockets, fill toxcore; return whether it is full, and when to come again."""
         while self.dirty:
             dirty, self.dirty = self.dirty, []
             for stream in dirty:
                 stream.flush()
-        full = False
+        any_full, first = False, math.inf
         for link in list(self.links.values()):
             if len(link.peer.control) > protocol.MAX_CONTROL:
                 log.warning("peer %s asks faster than it takes answers: dropped", link.name)
                 self.on_flood(link)
-            elif link.fill(now):
-                full = True
-        return full
+                continue
+            full, again = link.fill(now)
+            any_full, first = any_full or full, min(first, again)
+        return any_full, first
 
     def on_stop(self) -> None:
         """Close everything; what is queued for friends is sent if toxcore takes it now."""

@@ -54,8 +54,8 @@ class Owner(Protocol):
     def on_tick(self, now: float) -> None:
         """Look at what takes too long, a few times per second."""
 
-    def flush(self, now: float) -> bool:
-        """Send what can be sent; return whether more waits for room in toxcore."""
+    def flush(self, now: float) -> tuple[bool, float]:
+        """Send what can be sent; return whether toxcore is full, and when to be called again."""
 
     def on_stop(self) -> None:
         """Close everything."""
@@ -138,10 +138,10 @@ class Loop:
             self.over.set()
 
     def _run(self, owner: Owner) -> None:
-        due = next_tick = next_search = 0.0
+        due = next_tick = next_search = again = 0.0
         full = False
         while not self._stopping:
-            wait = max(0.0, min(due, next_tick) - time.monotonic())
+            wait = max(0.0, min(due, next_tick, again) - time.monotonic())
             if full:
                 time.sleep(wait)
                 wait = 0.0
@@ -166,7 +166,7 @@ class Loop:
             if now >= next_search:
                 self._search()
                 next_search = now + SEARCH
-            full = owner.flush(now)
+            full, again = owner.flush(now)
             if full:
                 due = now + min(max(self.tox.interval(), FULL_LEAST), FULL_MOST)
 
