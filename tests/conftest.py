@@ -11,18 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import toxlab
 import tunnel
 
 from ttun import hosts
 from ttun.errors import TtunError
 
 WHY_NOT = pytest.StashKey[str]()
+NO_TOX = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: for a quarter of a minute and more it mostly waits")
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
+    config.addinivalue_line("markers", "tox: needs toxcore and a bootstrap node on this machine")
     config.stash[WHY_NOT] = ""
+    config.stash[NO_TOX] = toxlab.why_not()
     if hosts.may_make_hosts():
         return
     capture = config.pluginmanager.getplugin("capturemanager")
@@ -37,16 +41,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.stash[WHY_NOT]:
+    for mark, why_not in (("hosts", config.stash[WHY_NOT]), ("tox", config.stash[NO_TOX])):
         for item in items:
-            if item.get_closest_marker("hosts"):
-                item.add_marker(pytest.mark.skip(reason=config.stash[WHY_NOT]))
+            if why_not and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=why_not))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     why_not = terminalreporter.config.stash[WHY_NOT]
     if why_not:
         terminalreporter.write_line(f"NOT RUN: all end-to-end tests: {why_not}", red=True)
+    no_tox = terminalreporter.config.stash[NO_TOX]
+    if no_tox:
+        terminalreporter.write_line(f"NOT RUN: the Tox tests: {no_tox}", red=True)
 
 
 @pytest.fixture(scope="session")

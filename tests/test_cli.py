@@ -14,8 +14,9 @@ from tunnel import CLIENT, PROGRAM, SCRIPT, SERVER, Bench, eventually
 
 import ttun
 from ttun import sodium
-from ttun.cli import build_parser, join_values, main
+from ttun.cli import main
 from ttun.errors import TtunError
+from ttun.parser import build_parser, join_values
 
 
 def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:
@@ -112,8 +113,7 @@ def test_a_port_that_is_taken_is_a_line(bench: Bench) -> None:
     second = bench.start(SERVER, "server", "-k", "x")
     assert second.ended() == 1
     assert second.log().splitlines()[-1] == (
-        "ttun: cannot listen on :20203: another program has that port; "
-        "stop it or choose another with -l"
+        "ttun: cannot listen on :20203: another program has that port; stop it or choose another"
     )
     assert bench.devices(SERVER) == ["ttun0"], "its own device is gone again"
 

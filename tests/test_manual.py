@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from tunnel import ROOT
 
-from ttun import cli, manual
+from ttun import manual, parser
 
-TREE = manual.read(cli.build_parser(), [], "")
+TREE = manual.read(parser.build_parser(), [], "")
 NAMES = sorted({name for c in TREE.all() for option in c.options for name in option.names})
 
 

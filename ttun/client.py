@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ttun import handshake, link
 from ttun.device import CLIENT
@@ -13,6 +15,9 @@ from ttun.endpoint import Endpoint
 from ttun.errors import UsageError
 from ttun.handshakes import Handshakes, Peer
 from ttun.routes import catching
+
+if TYPE_CHECKING:
+    from ttun.tox.transport import Dialer
 
 log = logging.getLogger("ttun")
 
@@ -62,10 +67,37 @@ class Client(Endpoint):
     role = "client"
     addresses = CLIENT
 
-    def __init__(self, key: bytes, *, server: str, **options: Any) -> None:
-        """Take the server's HOST:PORT and the options of Endpoint."""
+    def __init__(
+        self, key: bytes, *, server: str, tox_nodes: str | None = None, **options: Any
+    ) -> None:
+        """Take the server's HOST:PORT, or tox:TOXID, and the options of Endpoint.
+
+        tox_nodes: a file of nodes to enter the Tox network by, None for the usual ones.
+        """
         super().__init__(key, **options)
-        self._server = link.parse_address(server, listening=False)
+        self._tox: Dialer | None = None
+        self._server: link.Address | str
+        if server.startswith("tox:"):
+            from ttun.tox.transport import Dialer
+
+            self._tox = Dialer(server[4:], Path(tox_nodes) if tox_nodes else None)
+            self._server = server if len(server) < 64 else server[:12]  # for the log
+        else:
+            self._server = link.parse_address(server, listening=False)
+
+    def _open(self) -> None:
+        if isinstance(self._server, str):  # through Tox
+            return
+        if why := self._caught(self._server.host):  # of a name it is known when that is looked up
+            raise UsageError(why)
+
+    def _begin(self) -> None:
+        if self._tox is not None:
+            self._tox.start()
+
+    def _close(self) -> None:
+        if self._tox is not None:
+            self._tox.stop()
 
     def _run(self) -> None:
         backoff = Backoff()
@@ -83,10 +115,6 @@ class Client(Endpoint):
                 log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
                 self._stop.wait(wait)
 
-    def _open(self) -> None:
-        if why := self._caught(self._server.host):  # of a name it is known when that is looked up
-            raise UsageError(why)
-
     def _caught(self, address: str) -> str | None:
         """Return why an address cannot be dialled: a route of ours would carry it."""
         assert self._device is not None
@@ -98,7 +126,7 @@ class Client(Endpoint):
     def _connect(self) -> Peer | None:
         """Dial and shake hands; None if either failed, or stop was set."""
         try:
-            sock = link.dial(self._server, self._mptcp, self._stop, self._caught)
+            sock = self._dial()
         except InterruptedError:
             return None
         except OSError as error:
@@ -111,3 +139,9 @@ class Client(Endpoint):
             return handshakes.wait()
         finally:
             handshakes.close()
+
+    def _dial(self) -> socket.socket:
+        if self._tox is not None:
+            return self._tox.dial(self._stop)
+        assert isinstance(self._server, link.Address)
+        return link.dial(self._server, self._mptcp, self._stop, self._caught)

@@ -131,6 +131,7 @@ class Endpoint(abc.ABC):
         if self._device is None:
             self.open()
         try:
+            self._begin()
             self._thread.start()
         except BaseException:  # the process may have no more threads
             self._release()
@@ -202,6 +203,9 @@ class Endpoint(abc.ABC):
 
     def _open(self) -> None:  # noqa: B027 - a client needs nothing
         """Open what this side needs besides the device. Raises TtunError."""
+
+    def _begin(self) -> None:  # noqa: B027
+        """Start what threads this side needs besides its own. Raises TtunError."""
 
     def _close(self) -> None:  # noqa: B027
         """Close it again."""

@@ -150,6 +150,6 @@ def _remove(name: str) -> None:
 def _sweep() -> None:
     """Remove what processes that are gone have left."""
     for line in ip("netns", "list").splitlines():
-        match = re.match(rf"{PREFIX}-(\d+)-(?:{SERVER}|{CLIENT})\b", line)
+        match = re.match(rf"{PREFIX}-(\d+)-\w+", line)
         if match and not Path("/proc", match[1]).exists():
             _remove(match[0])

@@ -208,7 +208,11 @@ def tune(sock: socket.socket) -> None:
 
 
 def transport(sock: socket.socket) -> str:
-    """Return what a connection really is: ``mptcp``, or ``tcp`` also where MPTCP fell back."""
+    """Return what a connection really is: ``mptcp``, or ``tcp`` also where MPTCP fell back, or
+    ``tox``: one end of a socketpair whose other end is a Tox stream.
+    """
+    if sock.family == socket.AF_UNIX:
+        return "tox"
     try:
         sock.getsockopt(SOL_MPTCP, MPTCP_INFO, 4)
         return "mptcp"
@@ -227,7 +231,7 @@ def _reason(error: Exception) -> str:
 
 def _why_not_bound(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "another program has that port; stop it or choose another with -l"
+        return "another program has that port; stop it or choose another"
     if error.errno == errno.EADDRNOTAVAIL:
         return "this machine has no such address"
     if error.errno == errno.EACCES:

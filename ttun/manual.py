@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Callable
 
-from ttun import cli, key
+from ttun import key
+from ttun import parser as grammar
 from ttun.cipher import CIPHERS
 from ttun.version import __version__
 
@@ -144,7 +145,7 @@ def man(root: Command) -> str:
 
 def _date() -> str:
     """Return the day on which the command line was changed last, for as much as is known here."""
-    seconds = os.environ.get("SOURCE_DATE_EPOCH") or os.stat(cli.__file__).st_mtime
+    seconds = os.environ.get("SOURCE_DATE_EPOCH") or os.stat(grammar.__file__).st_mtime
     return time.strftime("%Y-%m-%d", time.gmtime(float(seconds)))
 
 
@@ -362,7 +363,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in FORMATS:
         print(f"usage: python -m ttun.manual {'|'.join(FORMATS)}", file=sys.stderr)
         return 2
-    parser = cli.build_parser()
+    parser = grammar.build_parser()
     print(FORMATS[arguments[0]](read(parser, [], parser.description or "")), end="")
     return 0
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ttun import handshake, link
 from ttun.device import SERVER
 from ttun.endpoint import Endpoint
 from ttun.errors import TtunError
 from ttun.handshakes import Handshakes, Peer
+
+if TYPE_CHECKING:
+    from ttun.tox.transport import Listener
 
 log = logging.getLogger("ttun")
 
@@ -44,12 +47,14 @@ class Server(Endpoint):
         *,
         listen: str = DEFAULT_LISTEN,
         takeover: bool = False,
+        tox: Listener | None = None,
         **options: Any,
     ) -> None:
-        """Take the address to listen on, whether a new client replaces the one that is there, and
-        the options of Endpoint.
+        """Take the address to listen on, or a Tox to listen on instead, whether a new client
+        replaces the one that is there, and the options of Endpoint.
         """
         super().__init__(key, **options)
+        self._tox = tox
         self._takeover = takeover
         self._successor: Peer | None = None  # under the lock: waits until the session has ended
         self._arrived = threading.Event()  # there is a successor, or none will come any more
@@ -64,14 +69,23 @@ class Server(Endpoint):
         return port
 
     def _open(self) -> None:
+        if self._tox is not None:
+            log.info("listening on %s", self._tox.address)
+            return
         self._listener = link.listen(self._listen, self._mptcp)
         log.info("listening on %s (%s)", link.show(self._listener.getsockname()), self._kinds())
+
+    def _begin(self) -> None:
+        if self._tox is not None:
+            self._tox.start()
 
     def _kinds(self) -> str:
         assert self._listener is not None
         return "tcp and mptcp" if self._listener.proto == link.IPPROTO_MPTCP else "tcp"
 
     def _close(self) -> None:
+        if self._tox is not None:
+            self._tox.close()
         if self._listener is not None:
             self._listener.close()
 
@@ -94,9 +108,10 @@ class Server(Endpoint):
             handshakes.close()
 
     def _handshakes(self) -> Handshakes:
-        assert self._listener is not None
+        # A Tox listener has what is used of a socket here: fileno() and accept().
+        listener = cast(socket.socket, self._tox or self._listener)
         handshakes = Handshakes(self._stop)
-        handshakes.listen(self._listener, lambda: handshake.server(self._k, self._terms))
+        handshakes.listen(listener, lambda: handshake.server(self._k, self._terms))
         return handshakes
 
     def _run_with_takeover(self) -> None:

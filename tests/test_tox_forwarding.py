@@ -1,0 +1,433 @@
+"""End to end: ports forwarded through a Tox network of our own, real toxcore, real node.
+
+Finding each other takes about ten seconds, so all programs are started together and shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from toxlab import CLIENT, NODE, SERVER, Lab, Program
+from tunnel import PROGRAM, eventually
+
+pytestmark = [pytest.mark.hosts, pytest.mark.tox]
+
+SECRET = "a shared secret that no log may show"
+ECHO, CLOSED, MANUAL = 7001, 7002, 7003  # ports on the server's host; nobody listens on CLOSED
+TO_ECHO, TO_CLOSED, TO_MANUAL, TO_NAME, SOCKS = 2001, 2002, 2003, 2004, 1080
+BY_RULE, NO_RULE = 2005, 2006
+REBORN = 2007
+ALONE = ("-t", "0")  # no relay of our own: one less thing that two programs could share
+
+
+@dataclass
+class Net:
+    """What runs, and who is who."""
+
+    lab: Lab
+    server: Program
+    server_id: str
+    client: Program
+    uninvited: Program
+    ruled: Program
+    allowed: Program
+    unlisted: Program
+    pipe: Program
+    pinger: Program
+    proxied: Program
+    reborn: list[Program]
+    reborn_client: Program
+    identities: Path
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    directory = tmp_path_factory.mktemp("tox")
+    shared = {"TUNTOX_SHARED_SECRET": SECRET}
+    with Lab(directory) as lab:
+        lab.echo(ECHO)
+        home = directory / "server"
+        server, server_id = lab.serve(*ALONE, "-C", str(home), "-d", environment=shared)
+        to_server = (*ALONE, "-i", server_id)
+        forwards = {
+            TO_ECHO: f"localhost:{ECHO}",
+            TO_CLOSED: f"127.0.0.1:{CLOSED}",
+            TO_MANUAL: f"127.0.0.1:{MANUAL}",
+            TO_NAME: "no-such-name.invalid:80",
+        }
+        options = [f"-L{port}:{target}" for port, target in forwards.items()]
+        client = lab.tox(CLIENT, *to_server, *options, "-D", str(SOCKS), environment=shared)
+        uninvited = lab.tox(CLIENT, *to_server, "-p", "-s", "wrong")
+
+        (directory / "rules").write_text(f"127.0.0.1:{ECHO}\n")
+        member = lab.identity(directory / "member")
+        rules = ("-C", str(directory / "ruled"), "-f", str(directory / "rules"), "-i", member)
+        ruled, ruled_id = lab.serve(*ALONE, *rules)
+        both = (f"-L{BY_RULE}:127.0.0.1:{ECHO}", f"-L{NO_RULE}:127.0.0.1:{CLOSED}")
+        to_ruled = (*ALONE, "-i", ruled_id)
+        allowed = lab.tox(CLIENT, *to_ruled, "-C", str(directory / "member"), *both)
+        unlisted = lab.tox(CLIENT, *to_ruled, "-p")
+
+        pipe = lab.tox(
+            CLIENT, *to_server, "-W", f"127.0.0.1:{ECHO}", environment=shared,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        pinger = lab.tox(CLIENT, *to_server, "-p", environment=shared)
+        lab.start(NODE, sys.executable, str(Path(__file__).with_name("socks_proxy.py")), "9050")
+        proxied = lab.tox(
+            CLIENT, *to_server, "-p",
+            environment={**shared, "ALL_PROXY": "socks5://192.0.2.3:9050"},
+        )  # fmt: skip
+        again = (*ALONE, "-C", str(directory / "reborn"))
+        first, reborn_id = lab.serve(*again)
+        reborn_client = lab.tox(CLIENT, *ALONE, "-i", reborn_id, f"-L{REBORN}:127.0.0.1:{ECHO}")
+        reborn = [first]
+
+        def kill_and_start_again() -> None:
+            reborn_client.says("connected over")
+            with contextlib.closing(lab.connect(REBORN)) as sock:
+                assert exchange(sock, b"first") == b"first"
+            first.process.kill()
+            reborn.append(lab.serve(*again)[0])
+
+        restart = threading.Thread(target=kill_and_start_again)
+        restart.start()
+        client.says("connected over")
+        allowed.says("connected over")
+        restart.join()
+        yield Net(
+            lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, pinger,
+            proxied, reborn, reborn_client, directory,
+        )  # fmt: skip
+
+
+def exchange(sock: socket.socket, data: bytes) -> bytes:
+    sock.settimeout(30)
+    sock.sendall(data)
+    return receive(sock, len(data))
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Exactly size bytes, or what came until the end."""
+    received = bytearray()
+    while len(received) < size:
+        data = sock.recv(size - len(received))
+        if not data:
+            break
+        received += data
+    return bytes(received)
+
+
+def is_closed(sock: socket.socket, seconds: float = 20) -> bool:
+    """Whether the other end closes or resets within some seconds, without a byte."""
+    sock.settimeout(seconds)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
+@pytest.fixture
+def manual(net: Net) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection, both of whose ends are the test's: the client's and the target's."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(net.lab.listen(SERVER, MANUAL))
+        near = stack.enter_context(net.lab.connect(TO_MANUAL))
+        listener.settimeout(30)
+        far = stack.enter_context(listener.accept()[0])
+        near.settimeout(30)
+        far.settimeout(30)
+        yield near, far
+
+
+@pytest.mark.parametrize("size", [1, 1365, 1366, 100_000, 3 << 20])
+def test_bytes_of_every_amount_arrive_whole(net: Net, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    with net.lab.connect(TO_ECHO) as sock, ThreadPoolExecutor(1) as pool:
+        sock.settimeout(60)
+        sending = pool.submit(sock.sendall, data)
+        echoed = receive(sock, size)
+        sending.result()
+    assert hashlib.sha256(echoed).digest() == hashlib.sha256(data).digest()
+
+
+def test_two_hundred_connections_at_once_are_all_answered(net: Net) -> None:
+    before = net.client.descriptors(), net.server.descriptors()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(net.lab.connect(TO_ECHO)) for _ in range(200)]
+        for number, sock in enumerate(socks):
+            sock.settimeout(60)
+            sock.sendall(b"number %03d" % number)
+        for number, sock in enumerate(socks):
+            assert receive(sock, 10) == b"number %03d" % number
+    for program, count in zip((net.client, net.server), before):
+        eventually(lambda p=program, c=count: p.descriptors() <= c, "descriptors are closed")
+
+
+def test_an_idle_round_trip_takes_a_moment(net: Net) -> None:
+    """0.5 ms is usual; by the clock instead of by toxcore's sockets it were 25."""
+    with net.lab.connect(TO_ECHO) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        times = []
+        for _ in range(50):
+            time.sleep(0.02)
+            started = time.monotonic()
+            assert exchange(sock, b"x") == b"x"
+            times.append(time.monotonic() - started)
+    assert statistics.median(times) < 0.015
+
+
+def test_a_refused_target_closes_the_local_connection_at_once(net: Net) -> None:
+    started = time.monotonic()
+    with net.lab.connect(TO_CLOSED) as sock:
+        assert is_closed(sock)
+    assert time.monotonic() - started < 10
+    net.client.says(f"127.0.0.1:{CLOSED}: the target refused the connection")
+
+
+def test_a_name_that_is_none_closes_it_too(net: Net) -> None:
+    with net.lab.connect(TO_NAME) as sock:
+        assert is_closed(sock, 40)
+    net.client.says("no-such-name.invalid:80: the target's name cannot be resolved")
+
+
+def test_half_closed_connections_finish(manual: tuple[socket.socket, socket.socket]) -> None:
+    near, far = manual
+    near.sendall(b"request")
+    near.shutdown(socket.SHUT_WR)
+    assert receive(far, 100) == b"request"
+    time.sleep(0.3)  # the half that is closed must not take the other along
+    far.sendall(b"answer")
+    assert receive(near, 6) == b"answer"
+    far.shutdown(socket.SHUT_WR)
+    assert receive(near, 1) == b""
+
+
+def test_the_target_may_end_its_half_first(manual: tuple[socket.socket, socket.socket]) -> None:
+    near, far = manual
+    far.sendall(b"greeting")
+    far.shutdown(socket.SHUT_WR)
+    assert receive(near, 100) == b"greeting"
+    near.sendall(b"last words")
+    near.shutdown(socket.SHUT_WR)
+    assert receive(far, 100) == b"last words"
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_reset_shows_at_the_other_end(
+    manual: tuple[socket.socket, socket.socket], way: str
+) -> None:
+    one, other = manual if way == "up" else manual[::-1]
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
+    with pytest.raises(ConnectionResetError):
+        other.recv(1)
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_slow_reader_holds_its_own_stream_and_no_other(
+    net: Net, manual: tuple[socket.socket, socket.socket], way: str
+) -> None:
+    sender, reader = manual if way == "up" else manual[::-1]
+    before = net.client.resident() + net.server.resident()
+    size, chunk = 48 << 20, bytes(range(256)) * 256
+    sent = 0
+    sender.settimeout(2)
+    with contextlib.suppress(TimeoutError):
+        while sent < size:
+            sent += sender.send(chunk[sent % len(chunk) :])
+    assert sent < 32 << 20, "the sender has to wait"
+    with net.lab.connect(TO_ECHO) as sock:
+        assert exchange(sock, b"meanwhile") == b"meanwhile"
+    assert net.client.resident() + net.server.resident() - before < 24 << 10  # KiB
+    sender.shutdown(socket.SHUT_WR)
+    received = 0
+    while data := reader.recv(1 << 16):
+        offset = received % 256
+        assert data == (chunk + chunk[:256])[offset : offset + len(data)]
+        received += len(data)
+    assert received == sent
+
+
+def socks(net: Net, request: bytes) -> tuple[socket.socket, bytes]:
+    sock = net.lab.connect(SOCKS)
+    sock.settimeout(40)
+    sock.sendall(b"\5\1\0" + request)
+    assert receive(sock, 2) == b"\5\0"
+    return sock, receive(sock, 10)
+
+
+@pytest.mark.parametrize("address", [b"\1\x7f\0\0\1", b"\3\x09localhost", b"\3\x09127.0.0.1"])
+def test_socks5_goes_where_it_is_asked_to(net: Net, address: bytes) -> None:
+    sock, answer = socks(net, b"\5\1\0" + address + ECHO.to_bytes(2, "big"))
+    with sock:
+        assert answer == b"\5\0\0\1" + bytes(6)
+        assert exchange(sock, b"through the proxy") == b"through the proxy"
+
+
+def test_socks5_reaches_ipv6_targets(net: Net) -> None:
+    listener = net.lab.on(
+        SERVER, lambda: socket.create_server(("::1", 7006), family=socket.AF_INET6)
+    )
+    with listener:
+        sock, answer = socks(net, b"\5\1\0\4" + bytes(15) + b"\1" + (7006).to_bytes(2, "big"))
+        with sock, listener.accept()[0] as far:
+            assert answer[1] == 0
+            assert exchange(sock, b"") == b""
+            far.sendall(b"six")
+            assert receive(sock, 3) == b"six"
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (b"\5\1\0\1\x7f\0\0\1" + CLOSED.to_bytes(2, "big"), 5),
+        (b"\5\1\0\3\x07invalid\0\x50", 4),
+        (b"\5\2\0\1\x7f\0\0\1\0\x50", 7),
+        (b"\5\1\0\x09\x7f\0\0\1\0\x50", 8),
+    ],
+)
+def test_socks5_says_why_not(net: Net, request_: bytes, code: int) -> None:
+    sock, answer = socks(net, request_)
+    with sock:
+        assert answer[:2] == bytes([5, code])
+        assert is_closed(sock)
+
+
+def test_socks5_takes_no_password_and_no_other_version(net: Net) -> None:
+    with net.lab.connect(SOCKS) as sock:
+        sock.settimeout(20)
+        sock.sendall(b"\5\1\2")
+        assert receive(sock, 10) == b"\5\xff"
+    with net.lab.connect(SOCKS) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert is_closed(sock)
+
+
+def test_stdin_and_stdout_for_proxy_commands(net: Net) -> None:
+    data = random.Random(1).randbytes(300_000)
+    process = net.pipe.process
+    out, _ = process.communicate(data, timeout=60)
+    assert out == data
+    assert process.returncode == 0
+    assert net.pipe.log() == "", "an ssh that uses it sees nothing but its bytes"
+
+
+def test_ping_prints_the_time_and_exits(net: Net) -> None:
+    assert net.pinger.process.wait(60) == 0
+    assert re.search(r"^pong in \d+\.\d ms$", net.pinger.log(), re.MULTILINE)
+
+
+def test_through_a_proxy(net: Net) -> None:
+    assert net.proxied.process.wait(60) == 0
+    assert "on the Tox network over a TCP relay" in net.proxied.log()
+    assert "over UDP" not in net.proxied.log()
+
+
+def test_without_the_secret_nobody_gets_in(net: Net) -> None:
+    net.server.says("ignored: wrong secret")
+    assert net.uninvited.process.poll() is None
+    assert "connected over" not in net.uninvited.log()
+    for program in (net.server, net.client, net.uninvited):
+        assert SECRET not in program.log()
+        assert "wrong\n" not in program.log()
+
+
+def test_rules_decide_about_targets(net: Net) -> None:
+    with net.lab.connect(BY_RULE) as sock:
+        assert exchange(sock, b"allowed") == b"allowed"
+    with net.lab.connect(NO_RULE) as sock:
+        assert is_closed(sock)
+    net.allowed.says("the server's rules do not allow this target")
+
+
+def test_who_is_not_listed_is_not_let_in(net: Net) -> None:
+    net.ruled.says("its Tox ID is not among those allowed with -i")
+    assert "connected over" not in net.unlisted.log()
+
+
+def test_the_identity_is_kept_for_its_owner_alone(net: Net) -> None:
+    for name in ("server", "member", "ruled"):
+        save = net.identities / name / "tox_save"
+        assert stat.S_IMODE(save.stat().st_mode) == 0o600
+    assert os.listdir(net.identities / "server") == ["tox_save"]
+
+
+def test_a_client_finds_a_server_that_was_started_again(net: Net) -> None:
+    net.reborn_client.says("is gone", seconds=60)
+    net.reborn_client.says("connected over", times=2, seconds=90)
+    with net.lab.connect(REBORN) as sock:
+        assert exchange(sock, b"second") == b"second"
+    ids = [re.search("Using Tox ID: (.*)", program.log()) for program in net.reborn]
+    assert ids[0] is not None
+    assert ids[1] is not None
+    assert ids[0][1] == ids[1][1]
+
+
+def test_in_the_background(net: Net, tmp_path: Path) -> None:
+    pid_file, id_file = tmp_path / "pid", tmp_path / "id"
+    started = net.lab.run(
+        SERVER, *PROGRAM, "tox", "-z", *ALONE, "-b", str(net.lab.nodes), "-F", str(pid_file),
+        "-I", str(id_file), "-C", str(tmp_path), "-s", "x", timeout=20,
+    )  # fmt: skip
+    assert started == ""
+    eventually(lambda: pid_file.exists() and pid_file.read_text().strip(), "its process id")
+    pid = int(pid_file.read_text())
+    try:
+        eventually(lambda: id_file.exists() and len(id_file.read_text()) == 77, "its Tox ID")
+        assert os.getsid(pid) != os.getsid(0)
+        assert os.readlink(f"/proc/{pid}/fd/0") == os.devnull
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), "it ends")
+
+
+def test_another_user_has_the_rights_of_that_user(net: Net, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or Path("/proc/self/uid_map").read_text().split()[2] == "1":
+        pytest.skip("this needs real root")
+    server, _ = net.lab.serve(*ALONE, "-U", "nobody", "-s", "x", log=tmp_path / "log")
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    uids = re.search(r"Uid:\s+(\d+)\s+(\d+)\s+(\d+)", status)
+    assert uids is not None
+    assert 0 not in map(int, uids.groups())
+    assert re.search(r"CapEff:\s+0+$", status, re.MULTILINE)
+    server.stop()
+
+
+def test_a_port_that_is_taken_is_one_line(net: Net) -> None:
+    second = net.lab.tox(CLIENT, *ALONE, "-i", net.server_id, "-L", f"{TO_ECHO}:h:1")
+    assert second.process.wait(20) == 1
+    assert "another program has that port" in second.log().splitlines()[-1]
+    assert "Traceback" not in second.log()
+
+
+def test_it_stops_when_told_and_the_other_side_knows_soon(net: Net) -> None:
+    """Last: it ends what the tests above use."""
+    with net.lab.connect(TO_ECHO) as sock:
+        assert exchange(sock, b"still there") == b"still there"
+        assert net.server.stop() == 0
+        assert is_closed(sock, 40)
+    net.client.says("is gone", seconds=40)
+    assert net.client.stop() == 0
+    for program in (net.client, net.server):
+        assert "Traceback" not in program.log()

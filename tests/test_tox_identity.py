@@ -1,0 +1,147 @@
+"""Tox IDs, the file with our own, names for other people's, and the nodes to start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from ttun.errors import TtunError, UsageError
+from ttun.tox import identity, nodes
+
+ID = "1B9A5FD500A45D4719DA3EA9535A4913AC4763811D90F243A32458698BDEDD0121206484ECB5"
+KEY = "7E5668E0EE09E19F320AD47902419331FFEE147BB3606769CFBE921A2A2FD34C"
+
+
+def test_an_id_is_checked() -> None:
+    assert identity.parse_id(ID) == identity.parse_id(ID.lower()) == bytes.fromhex(ID)
+    for position in (0, 40, 75):
+        changed = ID[:position] + ("0" if ID[position] != "0" else "1") + ID[position + 1 :]
+        with pytest.raises(UsageError, match="checksum"):
+            identity.parse_id(changed)
+    for wrong in ("", ID[:-2], ID + "00", "x" * 76):
+        with pytest.raises(UsageError, match="76 hexadecimal digits"):
+            identity.parse_id(wrong)
+
+
+def test_a_key_is_an_id_without_its_end() -> None:
+    assert identity.parse_key(ID) == identity.parse_key(ID[:64]) == bytes.fromhex(ID)[:32]
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "ttun").mkdir()
+    file = tmp_path / "ttun" / "hosts"
+    file.write_text(f"# names\nhome {ID}\noffice  {ID}  a secret # of mine\nbad nonsense\nempty\n")
+    file.chmod(0o600)
+    return file
+
+
+def test_names(names: Path) -> None:
+    assert identity.find_contact(ID) == (bytes.fromhex(ID), None)
+    assert identity.find_contact("home") == (bytes.fromhex(ID), None)
+    assert identity.find_contact("office") == (bytes.fromhex(ID), b"a secret")
+    with pytest.raises(UsageError, match="no name in"):
+        identity.find_contact("nobody")
+    for line, name in ((4, "bad"), (5, "empty")):
+        with pytest.raises(TtunError, match=f"line {line}"):
+            identity.find_contact(name)
+
+
+def test_secrets_that_others_can_read_are_not_used(names: Path) -> None:
+    names.chmod(0o644)
+    assert identity.find_contact("home").secret is None
+    with pytest.raises(TtunError, match="chmod 600"):
+        identity.find_contact("office")
+
+
+def test_no_file_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="no Tox ID"):
+        identity.find_contact("home")
+
+
+def test_an_identity_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    os.umask(0)
+    try:
+        identity.save(tmp_path, b"first")
+    finally:
+        os.umask(0o022)
+    path = tmp_path / identity.SAVE
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.stat().st_ino
+    identity.save(tmp_path, b"second")
+    assert identity.load(tmp_path) == b"second"
+    assert path.stat().st_ino != before, "another file took its place: no moment with half of one"
+    assert os.listdir(tmp_path) == [identity.SAVE]
+
+
+def test_a_save_that_fails_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity.save(tmp_path, b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        identity.save(tmp_path, b"new")
+    assert identity.load(tmp_path) == b"old"
+    assert os.listdir(tmp_path) == [identity.SAVE]
+
+
+def test_no_identity_yet(tmp_path: Path) -> None:
+    assert identity.load(tmp_path) is None
+    assert identity.load(tmp_path / "missing") is None
+    (tmp_path / identity.SAVE).mkdir()
+    with pytest.raises(TtunError, match="cannot read"):
+        identity.load(tmp_path)
+
+
+def test_the_packaged_nodes_are_usable() -> None:
+    packaged = nodes.read(nodes.PACKAGED_FILE)
+    assert len(packaged) > 20
+    assert all(len(node.key) == 32 for node in packaged)
+    assert any(node.relay_ports for node in packaged)
+
+
+def test_nodes_of_a_file(tmp_path: Path) -> None:
+    good = {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "port": 33445, "public_key": KEY}
+    entries = [
+        {**good, "tcp_ports": [443, 33445], "maintainer": "somebody", "status_udp": True},
+        {**good, "ipv6": "-"},
+        {**good, "ipv4": "-", "ipv6": None},
+        {**good, "public_key": "00"},
+        {**good, "port": 0},
+        {**good, "port": "many"},
+        {},
+    ]
+    file = tmp_path / "nodes.json"
+    file.write_text(json.dumps({"last_scan": 0, "nodes": entries}))
+    key = bytes.fromhex(KEY)
+    assert nodes.find(file) == [
+        ("192.0.2.1", 33445, key, (443, 33445)),
+        ("2001:db8::1", 33445, key, (443, 33445)),
+        ("192.0.2.1", 33445, key, ()),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"nodes": 5}', "\x80"])
+def test_what_is_no_list_of_nodes(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "nodes.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(TtunError, match="no list of bootstrap nodes"):
+        nodes.read(file)
+
+
+def test_a_list_without_nodes_or_file(tmp_path: Path) -> None:
+    (tmp_path / "none").write_text('{"nodes": []}')
+    with pytest.raises(TtunError, match="no usable"):
+        nodes.read(tmp_path / "none")
+    with pytest.raises(TtunError, match="cannot read"):
+        nodes.find(tmp_path / "missing")

@@ -1,0 +1,181 @@
+"""End to end: the tunnel itself through Tox, and Tox from behind NAT, over UDP and without it.
+
+Behind NAT the server's host runs ``ttun server --tox`` where UDP works, and a plain ``ttun tox``
+beside an ordinary ``ttun server`` where only a TCP relay is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import toxlab
+from toxlab import CLIENT, SERVER, Lab, Program
+from tunnel import PROGRAM, eventually
+
+from ttun import hosts
+
+pytestmark = [pytest.mark.hosts, pytest.mark.tox]
+
+MIB = 1 << 20
+ECHO, TO_ECHO = 7001, 2001
+ALONE = ("-t", "0")
+NODES = 4  # behind NAT friends are found sooner with a few
+
+
+def tunnel(lab: Lab, directory: Path) -> tuple[Program, Program, str]:
+    """Both ends of a tunnel: ``server --tox`` and its client; the server's address."""
+    options = ("-k", "key", "--tox-nodes", str(lab.nodes))
+    home = ("--tox-dir", str(directory / "identity"))
+    server = lab.start(SERVER, *PROGRAM, "server", "--tox", *home, *options)
+    found = re.search("listening on (tox:[0-9A-F]{76})", server.says("listening on tox:"))
+    assert found
+    client = lab.start(CLIENT, *PROGRAM, "client", "-s", found[1], *options)
+    return server, client, found[1]
+
+
+def traffic(lab: Lab, *arguments: str) -> object:
+    command = hosts.python("ttun.traffic", *arguments)
+    return json.loads(lab.run(CLIENT, *command, timeout=200))
+
+
+def ping(lab: Lab, times: int) -> int:
+    results = traffic(lab, "ping", "10.1.1.1", str(times), "56")
+    assert isinstance(results, list)
+    return sum(seconds is not None for seconds in results)
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Program, Program]]:
+    directory = tmp_path_factory.mktemp("tox")
+    with Lab(directory, tag="t") as lab:
+        server, client, address = tunnel(lab, directory)
+        other = lab.tox(
+            CLIENT, *ALONE, "-i", address.partition(":")[2], f"-L{TO_ECHO}:127.0.0.1:{ECHO}"
+        )
+        client.says("authenticated")
+        other.says("connected over")
+        yield lab, server, client
+
+
+def test_ping_through_the_tunnel(flat: tuple[Lab, Program, Program]) -> None:
+    lab, server, client = flat
+    assert ping(lab, 10) == 10
+    for program in (server, client):
+        assert "over tox; handshaking" in program.log()
+    assert "on the client: ttun client -s tox:" in server.log()
+
+
+def test_fifty_mebibytes_each_way_arrive_whole(flat: tuple[Lab, Program, Program]) -> None:
+    lab, _, _ = flat
+    lab.start(SERVER, *hosts.python("ttun.traffic", "serve", "10.1.1.1", "5001"))
+    listening = "import socket, sys; socket.create_connection(('10.1.1.1', 5001), 1)"
+
+    def is_listening() -> bool:
+        try:
+            lab.run(CLIENT, sys.executable, "-c", listening)
+        except Exception:
+            return False
+        return True
+
+    eventually(is_listening, "the other end of the transfer")
+    for way in ("send", "receive"):
+        result = traffic(lab, way, "10.1.1.1", "5001", str(50 * MIB))
+        assert isinstance(result, dict)
+        assert result["whole"], way
+
+
+def test_no_other_target_is_served(flat: tuple[Lab, Program, Program]) -> None:
+    lab, server, _ = flat
+    lab.echo(ECHO)
+    with lab.connect(TO_ECHO) as sock:
+        sock.settimeout(20)
+        assert sock.recv(1) == b""
+    server.says(f"127.0.0.1:{ECHO}: the server's rules do not allow this target")
+
+
+def test_the_tunnel_ends_and_comes_back(flat: tuple[Lab, Program, Program]) -> None:
+    lab, server, client = flat
+    assert client.stop() == 0
+    server.says("disconnected", seconds=60)
+    address = re.search("listening on (tox:[0-9A-F]{76})", server.log())
+    assert address
+    again = lab.start(
+        CLIENT, *PROGRAM, "client", "-s", address[1], "-k", "key", "--tox-nodes", str(lab.nodes)
+    )
+    again.says("authenticated")
+    assert ping(lab, 3) == 3
+    assert server.stop() == again.stop() == 0
+    for program in (server, client, again):
+        assert "Traceback" not in program.log()
+
+
+@pytest.fixture(scope="module")
+def behind_nat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Lab]]:
+    """Two networks with both hosts behind NAT: one as it is, one without UDP."""
+    missing = toxlab.no_nat()
+    if missing:
+        pytest.skip(missing)
+    directories = [tmp_path_factory.mktemp(name) for name in ("udp", "relay")]
+    with contextlib.ExitStack() as stack:
+        open_lab, strict = (
+            stack.enter_context(Lab(directory, tag=tag, nat=True, nodes=NODES))
+            for directory, tag in zip(directories, "ur")
+        )
+        strict.drop_udp()
+        open_lab.echo(ECHO)
+        strict.echo(ECHO)
+        _, inside, address = tunnel(open_lab, directories[0])
+        plain, plain_id = open_lab.serve(*ALONE)
+        forward = f"-L{TO_ECHO}:127.0.0.1:{ECHO}"
+        over_udp = open_lab.tox(CLIENT, *ALONE, "-i", plain_id, forward)
+
+        relayed, relayed_id = strict.serve(*ALONE)
+        over_relay = strict.tox(CLIENT, *ALONE, "-i", relayed_id, forward)
+        key = ("-k", "key")
+        strict.start(SERVER, *PROGRAM, "server", *key, "-l", "127.0.0.1:20203")
+        nodes = ("--tox-nodes", str(strict.nodes))
+        ordinary = strict.start(CLIENT, *PROGRAM, "client", *key, "-s", f"tox:{relayed_id}", *nodes)
+        for program in (inside, ordinary):
+            program.says("authenticated", seconds=120)
+        for program in (over_udp, over_relay):
+            program.says("connected over", seconds=120)
+        assert address
+        assert plain.process.poll() is None
+        assert relayed.process.poll() is None
+        yield open_lab, strict
+
+
+def echo(lab: Lab, data: bytes) -> bytes:
+    with lab.connect(TO_ECHO) as sock, ThreadPoolExecutor(1) as pool:
+        sock.settimeout(100)
+        sending = pool.submit(sock.sendall, data)
+        received = bytearray()
+        while len(received) < len(data):
+            more = sock.recv(65536)
+            assert more, "closed"
+            received += more
+        sending.result()
+    return bytes(received)
+
+
+def test_behind_nat_over_udp(behind_nat: tuple[Lab, Lab]) -> None:
+    lab, _ = behind_nat
+    data = bytes(range(256)) * 2000
+    assert echo(lab, data) == data
+    assert ping(lab, 5) == 5
+
+
+def test_behind_nat_without_udp(behind_nat: tuple[Lab, Lab]) -> None:
+    _, lab = behind_nat
+    data = bytes(range(256)) * 200
+    assert echo(lab, data) == data
+    assert ping(lab, 5) == 5
+    for program in lab.programs:
+        assert "over UDP" not in program.log()

@@ -1,0 +1,11 @@
+"""Tuntox: TCP connections, and the whole tunnel, through the Tox network to a machine behind NAT.
+
+    application --TCP--> [client] --packets--> toxcore
+                                                  |  UDP, or a TCP relay
+             target <--TCP-- [server] <--packets-- toxcore
+
+``toxcore`` binds the system's library, ``protocol`` knows packets and tunnels and does no I/O,
+``loop`` is the one thread that owns the Tox instance, ``stream`` joins a socket to a tunnel,
+``forwarder`` is what ``server`` and ``client``, the two roles, have in common. ``command`` is
+``ttun tox``, ``transport`` the tunnel inside. docs/tox.md tells the whole story.
+"""

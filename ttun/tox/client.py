@@ -1,0 +1,272 @@
+"""The client: finds the server, keeps finding it, and asks it for tunnels.
+
+1. A friend request goes to the server, with the secret. It is repeated as a new one when nothing
+   came of it within 45 seconds.
+2. The server is online: what waited is requested.
+3. Nothing was heard of it for 20 seconds though it was pinged, or toxcore says that it is gone:
+   all streams end, and the search begins anew. Listening ports stay, and connections made there
+   meanwhile wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+from ttun.errors import ProtocolError
+from ttun.tox import protocol, socks5
+from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox.loop import Loop
+from ttun.tox.stream import Answer, Stream
+
+log = logging.getLogger("ttun")
+
+INVITE_AGAIN = 45.0  # seconds
+LOST_AFTER = 20.0  # seconds without a packet, pinged every five
+WAIT_ONLINE = 60.0  # seconds that a connection waits for the server to come online
+WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; the original refuses by silence
+MAX_WAITING = 1024
+SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
+
+GREETING = b"ttun\0"
+
+
+@dataclass(eq=False)
+class _Wish:
+    """A connection that waits for its tunnel."""
+
+    sock: socket.socket
+    host: str
+    port: int
+    answer: Answer
+    closed: Callable[[], None] | None
+    deadline: float
+    stream: Stream | None = None
+    forward_id: int = 0
+
+
+class Client(Forwarder):
+    """Reaches one server. address: its 38 bytes. on_online is called when it is there."""
+
+    def __init__(self, loop: Loop, address: bytes, secret: bytes | None) -> None:
+        """Send the first friend request. Raises TtunError for an address that cannot be."""
+        super().__init__(loop)
+        self._address = address
+        self._message = GREETING if secret is None else secret + b"\0"
+        self._wishes: set[_Wish] = set()
+        self._listeners: list[_Listener] = []
+        self._talks: set[_SocksTalk] = set()
+        self.link: Link | None = None
+        self.on_online: Callable[[], None] | None = None
+        self.on_answer_to_ping: Callable[[float], None] | None = None
+        self._invite()
+
+    def listen(self, listener: socket.socket, target: tuple[str, int] | None) -> None:
+        """Forward what connects to a listening socket: to target, or where SOCKS5 says."""
+        self._listeners.append(_Listener(self, listener, target))
+
+    def open(
+        self,
+        sock: socket.socket,
+        host: str,
+        port: int,
+        answer: Answer,
+        closed: Callable[[], None] | None = None,
+    ) -> None:
+        """Take over a socket and connect it to a target. answer is told how that went."""
+        wish = _Wish(sock, host, port, answer, closed, time.monotonic() + WAIT_ONLINE)
+        if len(self._wishes) >= MAX_WAITING:
+            self._refuse(wish, protocol.FULL)
+            return
+        self._wishes.add(wish)
+        if self.link is not None:
+            self._request(wish, self.link)
+
+    def _request(self, wish: _Wish, link: Link) -> None:
+        def answered(reason: int | None) -> None:
+            self._wishes.discard(wish)
+            if reason is not None:
+                link.peer.cancel(wish.forward_id)
+                log.info("%s:%d: %s", wish.host, wish.port, protocol.REASONS.get(reason, reason))
+            wish.answer(reason)
+
+        wish.deadline = time.monotonic() + WAIT_ANSWER
+        wish.stream = Stream(link, wish.sock)
+        wish.stream.on_answer, wish.stream.on_closed = answered, wish.closed
+        wish.forward_id = link.peer.request(wish.host, wish.port, wish.stream)
+
+    def _refuse(self, wish: _Wish, reason: int) -> None:
+        self._wishes.discard(wish)
+        if wish.stream is not None:
+            wish.stream.refuse(reason)
+            return
+        wish.answer(reason)
+        wish.sock.close()
+        if wish.closed is not None:
+            wish.closed()
+
+    def ping(self) -> None:
+        """Ping the server now; on_answer_to_ping is told the seconds. It must be online."""
+        if self.link is not None:
+            self.link.pinged = 0.0
+            super().on_tick(time.monotonic())
+
+    def _invite(self) -> None:
+        """Make the server a friend, anew if it is one already: that sends a new request."""
+        for friend in self.loop.tox.friends():
+            self.loop.tox.delete_friend(friend)
+        self.loop.tox.add_friend(self._address, self._message)
+        self._invited = time.monotonic()
+        log.info("looking for %s", self._address.hex()[:8].upper())
+
+    def on_link(self, link: Link) -> None:
+        """The server is online: ask it for what waited."""
+        self.link = link
+        for wish in list(self._wishes):
+            self._request(wish, link)
+        if self.on_online is not None:
+            self.on_online()
+
+    def on_lost(self, link: Link) -> None:
+        """The server is gone: look for it anew."""
+        self.link = None
+        self._invite()
+
+    def on_flood(self, link: Link) -> None:
+        """A server that floods us is looked for anew as well."""
+        self.lose(link)
+
+    def on_pong(self, link: Link, data: bytes) -> None:
+        """Take the answer to a PING."""
+        super().on_pong(link, data)
+        if self.on_answer_to_ping is not None and link.peer.round_trip is not None:
+            self.on_answer_to_ping(link.peer.round_trip)
+
+    def on_tick(self, now: float) -> None:
+        """See who takes too long."""
+        super().on_tick(now)
+        if self.link is not None and now - self.link.heard > LOST_AFTER:
+            self.lose(self.link)
+        elif self.link is None and now - self._invited > INVITE_AGAIN:
+            self._invite()
+        for wish in [each for each in self._wishes if each.deadline <= now]:
+            self._refuse(wish, protocol.OFFLINE if wish.stream is None else protocol.SILENT)
+        for talk in [each for each in self._talks if each.deadline <= now]:
+            talk.close()
+        for listener in self._listeners:
+            listener.accept(0)
+
+    def on_stop(self) -> None:
+        """Close everything."""
+        for listener in self._listeners:
+            listener.close()
+        for talk in list(self._talks):
+            talk.close()
+        super().on_stop()
+        for wish in list(self._wishes):
+            self._refuse(wish, protocol.OFFLINE)
+
+    def talk_socks(self, sock: socket.socket) -> None:
+        """Have a local program say in SOCKS5 where it wants to go."""
+        if len(self._talks) >= MAX_WAITING:
+            sock.close()
+            return
+        talk = _SocksTalk(self, sock)
+        self._talks.add(talk)
+        talk.begin()
+
+    def end_talk(self, talk: _SocksTalk) -> None:
+        """Forget a conversation that is over."""
+        self._talks.discard(talk)
+
+
+class _Listener:
+    """A listening socket on the loop."""
+
+    def __init__(
+        self, client: Client, listener: socket.socket, target: tuple[str, int] | None
+    ) -> None:
+        self._client, self._listener, self._target = client, listener, target
+        client.loop.add(listener, self.accept)
+
+    def accept(self, _: int) -> None:
+        """Take all that wait. Out of descriptors the rest waits for the next tick."""
+        while True:
+            try:
+                sock, _address = self._listener.accept()
+            except OSError:
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._target is None:
+                self._client.talk_socks(sock)
+            else:
+                self._client.open(sock, *self._target, lambda _: None)
+
+    def close(self) -> None:
+        """Take nobody any more."""
+        self._client.loop.remove(self._listener)
+        self._listener.close()
+
+
+class _SocksTalk:
+    """A local connection that has not said yet where it wants to go."""
+
+    def __init__(self, client: Client, sock: socket.socket) -> None:
+        self.deadline = time.monotonic() + SOCKS_TIMEOUT
+        self._client, self._sock = client, sock
+        self._steps = socks5.server()
+        self._wanted, self._received = 0, bytearray()
+
+    def begin(self) -> None:
+        """Listen to it."""
+        self._client.loop.add(self._sock, self._on_ready)
+        _, self._wanted = next(self._steps)
+        self._on_ready(0)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._leave()
+        self._sock.close()
+
+    def _leave(self) -> None:
+        self._client.end_talk(self)
+        self._client.loop.remove(self._sock)
+
+    def _on_ready(self, _: int) -> None:
+        try:
+            while True:
+                data = self._sock.recv(self._wanted - len(self._received)) if self._wanted else b""
+                if self._wanted and not data:
+                    raise ProtocolError("it hung up")
+                self._received += data
+                if len(self._received) == self._wanted:
+                    taken, self._received = bytes(self._received), bytearray()
+                    answer, self._wanted = self._steps.send(taken)
+                    if answer:
+                        self._sock.send(answer)
+        except BlockingIOError:
+            return
+        except StopIteration as done:
+            self._connect(*done.value)
+        except socks5.Refusal as refusal:
+            log.info("SOCKS5: %s", refusal)
+            with contextlib.suppress(OSError):
+                self._sock.send(refusal.reply)
+            self.close()
+        except (ProtocolError, OSError) as error:
+            log.debug("SOCKS5: %s", error)
+            self.close()
+
+    def _connect(self, host: str, port: int) -> None:
+        sock = self._sock
+
+        def answer(reason: int | None) -> None:
+            with contextlib.suppress(OSError):
+                sock.send(socks5.reply(reason))
+
+        self._leave()
+        self._client.open(sock, host, port, answer)

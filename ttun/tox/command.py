@@ -1,0 +1,247 @@
+"""``ttun tox``: a command line becomes a server or a client, and runs until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from ttun import link, privileges
+from ttun.errors import TtunError
+from ttun.tox import daemon, identity, nodes, options, protocol, rules, toxcore
+from ttun.tox.client import Client
+from ttun.tox.forwarder import Forwarder
+from ttun.tox.loop import Loop
+from ttun.tox.options import Forward, Options
+from ttun.tox.server import Server
+from ttun.version import __version__
+
+log = logging.getLogger("ttun")
+
+ATTEMPTS = 20  # at ports that nobody else has
+PING_TIMEOUT = 120.0  # seconds
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Run a command line; return the exit code. Raises TtunError."""
+    asked = options.read(parser, arguments, os.environ)
+    privileges.forbid_dumps()
+    _set_log_level(asked)
+    toxcore.load()  # before it is in the background, where nobody would read what is missing
+    listeners = _listen(asked.forwards)
+    known = nodes.find(asked.nodes)
+    contact = identity.find_contact(asked.ids[0]) if asked.client else None
+    keys = {identity.parse_key(text) for text in asked.ids} if asked.ids else None
+    targets = rules.load(asked.rules) if asked.rules and not asked.client else None
+    pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
+    if asked.user is not None:
+        daemon.become(asked.user)
+    tox = _open(asked)
+    _settle(asked, pid_file)
+    loop = Loop(tox)
+    forwarder: Forwarder
+    if contact is not None:
+        forwarder = Client(loop, contact.address, asked.secret or contact.secret)
+        for listener, target in listeners:
+            forwarder.listen(listener, target)
+    else:
+        forwarder = Server(loop, secret=asked.secret, keys=keys, rules=targets)
+    forwarder.nodes = known
+    end = _End(loop)
+    if isinstance(forwarder, Client) and asked.ping:
+        _ping(forwarder, end)
+    elif isinstance(forwarder, Client) and asked.pipe:
+        _pipe(forwarder, asked.pipe, end)
+    loop.start(forwarder)
+    return end.wait()
+
+
+def open_tox(
+    savedata: bytes | None,
+    relay_port: int | None,
+    udp_ports: tuple[int, int] | None,
+    proxy: toxcore.Proxy | None = None,
+    *,
+    verbose: bool = False,
+) -> toxcore.Tox:
+    """Open a Tox at the ports that were asked for, None for any. Raises TtunError."""
+    attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
+    for attempt in range(attempts):
+        for ipv6 in (True, False):
+            try:
+                return toxcore.Tox(
+                    savedata=savedata,
+                    tcp_port=options.any_relay_port() if relay_port is None else relay_port,
+                    udp_ports=udp_ports or options.any_udp_ports(),
+                    proxy=proxy,
+                    ipv6=ipv6,
+                    verbose=verbose,
+                )
+            except TtunError:
+                if attempt == attempts - 1 and not ipv6:
+                    raise
+    raise AssertionError
+
+
+def _open(asked: Options) -> toxcore.Tox:
+    """Open our Tox, with the identity that was kept, and say who we are."""
+    keep = not asked.client or asked.keep_identity
+    saved = identity.load(asked.directory) if keep else None
+    tox = open_tox(saved, asked.relay_port, asked.udp_ports, asked.proxy, verbose=asked.debug > 1)
+    if keep:
+        if asked.keep_identity:
+            _make_directory(asked.directory)
+        identity.keep(tox, asked.directory, saved)
+    text = tox.address().hex().upper()
+    log.log(logging.DEBUG if asked.client else logging.INFO, "Using Tox ID: %s", text)
+    if not asked.client and asked.secret is None and not asked.ids:
+        log.warning("no secret: whoever learns this ID can connect to what this host reaches; -s")
+    if asked.id_file is not None:
+        try:
+            asked.id_file.write_text(text + "\n", encoding="ascii")
+        except OSError as error:
+            raise TtunError(f"cannot write the Tox ID: {asked.id_file}: {error.strerror}") from None
+    return tox
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("cannot make %s: %s", directory, error.strerror)
+
+
+def _set_log_level(asked: Options) -> None:
+    if asked.quiet:
+        log.setLevel(logging.ERROR)
+    elif asked.debug:
+        log.setLevel(logging.DEBUG)
+    elif asked.pipe:
+        log.setLevel(logging.WARNING)
+    log.info("ttun %s tox, toxcore %s", __version__, toxcore.version())
+
+
+def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str, int] | None]]:
+    """Open all ports, before anything else can fail or rights are given up."""
+    listeners = []
+    for forward in forwards:
+        hosts = ["127.0.0.1", "::1"] if forward.bind is None else [forward.bind]
+        for host in hosts:
+            address = link.Address(host, forward.port)
+            try:
+                listener = link.listen(address, False)
+            except TtunError:
+                if host == "::1" and forward.bind is None:
+                    continue  # no IPv6 here, and nobody asked for it
+                raise
+            listeners.append((listener, forward.target))
+            shown = link.show(listener.getsockname())
+            what = f"{forward.target[0]}:{forward.target[1]}" if forward.target else "SOCKS5"
+            log.info("listening on %s for %s", shown, what)
+            if not forward.port:
+                break  # any port: another address would get another one
+    return listeners
+
+
+def _settle(asked: Options, pid_file: int | None) -> None:
+    """Go to the background and change over to syslog, as far as asked for.
+
+    Sockets come along, threads would not: there is none yet.
+    """
+    if asked.syslog and not (asked.daemonize and not os.path.exists(daemon.SYSLOG)):
+        daemon.log_to_syslog(log)
+    if asked.daemonize:
+        daemon.to_background()
+    if pid_file is not None:
+        daemon.write_pid(pid_file)
+
+
+class _End:
+    """Waits for a signal, the loop's end, or somebody's word that it is over."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._code = 0
+        self._readable, self._writable = os.pipe()
+        os.set_blocking(self._writable, False)
+        signal.set_wakeup_fd(self._writable)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+
+    def is_over(self, code: int, message: str | None = None) -> None:
+        """End with an exit code, from any thread."""
+        self._code = code
+        if message is not None:
+            log.error("%s", message)
+        os.write(self._writable, b"\0")
+
+    def wait(self) -> int:
+        """Return the exit code when it is over."""
+
+        def watch() -> None:
+            self._loop.over.wait()
+            os.write(self._writable, b"\0")
+
+        threading.Thread(target=watch, name="ttun-over", daemon=True).start()
+        received = os.read(self._readable, 1)[0]
+        if received:
+            log.info("%s: stopping", signal.Signals(received).name)
+        self._loop.stop()
+        error = self._loop.error
+        if isinstance(error, TtunError):
+            raise error
+        if error is not None:
+            raise TtunError(f"internal error: {type(error).__name__}: {error}")
+        return self._code
+
+
+def _ping(client: Client, end: _End) -> None:
+    """Ping the server once it is there, print how long that took, and be done."""
+    timeout = threading.Timer(PING_TIMEOUT, end.is_over, (1, "the server does not answer"))
+    timeout.daemon = True
+    timeout.start()
+
+    def answered(seconds: float) -> None:
+        print(f"pong in {seconds * 1000:.1f} ms", flush=True)
+        end.is_over(0)
+
+    client.on_answer_to_ping = answered
+    client.on_online = client.ping
+
+
+def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
+    """Join stdin and stdout to a target; over when the target says so."""
+    ours, theirs = socket.socketpair()
+
+    def answer(reason: int | None) -> None:
+        if reason is not None:
+            end.is_over(1, f"{target.host}:{target.port}: {protocol.REASONS[reason]}")
+            return
+        threading.Thread(target=_send_stdin, args=(ours,), daemon=True).start()
+        threading.Thread(target=write_stdout, daemon=True).start()
+
+    def write_stdout() -> None:
+        try:
+            while data := ours.recv(65536):
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+        except OSError as error:
+            log.debug("stdout: %s", error)
+        end.is_over(0)
+
+    client.open(theirs, target.host, target.port, answer)
+
+
+def _send_stdin(sock: socket.socket) -> None:
+    try:
+        while data := os.read(0, 65536):
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        log.debug("stdin: %s", error)

@@ -1,0 +1,255 @@
+"""Friends and their streams: what the server and the client have in common.
+
+1. The loop hands on what toxcore reports: a friend that comes online gets a link.
+2. Its packets go through its protocol state, and what they mean to streams and to the role.
+3. flush() writes what came for sockets, then lets each link fill toxcore: first what the protocol
+   has to say, then the streams in turn, a few packets each.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from ttun.errors import ProtocolError
+from ttun.tox import loop as loops
+from ttun.tox import protocol, toxcore
+from ttun.tox.nodes import Node
+from ttun.tox.pace import Pace
+from ttun.tox.protocol import Peer
+from ttun.tox.stream import FULL, MORE, Stream
+from ttun.tox.toxcore import FriendStatus, Packet
+
+log = logging.getLogger("ttun")
+
+PING_INTERVAL = 5.0  # seconds
+BOOTSTRAP_INTERVAL, BOOTSTRAP_NODES = 10.0, 8
+COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
+
+
+class Link:
+    """A friend that is online: its tunnels, its streams, and who is next to send."""
+
+    def __init__(self, forwarder: Forwarder, friend: int, name: str) -> None:
+        """Greet it."""
+        self.forwarder, self.friend, self.name = forwarder, friend, name
+        first_id = int.from_bytes(os.urandom(4), "big")
+        self.peer = Peer(server=forwarder.is_server, first_id=first_id, growth=forwarder.growth)
+        self.streams: set[Stream] = set()
+        self.queue: deque[Stream] = deque()  # streams that may have something to send
+        self.heard = self.pinged = time.monotonic()
+        self.complaints = 0
+        self._pace = Pace(self.heard)
+
+    def fill(self, now: float) -> tuple[bool, float]:
+        """Send what may be sent; return whether toxcore is full, and when to come again."""
+        self._pace.refill(now)
+        if not self._fill():
+            return False, math.inf
+        if self._pace.take():  # so it was toxcore that refused
+            self._pace.refused(now)
+            return True, now
+        return False, now + self._pace.wait(now)
+
+    def _fill(self) -> bool:
+        """Send; return whether there is more."""
+        toxcore_send, pace, control = self.forwarder.loop.tox.send, self._pace, self.peer.control
+
+        def send(friend: int, packet: bytes) -> bool:
+            if not pace.take() or not toxcore_send(friend, packet):
+                return False
+            pace.sent()
+            return True
+
+        while True:
+            while control:
+                if not send(self.friend, control[0]):
+                    return True
+                control.popleft()
+            if not self.queue:
+                return False
+            turn = self.queue[0].send(send)
+            if turn is FULL:
+                return True
+            stream = self.queue.popleft()
+            if turn is MORE:
+                self.queue.append(stream)
+            else:
+                stream.queued = False
+
+    def complain(self, error: ProtocolError) -> None:
+        """Log what the peer did, but not for ever."""
+        self.complaints += 1
+        level = logging.WARNING if self.complaints <= COMPLAINTS else logging.DEBUG
+        log.log(level, "peer %s: %s", self.name, error)
+
+    def drop(self, streams: set[Stream]) -> None:
+        """End streams whose tunnels are gone for a reason that is not theirs."""
+        for stream in list(streams):
+            stream.reset()
+
+
+class Forwarder:
+    """What the loop calls: friends come and go, packets arrive, streams are served."""
+
+    is_server = False
+
+    def __init__(self, loop: loops.Loop) -> None:
+        """Serve nobody yet."""
+        self.loop = loop
+        self.links: dict[int, Link] = {}
+        self.dirty: list[Stream] = []
+        self.growth = protocol.Growth()
+        self.nodes: Sequence[Node] = ()  # to bootstrap from
+        self.online = False
+        self._next_bootstrap = 0.0
+
+    def on_event(self, event: toxcore.Event) -> None:
+        """Take what toxcore reports."""
+        if isinstance(event, Packet):
+            link = self.links.get(event.friend)
+            if link is not None:
+                self._receive(link, event.data)
+        elif isinstance(event, FriendStatus):
+            self._friend_status(event)
+        elif isinstance(event, toxcore.SelfStatus):
+            self.online = event.connection != toxcore.OFFLINE
+            way = toxcore.TRANSPORTS.get(event.connection, "?")
+            log.info(
+                "on the Tox network over %s" if self.online else "off the Tox network: %s", way
+            )
+        else:
+            self.on_request(event)
+
+    def _friend_status(self, event: FriendStatus) -> None:
+        link = self.links.get(event.friend)
+        if event.connection == toxcore.OFFLINE:
+            if link is not None:
+                self.lose(link)
+            return
+        way = toxcore.TRANSPORTS.get(event.connection, "?")
+        if link is not None:
+            log.info("peer %s: now over %s", link.name, way)
+            return
+        name = self.loop.tox.friend_key(event.friend).hex()[:8].upper()
+        link = self.links[event.friend] = Link(self, event.friend, name)
+        log.info("peer %s connected over %s", name, way)
+        self.on_link(link)
+
+    def lose(self, link: Link) -> None:
+        """End everything that went through a friend that is gone."""
+        del self.links[link.friend]
+        log.info("peer %s is gone; %d connections closed", link.name, len(link.streams))
+        link.drop(link.streams)
+        self.on_lost(link)
+
+    def _receive(self, link: Link, data: bytes) -> None:
+        link.heard = time.monotonic()
+        try:
+            event = link.peer.receive(data)
+        except ProtocolError as error:
+            link.complain(error)
+            return
+        if isinstance(event, protocol.Data):
+            owner = event.tunnel.owner
+            if isinstance(owner, Stream):
+                owner.receive(event.data)
+        elif event is not None:
+            self._handle(link, event)
+
+    def _handle(self, link: Link, event: protocol.Event) -> None:
+        if isinstance(event, protocol.Pong):
+            self.on_pong(link, event.data)
+        elif isinstance(event, protocol.Requested):
+            self.on_requested(link, event)
+        elif isinstance(event, (protocol.Opened, protocol.Denied)):
+            stream = event.owner
+            assert isinstance(stream, Stream)
+            if isinstance(event, protocol.Opened):
+                stream.open(event.tunnel)
+            else:
+                stream.refuse(event.reason)
+        elif isinstance(event, protocol.Restarted):
+            log.info("peer %s started afresh; %d connections closed", link.name, len(link.streams))
+            link.drop(link.streams)
+            self.on_restarted(link)
+        elif isinstance(event, (protocol.MaySend, protocol.Ended, protocol.Closed)):
+            stream = event.tunnel.owner
+            if not isinstance(stream, Stream):
+                return
+            if isinstance(event, protocol.MaySend):
+                stream.wake()
+            elif isinstance(event, protocol.Ended):
+                stream.remote_ended()
+            else:
+                stream.remote_closed(aborted=event.tunnel.extended)
+
+    def on_tick(self, now: float) -> None:
+        """Get to know the network until we are on it; measure the round trip to each friend."""
+        if not self.online and now >= self._next_bootstrap:
+            self._next_bootstrap = now + BOOTSTRAP_INTERVAL
+            for node in random.sample(self.nodes, min(len(self.nodes), BOOTSTRAP_NODES)):
+                self.loop.tox.bootstrap(*node)
+        for link in list(self.links.values()):
+            if now - link.pinged >= PING_INTERVAL:
+                link.pinged = now
+                if len(link.peer.control) < protocol.MAX_CONTROL // 2:
+                    link.peer.ping(struct.pack(">d", now))
+
+    def on_pong(self, link: Link, data: bytes) -> None:
+        """Take the answer to a PING of on_tick()."""
+        if len(data) == 8:
+            link.peer.round_trip = max(0.0, time.monotonic() - struct.unpack(">d", data)[0])
+
+    def flush(self, now: float) -> tuple[bool, float]:
+        """Write to sockets, fill toxcore; return whether it is full, and when to come again."""
+        while self.dirty:
+            dirty, self.dirty = self.dirty, []
+            for stream in dirty:
+                stream.flush()
+        any_full, first = False, math.inf
+        for link in list(self.links.values()):
+            if len(link.peer.control) > protocol.MAX_CONTROL:
+                log.warning("peer %s asks faster than it takes answers: dropped", link.name)
+                self.on_flood(link)
+                continue
+            full, again = link.fill(now)
+            any_full, first = any_full or full, min(first, again)
+        return any_full, first
+
+    def on_stop(self) -> None:
+        """Close everything; what is queued for friends is sent if toxcore takes it now."""
+        for link in list(self.links.values()):
+            link.drop(link.streams)
+            link.fill(time.monotonic())
+        if self.links:
+            self.loop.tox.iterate()
+
+    # What the two roles do differently.
+
+    def on_request(self, request: toxcore.FriendRequest) -> None:
+        """Somebody wants to be a friend."""
+
+    def on_link(self, link: Link) -> None:
+        """A friend is online."""
+
+    def on_lost(self, link: Link) -> None:
+        """A friend is offline; its streams are closed."""
+
+    def on_restarted(self, link: Link) -> None:
+        """A friend is a new process; its streams are closed."""
+
+    def on_flood(self, link: Link) -> None:
+        """A friend makes us say more than it listens to."""
+        friend = link.friend
+        self.lose(link)
+        self.loop.tox.delete_friend(friend)
+
+    def on_requested(self, link: Link, request: protocol.Requested) -> None:
+        """A friend wants a connection to a target."""

@@ -1,0 +1,154 @@
+"""Who we are on the Tox network: the ID, the file with its secret key, names for other people's.
+
+A Tox ID is 76 hexadecimal digits: the public key (32 bytes), a number that keeps strangers' friend
+requests away (4), and a checksum (2): all pairs of bytes before it, combined with xor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from ttun.errors import TtunError, UsageError
+from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE, Tox
+
+log = logging.getLogger("ttun")
+
+SAVE = "tox_save"
+MAX_SECRET = 920  # bytes; a friend request's message holds it and a NUL
+
+
+class Contact(NamedTuple):
+    """Somebody's address (38 bytes) and the secret to show there, if one is known."""
+
+    address: bytes
+    secret: bytes | None
+
+
+def parse_id(text: str) -> bytes:
+    """Return the address that a Tox ID shows. Raises UsageError."""
+    try:
+        address = bytes.fromhex(text)
+    except ValueError:
+        address = b""
+    if len(address) != ADDRESS_SIZE:
+        raise UsageError(f"{text!r} is no Tox ID: one has {2 * ADDRESS_SIZE} hexadecimal digits")
+    if checksum(address[:-2]) != address[-2:]:
+        raise UsageError(f"{text!r} is no Tox ID: its checksum is wrong")
+    return address
+
+
+def parse_key(text: str) -> bytes:
+    """Return the public key in a Tox ID, or a bare public key. Raises UsageError."""
+    if len(text) == 2 * PUBLIC_KEY_SIZE:
+        with contextlib.suppress(ValueError):
+            return bytes.fromhex(text)
+    return parse_id(text)[:PUBLIC_KEY_SIZE]
+
+
+def checksum(data: bytes) -> bytes:
+    """Return the checksum of a Tox ID's other bytes."""
+    return bytes(functools.reduce(operator.xor, data[half::2], 0) for half in (0, 1))
+
+
+def hosts_file() -> Path:
+    """Return where names are kept: ``NAME TOXID [SECRET]`` lines."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home, "ttun", "hosts")
+
+
+def find_contact(text: str) -> Contact:
+    """Return who is meant by a Tox ID, or by a name in the file of names. Raises TtunError."""
+    if len(text) == 2 * ADDRESS_SIZE:
+        return Contact(parse_id(text), None)
+    path = hosts_file()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        others_read = bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+    except FileNotFoundError:
+        raise UsageError(f"{text!r} is no Tox ID, and there is no {path} with names") from None
+    except (OSError, UnicodeError) as error:
+        raise TtunError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    for number, line in enumerate(lines, 1):
+        name, *rest = line.split("#", 1)[0].split(None, 2) or [""]
+        if name != text:
+            continue
+        if not rest:
+            raise TtunError(f"{path}, line {number}: a Tox ID is missing after the name")
+        try:
+            address = parse_id(rest[0])
+        except UsageError as error:
+            raise TtunError(f"{path}, line {number}: {error}") from None
+        if len(rest) > 1 and others_read:
+            raise TtunError(f"others can read the secrets in {path}: chmod 600 {path}")
+        secret = check_secret(rest[1].strip().encode()) if len(rest) > 1 else None
+        return Contact(address, secret)
+    raise UsageError(f"{text!r} is no Tox ID and no name in {path}")
+
+
+def check_secret(secret: bytes) -> bytes:
+    """Return a secret that fits a friend request. Raises UsageError."""
+    if not secret:
+        raise UsageError("the shared secret is empty")
+    if len(secret) > MAX_SECRET or b"\0" in secret:
+        raise UsageError(f"the shared secret is longer than {MAX_SECRET} bytes")
+    return secret
+
+
+def load(directory: Path) -> bytes | None:
+    """Return the identity saved in a directory, None if there is none. Raises TtunError."""
+    try:
+        return (directory / SAVE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise TtunError(f"cannot read {directory / SAVE}: {error.strerror}") from None
+
+
+def save(directory: Path, data: bytes) -> None:
+    """Save an identity, mode 0600: the file is there whole, or as it was before. Raises OSError."""
+    path = directory / SAVE
+    fresh = path.with_name(f".{SAVE}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
+    """Save who tox is, unless that is saved already, without friends.
+
+    Friends in a saved identity would come in without being asked for the secret: they are deleted.
+    """
+    friends = tox.friends()
+    for friend in friends:
+        tox.delete_friend(friend)
+    path = directory / SAVE
+    try:
+        if saved is not None and not friends and stat.S_IMODE(path.stat().st_mode) == 0o600:
+            return
+        save(directory, tox.savedata())
+    except OSError as error:
+        log.warning(
+            "cannot save this Tox ID in %s: %s; the next start has another",
+            directory,
+            error.strerror,
+        )

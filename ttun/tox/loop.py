@@ -1,0 +1,196 @@
+"""The thread that owns a Tox instance, and everything that happens on it.
+
+toxcore is not thread-safe and wants to be called again and again. All forwarded sockets are on the
+same thread, in one epoll: a byte on its way between a socket and toxcore waits for no other thread
+and for no lock, and two hundred connections cost two hundred descriptors.
+
+ 1. Sleep until a socket of ours or of toxcore's has something, or toxcore's own interval is over.
+ 2. Serve our sockets: they are edge-triggered and say once that they became readable or writable.
+ 3. Iterate toxcore if it has work, and hand on what it reports.
+ 4. Let the owner flush what came for sockets and fill toxcore's queue. If that is full, nothing
+    else happens until toxcore's interval is over, a millisecond or two: that brings room for more.
+    Iterating sooner would not, and toxcore would take the empty room for congestion.
+
+toxcore does not say which sockets it has. They are found among the descriptors of the process: once
+a second, the ones that are Internet sockets and not ours. An edge-triggered wait on them is safe
+even for one that is somebody else's: it wakes us once for what arrives, nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from typing import Callable, Protocol
+
+from ttun.tox.toxcore import Event, Tox
+
+log = logging.getLogger("ttun")
+
+READABLE = select.EPOLLIN | select.EPOLLRDHUP
+WRITABLE = select.EPOLLOUT
+ERROR = select.EPOLLERR
+BROKEN = select.EPOLLERR | select.EPOLLHUP
+EDGES = READABLE | WRITABLE | select.EPOLLET
+
+TICK = 0.5  # seconds
+SEARCH = 1.0  # seconds between two searches for toxcore's sockets
+FULL_LEAST, FULL_MOST = 0.001, 0.002  # seconds until a full queue may have room again
+UNWATCHED = 0.005  # seconds between two iterations where toxcore's sockets cannot be found
+DESCRIPTORS = "/proc/self/fd"
+
+
+class Owner(Protocol):
+    """Who decides what is done. All of it is called on the loop's thread."""
+
+    def on_event(self, event: Event) -> None:
+        """Take what toxcore reports."""
+
+    def on_tick(self, now: float) -> None:
+        """Look at what takes too long, a few times per second."""
+
+    def flush(self, now: float) -> tuple[bool, float]:
+        """Send what can be sent; return whether toxcore is full, and when to be called again."""
+
+    def on_stop(self) -> None:
+        """Close everything."""
+
+
+class Loop:
+    """One Tox, its thread, and the sockets that are served there."""
+
+    def __init__(self, tox: Tox) -> None:
+        """Take over tox; nothing happens before start()."""
+        self.tox = tox
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._readable, self._writable = os.pipe()
+        for descriptor in (self._readable, self._writable):
+            os.set_blocking(descriptor, False)
+        self._epoll.register(self._readable, select.EPOLLIN)
+        self._handlers[self._readable] = lambda _: self._wake_up()
+        self._watched = False
+        self._stopping = False
+        self._owner: Owner | None = None
+        self.error: BaseException | None = None
+        self.over = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="ttun-tox", daemon=True)
+
+    def start(self, owner: Owner) -> None:
+        """Go to work."""
+        self._owner = owner
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it and wait until it is gone; from any other thread."""
+        if not self._thread.is_alive():
+            return
+        self.call(self.finish)
+        self._thread.join()
+
+    def finish(self) -> None:
+        """End it when this round is over; on the loop's thread."""
+        self._stopping = True
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have function called on the loop's thread; from any thread. After the end, never."""
+        self._calls.append(function)
+        with contextlib.suppress(OSError):  # full: it wakes up anyway; or closed: it is over
+            os.write(self._writable, b"\0")
+
+    def add(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
+        """Call handler with what happens to a socket, each thing once (EPOLLET)."""
+        sock.setblocking(False)
+        self._handlers[sock.fileno()] = handler
+        try:
+            self._epoll.register(sock, EDGES)
+        except FileExistsError:  # its number was that of a socket of toxcore's
+            self._epoll.modify(sock, EDGES)
+
+    def remove(self, sock: socket.socket) -> None:
+        """Serve a socket no longer. It must not be closed before."""
+        if self._handlers.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock)
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._readable, 4096)
+
+    def _main(self) -> None:
+        assert self._owner is not None
+        try:
+            self._run(self._owner)
+        except BaseException as error:
+            log.debug("the Tox thread failed", exc_info=True)
+            self.error = error
+        finally:
+            self._owner.on_stop()
+            self.tox.close()
+            self._epoll.close()
+            os.close(self._writable)
+            os.close(self._readable)
+            self.over.set()
+
+    def _run(self, owner: Owner) -> None:
+        due = next_tick = next_search = again = 0.0
+        full = False
+        while not self._stopping:
+            wait = max(0.0, min(due, next_tick, again) - time.monotonic())
+            if full:
+                time.sleep(wait)
+                wait = 0.0
+            iterate = False
+            for descriptor, what in self._epoll.poll(wait):
+                handler = self._handlers.get(descriptor)
+                if handler is None:
+                    iterate = True
+                else:
+                    handler(what)
+            while self._calls:
+                self._calls.popleft()()
+            now = time.monotonic()
+            if iterate or full or now >= due:
+                for event in self.tox.iterate():
+                    owner.on_event(event)
+                now = time.monotonic()
+                due = now + min(self.tox.interval(), TICK if self._watched else UNWATCHED)
+            if now >= next_tick:
+                owner.on_tick(now)
+                next_tick = now + TICK
+            if now >= next_search:
+                self._search()
+                next_search = now + SEARCH
+            full, again = owner.flush(now)
+            if full:
+                due = now + min(max(self.tox.interval(), FULL_LEAST), FULL_MOST)
+
+    def _search(self) -> None:
+        """Watch the sockets of toxcore's that are not watched yet."""
+        try:
+            names = os.listdir(DESCRIPTORS)
+        except OSError:
+            return  # no such thing here: look after toxcore by the clock
+        for descriptor in map(int, names):
+            if descriptor in self._handlers or not _is_internet_socket(descriptor):
+                continue
+            try:
+                self._epoll.register(descriptor, EDGES)
+                self._watched = True
+            except OSError:
+                pass  # watched already; closed ones leave the epoll by themselves
+
+
+def _is_internet_socket(descriptor: int) -> bool:
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError:
+        return False
+    family = sock.family
+    sock.detach()
+    return family in (socket.AF_INET, socket.AF_INET6)

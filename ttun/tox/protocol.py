@@ -1,0 +1,405 @@
+"""Packets and the state of tunnels: bytes in, events out, no I/O and no clock of its own.
+
+A packet, all fields big-endian, at most 1373 bytes::
+
+    u16 magic 0xA26B | u16 type | u16 tunnel | u16 length | length bytes
+
+    client                                   server
+      HELLO                  <->               HELLO           two of ours only
+      REQUESTTUNNEL          -->                               host, port, a forward id
+                             <--               ACKTUNNEL       the tunnel's id, or DENYTUNNEL
+      TCP                    <->               TCP             the connection's bytes
+      WINDOW                 <->               WINDOW          room for more      two of ours only
+      EOF                    <->               EOF             no more this way   two of ours only
+      TCP_FIN                <->               TCP_FIN         the socket is closed
+
+Each side says HELLO before anything else, so whether a tunnel has windows and half-closes is known
+to both when it opens. The original ignores HELLO and never gets what it does not know.
+
+A tunnel is looked up among those of the friend it came from: nobody reaches another's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple, Union
+
+from ttun.errors import ProtocolError
+
+HEADER = struct.Struct(">HHHH")
+U32 = struct.Struct(">I")
+MAGIC, MAGIC_VERSION_1 = 0xA26B, 0xA26A
+MAX_DATA = 1365  # bytes in one packet
+
+PING, PONG = 0x0108, 0x0100
+HELLO = 0x0120
+TCP, TCP_FIN, REQUESTTUNNEL, ACKTUNNEL = 0x0600, 0x0601, 0x0602, 0x0610
+DENYTUNNEL, WINDOW, EOF = 0x0604, 0x0606, 0x0608
+
+REFUSED, UNREACHABLE, NAME, RULE, FULL = 1, 2, 3, 4, 5  # reasons of DENYTUNNEL
+OFFLINE, SILENT = -1, -2  # never on the wire: our own
+REASONS = {
+    OFFLINE: "the server is not online",
+    SILENT: "the server does not answer",
+    REFUSED: "the target refused the connection",
+    UNREACHABLE: "the target cannot be reached",
+    NAME: "the target's name cannot be resolved",
+    RULE: "the server's rules do not allow this target",
+    FULL: "the server has too many connections",
+}
+
+FIRST_WINDOW = 256 << 10  # bytes that each side may send before it is given more
+MAX_WINDOW = 4 << 20
+MAX_GROWTH = 64 << 20  # bytes that all windows of a process may have beyond the first
+BUFFER = 4 << 20  # bytes kept for a slow reader of a tunnel with the original, which has no windows
+MAX_TUNNELS = 1024  # of one friend
+MAX_CONTROL = 4096  # packets that wait for one friend, not counting what connections carry
+
+
+class Requested(NamedTuple):
+    """The client wants a connection to a target; answer with accept() or deny()."""
+
+    forward_id: int
+    host: str
+    port: int
+
+
+class Opened(NamedTuple):
+    """The server accepted what was requested for owner."""
+
+    owner: Hashable
+    tunnel: Tunnel
+
+
+class Denied(NamedTuple):
+    """The server did not."""
+
+    owner: Hashable
+    reason: int
+
+
+class Data(NamedTuple):
+    """Bytes of the connection. Call consumed() when they have left the buffer."""
+
+    tunnel: Tunnel
+    data: bytes
+
+
+class MaySend(NamedTuple):
+    """There is room for more."""
+
+    tunnel: Tunnel
+
+
+class Ended(NamedTuple):
+    """No more bytes will come; the other way stays open."""
+
+    tunnel: Tunnel
+
+
+class Closed(NamedTuple):
+    """The tunnel is gone. Bytes that came before are still to be delivered."""
+
+    tunnel: Tunnel
+
+
+class Restarted(NamedTuple):
+    """The peer knows nothing of what was before: these tunnels and requests are gone."""
+
+    tunnels: list[Tunnel]
+    owners: list[Hashable]
+
+
+class Pong(NamedTuple):
+    """The answer to a PING."""
+
+    data: bytes
+
+
+Event = Union[Requested, Opened, Denied, Data, MaySend, Ended, Closed, Restarted, Pong]
+
+
+@dataclass(eq=False)
+class Tunnel:
+    """One connection through Tox. owner: whoever it belongs to on this side."""
+
+    id: int
+    extended: bool  # between two of ours: windows, EOF
+    owner: Hashable = None
+    send_window: int = FIRST_WINDOW  # bytes that the peer takes now
+    receive_window: int = FIRST_WINDOW  # bytes that we still take
+    window: int = FIRST_WINDOW  # what receive_window is brought back to
+    consumed: int = 0  # bytes that left the buffer and were not granted again yet
+    buffered: int = 0
+    granted_at: float = 0.0
+    ended: bool = False  # we said EOF
+
+    def room(self) -> int:
+        """Return how many bytes may be put into a packet now."""
+        return min(MAX_DATA, self.send_window) if self.extended else MAX_DATA
+
+
+class Growth:
+    """How far windows may still grow beyond their first size, in all tunnels together."""
+
+    def __init__(self, left: int = MAX_GROWTH) -> None:
+        """Start with so many bytes."""
+        self.left = left
+
+    def take(self, size: int) -> bool:
+        """Take size bytes if there are as many."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+def pack(kind: int, tunnel: int = 0, data: bytes | memoryview = b"") -> bytes:
+    """Return a packet."""
+    return HEADER.pack(MAGIC, kind, tunnel, len(data)) + data
+
+
+def unpack(packet: bytes) -> tuple[int, int, bytes]:
+    """Return a packet's type, tunnel and data. Raises ProtocolError."""
+    if len(packet) < HEADER.size:
+        raise ProtocolError(f"a packet of {len(packet)} bytes, less than its header")
+    magic, kind, tunnel, length = HEADER.unpack_from(packet)
+    if magic == MAGIC_VERSION_1:
+        raise ProtocolError("it speaks version 1 of the Tuntox protocol: too old")
+    if magic != MAGIC:
+        raise ProtocolError(f"a packet with the magic {magic:#06x}")
+    if len(packet) - HEADER.size < length:
+        raise ProtocolError(f"a packet of {len(packet)} bytes that claims {length} of data")
+    return kind, tunnel, packet[HEADER.size : HEADER.size + length]
+
+
+class Peer:
+    """All that is between us and one friend. What is to be sent waits in ``control``, in order.
+
+    server: whether it may request tunnels of us. first_id: where tunnel and forward ids start.
+    An id is used again only after all others, so that no late packet meets a new tunnel.
+    """
+
+    def __init__(self, *, server: bool, first_id: int, growth: Growth) -> None:
+        """Say HELLO first."""
+        self.control: deque[bytes] = deque()
+        self.tunnels: dict[int, Tunnel] = {}
+        self.round_trip: float | None = None  # seconds, the last PING's
+        self._server = server
+        self._next_id = first_id
+        self._growth = growth
+        self._requests: dict[int, Hashable] = {}
+        self.asked: set[int] = set()  # forward ids that the client waits for
+        self.extended = False
+        self._said_hello = False
+        self._say_hello()
+
+    def request(self, host: str, port: int, owner: Hashable) -> int:
+        """Ask the server for a connection; return the forward id."""
+        forward_id = self._take_id(0xFFFFFFFF, self._requests)
+        self._requests[forward_id] = owner
+        self.control.append(pack(REQUESTTUNNEL, port, U32.pack(forward_id) + host.encode()))
+        return forward_id
+
+    def cancel(self, forward_id: int) -> None:
+        """Forget a request: if it is accepted after all, the tunnel is closed at once."""
+        self._requests.pop(forward_id, None)
+
+    def accept(self, forward_id: int, owner: Hashable) -> Tunnel | None:
+        """Open the tunnel that was requested; None if the peer has started afresh meanwhile."""
+        if forward_id not in self.asked:
+            return None
+        self.asked.remove(forward_id)
+        tunnel = Tunnel(self._take_id(0xFFFF, self.tunnels), self.extended, owner)
+        self.tunnels[tunnel.id] = tunnel
+        self.control.append(pack(ACKTUNNEL, tunnel.id, U32.pack(forward_id)))
+        return tunnel
+
+    def deny(self, forward_id: int, reason: int) -> None:
+        """Refuse what was requested. The original knows no refusal: it gets a tunnel that ends."""
+        if forward_id not in self.asked:
+            return
+        if self.extended:
+            self.asked.remove(forward_id)
+            self.control.append(pack(DENYTUNNEL, 0, U32.pack(forward_id) + bytes([reason])))
+        else:
+            tunnel = self.accept(forward_id, None)
+            assert tunnel is not None
+            self.close(tunnel)
+
+    def data(self, tunnel: Tunnel, data: bytes | memoryview) -> bytes:
+        """Return the packet for the next bytes, at most tunnel.room(); sent() counts them."""
+        return pack(TCP, tunnel.id, data)
+
+    def sent(self, tunnel: Tunnel, size: int) -> None:
+        """Count bytes that were sent."""
+        if tunnel.extended:
+            tunnel.send_window -= size
+
+    def consumed(self, tunnel: Tunnel, size: int, now: float) -> None:
+        """Count bytes that left the buffer; grant the peer as many once that is worth a packet.
+
+        A window of which the peer uses a quarter in half a round trip holds it up: it is doubled.
+        """
+        tunnel.buffered -= size
+        if not tunnel.extended or self.tunnels.get(tunnel.id) is not tunnel:
+            return
+        tunnel.consumed += size
+        if tunnel.consumed < tunnel.window // 4:
+            return
+        grant = tunnel.consumed
+        quick = self.round_trip is not None and now - tunnel.granted_at < self.round_trip / 2
+        if quick and tunnel.window < MAX_WINDOW and self._growth.take(tunnel.window):
+            grant += tunnel.window
+            tunnel.window *= 2
+        tunnel.consumed, tunnel.granted_at = 0, now
+        tunnel.receive_window += grant
+        self.control.append(pack(WINDOW, tunnel.id, U32.pack(grant)))
+
+    def end(self, tunnel: Tunnel) -> None:
+        """Say that no more will be sent; to the original, that the connection is closed."""
+        if self.tunnels.get(tunnel.id) is not tunnel or tunnel.ended:
+            return
+        if not tunnel.extended:
+            self.close(tunnel)
+            return
+        tunnel.ended = True
+        self.control.append(pack(EOF, tunnel.id))
+
+    def close(self, tunnel: Tunnel) -> None:
+        """Close a tunnel and say so, if it is not closed."""
+        if self.tunnels.get(tunnel.id) is tunnel:
+            self.control.append(pack(TCP_FIN, tunnel.id))
+            self.forget(tunnel)
+
+    def forget(self, tunnel: Tunnel) -> None:
+        """Close a tunnel that both sides know to be over: nothing is said."""
+        if self.tunnels.get(tunnel.id) is tunnel:
+            del self.tunnels[tunnel.id]
+            self._growth.left += tunnel.window - FIRST_WINDOW
+
+    def ping(self, data: bytes) -> None:
+        """Ask for a PONG with the same data."""
+        self.control.append(pack(PING, 0, data))
+
+    def reset(self) -> Restarted:
+        """Forget all tunnels and requests; return what they were."""
+        gone = Restarted(list(self.tunnels.values()), list(self._requests.values()))
+        for tunnel in gone.tunnels:
+            self.forget(tunnel)
+        self._requests.clear()
+        self.asked.clear()
+        self.control.clear()
+        return gone
+
+    def receive(self, packet: bytes) -> Event | None:
+        """Take a packet in; return what it means for us, None if nothing.
+
+        Raises ProtocolError for what is not to be understood; the packet is dropped then, and
+        everything else goes on.
+        """
+        kind, number, data = unpack(packet)
+        if kind == TCP:
+            return self._receive_data(number, data)
+        if kind == WINDOW:
+            tunnel = self.tunnels.get(number)
+            if tunnel is None or len(data) != U32.size:
+                return None
+            tunnel.send_window = min(tunnel.send_window + U32.unpack(data)[0], 0xFFFFFFFF)
+            return MaySend(tunnel)
+        if kind in (EOF, TCP_FIN):
+            tunnel = self.tunnels.get(number)
+            if tunnel is None:
+                return None
+            if kind == EOF:
+                return Ended(tunnel)
+            self.forget(tunnel)
+            return Closed(tunnel)
+        if kind == REQUESTTUNNEL:
+            return self._receive_request(number, data)
+        if kind in (ACKTUNNEL, DENYTUNNEL):
+            return self._receive_answer(kind, number, data)
+        if kind == PING:
+            if len(self.control) < MAX_CONTROL // 2:
+                self.control.append(pack(PONG, 0, data))
+            return None
+        if kind == PONG:
+            return Pong(data)
+        if kind == HELLO:
+            return self._receive_hello(data)
+        raise ProtocolError(f"a packet of the unknown type {kind:#06x}")
+
+    def _receive_data(self, number: int, data: bytes) -> Event | None:
+        tunnel = self.tunnels.get(number)
+        if tunnel is None or not data:
+            return None  # it crossed our TCP_FIN
+        tunnel.buffered += len(data)
+        if tunnel.extended:
+            tunnel.receive_window -= len(data)
+            overrun = tunnel.receive_window < 0
+        else:
+            overrun = tunnel.buffered > BUFFER
+        if overrun:
+            self.close(tunnel)
+            return Closed(tunnel)
+        return Data(tunnel, data)
+
+    def _receive_request(self, port: int, data: bytes) -> Event | None:
+        if not self._server:
+            raise ProtocolError("it requests a tunnel, and this is a client")
+        if len(data) < U32.size:
+            raise ProtocolError("a request without a forward id")
+        forward_id = U32.unpack_from(data)[0]
+        if forward_id in self.asked:
+            raise ProtocolError("a request with the forward id of an open one")
+        self.asked.add(forward_id)
+        host = data[U32.size :].rstrip(b"\0").decode("ascii", errors="replace")
+        if len(self.tunnels) + len(self.asked) > MAX_TUNNELS:
+            self.deny(forward_id, FULL)
+            return None
+        if not host or not host.isprintable() or port == 0:
+            self.deny(forward_id, NAME)
+            return None
+        return Requested(forward_id, host, port)
+
+    def _receive_answer(self, kind: int, number: int, data: bytes) -> Event | None:
+        if len(data) < U32.size or (kind == DENYTUNNEL and len(data) <= U32.size):
+            raise ProtocolError("an answer to a request without its forward id")
+        forward_id = U32.unpack_from(data)[0]
+        known = forward_id in self._requests
+        owner = self._requests.pop(forward_id, None)
+        if kind == DENYTUNNEL:
+            return Denied(owner, data[U32.size]) if known else None
+        if number in self.tunnels:
+            raise ProtocolError("it opened a tunnel twice")
+        tunnel = Tunnel(number, self.extended, owner)
+        self.tunnels[number] = tunnel
+        if not known:
+            self.close(tunnel)  # nobody waits for it any more
+            return None
+        return Opened(owner, tunnel)
+
+    def _receive_hello(self, data: bytes) -> Event | None:
+        if len(data) < 2 or data[0] < 1:
+            raise ProtocolError("a HELLO without a version")
+        if not self.extended:
+            self.extended = True
+            return None
+        # It said HELLO before: it has lost its state, and knows nothing of our HELLO either.
+        gone = self.reset()
+        self._say_hello()
+        return gone
+
+    def _say_hello(self) -> None:
+        self.control.append(pack(HELLO, 0, b"\x01\x00"))
+
+    def _take_id(self, most: int, used: dict[int, Tunnel] | dict[int, Hashable]) -> int:
+        """Return the next free id."""
+        while True:
+            self._next_id = (self._next_id + 1) & 0xFFFFFFFF
+            number = self._next_id & most
+            if number not in used:
+                return number

@@ -1,0 +1,285 @@
+"""The server: lets friends in, and connects them to targets.
+
+ 1. A friend request comes: the secret and the list of allowed keys decide.
+ 2. A friend requests a target: the rules decide; a name is looked up on a thread of its own.
+ 3. The addresses are tried one after the other, without blocking, within fifteen seconds.
+ 4. The tunnel is acknowledged, or refused with the reason.
+
+In place of the network a target can be a function that takes the socket: the tunnel inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hmac
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Callable
+
+from ttun.tox import protocol
+from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox.loop import Loop
+from ttun.tox.rules import Rule, allowed
+from ttun.tox.stream import Stream
+from ttun.tox.toxcore import FriendRequest
+
+log = logging.getLogger("ttun")
+
+CONNECT_TIMEOUT = 15.0  # seconds for a target, all its addresses together
+MAX_LOOKUPS = 64  # names being looked up
+MAX_STREAMS = 4096  # connections of all friends together
+MAX_FRIENDS = 256  # that are not online; the one that left first is forgotten
+
+Sockaddr = tuple[int, tuple[object, ...]]  # family, address
+# Takes a connected socket and who it comes from; returns False if it has no place for one more.
+Target = Callable[[socket.socket, str], bool]
+
+
+class Server(Forwarder):
+    """Serves friends. secret: None takes anybody who has our ID. keys: None takes any key."""
+
+    is_server = True
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        secret: bytes | None = None,
+        keys: Collection[bytes] | None = None,
+        rules: Sequence[Rule] | None = None,
+        targets: Mapping[tuple[str, int], Target] | None = None,
+    ) -> None:
+        """Serve nobody yet. With targets, those alone are answered."""
+        super().__init__(loop)
+        self._secret, self._keys, self._rules = secret, keys, rules
+        self._targets = targets
+        self._connecting: set[_Connecting] = set()
+        self._lookups = 0
+        self._offline: dict[int, str] = {}  # friends that are not online, the first to leave first
+
+    def on_request(self, request: FriendRequest) -> None:
+        """Accept a friend, or say in the log why not. Its message is never logged."""
+        name = request.key.hex()[:8].upper()
+        reason = self._why_not(request)
+        if reason:
+            log.warning("friend request of %s ignored: %s", name, reason)
+            return
+        while len(self._offline) >= MAX_FRIENDS:
+            oldest = next(iter(self._offline))
+            del self._offline[oldest]
+            self.loop.tox.delete_friend(oldest)
+        friend = self.loop.tox.accept_friend(request.key)
+        if friend is None:
+            log.warning("friend request of %s: toxcore does not take it", name)
+            return
+        self._offline[friend] = name
+        log.info("friend request of %s accepted", name)
+
+    def _why_not(self, request: FriendRequest) -> str | None:
+        if self._secret is not None:
+            if not request.message.endswith(b"\0"):
+                return "no secret in it"
+            # What the original compares ends at the first NUL.
+            given = request.message.split(b"\0", 1)[0]
+            if not hmac.compare_digest(given, self._secret):
+                return "wrong secret"
+        if self._keys is not None and request.key not in self._keys:
+            return "its Tox ID is not among those allowed with -i"
+        if len(self.links) >= MAX_FRIENDS:
+            return "too many friends are online"
+        return None
+
+    def on_link(self, link: Link) -> None:
+        """A friend is online."""
+        self._offline.pop(link.friend, None)
+
+    def on_lost(self, link: Link) -> None:
+        """A friend is offline: it may come back without a new request."""
+        self._offline[link.friend] = link.name
+        self.on_restarted(link)
+
+    def on_restarted(self, link: Link) -> None:
+        """Nobody waits for what is being connected any more."""
+        for connecting in [each for each in self._connecting if each.link is link]:
+            connecting.give_up()
+
+    def on_flood(self, link: Link) -> None:
+        """Forget a friend that floods us; it may ask again."""
+        super().on_flood(link)
+        self._offline.pop(link.friend, None)
+
+    def on_requested(self, link: Link, request: protocol.Requested) -> None:
+        """Connect a friend to a target."""
+        target = f"{request.host}:{request.port}"
+        reason = None
+        by_rule = self._rules is None or allowed(self._rules, request.host, request.port)
+        if not by_rule or not self._has_target(request):
+            reason = protocol.RULE
+        elif sum(len(each.streams) for each in self.links.values()) >= MAX_STREAMS:
+            reason = protocol.FULL
+        if reason:
+            self._refuse(link, request, reason)
+        elif self._targets is not None:
+            ours, theirs = socket.socketpair()
+            if self._targets[request.host, request.port](theirs, link.name):
+                self._opened(link, request.forward_id, ours)
+            else:
+                ours.close()
+                theirs.close()
+                self._refuse(link, request, protocol.FULL)
+        else:
+            log.debug("peer %s: connecting to %s", link.name, target)
+            self._look_up(link, request)
+
+    def _has_target(self, request: protocol.Requested) -> bool:
+        return self._targets is None or (request.host, request.port) in self._targets
+
+    def _refuse(self, link: Link, request: protocol.Requested, reason: int) -> None:
+        why = protocol.REASONS[reason]
+        log.info("peer %s: %s:%d: %s", link.name, request.host, request.port, why)
+        link.peer.deny(request.forward_id, reason)
+
+    def _opened(self, link: Link, forward_id: int, sock: socket.socket) -> None:
+        tunnel = link.peer.accept(forward_id, None)
+        if tunnel is None:
+            sock.close()
+            return
+        Stream(link, sock).open(tunnel)
+
+    def _look_up(self, link: Link, request: protocol.Requested) -> None:
+        """Find the addresses of a target: at once if it is one, else on a thread."""
+        try:
+            self._connect(link, request, _addresses(request, socket.AI_NUMERICHOST))
+            return
+        except OSError:
+            pass
+        if self._lookups >= MAX_LOOKUPS:
+            self._refuse(link, request, protocol.FULL)
+            return
+        self._lookups += 1
+
+        def look_up() -> None:
+            addresses: list[Sockaddr] = []
+            with contextlib.suppress(OSError, UnicodeError):
+                addresses = _addresses(request, 0)
+            self.loop.call(lambda: found(addresses))
+
+        def found(addresses: list[Sockaddr]) -> None:
+            self._lookups -= 1
+            if self.links.get(link.friend) is link:
+                self._connect(link, request, addresses)
+
+        threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+
+    def _connect(self, link: Link, request: protocol.Requested, addresses: list[Sockaddr]) -> None:
+        if not addresses:
+            self._refuse(link, request, protocol.NAME)
+            return
+
+        def done(sock: socket.socket | None, reason: int) -> None:
+            self._connecting.discard(connecting)
+            if sock is None:
+                self._refuse(link, request, reason)
+            else:
+                self._opened(link, request.forward_id, sock)
+
+        connecting = _Connecting(self.loop, link, addresses, done)
+        self._connecting.add(connecting)
+        connecting.next()
+
+    def on_tick(self, now: float) -> None:
+        """See who takes too long."""
+        super().on_tick(now)
+        for connecting in [each for each in self._connecting if each.deadline <= now]:
+            connecting.time_out()
+
+    def on_stop(self) -> None:
+        """Close everything."""
+        for connecting in list(self._connecting):
+            connecting.give_up()
+        super().on_stop()
+
+
+class _Connecting:
+    """A connection to a target being made."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        link: Link,
+        addresses: list[Sockaddr],
+        done: Callable[[socket.socket | None, int], None],
+    ) -> None:
+        self.link = link
+        self.deadline = time.monotonic() + CONNECT_TIMEOUT
+        self._loop, self._addresses, self._done = loop, addresses, done
+        self._sock: socket.socket | None = None
+        self._reason = protocol.UNREACHABLE
+
+    def next(self) -> None:
+        """Try the next address; when none is left it has failed."""
+        while self._addresses:
+            family, address = self._addresses.pop(0)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                self._reason = protocol.FULL  # no descriptors, or no such family
+                continue
+            sock.setblocking(False)
+            error = sock.connect_ex(address)
+            if error in (0, errno.EINPROGRESS):
+                self._sock = sock
+                self._loop.add(sock, self._on_ready)
+                return
+            self._failed(error)
+            sock.close()
+        self._done(None, self._reason)
+
+    def time_out(self) -> None:
+        """Give up and say so."""
+        self.give_up()
+        self._done(None, protocol.UNREACHABLE)
+
+    def give_up(self) -> None:
+        """Close it; nobody is told."""
+        self._addresses = []
+        if self._sock is not None:
+            self._loop.remove(self._sock)
+            self._sock.close()
+            self._sock = None
+
+    def _failed(self, error: int) -> None:
+        refused = error == errno.ECONNREFUSED
+        self._reason = protocol.REFUSED if refused else protocol.UNREACHABLE
+        log.debug("connecting to a target: %s", os.strerror(error))
+
+    def _on_ready(self, _: int) -> None:
+        sock = self._sock
+        assert sock is not None
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error == 0:
+            try:
+                sock.getpeername()
+            except OSError:
+                return  # not connected yet
+        self._loop.remove(sock)
+        self._sock = None
+        if error:
+            self._failed(error)
+            sock.close()
+            self.next()
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._done(sock, 0)
+
+
+def _addresses(request: protocol.Requested, flags: int) -> list[Sockaddr]:
+    found = socket.getaddrinfo(
+        request.host, request.port, type=socket.SOCK_STREAM, flags=flags | socket.AI_NUMERICSERV
+    )
+    return [(family, address) for family, _, _, _, address in found]

@@ -1,0 +1,139 @@
+"""The tunnel itself through Tox: a client's dialer and a server's listener for ttun's sessions.
+
+A session takes any stream socket: it gets one end of a socketpair, and the other end is a stream of
+the forwarder. The client asks for 127.0.0.1:20203, so a plain ``ttun tox`` (or the original) beside
+an ordinary ``ttun server`` serves it as well; ``ttun server --tox`` answers that one target inside
+its own process and refuses every other.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import queue
+import socket
+from pathlib import Path
+
+from ttun.errors import TtunError
+from ttun.link import DEFAULT_PORT
+from ttun.stop import StopFlag
+from ttun.tox import identity, nodes, protocol
+from ttun.tox.client import Client
+from ttun.tox.command import open_tox
+from ttun.tox.loop import Loop
+from ttun.tox.options import SECRET_VARIABLE
+from ttun.tox.server import Server
+
+log = logging.getLogger("ttun")
+
+SCHEME = "tox:"
+TARGET = ("127.0.0.1", DEFAULT_PORT)
+DEFAULT_DIRECTORY = Path("/etc/ttun")
+BACKLOG = 16  # streams that wait for accept()
+
+
+def _secret() -> bytes | None:
+    secret = os.environb.get(SECRET_VARIABLE.encode())
+    return None if secret is None else identity.check_secret(secret)
+
+
+class Dialer:
+    """Reaches the server that a Tox ID, or a name in the file of names, belongs to."""
+
+    def __init__(self, server: str, node_file: Path | None = None) -> None:
+        """Look up who is meant. Raises TtunError."""
+        self._contact = identity.find_contact(server)
+        self._secret = _secret() or self._contact.secret
+        self._nodes = nodes.find(node_file)
+        self._loop: Loop | None = None
+        self._client: Client | None = None
+
+    def start(self) -> None:
+        """Open Tox and begin to look for the server. Raises TtunError."""
+        self._loop = Loop(open_tox(None, 0, None))
+        self._client = Client(self._loop, self._contact.address, self._secret)
+        self._client.nodes = self._nodes
+        self._loop.start(self._client)
+
+    def stop(self) -> None:
+        """Leave the network."""
+        if self._loop is not None:
+            self._loop.stop()
+
+    def dial(self, stop: StopFlag) -> socket.socket:
+        """Return a socket connected to the server's end of the tunnel, when it is online.
+
+        Raises OSError with the reason, InterruptedError when stop was set.
+        """
+        assert self._loop is not None and self._client is not None
+        loop, client = self._loop, self._client
+        answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        ours, theirs = socket.socketpair()
+        try:
+            loop.call(lambda: client.open(theirs, *TARGET, answers.put))
+            while not stop.is_set() and not loop.over.is_set():
+                with contextlib.suppress(queue.Empty):
+                    reason = answers.get(timeout=0.1)
+                    if reason is not None:
+                        raise OSError(protocol.REASONS.get(reason, f"reason {reason}"))
+                    return ours
+            if loop.over.is_set() and not stop.is_set():
+                raise TtunError(f"Tox ended: {loop.error}")
+            raise InterruptedError
+        except BaseException:
+            ours.close()
+            raise
+
+
+class Listener:
+    """What a server accepts from: sockets whose other ends are streams through Tox."""
+
+    def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
+        """Open Tox with the identity in directory; nobody is served before start()."""
+        known = nodes.find(node_file)
+        saved = identity.load(directory)
+        secret = _secret()
+        tox = open_tox(saved, 0, None)
+        with contextlib.suppress(OSError):
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        identity.keep(tox, directory, saved)
+        self.address = SCHEME + tox.address().hex().upper()
+        self._loop = Loop(tox)
+        self._server = Server(self._loop, secret=secret, targets={TARGET: self._take})
+        self._server.nodes = known
+        self._waiting: collections.deque[tuple[socket.socket, str]] = collections.deque()
+        self._readable, self._writable = socket.socketpair()
+        self._readable.setblocking(False)
+        self._count = 0
+
+    def start(self) -> None:
+        """Serve."""
+        self._loop.start(self._server)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when accept() has something."""
+        return self._readable.fileno()
+
+    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
+        """Return a socket and who it comes from, as a socket's accept() does."""
+        self._readable.recv(1)
+        sock, name = self._waiting.popleft()
+        self._count += 1
+        return sock, (f"tox-{name}", self._count)
+
+    def close(self) -> None:
+        """Leave the network."""
+        self._loop.stop()
+        self._readable.close()
+        self._writable.close()
+        while self._waiting:
+            self._waiting.popleft()[0].close()
+
+    def _take(self, sock: socket.socket, name: str) -> bool:
+        if len(self._waiting) >= BACKLOG:
+            return False
+        self._waiting.append((sock, name))
+        self._writable.send(b"\0")
+        return True
