@@ -25,7 +25,8 @@ SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
-.PHONY: all demo test asan ubsan tsan fuzz faults wheels install uninstall lint format help clean
+.PHONY: all demo test asan ubsan tsan fuzz faults wheels check-wheels check-services install \
+  uninstall lint format help clean
 
 all: $(VENV)/.built
 
@@ -39,6 +40,8 @@ help:
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
+	@echo 'make check-wheels: install and run them; those of ARM under emulation, as root'
+	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -101,6 +104,12 @@ uninstall:
 # PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
 wheels: $(VENV)/.venv
 	nice $(BIN)/python packaging/wheels.py $(PLATFORMS)
+
+check-wheels: $(VENV)/.venv
+	nice $(BIN)/python packaging/check_wheels.py
+
+check-services: all
+	$(BIN)/python packaging/check_services.py
 
 faults: all
 	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)

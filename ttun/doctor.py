@@ -221,7 +221,8 @@ def look_at_aes() -> Finding:
     words = Path("/proc/cpuinfo").read_text(errors="replace").split()
     if "aes" in words:
         found = "in the processor, but this libsodium does not use it"
-        return Finding(LESS, "AES", found, cost, "pip install -U pynacl")
+        fix = "a PyNaCl whose libsodium does: a newer one, or pip install --no-binary pynacl pynacl"
+        return Finding(LESS, "AES", found, cost, fix)
     fix = "none for this processor; to a virtual machine give the host's (qemu: -cpu host)"
     return Finding(LESS, "AES", "not in this processor", cost, fix)
 
@@ -333,7 +334,7 @@ def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) ->
             subject,
             f"{wanted}: already on {', '.join(names)}",
             "packets for the tunnel may go there, and the other way round",
-            "stop the other tunnel, or run this one in a network namespace of its own",
+            "stop the other tunnel, or --local4, --peer4, --local6 and --peer6 on both ends",
         )
     if around:
         other = max(around, key=lambda route: route.network.prefixlen)
@@ -342,7 +343,7 @@ def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) ->
             subject,
             f"{wanted}: inside {other.network} on {other.device}",
             f"the hosts of {wanted} there cannot be reached while the tunnel is up",
-            "give those hosts other addresses, or run ttun in a network namespace of its own",
+            "--local4, --peer4, --local6 and --peer6, with other addresses on both ends",
         )
     return Finding(OK, subject, f"{wanted}: free")
 

@@ -121,6 +121,8 @@ def hide(key: bytes) -> None:
 
     # After the name in parentheses comes the third field; arg_start and arg_end are 48 and 49.
     fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    if len(fields) <= 49 - 3:
+        return  # qemu-user has a short file
     start, end = int(fields[48 - 3]), int(fields[49 - 3])
     if not 0 < start < end:
         return  # this kernel does not tell

@@ -1,0 +1,109 @@
+"""What docs/routers.md advises, as written there: the nftables rules lower the MSS both ways."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, ROOT, SERVER, Bench
+
+from ttun import hosts
+
+RULES = re.search(r"```nft\n(.*?)```", (ROOT / "docs" / "routers.md").read_text(), re.DOTALL)[1]
+MTU = 1280
+HEADERS = {"4": 40, "6": 60}
+LAN = {"4": "198.51.100.2", "6": "2001:db8:1::2"}  # RFC 5737, RFC 3849
+ROUTER = {"4": "198.51.100.1", "6": "2001:db8:1::1"}
+FAR = {"4": "10.1.1.1", "6": "fc11::1"}
+# The MSS of a connection that somebody made to this host; of one that this host makes.
+LISTEN = """if True:
+    import socket, sys
+    family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+    listener = socket.create_server((sys.argv[1], 5002), family=family)
+    print("ready", flush=True)
+    accepted = listener.accept()[0]
+    print(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG), flush=True)
+    accepted.recv(1)
+"""
+CONNECT = """if True:
+    import socket, sys
+    sock = socket.create_connection((sys.argv[1], 5002), 10)
+    print(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
+"""
+
+
+@pytest.fixture
+def lan(bench: Bench) -> Iterator[list[str]]:
+    """A host behind the client, which routes for it; the start of a command on that host."""
+    if not shutil.which("nft"):
+        pytest.skip("nftables is not installed")
+    name = f"{bench.pair.names[CLIENT]}-lan"
+    router = bench.pair.names[CLIENT]
+    hosts.ip("netns", "add", name)
+    try:
+        hosts.ip("link", "add", "lan", "netns", router, "type", "veth",
+                 "peer", "name", "eth0", "netns", name)  # fmt: skip
+        for netns, device, own in ((router, "lan", ROUTER), (name, "eth0", LAN)):
+            hosts.ip("-n", netns, "address", "add", f"{own['4']}/24", "dev", device)
+            hosts.ip("-n", netns, "address", "add", f"{own['6']}/64", "dev", device, "nodad")
+            hosts.ip("-n", netns, "link", "set", device, "up")
+        for version, via in ROUTER.items():
+            hosts.ip("-n", name, f"-{version}", "route", "add", "default", "via", via)
+        forward(bench, "1")
+        bench.tunnel()
+        bench.answers()
+        for network in ("198.51.100.0/24", "2001:db8:1::/64"):
+            route = ["route", "add", network, "dev", "ttun0"]
+            hosts.ip("-n", bench.pair.names[SERVER], "-6" if ":" in network else "-4", *route)
+        yield ["ip", "netns", "exec", name]
+    finally:
+        forward(bench, "0")
+        subprocess.run(bench.pair.command(CLIENT, ["nft", "delete table inet ttun"]),
+                       capture_output=True, check=False)  # fmt: skip
+        hosts.ip("netns", "delete", name)
+
+
+def forward(bench: Bench, on: str) -> None:
+    for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        bench.run(CLIENT, "sh", "-c", f"echo {on} > /proc/sys/net/{setting}")
+
+
+def segment_sizes(bench: Bench, lan: list[str], version: str) -> tuple[int, int, int, int]:
+    """The MSS at both ends of a connection from the LAN to the far end, and of one back."""
+    python = [sys.executable, "-c"]
+    far = bench.pair.command(SERVER, python)
+    near = [*lan, *python]
+    sizes = []
+    for listens, connects, to in ((far, near, FAR), (near, far, LAN)):
+        with subprocess.Popen(
+            [*listens, LISTEN, to[version]], stdout=subprocess.PIPE, text=True
+        ) as listener:
+            assert listener.stdout is not None
+            assert listener.stdout.readline() == "ready\n"
+            done = subprocess.run([*connects, CONNECT, to[version]], capture_output=True,
+                                  text=True, check=True, timeout=30)  # fmt: skip
+            sizes += [int(listener.stdout.readline()), int(done.stdout)]
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("version", ["4", "6"])
+def test_the_rules_lower_the_mss_both_ways(
+    bench: Bench, lan: list[str], version: str, tmp_path: Path
+) -> None:
+    timestamps = 12  # bytes of each segment that TCP_MAXSEG leaves out
+    fits = MTU - HEADERS[version] - timestamps
+    before = segment_sizes(bench, lan, version)
+    assert max(before) <= fits, "the far end's own device bounds what it offers"
+    # A far end with a larger MTU: now only the router in between knows better.
+    hosts.ip("-n", bench.pair.names[SERVER], "link", "set", "ttun0", "mtu", "1500")
+    assert max(segment_sizes(bench, lan, version)) > fits, "without the rules it is too large"
+    rules = tmp_path / "rules.nft"
+    rules.write_text(RULES)
+    bench.run(CLIENT, "nft", "-f", str(rules))
+    assert max(segment_sizes(bench, lan, version)) <= fits
