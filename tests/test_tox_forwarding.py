@@ -28,7 +28,7 @@ import pytest
 from toxlab import CLIENT, NODE, SERVER, Lab, Program
 from tunnel import PROGRAM, eventually
 
-pytestmark = [pytest.mark.hosts, pytest.mark.tox]
+pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 
 SECRET = "a shared secret that no log may show"
 ECHO, CLOSED, MANUAL = 7001, 7002, 7003  # ports on the server's host; nobody listens on CLOSED
@@ -238,6 +238,8 @@ def test_a_reset_shows_at_the_other_end(
     manual: tuple[socket.socket, socket.socket], way: str
 ) -> None:
     one, other = manual if way == "up" else manual[::-1]
+    one.sendall(b"x")
+    assert other.recv(1) == b"x"  # a target that resets before that is one that refuses
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()
     with pytest.raises(ConnectionResetError):

@@ -21,7 +21,7 @@ from tunnel import PROGRAM, eventually
 
 from ttun import hosts
 
-pytestmark = [pytest.mark.hosts, pytest.mark.tox]
+pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 
 MIB = 1 << 20
 ECHO, TO_ECHO = 7001, 2001
