@@ -81,6 +81,16 @@ class Command:
             yield from command.all()
 
 
+def tree() -> Command:
+    """Return the whole command line; ``ttun tox`` has its options in a parser of its own."""
+    from ttun.tox import options as tox
+
+    parser = grammar.build_parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    tox.build_parser(commands.choices["tox"])
+    return read(parser, [], parser.description or "")
+
+
 def read(parser: argparse.ArgumentParser, words: list[str], text: str) -> Command:
     """Return the tree of a parser; words are those of its subcommands, text its help."""
     options: list[Option] = []
@@ -363,8 +373,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in FORMATS:
         print(f"usage: python -m ttun.manual {'|'.join(FORMATS)}", file=sys.stderr)
         return 2
-    parser = grammar.build_parser()
-    print(FORMATS[arguments[0]](read(parser, [], parser.description or "")), end="")
+    print(FORMATS[arguments[0]](tree()), end="")
     return 0
 
 
