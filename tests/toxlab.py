@@ -254,26 +254,7 @@ class Lab:
 
     def on(self, host: str, function: Callable[[], T]) -> T:
         """Call function on a thread that is on a host: sockets made there belong to that host."""
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            descriptor = os.open(f"/run/netns/{self.names[host]}", os.O_RDONLY)
-            try:
-                if tunnel.libc.setns(descriptor, tunnel.CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), "setns")
-                results.append(function())
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                os.close(descriptor)
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
+        return tunnel.in_namespace(self.names[host], function)
 
     def connect(self, port: int, host: str = CLIENT) -> socket.socket:
         """Connect to a port of the loopback on a host."""

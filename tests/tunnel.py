@@ -46,6 +46,30 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def in_namespace(name: str, function: Callable[[], T]) -> T:
+    """Call function on a thread that is in a network namespace: sockets made there stay there."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+        try:
+            if libc.setns(descriptor, CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            os.close(descriptor)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 class End:
     """One running program, and what it says on stderr."""
 
@@ -165,26 +189,7 @@ class Bench:
 
     def on(self, host: str, function: Callable[[], T]) -> T:
         """Call function on a thread that is on a host: sockets made there belong to that host."""
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            descriptor = os.open(f"/run/netns/{self.pair.names[host]}", os.O_RDONLY)
-            try:
-                if libc.setns(descriptor, CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), "setns")
-                results.append(function())
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                os.close(descriptor)
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
+        return in_namespace(self.pair.names[host], function)
 
     @contextlib.contextmanager
     def link_down(self, host: str, link: str | None = None) -> Iterator[None]:
