@@ -8,7 +8,7 @@
  *
  *  3. ttun_coalesce looks whether a packet is the next of its flow, with nothing unusual about it
  *     and right checksums. Merged packets reach the kernel as «checksum to be completed», so a
- * wrong one would be made right: what is broken is never merged.
+ *     wrong one would be made right: what is broken is never merged.
  *  4. ttun_flush gives the first packet's headers the length of all of them.
  *
  * or, between two ends that both have offloads:

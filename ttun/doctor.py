@@ -5,8 +5,7 @@ offloads, IPv6, the processor, Multipath TCP, toxcore, the clock, and the tunnel
 peer named, at whether that answers and how large a packet gets there. It changes nothing: for the
 offloads a device is made and removed again, never up. Without root it says what it could not see.
 
-Sources: linux/if_tun.h, proc(5), netdevice(7),
-Documentation/networking/mptcp.rst.
+Sources: linux/if_tun.h, proc(5), netdevice(7), Documentation/networking/mptcp.rst.
 """
 
 from __future__ import annotations

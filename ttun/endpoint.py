@@ -102,7 +102,7 @@ class Endpoint(abc.ABC):
         self.on_disconnected = on_disconnected
         self._stop = StopFlag()
         self._over = threading.Event()
-        self._lock = threading.Lock()  # over the nine below
+        self._lock = threading.Lock()  # over what follows, down to _since
         self._device: Device | None = None
         self._session: Session | None = None
         self._peer: str | None = None
