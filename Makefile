@@ -25,8 +25,8 @@ SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
-.PHONY: all demo test asan ubsan tsan fuzz faults wheels check-wheels check-services install \
-  uninstall lint format help clean
+.PHONY: all demo test asan ubsan tsan fuzz faults wheels check-wheels check-services pictures \
+  install uninstall lint format help clean
 
 all: $(VENV)/.built
 
@@ -42,6 +42,7 @@ help:
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
 	@echo 'make check-wheels: install and run them; those of ARM under emulation, as root'
 	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
+	@echo 'make pictures: record the terminal sessions of the README anew, as root'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
@@ -110,6 +111,9 @@ check-wheels: $(VENV)/.venv
 
 check-services: all
 	$(BIN)/python packaging/check_services.py
+
+pictures: all
+	PYTHONPATH=. $(BIN)/python packaging/pictures.py
 
 faults: all
 	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)

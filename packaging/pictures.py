@@ -1,0 +1,136 @@
+"""``make pictures``: what a terminal shows, recorded and drawn as SVG for the README. As root.
+
+1. Run a command on a pseudo-terminal, and note what is on its screen, and when that changes.
+2. Draw each line as a text, visible for as long as it was on the screen; the last screen stays, and
+   is all there is where nothing may move.
+
+docs/demo.svg is ``make demo``; docs/watch.svg is ``ttun show --watch`` on a client's host, while a
+transfer goes up and another one down, all of it on this machine.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import fcntl
+import html
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ttun import hosts, key
+from ttun.demo import end
+from ttun.hosts import CLIENT, SERVER, Hosts
+from ttun.show import CLEAR
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, COLUMNS = 40, 88
+SETTLED = 0.02  # seconds after which a screen counts: what follows sooner belongs to it
+WATCHED = 20.0  # seconds of ttun show --watch
+LOAD = "sleep 2; {0} flood 10.1.1.1 5001 1 6; sleep 2; {0} drain 10.1.1.1 5001 1 5"
+WIDTH, HEIGHT, MARGIN = 7.83, 19, 14  # of a character, of a line, around all: pixels
+STYLE = """
+text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  fill: #d6dde6; white-space: pre }
+.typed { fill: #7ee2a8; font-weight: 600 }
+.past { visibility: hidden }
+@keyframes wait { from, to { visibility: hidden } }
+@keyframes show { from, to { visibility: visible } }
+@media (prefers-reduced-motion: reduce) { text { animation: none !important } }
+"""
+
+Screens = list[tuple[float, list[str]]]  # seconds since the start, the lines that are there then
+
+
+def record(command: list[str], seconds: float) -> Screens:
+    """Run a command until it ends, seconds at most; return what was to be seen."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
+    # Not as a part of the make that runs this: that would show.
+    environment = {name: text for name, text in os.environ.items() if "MAKE" not in name}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    decoder, text, screens = codecs.getincrementaldecoder("utf-8")(), "", Screens()
+    start = time.monotonic()
+    with contextlib.suppress(OSError):  # EIO: the command has ended
+        while select.select([ours], [], [], max(0.0, start + seconds - time.monotonic()))[0]:
+            text += decoder.decode(os.read(ours, 65536)).replace("\r", "")
+            text = text.rpartition(CLEAR)[2]
+            now = time.monotonic() - start
+            if screens and now - screens[-1][0] < SETTLED:
+                screens.pop()
+            screens.append((now, text.splitlines()))
+    os.close(ours)
+    end(process)  # type: ignore[arg-type]
+    return screens
+
+
+def texts(screens: Screens) -> Iterator[tuple[int, str, float, float | None]]:
+    """Yield each text: its row, and from when until when it is there; None: to the end."""
+    shown: dict[int, tuple[str, float]] = {}
+    for when, lines in screens:
+        for row in range(max(len(lines), *shown, 0) + 1):
+            text = lines[row] if row < len(lines) else ""
+            before, since = shown.get(row, ("", 0.0))
+            if text != before:
+                if before:
+                    yield row, before, since, when
+                shown[row] = text, when
+    for row, (text, since) in shown.items():
+        if text:
+            yield row, text, since, None
+
+
+def draw(typed: str, screens: Screens, file: Path) -> None:
+    """Draw a command line and what it showed."""
+    height = (1 + max(len(lines) for _, lines in screens)) * HEIGHT + 2 * MARGIN
+    width, top, typed = round(COLUMNS * WIDTH) + 2 * MARGIN, MARGIN + 13, html.escape(typed)
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        f"<title>{typed}</title><style>{STYLE}</style>",
+        '<rect width="100%" height="100%" rx="8" fill="#171b21"/>',
+        f'<text class="typed" x="{MARGIN}" y="{top}"># {typed}</text>',
+    ]
+    for row, text, since, until in texts(screens):
+        play = f"show {until - since:.2f}s {since:.2f}s" if until else f"wait {since:.2f}s"
+        past = ' class="past"' if until else ""
+        # The bars of a graph may come from another font, of another width.
+        wide = "" if text.isascii() else f' textLength="{len(text) * WIDTH:.0f}"'
+        lines.append(
+            f'<text{past} x="{MARGIN}" y="{top + (row + 1) * HEIGHT}"{wide} '
+            f'xml:space="preserve" style="animation:{play}">{html.escape(text)}</text>'
+        )
+    file.write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
+    print(f"{file.relative_to(ROOT)}: {len(screens)} screens, {file.stat().st_size / 1000:.0f} kB")
+
+
+def watch(command: list[str]) -> Screens:
+    """Record a command on a client's host, with traffic through its tunnel."""
+    environment, traffic = hosts.environment(TTUN_PSK=key.generate()), hosts.python("ttun.traffic")
+    with Hosts() as pair, contextlib.ExitStack() as running:
+        for host, arguments in (
+            (SERVER, hosts.python("ttun", "server")),
+            (CLIENT, hosts.python("ttun", "client", "-s", hosts.IPV4[SERVER], "--dev", "office")),
+            (SERVER, [*traffic, "serve", "0.0.0.0", "5001"]),
+            (CLIENT, ["sh", "-c", LOAD.format(" ".join(traffic))]),
+        ):
+            quiet = subprocess.DEVNULL
+            ends = pair.start(host, arguments, environment=environment, stdout=quiet, stderr=quiet)
+            running.callback(end, ends)
+            time.sleep(0.5)  # the one before it is there by then
+        return record(command, WATCHED)
+
+
+if __name__ == "__main__":
+    draw("make demo", record(["make", "demo"], 120), ROOT / "docs/demo.svg")
+    show = ["./ttun.py", "show", "office", "--watch"]
+    draw(" ".join(show), watch(show), ROOT / "docs/watch.svg")
