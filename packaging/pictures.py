@@ -16,6 +16,7 @@ import fcntl
 import html
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -32,12 +33,12 @@ from ttun.show import CLEAR
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, COLUMNS = 40, 88
 SETTLED = 0.02  # seconds after which a screen counts: what follows sooner belongs to it
-WATCHED = 20.0  # seconds of ttun show --watch
-LOAD = "sleep 2; {0} flood 10.1.1.1 5001 1 6; sleep 2; {0} drain 10.1.1.1 5001 1 5"
+WATCHED = 17.0  # seconds of ttun show --watch
+LOAD = "sleep 2; {0} flood 10.1.1.1 5001 1 6; sleep 2; {0} drain 10.1.1.1 5001 1 9"
 WIDTH, HEIGHT, MARGIN = 7.83, 19, 14  # of a character, of a line, around all: pixels
 STYLE = """
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  fill: #d6dde6; white-space: pre }
+  fill: #d6dde6 }
 .typed { fill: #7ee2a8; font-weight: 600 }
 .past { visibility: hidden }
 @keyframes wait { from, to { visibility: hidden } }
@@ -89,6 +90,14 @@ def texts(screens: Screens) -> Iterator[tuple[int, str, float, float | None]]:
             yield row, text, since, None
 
 
+def part(found: re.Match[str]) -> str:
+    """Return what stands between wide gaps, in its column whatever the font's width is."""
+    text, x = found[0], MARGIN + found.start() * WIDTH
+    # The bars of a graph may come from another font.
+    wide = "" if text.isascii() else f' textLength="{len(text) * WIDTH:.0f}"'
+    return f'<tspan x="{x:.0f}"{wide}>{html.escape(text)}</tspan>'
+
+
 def draw(typed: str, screens: Screens, file: Path) -> None:
     """Draw a command line and what it showed."""
     height = (1 + max(len(lines) for _, lines in screens)) * HEIGHT + 2 * MARGIN
@@ -103,12 +112,9 @@ def draw(typed: str, screens: Screens, file: Path) -> None:
     for row, text, since, until in texts(screens):
         play = f"show {until - since:.2f}s {since:.2f}s" if until else f"wait {since:.2f}s"
         past = ' class="past"' if until else ""
-        # The bars of a graph may come from another font, of another width.
-        wide = "" if text.isascii() else f' textLength="{len(text) * WIDTH:.0f}"'
-        lines.append(
-            f'<text{past} x="{MARGIN}" y="{top + (row + 1) * HEIGHT}"{wide} '
-            f'xml:space="preserve" style="animation:{play}">{html.escape(text)}</text>'
-        )
+        parts = "".join(map(part, re.finditer(r"\S+( \S+)*", text)))
+        y = top + (row + 1) * HEIGHT
+        lines.append(f'<text{past} y="{y}" style="animation:{play}">{parts}</text>')
     file.write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
     print(f"{file.relative_to(ROOT)}: {len(screens)} screens, {file.stat().st_size / 1000:.0f} kB")
 
