@@ -6,6 +6,7 @@ The end-to-end tests carry the mark ``hosts``: they make network namespaces and 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ NO_TOX = pytest.StashKey[str]()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: for a quarter of a minute and more it mostly waits")
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
+    config.addinivalue_line("markers", "nft: needs nftables on this machine")
     config.addinivalue_line("markers", "tox: needs toxcore and a bootstrap node on this machine")
     config.stash[WHY_NOT] = ""
     config.stash[NO_TOX] = toxlab.why_not()
@@ -41,7 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for mark, why_not in (("hosts", config.stash[WHY_NOT]), ("tox", config.stash[NO_TOX])):
+    left_out = {
+        "hosts": config.stash[WHY_NOT],
+        "nft": "" if shutil.which("nft") else "apt install nftables",
+        "tox": config.stash[NO_TOX],
+    }
+    for mark, why_not in left_out.items():
         for item in items:
             if why_not and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=why_not))
@@ -54,6 +61,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     no_tox = terminalreporter.config.stash[NO_TOX]
     if no_tox:
         terminalreporter.write_line(f"NOT RUN: the Tox tests: {no_tox}", red=True)
+    if not shutil.which("nft"):
+        terminalreporter.write_line("NOT RUN: tests of firewalls: apt install nftables", red=True)
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,7 @@ def test_a_peer_that_answers_and_how_large_a_packet_gets_there(bench: Bench, pee
 
 
 @hosts_only
+@pytest.mark.nft
 def test_a_path_that_loses_large_packets_without_a_word(pair: hosts.Hosts) -> None:
     table = "add table ip hole; add chain ip hole in { type filter hook input priority 0; };"
     rules = f"{table} add rule ip hole in ip length > 1300 drop"
@@ -199,6 +200,7 @@ def test_a_route_with_a_smaller_mtu_is_found(pair: hosts.Hosts) -> None:
 
 
 @hosts_only
+@pytest.mark.nft
 def test_a_peer_without_a_server_and_one_that_is_silent(pair: hosts.Hosts) -> None:
     found = report(pair, "192.0.2.1:9")
     assert found.code == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.hosts
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nft"), reason="it needs nftables")
+@pytest.mark.nft
 @pytest.mark.parametrize("wire", ["v1", "x1"])
 def test_a_short_while_of_faults(wire: str) -> None:
     """TTUN_TEST_SEED: another order of them."""

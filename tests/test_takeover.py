@@ -109,6 +109,7 @@ def test_nobody_without_the_key_touches_the_session(plain: Bench) -> None:
         sock.close()
 
 
+@pytest.mark.nft
 def test_a_client_that_changed_networks_is_back_before_the_old_connection_is_dead(
     plain: Bench,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -157,17 +158,32 @@ def test_a_mistake_is_one_line_and_code_2() -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_a_missing_library_is_one_line() -> None:
+def without_library(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     hidden = (
         "import ttun.tox.toxcore as t; t.LIBRARY = 'libtoxcore.so.0';"
-        "import sys; from ttun.cli import main; sys.exit(main(['tox']))"
+        f"import sys; from ttun.cli import main; sys.exit(main(['tox', *{arguments!r}]))"
     )
-    python = [PROGRAM[0], "-c", hidden]
-    root = Path(PROGRAM[1]).parent
-    done = subprocess.run(python, capture_output=True, text=True, check=False, cwd=root)
+    return subprocess.run(
+        [PROGRAM[0], "-c", hidden], capture_output=True, text=True, check=False,
+        cwd=Path(PROGRAM[1]).parent, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_missing_library_is_one_line() -> None:
+    done = without_library()
     assert done.returncode == 1
     assert "apt install libtoxcore2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_client_may_name_its_server(tmp_path: Path) -> None:
+    """A name is as good as an ID: what then is missing is the library that was hidden."""
+    (tmp_path / "ttun").mkdir()
+    (tmp_path / "ttun" / "hosts").write_text(f"home    {ID}\n")
+    done = without_library("-i", "home", "-p", XDG_CONFIG_HOME=str(tmp_path))
+    assert (done.returncode, "apt install libtoxcore2" in done.stderr) == (1, True), done.stderr
+    done = without_library("-i", "work", "-p", XDG_CONFIG_HOME=str(tmp_path))
+    assert (done.returncode, "no name in" in done.stderr) == (2, True), done.stderr
 
 
 def test_help_and_version_and_nothing_of_tox_without_the_command() -> None:

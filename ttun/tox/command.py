@@ -32,12 +32,15 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run a command line; return the exit code. Raises TtunError."""
     asked = options.read(parser, arguments, os.environ)
     privileges.forbid_dumps()
+    contact, keys = None, None
+    if asked.client:
+        contact = identity.find_contact(asked.ids[0])
+    elif asked.ids:
+        keys = {identity.parse_key(text) for text in asked.ids}
     _set_log_level(asked)
     toxcore.load()  # before it is in the background, where nobody would read what is missing
     listeners = _listen(asked.forwards)
     known = nodes.find(asked.nodes)
-    contact = identity.find_contact(asked.ids[0]) if asked.client else None
-    keys = {identity.parse_key(text) for text in asked.ids} if asked.ids else None
     targets = rules.load(asked.rules) if asked.rules and not asked.client else None
     pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
     if asked.user is not None:
