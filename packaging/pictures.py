@@ -53,11 +53,9 @@ def record(command: list[str], seconds: float) -> Screens:
     """Run a command until it ends, seconds at most; return what was to be seen."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
-    # Not as a part of the make that runs this: that would show.
-    environment = {name: text for name, text in os.environ.items() if "MAKE" not in name}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
-    )
+    own = {name: text for name, text in os.environ.items() if "MAKE" not in name}  # not make[1]
+    given = {"cwd": ROOT, "env": own, "stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, text=True, **given)
     os.close(theirs)
     decoder, text, screens = codecs.getincrementaldecoder("utf-8")(), "", Screens()
     start = time.monotonic()
@@ -70,7 +68,7 @@ def record(command: list[str], seconds: float) -> Screens:
                 screens.pop()
             screens.append((now, text.splitlines()))
     os.close(ours)
-    end(process)  # type: ignore[arg-type]
+    end(process)
     return screens
 
 

@@ -158,3 +158,16 @@ def test_somebody_who_asks_and_says_nothing_holds_nobody_up(
 def test_the_graph_is_as_high_as_its_values() -> None:
     assert show.graph([0, 1, 2, 4, 8], 8).strip() == "▁▂▄█"
     assert len(show.graph([5] * 10, 5)) == show.GRAPH_WIDTH
+
+
+def test_a_rate_of_any_size_stands_apart_and_in_the_same_column() -> None:
+    rates = show._Rates()
+    total = {"uplink_bytes": 0, "downlink_bytes": 0}
+    rates.add(0.0, total)
+    rates.add(1.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 0})
+    sending, receiving = rates.lines()
+    assert sending.startswith("  sending   23.20 Gbit/s  ")
+    assert receiving.startswith("  receiving    0.0 bit/s  ")
+    assert len(sending) == len(receiving)
+    rates.add(2.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 2_900_000_000})
+    assert rates.lines()[1].startswith("  receiving 23.20 Gbit/s  ")

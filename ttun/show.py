@@ -141,7 +141,7 @@ class _Rates:
     def lines(self) -> list[str]:
         most = max([1.0, *self.sent, *self.received])
         return [
-            f"  {name:<9}{_rate(rates[-1] if rates else 0):>12}  {graph(rates, most)}"
+            f"  {name:<9}{_rate(rates[-1] if rates else 0):>13}  {graph(rates, most)}"
             for name, rates in (("sending", self.sent), ("receiving", self.received))
         ]
 
