@@ -148,6 +148,14 @@ def test_ports_of_tox() -> None:
             read(*wrong)
 
 
+def test_udp_ports_of_no_choice_are_where_others_on_the_network_look() -> None:
+    """toxcore's local discovery (friend_connection.c) sends to 33445 and the next hundred alone."""
+    ranges = {options.any_udp_ports(anywhere=False) for _ in range(1000)}
+    assert len(ranges) > 1
+    assert all(33445 <= first < last <= 33545 for first, last in ranges)
+    assert any(options.any_udp_ports(anywhere=True)[1] > 33545 for _ in range(1000))
+
+
 def test_a_mistake_is_one_line_and_code_2() -> None:
     for arguments in (["-x"], ["-i", "ABCD", "-p"], ["-p"], ["-i", ID[:-1] + "0", "-p"]):
         done = subprocess.run(

@@ -81,7 +81,7 @@ def open_tox(
                 return toxcore.Tox(
                     savedata=savedata,
                     tcp_port=options.any_relay_port() if relay_port is None else relay_port,
-                    udp_ports=udp_ports or options.any_udp_ports(),
+                    udp_ports=udp_ports or options.any_udp_ports(anywhere=attempt > 1),
                     proxy=proxy,
                     ipv6=ipv6,
                     verbose=verbose,

@@ -1,7 +1,8 @@
 """Nodes to bootstrap from: where the Tox network is entered.
 
 A file in the form of nodes.tox.chat/json: ``-b FILE``, else /etc/tuntox/nodes.json, else the list
-in this package. Hosts on the same network find each other without any.
+in this package. Hosts on the same private network find each other without any, if they have one of
+the UDP ports where toxcore looks (options.LAN_PORTS).
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from ttun.version import __version__
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")
 WITH_VALUE = "iLWPCsfItubFU"
+# Where toxcore looks for others on the same network: at ten ports every ten seconds, from 33445 on.
+LAN_PORTS = 33445, 33456  # first ports of a range
 
 EPILOG = f"""\
 Environment: {SECRET_VARIABLE}, ALL_PROXY=socks5://HOST:PORT or http://HOST:PORT (for Tox
@@ -111,7 +113,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "-u", dest="udp_ports", metavar="FROM:TO", type=_checked(_udp_ports),
-        help="UDP ports for Tox (default: any)",
+        help="UDP ports for Tox (default: some of 33445 to 33465, if they are free)",
     )  # fmt: skip
     add(
         "-b", dest="nodes", metavar="FILE", type=Path,
@@ -211,9 +213,9 @@ def parse_proxy(text: str | None) -> toxcore.Proxy | None:
     return toxcore.Proxy(kinds[scheme.lower()], host, port)
 
 
-def any_udp_ports() -> tuple[int, int]:
-    """Return a range to try, another each time."""
-    first = random.randrange(1024, 65500)
+def any_udp_ports(*, anywhere: bool) -> tuple[int, int]:
+    """Return a range to try, another each time: among LAN_PORTS, or anywhere if those are taken."""
+    first = random.randrange(*((1024, 65500) if anywhere else LAN_PORTS))
     return first, first + 10
 
 
