@@ -274,12 +274,12 @@ class World:
         for host, end in self.ends.items():
             assert end.process.poll() is None, f"{host} has ended:\n{end.log()}"
             eventually(lambda host=host: self.bench.devices(host) == ["ttun0"], "one device", 5)
-            before = self.baseline.setdefault(end, usage(end))
+            before = self.baseline.setdefault(end, end.usage())
             eventually(
-                lambda end=end, before=before: usage(end)[:2] == before[:2],
+                lambda end=end, before=before: end.usage()[:2] == before[:2],
                 f"{host}: as many descriptors and threads as {before[:2]}", 15,
             )  # fmt: skip
-            grown = usage(end)[2] - before[2]
+            grown = end.usage()[2] - before[2]
             assert grown < GROWTH, f"{host}: {grown} KiB more memory"
 
     def run(self, seconds: float, patient: bool) -> None:
@@ -327,13 +327,6 @@ class World:
         lines += [f"  {number:6} {what}" for what, number in sorted(self.count.items())]
         lines += [f"  dates in the logs: {' '.join(dates)}"]
         return "\n".join(lines)
-
-
-def usage(end: End) -> tuple[int, int, int]:
-    """Open descriptors, threads and KiB in memory of an end."""
-    proc = Path(f"/proc/{end.process.pid}")
-    memory = int((proc / "status").read_text().split("VmRSS:")[1].split()[0])
-    return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task")), memory
 
 
 def make_memory_group() -> Path | None:

@@ -134,11 +134,11 @@ def test_a_flood_of_malformed_handshakes_leaves_nothing(plain: Bench) -> None:
     server = plain.server()
     flood = ["malformed", SERVER_ADDRESS, "20203"]
     plain.run(CLIENT, *FLOOD, *flood, "200", "0")  # what grows once has grown
-    before = usage(server.process.pid)
+    before = server.usage()
     rate = plain.run(CLIENT, *FLOOD, *flood, str(COUNT), "1", timeout=60 + COUNT / 100)
     print(f"{rate.strip()} a second")
-    eventually(lambda: usage(server.process.pid)[0] == before[0], "all descriptors are closed", 15)
-    assert_small(usage(server.process.pid)[1] - before[1])
+    eventually(lambda: server.usage()[0] == before[0], "all descriptors are closed", 15)
+    assert_small(server.usage()[2] - before[2])
     assert "Traceback" not in server.log()
     assert "internal error" not in server.log()
     client_gets_in(plain)
@@ -152,10 +152,10 @@ def test_a_flood_of_malformed_frames_leaves_nothing(plain: Bench) -> None:
     """Each ends a session of somebody who had the key; a tenth of the number of handshakes."""
     server = plain.server()
     rng = random.Random(1)
-    before = (0, 0)
+    before = (0, 0, 0)
     for number in range(COUNT // 10):
         if number == 20:
-            before = usage(server.process.pid)
+            before = server.usage()
         with connect(plain) as sock:
             peer = Peer(sock, b"secret")
             peer.handshake_as_client()
@@ -165,8 +165,8 @@ def test_a_flood_of_malformed_frames_leaves_nothing(plain: Bench) -> None:
             sock.sendall(struct.pack(">H", length) + rng.randbytes(rng.randrange(length + 1)))
             sock.shutdown(socket.SHUT_WR)
         server.says("disconnected", times=number + 1)
-    eventually(lambda: usage(server.process.pid)[0] == before[0], "all descriptors are closed")
-    assert_small(usage(server.process.pid)[1] - before[1])
+    eventually(lambda: server.usage()[0] == before[0], "all descriptors are closed")
+    assert_small(server.usage()[2] - before[2])
     assert "internal error" not in server.log()
     client_gets_in(plain)
 
@@ -179,9 +179,3 @@ def assert_small(grown: int) -> None:
     """KiB of memory that a server gained. A sanitizer keeps what was freed, so it is not asked."""
     print(f"{grown} KiB more memory")
     assert grown < 4096 or "TTUN_TEST_PROGRAM" in os.environ
-
-
-def usage(pid: int) -> tuple[int, int]:
-    """Open descriptors and KiB in memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return len(os.listdir(f"/proc/{pid}/fd")), int(status.split("VmRSS:")[1].split()[0])

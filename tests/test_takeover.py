@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 import pytest
 from peer import Peer, echo_request
@@ -59,14 +58,13 @@ def test_a_new_client_takes_over_at_once(plain: Bench) -> None:
 
 def test_many_take_over_and_nothing_is_left_of_them(plain: Bench) -> None:
     server = plain.server("--takeover")
-    proc = Path(f"/proc/{server.process.pid}")
     peers = [arrive(plain)]
-    before = len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
+    before = server.usage()[:2]
     for _ in range(30):
         peers.append(arrive(plain))
     assert all(is_gone(peer) for peer in peers[:-1])
     eventually(
-        lambda: (len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))) == before,
+        lambda: server.usage()[:2] == before,
         "as many descriptors and threads as with one",
     )
     for peer in peers:

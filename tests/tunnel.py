@@ -114,6 +114,12 @@ class End:
         self.process.kill()
         self.process.wait()
 
+    def usage(self) -> tuple[int, int, int]:
+        """Return its open descriptors, its threads, and its memory in KiB."""
+        proc = Path(f"/proc/{self.process.pid}")
+        memory = int((proc / "status").read_text().split("VmRSS:")[1].split()[0])
+        return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task")), memory
+
 
 class Bench:
     """Two hosts, and whatever a test starts on them; all of it is ended with the test."""

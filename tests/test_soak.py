@@ -1,0 +1,73 @@
+"""Much through one session, with fresh keys all the while: nothing is lost, nothing grows.
+
+2 GiB on each wire; TTUN_TEST_GIB=200 is the long run.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tunnel import CLIENT, SERVER, TUNNEL4, Bench, End, eventually
+
+from ttun import status
+
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+
+GIB = 1 << 30
+PORT = "5001"
+TROUBLE = ("refused", "empty", "unsendable", "ignored", "forged")
+
+
+def test_counters_are_exact_and_memory_is_flat(bench: Bench) -> None:
+    rounds = max(int(os.environ.get("TTUN_TEST_GIB", "2")) // 2, 1)
+    rekey = ["--rekey", "1"] if bench.wire == "x1" else []
+    ends = bench.server(), bench.client(*rekey)
+    bench.answers()
+    bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+    used = []
+    for number in range(rounds):
+        with ThreadPoolExecutor() as pool:
+            transfers = [
+                pool.submit(
+                    bench.traffic, CLIENT, action, TUNNEL4[SERVER], PORT, str(GIB), timeout=600
+                )
+                for action in ("send", "receive")
+            ]
+            assert all(transfer.result()["whole"] for transfer in transfers)
+        used.append([end.usage() for end in ends])
+        print(f"{2 * (number + 1)} GiB, descriptors, threads and KiB:", *used[-1], flush=True)
+
+    server, client = eventually(lambda: agreed(*ends), "each counts what the other one sent")
+    for counted in (server, client):
+        assert counted["uplink_bytes"] > rounds * GIB
+        assert counted["downlink_bytes"] > rounds * GIB
+        assert [counted[name] for name in TROUBLE] == [0] * len(TROUBLE)
+    for before, after in zip(used[0], used[-1]):
+        assert after[:2] == before[:2]
+        assert after[2] < before[2] + 2048
+
+
+def agreed(server: End, client: End) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Return what both count in their only session, once nothing is under way between them."""
+    counted = []
+    for end in (server, client):
+        answer = answered(end)
+        assert answer["sessions"] == 1
+        counted.append(answer["counters"])
+    for one, other in (counted, reversed(counted)):
+        if (one["uplink_packets"], one["uplink_bytes"]) != (
+            other["downlink_packets"],
+            other["downlink_bytes"],
+        ):
+            return None
+    return counted[0], counted[1]
+
+
+def answered(end: End) -> dict[str, Any]:
+    answer = status.ask(Path(f"/run/ttun/ttun0.{end.process.pid}.sock"))
+    assert answer is not None
+    return answer
