@@ -12,6 +12,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
+    "checksum.c",
     "codec.c",
     "lane.c",
     "mailbox.c",
@@ -26,7 +27,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
 ffibuilder.set_source(
     "ttun._codec",
-    '#include "codec.h"\n#include "offload.h"\n#include "process.h"\n#include "pump.h"\n',
+    '#include "checksum.h"\n#include "codec.h"\n#include "offload.h"\n#include "process.h"\n#include "pump.h"\n',
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],
     depends=[f"csrc/{path.name}" for path in HERE.glob("*.[ch]")],

@@ -96,12 +96,4 @@ bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uin
 bool ttun_stays_whole(const struct ttun_vnet *vnet, uint8_t *packet, size_t size, bool tcp,
                       bool udp);
 
-/* ---- what all stand on ---- */
-
-/* Adds data to a ones' complement sum (RFC 1071) in the byte order of the machine. */
-uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size);
-
-/* Folds such a sum into 16 bits, still in the byte order of the machine, not complemented. */
-uint16_t ttun_fold(uint64_t sum);
-
 #endif
