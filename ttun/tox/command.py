@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ttun import link, privileges
 from ttun.errors import TtunError
-from ttun.tox import daemon, identity, nodes, options, protocol, rules, toxcore
+from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import Client
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.loop import Loop
@@ -221,7 +221,7 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
 
     def answer(reason: int | None) -> None:
         if reason is not None:
-            end.is_over(1, f"{target.host}:{target.port}: {protocol.REASONS[reason]}")
+            end.is_over(1, f"{target.host}:{target.port}: {packet.REASONS[reason]}")
             return
         threading.Thread(target=_send_stdin, args=(ours,), daemon=True).start()
         threading.Thread(target=write_stdout, daemon=True).start()

@@ -21,7 +21,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
-from ttun.tox import protocol
+from ttun.tox import packet, protocol
 from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.rules import Rule, allowed
@@ -119,9 +119,9 @@ class Server(Forwarder):
         reason = None
         by_rule = self._rules is None or allowed(self._rules, request.host, request.port)
         if not by_rule or not self._has_target(request):
-            reason = protocol.RULE
+            reason = packet.RULE
         elif sum(len(each.streams) for each in self.links.values()) >= MAX_STREAMS:
-            reason = protocol.FULL
+            reason = packet.FULL
         if reason:
             self._refuse(link, request, reason)
         elif self._targets is not None:
@@ -131,7 +131,7 @@ class Server(Forwarder):
             else:
                 ours.close()
                 theirs.close()
-                self._refuse(link, request, protocol.FULL)
+                self._refuse(link, request, packet.FULL)
         else:
             log.debug("peer %s: connecting to %s", link.name, target)
             self._look_up(link, request)
@@ -140,7 +140,7 @@ class Server(Forwarder):
         return self._targets is None or (request.host, request.port) in self._targets
 
     def _refuse(self, link: Link, request: protocol.Requested, reason: int) -> None:
-        why = protocol.REASONS[reason]
+        why = packet.REASONS[reason]
         log.info("peer %s: %s:%d: %s", link.name, request.host, request.port, why)
         link.peer.deny(request.forward_id, reason)
 
@@ -159,7 +159,7 @@ class Server(Forwarder):
         except OSError:
             pass
         if self._lookups >= MAX_LOOKUPS:
-            self._refuse(link, request, protocol.FULL)
+            self._refuse(link, request, packet.FULL)
             return
         self._lookups += 1
 
@@ -178,7 +178,7 @@ class Server(Forwarder):
 
     def _connect(self, link: Link, request: protocol.Requested, addresses: list[Sockaddr]) -> None:
         if not addresses:
-            self._refuse(link, request, protocol.NAME)
+            self._refuse(link, request, packet.NAME)
             return
 
         def done(sock: socket.socket | None, reason: int) -> None:
@@ -219,7 +219,7 @@ class _Connecting:
         self.deadline = time.monotonic() + CONNECT_TIMEOUT
         self._loop, self._addresses, self._done = loop, addresses, done
         self._sock: socket.socket | None = None
-        self._reason = protocol.UNREACHABLE
+        self._reason = packet.UNREACHABLE
 
     def next(self) -> None:
         """Try the next address; when none is left it has failed."""
@@ -228,7 +228,7 @@ class _Connecting:
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
             except OSError:
-                self._reason = protocol.FULL  # no descriptors, or no such family
+                self._reason = packet.FULL  # no descriptors, or no such family
                 continue
             sock.setblocking(False)
             error = sock.connect_ex(address)
@@ -243,7 +243,7 @@ class _Connecting:
     def time_out(self) -> None:
         """Give up and say so."""
         self.give_up()
-        self._done(None, protocol.UNREACHABLE)
+        self._done(None, packet.UNREACHABLE)
 
     def give_up(self) -> None:
         """Close it; nobody is told."""
@@ -255,7 +255,7 @@ class _Connecting:
 
     def _failed(self, error: int) -> None:
         refused = error == errno.ECONNREFUSED
-        self._reason = protocol.REFUSED if refused else protocol.UNREACHABLE
+        self._reason = packet.REFUSED if refused else packet.UNREACHABLE
         log.debug("connecting to a target: %s", os.strerror(error))
 
     def _on_ready(self, _: int) -> None:

@@ -22,7 +22,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Callable
 
 from ttun.tox import loop as loops
-from ttun.tox import protocol
+from ttun.tox import packet
 from ttun.tox.protocol import Tunnel
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ttun")
 
-CHUNK = 16 * protocol.MAX_DATA  # bytes read from a socket at once, and a stream's turn
+CHUNK = 16 * packet.MAX_DATA  # bytes read from a socket at once, and a stream's turn
 BUFFERS = 64  # buffers written to a socket at once
 NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -86,7 +86,7 @@ class Stream:
         """Take a turn: send some packets."""
         tunnel, peer, friend = self.tunnel, self.link.peer, self.link.friend
         assert tunnel is not None
-        for _ in range(CHUNK // protocol.MAX_DATA):
+        for _ in range(CHUNK // packet.MAX_DATA):
             if not self._has_pending(tunnel):
                 return DONE
             room = tunnel.room()
@@ -144,7 +144,7 @@ class Stream:
         if self.tunnel is not None:
             self.link.peer.close(self.tunnel)
         self._aborted = True
-        self._answer(protocol.UNREACHABLE)
+        self._answer(packet.UNREACHABLE)
         self._close()
 
     def flush(self) -> None:
