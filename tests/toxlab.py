@@ -252,6 +252,10 @@ class Lab:
         assert found
         return server, found[1]
 
+    def enter(self, host: str) -> None:
+        """Have this thread be on a host from now on."""
+        tunnel.enter_namespace(self.names[host])
+
     def on(self, host: str, function: Callable[[], T]) -> T:
         """Call function on a thread that is on a host: sockets made there belong to that host."""
         return tunnel.in_namespace(self.names[host], function)

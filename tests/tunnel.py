@@ -46,21 +46,27 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def enter_namespace(name: str) -> None:
+    """Have this thread be in a network namespace from now on."""
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    try:
+        if libc.setns(descriptor, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+    finally:
+        os.close(descriptor)
+
+
 def in_namespace(name: str, function: Callable[[], T]) -> T:
     """Call function on a thread that is in a network namespace: sockets made there stay there."""
     results: list[T] = []
     errors: list[BaseException] = []
 
     def call() -> None:
-        descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
         try:
-            if libc.setns(descriptor, CLONE_NEWNET) != 0:
-                raise OSError(ctypes.get_errno(), "setns")
+            enter_namespace(name)
             results.append(function())
         except BaseException as error:
             errors.append(error)
-        finally:
-            os.close(descriptor)
 
     thread = threading.Thread(target=call)
     thread.start()

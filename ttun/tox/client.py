@@ -140,11 +140,11 @@ class Client(Forwarder):
         """A server that floods us is looked for anew as well."""
         self.lose(link)
 
-    def on_pong(self, link: Link, data: bytes) -> None:
+    def on_pong(self, link: Link, seconds: float) -> None:
         """Take the answer to a PING."""
-        super().on_pong(link, data)
-        if self.on_answer_to_ping is not None and link.peer.round_trip is not None:
-            self.on_answer_to_ping(link.peer.round_trip)
+        super().on_pong(link, seconds)
+        if self.on_answer_to_ping is not None:
+            self.on_answer_to_ping(seconds)
 
     def on_tick(self, now: float) -> None:
         """See who takes too long."""

@@ -340,13 +340,13 @@ class Peer:
     def _receive_answer(self, kind: int, number: int, data: bytes) -> Event | None:
         if len(data) < U32.size or (kind == DENYTUNNEL and len(data) <= U32.size):
             raise ProtocolError("an answer to a request without its forward id")
+        if kind == ACKTUNNEL and number in self.tunnels:
+            raise ProtocolError("it opened a tunnel twice")
         forward_id = U32.unpack_from(data)[0]
         known = forward_id in self._requests
         owner = self._requests.pop(forward_id, None)
         if kind == DENYTUNNEL:
             return Denied(owner, data[U32.size]) if known else None
-        if number in self.tunnels:
-            raise ProtocolError("it opened a tunnel twice")
         tunnel = Tunnel(number, self.extended, owner)
         self.tunnels[number] = tunnel
         if not known:

@@ -107,6 +107,7 @@ class Server(Forwarder):
         """Nobody waits for what is being connected any more."""
         for connecting in [each for each in self._connecting if each.link is link]:
             connecting.give_up()
+            self._connecting.discard(connecting)
 
     def on_flood(self, link: Link) -> None:
         """Forget a friend that floods us; it may ask again."""
@@ -120,21 +121,23 @@ class Server(Forwarder):
         by_rule = self._rules is None or allowed(self._rules, request.host, request.port)
         if not by_rule or not self._has_target(request):
             reason = packet.RULE
-        elif sum(len(each.streams) for each in self.links.values()) >= MAX_STREAMS:
+        elif self._is_full(link):
             reason = packet.FULL
         if reason:
             self._refuse(link, request, reason)
         elif self._targets is not None:
-            ours, theirs = socket.socketpair()
-            if self._targets[request.host, request.port](theirs, link.name):
-                self._opened(link, request.forward_id, ours)
-            else:
-                ours.close()
-                theirs.close()
-                self._refuse(link, request, packet.FULL)
+            self._take(link, request, self._targets[request.host, request.port])
         else:
             log.debug("peer %s: connecting to %s", link.name, target)
             self._look_up(link, request)
+
+    def _is_full(self, link: Link) -> bool:
+        """Return whether a friend, or all of them, have as many connections as they may.
+
+        Streams are counted: those of slow readers outlive their tunnels.
+        """
+        streams = sum(len(each.streams) for each in self.links.values())
+        return len(link.streams) >= protocol.MAX_TUNNELS or streams >= MAX_STREAMS
 
     def _has_target(self, request: protocol.Requested) -> bool:
         return self._targets is None or (request.host, request.port) in self._targets
@@ -143,6 +146,20 @@ class Server(Forwarder):
         why = packet.REASONS[reason]
         log.info("peer %s: %s:%d: %s", link.name, request.host, request.port, why)
         link.peer.deny(request.forward_id, reason)
+
+    def _take(self, link: Link, request: protocol.Requested, target: Target) -> None:
+        """Connect a friend to a target inside this process."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no descriptors
+            self._refuse(link, request, packet.FULL)
+            return
+        if target(theirs, link.name):
+            self._opened(link, request.forward_id, ours)
+            return
+        ours.close()
+        theirs.close()
+        self._refuse(link, request, packet.FULL)
 
     def _opened(self, link: Link, forward_id: int, sock: socket.socket) -> None:
         tunnel = link.peer.accept(forward_id, None)
