@@ -371,3 +371,13 @@ def test_a_request_for_no_host_is_refused(host: bytes) -> None:
     kind, _, data = unpack(server.control.pop())
     assert (kind, data[4]) == (DENYTUNNEL, packets.NAME)
     assert not client.tunnels
+
+
+def test_an_answer_that_is_refused_leaves_the_request_to_a_later_one() -> None:
+    client, server = pair()
+    ours, _ = tunnel(client, server)
+    forward_id = client.request("host", 1, "waiting")
+    with pytest.raises(ProtocolError, match="twice"):
+        client.receive(pack(ACKTUNNEL, ours.id, struct.pack(">I", forward_id)))
+    answer = pack(DENYTUNNEL, 0, struct.pack(">IB", forward_id, packets.REFUSED))
+    assert client.receive(answer) == Denied("waiting", packets.REFUSED)
