@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import resource
 import socket
 import struct
 import time
@@ -194,6 +195,23 @@ def test_streams_that_outlive_their_tunnels_are_counted(
         friend.peer.request("127.0.0.1", port_of(target), "one more")
         eventually(lambda: (friend.talk(), friend.refusals)[1], "an answer")
         assert friend.refusals == [packet.FULL]
+
+
+def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
+    loop = Loop(offline_tox())
+    server = Server(loop, targets={("127.0.0.1", 20203): lambda sock, _: False})
+    loop.start(server)
+    friend = Friend(server, FRIEND)
+    friend.peer.request("127.0.0.1", 20203, object())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        friend.talk()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert friend.refusals == [packet.FULL]
+    loop.stop()
+    assert loop.error is None
 
 
 @pytest.mark.parametrize(

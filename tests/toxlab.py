@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -64,30 +63,11 @@ def no_nat() -> str:
     return "" if shutil.which("nft") else "NAT in a test needs nft: apt install nftables"
 
 
-class Program:
-    """A running program, and what it says."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process, self.path = process, log
-
-    def log(self) -> str:
-        return self.path.read_text(errors="replace")
+class Program(tunnel.Program):
+    """A program that has to be found through Tox first."""
 
     def says(self, text: str, times: int = 1, seconds: float = 60) -> str:
-        tunnel.eventually(
-            lambda: self.log().count(text) >= times, f"{text!r} in {self.path}:\n", seconds
-        )
-        return self.log()
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        try:
-            return self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise AssertionError(f"did not stop:\n{self.log()}") from None
+        return super().says(text, times, seconds)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -131,8 +111,7 @@ class Lab:
     def close(self) -> None:
         for program in self.programs:
             if program.process.poll() is None:
-                program.process.kill()
-                program.process.wait()
+                program.kill()
         for name in self.names.values():
             hosts._remove(name)
 

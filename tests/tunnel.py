@@ -76,30 +76,18 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
     return results[0]
 
 
-class End:
-    """One running program, and what it says on stderr."""
+class Program:
+    """A running program, and what it says on stderr."""
 
-    def __init__(
-        self,
-        pair: Hosts,
-        host: str,
-        arguments: list[str],
-        log: Path,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        self.host, self.path = host, log
-        with log.open("w") as file:
-            self.process = pair.start(
-                host, [*PROGRAM, *arguments], stdout=file, stderr=file,
-                environment=hosts.environment(**(environment or {})),
-            )  # fmt: skip
+    def __init__(self, process: subprocess.Popen[Any], log: Path) -> None:
+        self.process, self.path = process, log
 
     def log(self) -> str:
-        return self.path.read_text()
+        return self.path.read_text(errors="replace")
 
     def says(self, text: str, times: int = 1, seconds: float = 20) -> str:
         """Wait until the log has text that many times."""
-        eventually(lambda: self.log().count(text) >= times, f"{self.host}: {text!r}", seconds)
+        eventually(lambda: self.log().count(text) >= times, f"{text!r} in {self.path}", seconds)
         return self.log()
 
     def ended(self, seconds: float = 10) -> int:
@@ -110,15 +98,34 @@ class End:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(5)
+            return self.process.wait(10)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise AssertionError(f"{self.host} did not stop:\n{self.log()}") from None
+            self.kill()
+            raise AssertionError(f"did not stop:\n{self.log()}") from None
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+class End(Program):
+    """One end of a tunnel."""
+
+    def __init__(
+        self,
+        pair: Hosts,
+        host: str,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.host = host
+        with log.open("w") as file:
+            process = pair.start(
+                host, [*PROGRAM, *arguments], stdout=file, stderr=file,
+                environment=hosts.environment(**(environment or {})),
+            )  # fmt: skip
+        super().__init__(process, log)
 
 
 class Bench:
