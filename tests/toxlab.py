@@ -42,6 +42,8 @@ DROP_UDP = """
 add table ip strict
 add chain ip strict through { type filter hook forward priority 0; }
 add rule ip strict through meta l4proto udp drop"""
+# 127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net has them.
+LOOPBACK = {"0100007F", f"{0:024}01000000", f"{0:016}FFFF00000100007F"}
 T = TypeVar("T")
 
 
@@ -70,7 +72,22 @@ class Program(tunnel.Program):
         return super().says(text, times, seconds)
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        """How many are open, but for toxcore's sockets: it leaves relays and joins them again.
+
+        Those are all Internet sockets that are not on the loopback.
+        """
+        process = Path(f"/proc/{self.process.pid}")
+        toxcores = set()
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            for line in (process / "net" / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[1].partition(":")[0] not in LOOPBACK:
+                    toxcores.add(f"socket:[{fields[9]}]")
+        count = 0
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                count += os.readlink(descriptor) not in toxcores
+        return count
 
     def resident(self) -> int:
         """KiB."""

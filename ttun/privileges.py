@@ -70,9 +70,10 @@ def find_user(name: str | None) -> User | None:
     """
     if name is None and os.geteuid() != 0:
         return None
-    number = int(name) if name is not None and name.isdecimal() else None
+    text = DEFAULT_USER if name is None else name
+    number = int(text) if text.isdecimal() else None
     try:
-        entry = pwd.getpwnam(name or DEFAULT_USER) if number is None else pwd.getpwuid(number)
+        entry = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
     except (KeyError, ValueError, OverflowError):
         if name is None:
             return User(DEFAULT_USER, NOBODY, NOBODY)
