@@ -197,6 +197,25 @@ def test_streams_that_outlive_their_tunnels_are_counted(
         assert friend.refusals == [packet.FULL]
 
 
+def test_connections_to_a_name_at_once_are_all_made(server: Server, target: socket.socket) -> None:
+    """More than are looked up at once; under load some of 200 were refused."""
+    friend = Friend(server, FRIEND)
+    for _ in range(200):
+        friend.peer.request("localhost", port_of(target), object())
+    eventually(lambda: (friend.talk(), len(friend.peer.tunnels) == 200)[1], "all tunnels", 30)
+    assert not friend.refusals
+
+
+def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: Server) -> None:
+    friend = Friend(server, FRIEND)
+    for _ in range(20):
+        for _ in range(protocol.MAX_TUNNELS):
+            friend.peer.request("name.invalid", 1, object())
+        friend.peer.control.append(pack(packet.HELLO, 0, b"\1\0"))
+        friend.talk()
+    assert len(server._names) <= protocol.MAX_TUNNELS
+
+
 def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
     loop = Loop(offline_tox())
     server = Server(loop, targets={("127.0.0.1", 20203): lambda sock, _: False})

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hmac
 import logging
 import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
@@ -31,7 +33,7 @@ from ttun.tox.toxcore import FriendRequest
 log = logging.getLogger("ttun")
 
 CONNECT_TIMEOUT = 15.0  # seconds for a target, all its addresses together
-MAX_LOOKUPS = 64  # names being looked up
+MAX_LOOKUPS = 64  # names being looked up; more of them wait
 MAX_STREAMS = 4096  # connections of all friends together
 MAX_FRIENDS = 256  # that are not online; the one that left first is forgotten
 
@@ -60,6 +62,7 @@ class Server(Forwarder):
         self._targets = targets
         self._connecting: set[_Connecting] = set()
         self._lookups = 0
+        self._names: deque[tuple[Link, protocol.Requested]] = deque()  # to be looked up
         self._offline: dict[int, str] = {}  # friends that are not online, the first to leave first
 
     def on_request(self, request: FriendRequest) -> None:
@@ -108,6 +111,7 @@ class Server(Forwarder):
         for connecting in [each for each in self._connecting if each.link is link]:
             connecting.give_up()
             self._connecting.discard(connecting)
+        self._names = deque(each for each in self._names if each[0] is not link)
 
     def on_flood(self, link: Link) -> None:
         """Forget a friend that floods us; it may ask again."""
@@ -175,23 +179,29 @@ class Server(Forwarder):
             return
         except OSError:
             pass
-        if self._lookups >= MAX_LOOKUPS:
-            self._refuse(link, request, packet.FULL)
-            return
-        self._lookups += 1
+        self._names.append((link, request))
+        self._look_up_names()
 
-        def look_up() -> None:
-            addresses: list[Sockaddr] = []
-            with contextlib.suppress(OSError, UnicodeError):
-                addresses = _addresses(request, 0)
-            self.loop.call(lambda: found(addresses))
+    def _look_up_names(self) -> None:
+        """Look up names that wait, as many at once as there may be threads."""
+        while self._names and self._lookups < MAX_LOOKUPS:
+            self._lookups += 1
+            look_up = functools.partial(self._look_up_name, *self._names.popleft())
+            threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
 
-        def found(addresses: list[Sockaddr]) -> None:
+    def _look_up_name(self, link: Link, request: protocol.Requested) -> None:
+        """Look up a name, on a thread of its own."""
+        addresses: list[Sockaddr] = []
+        with contextlib.suppress(OSError, UnicodeError):
+            addresses = _addresses(request, 0)
+
+        def found() -> None:
             self._lookups -= 1
             if self.links.get(link.friend) is link:
                 self._connect(link, request, addresses)
+            self._look_up_names()
 
-        threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+        self.loop.call(found)
 
     def _connect(self, link: Link, request: protocol.Requested, addresses: list[Sockaddr]) -> None:
         if not addresses:
