@@ -25,7 +25,7 @@ SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
-.PHONY: all demo test asan ubsan tsan fuzz faults wheels check-wheels check-services pictures \
+.PHONY: all demo test asan ubsan tsan fuzz faults soak wheels check-wheels check-services pictures \
   install uninstall lint format help clean
 
 all: $(VENV)/.built
@@ -37,6 +37,7 @@ help:
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
 	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong'
+	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
@@ -117,6 +118,9 @@ pictures: all
 
 faults: all
 	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)
+
+soak: all
+	PYTHONPATH=. $(BIN)/python tests/toxsoak.py $(SECONDS) $(SEED)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)

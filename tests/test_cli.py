@@ -57,7 +57,7 @@ USAGE = {
     "server -k x extra": "unrecognized arguments: extra",
     "server -k=": "the key in -k is empty",
     "server -k=--": "the key in -k is empty",
-    "server -k x --user no.such.user": "--user no.such.user: there is no such user",
+    "server -k x --user no.such.user": "there is no user 'no.such.user' here",
     "genkey now": "unrecognized arguments: now",
 }
 

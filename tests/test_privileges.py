@@ -13,6 +13,7 @@ import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
 
 from ttun import hosts, privileges
+from ttun.errors import UsageError
 
 pytestmark = pytest.mark.hosts
 
@@ -148,3 +149,12 @@ def test_nothing_is_imported_once_the_user_has_changed(bench: Bench) -> None:
         assert "imported late" not in end.log()
         assert "Traceback" not in end.log()
     assert os.geteuid() == 0, "else nothing was looked at"
+
+
+def test_a_user_is_a_name_or_a_number() -> None:
+    nobody = pwd.getpwnam("nobody")
+    assert privileges.find_user(str(nobody.pw_uid)) == privileges.find_user("nobody")
+    assert privileges.find_user("987654") == ("987654", 987654, 987654)
+    for wrong in ("no.such.user", str(1 << 32), str(1 << 80), "-1", ""):
+        with pytest.raises(UsageError, match="there is no user"):
+            privileges.find_user(wrong)

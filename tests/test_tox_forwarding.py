@@ -1,6 +1,6 @@
 """End to end: ports forwarded through a Tox network of our own, real toxcore, real node.
 
-Finding each other takes about ten seconds, so all programs are started together and shared.
+All programs are started together and shared: toxnet.py.
 """
 
 from __future__ import annotations
@@ -15,138 +15,45 @@ import socket
 import stat
 import statistics
 import struct
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from toxlab import CLIENT, NODE, SERVER, Lab, Program
+import toxnet
+from toxlab import CLIENT, SERVER
+from toxnet import (
+    ALONE,
+    BY_RULE,
+    CLOSED,
+    ECHO,
+    MANUAL,
+    NO_RULE,
+    PROXY_PORTS,
+    REBORN,
+    SECRET,
+    SOCKS,
+    TO_CLOSED,
+    TO_ECHO,
+    TO_MANUAL,
+    TO_NAME,
+    Net,
+    exchange,
+    is_closed,
+    receive,
+)  # fmt: skip
 from tunnel import PROGRAM, eventually
 
 from ttun import hosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 
-SECRET = "a shared secret that no log may show"
-ECHO, CLOSED, MANUAL = 7001, 7002, 7003  # ports on the server's host; nobody listens on CLOSED
-TO_ECHO, TO_CLOSED, TO_MANUAL, TO_NAME, SOCKS = 2001, 2002, 2003, 2004, 1080
-BY_RULE, NO_RULE = 2005, 2006
-REBORN = 2007
-ALONE = ("-t", "0")  # no relay of our own: one less thing that two programs could share
-
-
-@dataclass
-class Net:
-    """What runs, and who is who."""
-
-    lab: Lab
-    server: Program
-    server_id: str
-    client: Program
-    uninvited: Program
-    ruled: Program
-    allowed: Program
-    unlisted: Program
-    pipe: Program
-    pinger: Program
-    proxied: Program
-    reborn: list[Program]
-    reborn_client: Program
-    identities: Path
-
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
-    directory = tmp_path_factory.mktemp("tox")
-    shared = {"TUNTOX_SHARED_SECRET": SECRET}
-    with Lab(directory) as lab:
-        lab.echo(ECHO)
-        home = directory / "server"
-        server, server_id = lab.serve(*ALONE, "-C", str(home), "-d", environment=shared)
-        to_server = (*ALONE, "-i", server_id)
-        forwards = {
-            TO_ECHO: f"localhost:{ECHO}",
-            TO_CLOSED: f"127.0.0.1:{CLOSED}",
-            TO_MANUAL: f"127.0.0.1:{MANUAL}",
-            TO_NAME: "no-such-name.invalid:80",
-        }
-        options = [f"-L{port}:{target}" for port, target in forwards.items()]
-        client = lab.tox(CLIENT, *to_server, *options, "-D", str(SOCKS), environment=shared)
-        uninvited = lab.tox(CLIENT, *to_server, "-p", "-s", "wrong")
-
-        (directory / "rules").write_text(f"127.0.0.1:{ECHO}\n")
-        member = lab.identity(directory / "member")
-        rules = ("-C", str(directory / "ruled"), "-f", str(directory / "rules"), "-i", member)
-        ruled, ruled_id = lab.serve(*ALONE, *rules)
-        both = (f"-L{BY_RULE}:127.0.0.1:{ECHO}", f"-L{NO_RULE}:127.0.0.1:{CLOSED}")
-        to_ruled = (*ALONE, "-i", ruled_id)
-        allowed = lab.tox(CLIENT, *to_ruled, "-C", str(directory / "member"), *both)
-        unlisted = lab.tox(CLIENT, *to_ruled, "-p")
-
-        pipe = lab.tox(
-            CLIENT, *to_server, "-W", f"127.0.0.1:{ECHO}", environment=shared,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        pinger = lab.tox(CLIENT, *to_server, "-p", environment=shared)
-        lab.start(NODE, sys.executable, str(Path(__file__).with_name("socks_proxy.py")), "9050")
-        proxied = lab.tox(
-            CLIENT, *to_server, "-p",
-            environment={**shared, "ALL_PROXY": "socks5://192.0.2.3:9050"},
-        )  # fmt: skip
-        again = (*ALONE, "-C", str(directory / "reborn"))
-        first, reborn_id = lab.serve(*again)
-        reborn_client = lab.tox(CLIENT, *ALONE, "-i", reborn_id, f"-L{REBORN}:127.0.0.1:{ECHO}")
-        reborn = [first]
-
-        def kill_and_start_again() -> None:
-            reborn_client.says("connected over")
-            with contextlib.closing(lab.connect(REBORN)) as sock:
-                assert exchange(sock, b"first") == b"first"
-            first.process.kill()
-            reborn.append(lab.serve(*again)[0])
-
-        restart = threading.Thread(target=kill_and_start_again)
-        restart.start()
-        client.says("connected over")
-        allowed.says("connected over")
-        restart.join()
-        yield Net(
-            lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, pinger,
-            proxied, reborn, reborn_client, directory,
-        )  # fmt: skip
-
-
-def exchange(sock: socket.socket, data: bytes) -> bytes:
-    sock.settimeout(30)
-    sock.sendall(data)
-    return receive(sock, len(data))
-
-
-def receive(sock: socket.socket, size: int) -> bytes:
-    """Exactly size bytes, or what came until the end."""
-    received = bytearray()
-    while len(received) < size:
-        data = sock.recv(size - len(received))
-        if not data:
-            break
-        received += data
-    return bytes(received)
-
-
-def is_closed(sock: socket.socket, seconds: float = 20) -> bool:
-    """Whether the other end closes or resets within some seconds, without a byte."""
-    sock.settimeout(seconds)
-    try:
-        return sock.recv(1) == b""
-    except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
+    with toxnet.start(tmp_path_factory.mktemp("tox")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -364,10 +271,16 @@ def test_hosts_on_a_private_network_need_no_node(pair: hosts.Hosts, tmp_path: Pa
             hosts.ip("-n", pair.names[host], "address", "delete", f"{address}/24", *link)
 
 
-def test_through_a_proxy(net: Net) -> None:
-    assert net.proxied.process.wait(60) == 0
-    assert "on the Tox network over a TCP relay" in net.proxied.log()
-    assert "over UDP" not in net.proxied.log()
+@pytest.mark.parametrize("kind", PROXY_PORTS)
+def test_through_a_proxy(net: Net, kind: str) -> None:
+    number = list(PROXY_PORTS).index(kind)
+    proxied = net.proxied[number]
+    assert proxied.process.wait(60) == 0, proxied.log()
+    assert "pong in" in proxied.log()
+    assert "on the Tox network over a TCP relay" in proxied.log()
+    assert "over UDP" not in proxied.log()
+    if kind == "http":
+        assert "CONNECT " in net.proxies[number].log()
 
 
 def test_without_the_secret_nobody_gets_in(net: Net) -> None:
@@ -436,7 +349,8 @@ def test_another_user_has_the_rights_of_that_user(net: Net, tmp_path: Path) -> N
     uids = re.search(r"Uid:\s+(\d+)\s+(\d+)\s+(\d+)", status)
     assert uids is not None
     assert 0 not in map(int, uids.groups())
-    assert re.search(r"CapEff:\s+0+$", status, re.MULTILINE)
+    for kind in ("CapEff", "CapBnd"):
+        assert re.search(rf"{kind}:\s+0+$", status, re.MULTILINE)
     server.stop()
 
 

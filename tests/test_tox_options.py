@@ -77,7 +77,9 @@ def test_a_forward(text: str, forward: Forward) -> None:
     assert read("-i", ID, "-L", text).forwards == [forward]
 
 
-@pytest.mark.parametrize("text", ["", "22", "22:h", "x:h:22", "22:h:0", "22:h:65536", "22::22"])
+@pytest.mark.parametrize(
+    "text", ["", "22", "22:h", "x:h:22", "22:h:0", "22:h:65536", "22::22", f"22:{256 * 'h'}:22"]
+)
 def test_what_is_no_forward(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         read("-i", ID, "-L", text)
@@ -242,7 +244,9 @@ def test_no_rules_allow_nothing_and_no_file_is_an_error(tmp_path: Path) -> None:
         rules.load(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("text", ["h", ":1", "h:", "h:x", "h:0", "h:99999", "2001:db8::1:22"])
+@pytest.mark.parametrize(
+    "text", ["h", ":1", "h:", "h:x", "h:0", "h:99999", "2001:db8::1:22", f"{256 * 'h'}:22"]
+)
 def test_what_is_no_target(text: str) -> None:
     with pytest.raises(UsageError):
         rules.parse_target(text)

@@ -8,12 +8,12 @@ import struct
 import pytest
 
 from ttun.errors import ProtocolError
+from ttun.tox import packet as packets
 from ttun.tox import protocol
-from ttun.tox.protocol import (
+from ttun.tox.packet import (
     ACKTUNNEL,
     DENYTUNNEL,
     EOF,
-    FIRST_WINDOW,
     HELLO,
     MAX_DATA,
     PING,
@@ -22,6 +22,11 @@ from ttun.tox.protocol import (
     TCP,
     TCP_FIN,
     WINDOW,
+    pack,
+    unpack,
+)
+from ttun.tox.protocol import (
+    FIRST_WINDOW,
     Closed,
     Data,
     Denied,
@@ -35,8 +40,6 @@ from ttun.tox.protocol import (
     Requested,
     Restarted,
     Tunnel,
-    pack,
-    unpack,
 )
 
 
@@ -152,7 +155,7 @@ def test_random_packets_do_no_harm() -> None:
         if isinstance(event, Data):
             assert event.tunnel.id in server.tunnels
         if isinstance(event, Requested):
-            server.deny(event.forward_id, protocol.RULE)
+            server.deny(event.forward_id, packets.RULE)
         server.control.clear()
     assert not server.asked
 
@@ -248,9 +251,9 @@ def test_a_refusal_says_why_and_is_for_that_request_alone() -> None:
     client, server = pair()
     first, second = client.request("a", 1, "first"), client.request("b", 2, "second")
     carry(client, server)
-    server.deny(second, protocol.REFUSED)
-    assert carry(server, client) == [Denied("second", protocol.REFUSED)]
-    server.deny(second, protocol.REFUSED)
+    server.deny(second, packets.REFUSED)
+    assert carry(server, client) == [Denied("second", packets.REFUSED)]
+    server.deny(second, packets.REFUSED)
     assert not server.control
     assert server.accept(first, None) is not None
     assert isinstance(carry(server, client)[0], Opened)
@@ -263,7 +266,7 @@ def test_the_original_gets_nothing_that_it_does_not_know() -> None:
         server.receive(pack(REQUESTTUNNEL, 22, struct.pack(">I", forward_id) + b"host"))
     theirs = server.accept(1, None)
     assert theirs is not None
-    server.deny(2, protocol.REFUSED)
+    server.deny(2, packets.REFUSED)
     server.consumed(theirs, 10 * FIRST_WINDOW, now=1.0)
     server.end(theirs)
     kinds = [unpack(packet)[:2] for packet in server.control]
@@ -336,7 +339,7 @@ def test_tunnels_are_bounded() -> None:
         tunnel(client, server)
     client.request("host", 1, "one too many")
     assert carry(client, server) == []
-    assert carry(server, client) == [Denied("one too many", protocol.FULL)]
+    assert carry(server, client) == [Denied("one too many", packets.FULL)]
 
 
 def test_an_id_is_not_used_again_soon() -> None:
@@ -366,5 +369,15 @@ def test_a_request_for_no_host_is_refused(host: bytes) -> None:
     client, server = pair()
     assert server.receive(pack(REQUESTTUNNEL, 22, b"\0\0\0\1" + host)) is None
     kind, _, data = unpack(server.control.pop())
-    assert (kind, data[4]) == (DENYTUNNEL, protocol.NAME)
+    assert (kind, data[4]) == (DENYTUNNEL, packets.NAME)
     assert not client.tunnels
+
+
+def test_an_answer_that_is_refused_leaves_the_request_to_a_later_one() -> None:
+    client, server = pair()
+    ours, _ = tunnel(client, server)
+    forward_id = client.request("host", 1, "waiting")
+    with pytest.raises(ProtocolError, match="twice"):
+        client.receive(pack(ACKTUNNEL, ours.id, struct.pack(">I", forward_id)))
+    answer = pack(DENYTUNNEL, 0, struct.pack(">IB", forward_id, packets.REFUSED))
+    assert client.receive(answer) == Denied("waiting", packets.REFUSED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ttun.errors import ProtocolError
-from ttun.tox import protocol, socks5
+from ttun.tox import packet, socks5
 
 HELLO = b"\5\1\0"
 
@@ -75,11 +75,11 @@ def test_another_protocol_gets_no_answer(data: bytes) -> None:
     ("reason", "code"),
     [
         (None, 0),
-        (protocol.REFUSED, 5),
-        (protocol.UNREACHABLE, 4),
-        (protocol.NAME, 4),
-        (protocol.RULE, 2),
-        (protocol.FULL, 1),
+        (packet.REFUSED, 5),
+        (packet.UNREACHABLE, 4),
+        (packet.NAME, 4),
+        (packet.RULE, 2),
+        (packet.FULL, 1),
         (99, 1),
     ],
 )

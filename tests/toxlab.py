@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +42,8 @@ DROP_UDP = """
 add table ip strict
 add chain ip strict through { type filter hook forward priority 0; }
 add rule ip strict through meta l4proto udp drop"""
+# 127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net has them.
+LOOPBACK = {"0100007F", f"{0:024}01000000", f"{0:016}FFFF00000100007F"}
 T = TypeVar("T")
 
 
@@ -64,33 +65,29 @@ def no_nat() -> str:
     return "" if shutil.which("nft") else "NAT in a test needs nft: apt install nftables"
 
 
-class Program:
-    """A running program, and what it says."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process, self.path = process, log
-
-    def log(self) -> str:
-        return self.path.read_text(errors="replace")
+class Program(tunnel.Program):
+    """A program that has to be found through Tox first."""
 
     def says(self, text: str, times: int = 1, seconds: float = 60) -> str:
-        tunnel.eventually(
-            lambda: self.log().count(text) >= times, f"{text!r} in {self.path}:\n", seconds
-        )
-        return self.log()
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        try:
-            return self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise AssertionError(f"did not stop:\n{self.log()}") from None
+        return super().says(text, times, seconds)
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        """How many are open, but for toxcore's sockets: it leaves relays and joins them again.
+
+        Those are all Internet sockets that are not on the loopback.
+        """
+        process = Path(f"/proc/{self.process.pid}")
+        toxcores = set()
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            for line in (process / "net" / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[1].partition(":")[0] not in LOOPBACK:
+                    toxcores.add(f"socket:[{fields[9]}]")
+        count = 0
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                count += os.readlink(descriptor) not in toxcores
+        return count
 
     def resident(self) -> int:
         """KiB."""
@@ -131,8 +128,7 @@ class Lab:
     def close(self) -> None:
         for program in self.programs:
             if program.process.poll() is None:
-                program.process.kill()
-                program.process.wait()
+                program.kill()
         for name in self.names.values():
             hosts._remove(name)
 
@@ -251,6 +247,10 @@ class Lab:
         found = re.search(r"Using Tox ID: ([0-9A-F]{76})", text)
         assert found
         return server, found[1]
+
+    def enter(self, host: str) -> None:
+        """Have this thread be on a host from now on."""
+        tunnel.enter_namespace(self.names[host])
 
     def on(self, host: str, function: Callable[[], T]) -> T:
         """Call function on a thread that is on a host: sockets made there belong to that host."""

@@ -46,21 +46,27 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def enter_namespace(name: str) -> None:
+    """Have this thread be in a network namespace from now on."""
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    try:
+        if libc.setns(descriptor, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+    finally:
+        os.close(descriptor)
+
+
 def in_namespace(name: str, function: Callable[[], T]) -> T:
     """Call function on a thread that is in a network namespace: sockets made there stay there."""
     results: list[T] = []
     errors: list[BaseException] = []
 
     def call() -> None:
-        descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
         try:
-            if libc.setns(descriptor, CLONE_NEWNET) != 0:
-                raise OSError(ctypes.get_errno(), "setns")
+            enter_namespace(name)
             results.append(function())
         except BaseException as error:
             errors.append(error)
-        finally:
-            os.close(descriptor)
 
     thread = threading.Thread(target=call)
     thread.start()
@@ -70,30 +76,18 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
     return results[0]
 
 
-class End:
-    """One running program, and what it says on stderr."""
+class Program:
+    """A running program, and what it says on stderr."""
 
-    def __init__(
-        self,
-        pair: Hosts,
-        host: str,
-        arguments: list[str],
-        log: Path,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        self.host, self.path = host, log
-        with log.open("w") as file:
-            self.process = pair.start(
-                host, [*PROGRAM, *arguments], stdout=file, stderr=file,
-                environment=hosts.environment(**(environment or {})),
-            )  # fmt: skip
+    def __init__(self, process: subprocess.Popen[Any], log: Path) -> None:
+        self.process, self.path = process, log
 
     def log(self) -> str:
-        return self.path.read_text()
+        return self.path.read_text(errors="replace")
 
     def says(self, text: str, times: int = 1, seconds: float = 20) -> str:
         """Wait until the log has text that many times."""
-        eventually(lambda: self.log().count(text) >= times, f"{self.host}: {text!r}", seconds)
+        eventually(lambda: self.log().count(text) >= times, f"{text!r} in {self.path}", seconds)
         return self.log()
 
     def ended(self, seconds: float = 10) -> int:
@@ -104,11 +98,10 @@ class End:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(5)
+            return self.process.wait(10)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise AssertionError(f"{self.host} did not stop:\n{self.log()}") from None
+            self.kill()
+            raise AssertionError(f"did not stop:\n{self.log()}") from None
 
     def kill(self) -> None:
         self.process.kill()
@@ -119,6 +112,26 @@ class End:
         proc = Path(f"/proc/{self.process.pid}")
         memory = int((proc / "status").read_text().split("VmRSS:")[1].split()[0])
         return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task")), memory
+
+
+class End(Program):
+    """One end of a tunnel."""
+
+    def __init__(
+        self,
+        pair: Hosts,
+        host: str,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.host = host
+        with log.open("w") as file:
+            process = pair.start(
+                host, [*PROGRAM, *arguments], stdout=file, stderr=file,
+                environment=hosts.environment(**(environment or {})),
+            )  # fmt: skip
+        super().__init__(process, log)
 
 
 class Bench:

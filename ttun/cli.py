@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from ttun import key, privileges
 from ttun.errors import TtunError, UsageError
 from ttun.parser import Parser, build_parser, join_values
+from ttun.stop import Signals
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
@@ -252,22 +252,16 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
-    # The handler does nothing: the interpreter writes the signal's number to the pipe, which is
-    # safe at any moment, and the main thread sleeps in read().
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-    signal.set_wakeup_fd(writable)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)
+    signals = Signals(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     endpoint.open()
     socket_of_status = status.StatusSocket(str(endpoint.status().device))
     privileges.drop(user, required=options.user is not None)  # before there are threads
     hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
-    endpoint.when_over(lambda: os.write(writable, b"\0"))
+    endpoint.when_over(signals.wake)
     manager.tell(manager.READY)
-    while (received := _wait(readable, endpoint, manager)) == signal.SIGUSR1:
+    while (received := _wait(signals, endpoint, manager)) == signal.SIGUSR1:
         lines = show.describe(status.as_dict(endpoint.status()))
         log.info("status: %s", "; ".join(line.strip() for line in lines))
     manager.tell(manager.STOPPING)
@@ -280,12 +274,12 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(readable: int, endpoint: Endpoint, manager: Manager) -> int:
+def _wait(signals: Signals, endpoint: Endpoint, manager: Manager) -> int:
     """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
-    while not select.select([readable], [], [], manager.interval)[0]:
+    while (received := signals.wait(manager.interval)) is None:
         endpoint.status()  # an endpoint that hangs with its lock held gives none
         manager.tell(manager.ALIVE)
-    return os.read(readable, 1)[0]
+    return received
 
 
 COMMANDS = {

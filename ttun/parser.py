@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Callable, NoReturn
 
 from ttun.version import __version__
 
@@ -260,11 +260,21 @@ def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> li
         for option in action.option_strings
         if action.nargs is None
     }
-    rest = list(arguments[1:])
+    return joined + join_each(arguments[1:], with_value.__contains__, "=")
+
+
+def join_each(
+    arguments: Sequence[str], takes_value: Callable[[str], bool], joint: str
+) -> list[str]:
+    """Join each option that takes a value to what follows it.
+
+    Not to nothing, which would be no value. Nor to two dashes: argparse drops such a value whatever
+    is done; apart, it is refused.
+    """
+    joined, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        # argparse drops a value of two dashes whatever is done: leave it apart, it is refused then.
-        if argument in with_value and rest and rest[0] != "--":
-            argument += f"={rest.pop(0)}"
+        if takes_value(argument) and rest and rest[0] not in ("", "--"):
+            argument += joint + rest.pop(0)
         joined.append(argument)
     return joined

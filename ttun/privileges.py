@@ -29,6 +29,7 @@ log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h
 DEFAULT_USER = "nobody"
+MAX_ID = 0xFFFFFFFE  # of a user; setresuid() takes one more for «as it is»
 NOBODY = 65534  # where the user database has none: the kernel's own overflow user
 
 
@@ -62,19 +63,23 @@ def forbid_dumps() -> None:
 
 
 def find_user(name: str | None) -> User | None:
-    """Return whom to become. name: of a user, or None for what is usual.
+    """Return whom to become. name: of a user, or a number, or None for what is usual.
 
     That is nobody for root, and nobody else (None) for everybody else. Raises UsageError for a
     name that is no user's.
     """
     if name is None and os.geteuid() != 0:
         return None
+    text = DEFAULT_USER if name is None else name
+    number = int(text) if text.isdecimal() else None
     try:
-        entry = pwd.getpwnam(name or DEFAULT_USER)
-    except (KeyError, ValueError):
-        if name is not None:
-            raise UsageError(f"--user {name}: there is no such user") from None
-        return User(DEFAULT_USER, NOBODY, NOBODY)
+        entry = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
+    except (KeyError, ValueError, OverflowError):
+        if name is None:
+            return User(DEFAULT_USER, NOBODY, NOBODY)
+        if number is not None and number <= MAX_ID:
+            return User(name, number, number)
+        raise UsageError(f"there is no user {name!r} here") from None
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 

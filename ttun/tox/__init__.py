@@ -4,8 +4,8 @@
                                                   |  UDP, or a TCP relay
              target <--TCP-- [server] <--packets-- toxcore
 
-``toxcore`` binds the system's library, ``protocol`` knows packets and tunnels and does no I/O,
-``loop`` is the one thread that owns the Tox instance, ``stream`` joins a socket to a tunnel,
-``forwarder`` is what ``server`` and ``client``, the two roles, have in common. ``command`` is
-``ttun tox``, ``transport`` the tunnel inside. docs/tox.md tells the whole story.
+``toxcore`` binds the system's library, ``packet`` and ``protocol`` know packets and tunnels and do
+no I/O, ``loop`` is the one thread that owns the Tox instance, ``stream`` joins a socket to a
+tunnel, ``forwarder`` is what ``server`` and ``client``, the two roles, have in common. ``command``
+is ``ttun tox``, ``transport`` the tunnel inside. docs/tox.md tells the whole story.
 """

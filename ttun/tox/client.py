@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from ttun.errors import ProtocolError
-from ttun.tox import protocol, socks5
+from ttun.tox import packet, socks5
 from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.stream import Answer, Stream
@@ -80,7 +80,7 @@ class Client(Forwarder):
         """Take over a socket and connect it to a target. answer is told how that went."""
         wish = _Wish(sock, host, port, answer, closed, time.monotonic() + WAIT_ONLINE)
         if len(self._wishes) >= MAX_WAITING:
-            self._refuse(wish, protocol.FULL)
+            self._refuse(wish, packet.FULL)
             return
         self._wishes.add(wish)
         if self.link is not None:
@@ -91,7 +91,7 @@ class Client(Forwarder):
             self._wishes.discard(wish)
             if reason is not None:
                 link.peer.cancel(wish.forward_id)
-                log.info("%s:%d: %s", wish.host, wish.port, protocol.REASONS.get(reason, reason))
+                log.info("%s:%d: %s", wish.host, wish.port, packet.REASONS.get(reason, reason))
             wish.answer(reason)
 
         wish.deadline = time.monotonic() + WAIT_ANSWER
@@ -140,11 +140,11 @@ class Client(Forwarder):
         """A server that floods us is looked for anew as well."""
         self.lose(link)
 
-    def on_pong(self, link: Link, data: bytes) -> None:
+    def on_pong(self, link: Link, seconds: float) -> None:
         """Take the answer to a PING."""
-        super().on_pong(link, data)
-        if self.on_answer_to_ping is not None and link.peer.round_trip is not None:
-            self.on_answer_to_ping(link.peer.round_trip)
+        super().on_pong(link, seconds)
+        if self.on_answer_to_ping is not None:
+            self.on_answer_to_ping(seconds)
 
     def on_tick(self, now: float) -> None:
         """See who takes too long."""
@@ -154,7 +154,7 @@ class Client(Forwarder):
         elif self.link is None and now - self._invited > INVITE_AGAIN:
             self._invite()
         for wish in [each for each in self._wishes if each.deadline <= now]:
-            self._refuse(wish, protocol.OFFLINE if wish.stream is None else protocol.SILENT)
+            self._refuse(wish, packet.OFFLINE if wish.stream is None else packet.SILENT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
         for listener in self._listeners:
@@ -168,7 +168,7 @@ class Client(Forwarder):
             talk.close()
         super().on_stop()
         for wish in list(self._wishes):
-            self._refuse(wish, protocol.OFFLINE)
+            self._refuse(wish, packet.OFFLINE)
 
     def talk_socks(self, sock: socket.socket) -> None:
         """Have a local program say in SOCKS5 where it wants to go."""

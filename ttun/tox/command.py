@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from ttun import link, privileges
 from ttun.errors import TtunError
-from ttun.tox import daemon, identity, nodes, options, protocol, rules, toxcore
+from ttun.stop import Signals
+from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import Client
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.loop import Loop
@@ -26,6 +28,7 @@ log = logging.getLogger("ttun")
 
 ATTEMPTS = 20  # at ports that nobody else has
 PING_TIMEOUT = 120.0  # seconds
+DESCRIPTORS = 8192
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
@@ -37,6 +40,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         contact = identity.find_contact(asked.ids[0])
     elif asked.ids:
         keys = {identity.parse_key(text) for text in asked.ids}
+    _allow_descriptors()
     _set_log_level(asked)
     toxcore.load()  # before it is in the background, where nobody would read what is missing
     listeners = _listen(asked.forwards)
@@ -44,7 +48,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     targets = rules.load(asked.rules) if asked.rules and not asked.client else None
     pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
     if asked.user is not None:
-        daemon.become(asked.user)
+        privileges.drop(privileges.find_user(asked.user), required=True)
     tox = _open(asked)
     _settle(asked, pid_file)
     loop = Loop(tox)
@@ -120,6 +124,14 @@ def _make_directory(directory: Path) -> None:
         log.warning("cannot make %s: %s", directory, error.strerror)
 
 
+def _allow_descriptors() -> None:
+    """Raise the soft limit of descriptors: each connection has one, 1,024 are usual in all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _set_log_level(asked: Options) -> None:
     if asked.quiet:
         log.setLevel(logging.ERROR)
@@ -171,28 +183,24 @@ class _End:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._code = 0
-        self._readable, self._writable = os.pipe()
-        os.set_blocking(self._writable, False)
-        signal.set_wakeup_fd(self._writable)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+        self._signals = Signals(signal.SIGINT, signal.SIGTERM)
 
     def is_over(self, code: int, message: str | None = None) -> None:
         """End with an exit code, from any thread."""
         self._code = code
         if message is not None:
             log.error("%s", message)
-        os.write(self._writable, b"\0")
+        self._signals.wake()
 
     def wait(self) -> int:
         """Return the exit code when it is over."""
 
         def watch() -> None:
             self._loop.over.wait()
-            os.write(self._writable, b"\0")
+            self._signals.wake()
 
         threading.Thread(target=watch, name="ttun-over", daemon=True).start()
-        received = os.read(self._readable, 1)[0]
+        received = self._signals.wait()
         if received:
             log.info("%s: stopping", signal.Signals(received).name)
         self._loop.stop()
@@ -224,7 +232,7 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
 
     def answer(reason: int | None) -> None:
         if reason is not None:
-            end.is_over(1, f"{target.host}:{target.port}: {protocol.REASONS[reason]}")
+            end.is_over(1, f"{target.host}:{target.port}: {packet.REASONS[reason]}")
             return
         threading.Thread(target=_send_stdin, args=(ours,), daemon=True).start()
         threading.Thread(target=write_stdout, daemon=True).start()

@@ -1,15 +1,14 @@
-"""The background: fork, the file with the process id, another user, syslog. Source: daemon(7)."""
+"""The background: fork, the file with the process id, syslog. Source: daemon(7)."""
 
 from __future__ import annotations
 
 import logging
 import logging.handlers
 import os
-import pwd
 import sys
 from pathlib import Path
 
-from ttun.errors import TtunError, UsageError
+from ttun.errors import TtunError
 
 SYSLOG = "/dev/log"
 
@@ -45,30 +44,6 @@ def write_pid(descriptor: int) -> None:
     """Write who we are."""
     os.write(descriptor, f"{os.getpid()}\n".encode())
     os.close(descriptor)
-
-
-def become(user: str) -> None:
-    """Become a user, given by name or number, for good, with that user's groups."""
-    try:
-        entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
-        name, uid, gid = entry.pw_name, entry.pw_uid, entry.pw_gid
-    except KeyError:
-        if not user.isdigit():
-            raise UsageError(f"there is no user {user!r} here") from None
-        name, uid, gid = "", int(user), int(user)
-    if os.geteuid() != 0:
-        if os.geteuid() == uid:
-            return
-        raise TtunError(f"becoming the user {user} needs root")
-    try:
-        if name:
-            os.initgroups(name, gid)
-        else:
-            os.setgroups([])
-        os.setgid(gid)
-        os.setuid(uid)
-    except OSError as error:
-        raise TtunError(f"cannot become the user {user}: {error.strerror}") from None
 
 
 def log_to_syslog(log: logging.Logger) -> None:

@@ -8,11 +8,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import os
 import random
+import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,6 +33,7 @@ from ttun.tox.toxcore import FriendStatus, Packet
 log = logging.getLogger("ttun")
 
 PING_INTERVAL = 5.0  # seconds
+MAX_ROUND_TRIP = 60.0  # seconds
 BOOTSTRAP_INTERVAL, BOOTSTRAP_NODES = 10.0, 8
 COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
 
@@ -54,7 +59,7 @@ class Link:
             return False, math.inf
         if self._pace.take():  # so it was toxcore that refused
             self._pace.refused(now)
-            return True, now
+            return True, math.inf  # until there is room
         return False, now + self._pace.wait(now)
 
     def _fill(self) -> bool:
@@ -89,9 +94,11 @@ class Link:
         level = logging.WARNING if self.complaints <= COMPLAINTS else logging.DEBUG
         log.log(level, "peer %s: %s", self.name, error)
 
-    def drop(self, streams: set[Stream]) -> None:
-        """End streams whose tunnels are gone for a reason that is not theirs."""
-        for stream in list(streams):
+    def drop(self) -> None:
+        """End all streams, for a reason that is not theirs."""
+        counts = len(self.peer.tunnels), len(self.streams)
+        log.debug("peer %s: %d tunnels, %d connections end", self.name, *counts)
+        for stream in list(self.streams):
             stream.reset()
 
 
@@ -109,6 +116,7 @@ class Forwarder:
         self.nodes: Sequence[Node] = ()  # to bootstrap from
         self.online = False
         self._next_bootstrap = 0.0
+        self._bootstrapping = False
 
     def on_event(self, event: toxcore.Event) -> None:
         """Take what toxcore reports."""
@@ -146,7 +154,7 @@ class Forwarder:
         """End everything that went through a friend that is gone."""
         del self.links[link.friend]
         log.info("peer %s is gone; %d connections closed", link.name, len(link.streams))
-        link.drop(link.streams)
+        link.drop()
         self.on_lost(link)
 
     def _receive(self, link: Link, data: bytes) -> None:
@@ -165,7 +173,9 @@ class Forwarder:
 
     def _handle(self, link: Link, event: protocol.Event) -> None:
         if isinstance(event, protocol.Pong):
-            self.on_pong(link, event.data)
+            seconds = _round_trip(event.data)
+            if seconds is not None:
+                self.on_pong(link, seconds)
         elif isinstance(event, protocol.Requested):
             self.on_requested(link, event)
         elif isinstance(event, (protocol.Opened, protocol.Denied)):
@@ -177,7 +187,7 @@ class Forwarder:
                 stream.refuse(event.reason)
         elif isinstance(event, protocol.Restarted):
             log.info("peer %s started afresh; %d connections closed", link.name, len(link.streams))
-            link.drop(link.streams)
+            link.drop()
             self.on_restarted(link)
         elif isinstance(event, (protocol.MaySend, protocol.Ended, protocol.Closed)):
             stream = event.tunnel.owner
@@ -194,18 +204,37 @@ class Forwarder:
         """Get to know the network until we are on it; measure the round trip to each friend."""
         if not self.online and now >= self._next_bootstrap:
             self._next_bootstrap = now + BOOTSTRAP_INTERVAL
-            for node in random.sample(self.nodes, min(len(self.nodes), BOOTSTRAP_NODES)):
-                self.loop.tox.bootstrap(*node)
+            self._bootstrap(random.sample(self.nodes, min(len(self.nodes), BOOTSTRAP_NODES)))
         for link in list(self.links.values()):
             if now - link.pinged >= PING_INTERVAL:
                 link.pinged = now
                 if len(link.peer.control) < protocol.MAX_CONTROL // 2:
                     link.peer.ping(struct.pack(">d", now))
 
-    def on_pong(self, link: Link, data: bytes) -> None:
+    def _bootstrap(self, some: Sequence[Node]) -> None:
+        """Get to know some nodes, each when its name has been looked up."""
+
+        def look_up(node: Node) -> None:
+            with contextlib.suppress(OSError, UnicodeError):
+                found = socket.getaddrinfo(node.host, None, type=socket.SOCK_DGRAM)
+                for host in {str(address[0]) for _, _, _, _, address in found}:
+                    self.loop.call(functools.partial(self.loop.tox.bootstrap, host, *node[1:]))
+
+        def look_up_all() -> None:
+            for node in some:
+                look_up(node)
+            self.loop.call(done)
+
+        def done() -> None:
+            self._bootstrapping = False
+
+        if not self._bootstrapping:
+            self._bootstrapping = True
+            threading.Thread(target=look_up_all, name="ttun-nodes", daemon=True).start()
+
+    def on_pong(self, link: Link, seconds: float) -> None:
         """Take the answer to a PING of on_tick()."""
-        if len(data) == 8:
-            link.peer.round_trip = max(0.0, time.monotonic() - struct.unpack(">d", data)[0])
+        link.peer.round_trip = seconds
 
     def flush(self, now: float) -> tuple[bool, float]:
         """Write to sockets, fill toxcore; return whether it is full, and when to come again."""
@@ -226,7 +255,7 @@ class Forwarder:
     def on_stop(self) -> None:
         """Close everything; what is queued for friends is sent if toxcore takes it now."""
         for link in list(self.links.values()):
-            link.drop(link.streams)
+            link.drop()
             link.fill(time.monotonic())
         if self.links:
             self.loop.tox.iterate()
@@ -253,3 +282,11 @@ class Forwarder:
 
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
         """A friend wants a connection to a target."""
+
+
+def _round_trip(data: bytes) -> float | None:
+    """Return the seconds since a PING of on_tick(); None for data that cannot be of one."""
+    if len(data) != 8:
+        return None
+    seconds = time.monotonic() - float(struct.unpack(">d", data)[0])
+    return seconds if 0 <= seconds <= MAX_ROUND_TRIP else None

@@ -129,8 +129,12 @@ class Loop:
         except BaseException as error:
             log.debug("the Tox thread failed", exc_info=True)
             self.error = error
-        finally:
+        try:
             self._owner.on_stop()
+        except BaseException as error:
+            log.debug("the Tox thread failed at its end", exc_info=True)
+            self.error = self.error or error
+        finally:
             self.tox.close()
             self._epoll.close()
             os.close(self._writable)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttun.errors import UsageError
+from ttun.parser import join_each
 from ttun.tox import identity, toxcore
-from ttun.tox.rules import Rule, parse_target
+from ttun.tox.rules import MAX_HOST, Rule, parse_target
 from ttun.version import __version__
 
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
@@ -168,13 +169,8 @@ def read(
 
 def join_values(arguments: Sequence[str]) -> list[str]:
     """Write ``-s VALUE`` as ``-sVALUE``: argparse then takes a value with a dash in front."""
-    joined, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if re.fullmatch(f"-[dqSzpV]*[{WITH_VALUE}]", argument) and rest and rest[0]:
-            argument += rest.pop(0)
-        joined.append(argument)
-    return joined
+    takes_value = re.compile(f"-[dqSzpV]*[{WITH_VALUE}]").fullmatch
+    return join_each(arguments, lambda argument: takes_value(argument) is not None, "")
 
 
 def parse_forward(text: str) -> Forward:
@@ -184,8 +180,8 @@ def parse_forward(text: str) -> Forward:
         raise UsageError(f"{text!r}: a forward is PORT:HOST:PORT, as in 2222:127.0.0.1:22")
     bind = None if len(fields) == 3 else _bind(fields[0])
     host = fields[-2]
-    if not host:
-        raise UsageError(f"{text!r}: the host at the other end is missing")
+    if not 0 < len(host) <= MAX_HOST:
+        raise UsageError(f"{text[:40]!r}: the host at the other end has 1 to {MAX_HOST} characters")
     return Forward(bind, _port(fields[-3], 0, text), (host, _port(fields[-1], 1, text)))
 
 

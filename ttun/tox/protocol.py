@@ -1,8 +1,4 @@
-"""Packets and the state of tunnels: bytes in, events out, no I/O and no clock of its own.
-
-A packet, all fields big-endian, at most 1373 bytes::
-
-    u16 magic 0xA26B | u16 type | u16 tunnel | u16 length | length bytes
+"""The state of tunnels: packets in, events out, no I/O and no clock of its own.
 
     client                                   server
       HELLO                  <->               HELLO           two of ours only
@@ -21,35 +17,30 @@ A tunnel is looked up among those of the friend it came from: nobody reaches ano
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Union
 
 from ttun.errors import ProtocolError
-
-HEADER = struct.Struct(">HHHH")
-U32 = struct.Struct(">I")
-MAGIC, MAGIC_VERSION_1 = 0xA26B, 0xA26A
-MAX_DATA = 1365  # bytes in one packet
-
-PING, PONG = 0x0108, 0x0100
-HELLO = 0x0120
-TCP, TCP_FIN, REQUESTTUNNEL, ACKTUNNEL = 0x0600, 0x0601, 0x0602, 0x0610
-DENYTUNNEL, WINDOW, EOF = 0x0604, 0x0606, 0x0608
-
-REFUSED, UNREACHABLE, NAME, RULE, FULL = 1, 2, 3, 4, 5  # reasons of DENYTUNNEL
-OFFLINE, SILENT = -1, -2  # never on the wire: our own
-REASONS = {
-    OFFLINE: "the server is not online",
-    SILENT: "the server does not answer",
-    REFUSED: "the target refused the connection",
-    UNREACHABLE: "the target cannot be reached",
-    NAME: "the target's name cannot be resolved",
-    RULE: "the server's rules do not allow this target",
-    FULL: "the server has too many connections",
-}
+from ttun.tox.packet import (
+    ACKTUNNEL,
+    DENYTUNNEL,
+    EOF,
+    FULL,
+    HELLO,
+    MAX_DATA,
+    NAME,
+    PING,
+    PONG,
+    REQUESTTUNNEL,
+    TCP,
+    TCP_FIN,
+    U32,
+    WINDOW,
+    pack,
+    unpack,
+)
 
 FIRST_WINDOW = 256 << 10  # bytes that each side may send before it is given more
 MAX_WINDOW = 4 << 20
@@ -155,25 +146,6 @@ class Growth:
             return False
         self.left -= size
         return True
-
-
-def pack(kind: int, tunnel: int = 0, data: bytes | memoryview = b"") -> bytes:
-    """Return a packet."""
-    return HEADER.pack(MAGIC, kind, tunnel, len(data)) + data
-
-
-def unpack(packet: bytes) -> tuple[int, int, bytes]:
-    """Return a packet's type, tunnel and data. Raises ProtocolError."""
-    if len(packet) < HEADER.size:
-        raise ProtocolError(f"a packet of {len(packet)} bytes, less than its header")
-    magic, kind, tunnel, length = HEADER.unpack_from(packet)
-    if magic == MAGIC_VERSION_1:
-        raise ProtocolError("it speaks version 1 of the Tuntox protocol: too old")
-    if magic != MAGIC:
-        raise ProtocolError(f"a packet with the magic {magic:#06x}")
-    if len(packet) - HEADER.size < length:
-        raise ProtocolError(f"a packet of {len(packet)} bytes that claims {length} of data")
-    return kind, tunnel, packet[HEADER.size : HEADER.size + length]
 
 
 class Peer:
@@ -368,13 +340,13 @@ class Peer:
     def _receive_answer(self, kind: int, number: int, data: bytes) -> Event | None:
         if len(data) < U32.size or (kind == DENYTUNNEL and len(data) <= U32.size):
             raise ProtocolError("an answer to a request without its forward id")
+        if kind == ACKTUNNEL and number in self.tunnels:
+            raise ProtocolError("it opened a tunnel twice")
         forward_id = U32.unpack_from(data)[0]
         known = forward_id in self._requests
         owner = self._requests.pop(forward_id, None)
         if kind == DENYTUNNEL:
             return Denied(owner, data[U32.size]) if known else None
-        if number in self.tunnels:
-            raise ProtocolError("it opened a tunnel twice")
         tunnel = Tunnel(number, self.extended, owner)
         self.tunnels[number] = tunnel
         if not known:

@@ -15,6 +15,8 @@ from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
 
+MAX_HOST = 255  # as long as a name can be; a request for it has to fit a packet
+
 
 class Rule(NamedTuple):
     """A host, or ``*``, and a port, or 0."""
@@ -30,6 +32,8 @@ def parse_target(text: str, least_port: int = 1) -> Rule:
         host = host[1:-1]
     elif ":" in host:
         raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [{host}]:{port}")
+    if len(host) > MAX_HOST:
+        raise UsageError(f"the host {host[:20]}... has more than {MAX_HOST} characters")
     if not separator or not host or not (port.isascii() and port.isdigit()):
         raise UsageError(f"{text!r}: a target is HOST:PORT, as in 127.0.0.1:22")
     if not least_port <= int(port) <= 65535:

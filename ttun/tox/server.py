@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hmac
 import logging
 import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
-from ttun.tox import protocol
+from ttun.tox import packet, protocol
 from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.rules import Rule, allowed
@@ -31,7 +33,7 @@ from ttun.tox.toxcore import FriendRequest
 log = logging.getLogger("ttun")
 
 CONNECT_TIMEOUT = 15.0  # seconds for a target, all its addresses together
-MAX_LOOKUPS = 64  # names being looked up
+MAX_LOOKUPS = 64  # names being looked up; more of them wait
 MAX_STREAMS = 4096  # connections of all friends together
 MAX_FRIENDS = 256  # that are not online; the one that left first is forgotten
 
@@ -60,6 +62,7 @@ class Server(Forwarder):
         self._targets = targets
         self._connecting: set[_Connecting] = set()
         self._lookups = 0
+        self._names: deque[tuple[Link, protocol.Requested]] = deque()  # to be looked up
         self._offline: dict[int, str] = {}  # friends that are not online, the first to leave first
 
     def on_request(self, request: FriendRequest) -> None:
@@ -107,6 +110,8 @@ class Server(Forwarder):
         """Nobody waits for what is being connected any more."""
         for connecting in [each for each in self._connecting if each.link is link]:
             connecting.give_up()
+            self._connecting.discard(connecting)
+        self._names = deque(each for each in self._names if each[0] is not link)
 
     def on_flood(self, link: Link) -> None:
         """Forget a friend that floods us; it may ask again."""
@@ -119,30 +124,46 @@ class Server(Forwarder):
         reason = None
         by_rule = self._rules is None or allowed(self._rules, request.host, request.port)
         if not by_rule or not self._has_target(request):
-            reason = protocol.RULE
-        elif sum(len(each.streams) for each in self.links.values()) >= MAX_STREAMS:
-            reason = protocol.FULL
+            reason = packet.RULE
+        elif self._is_full(link):
+            reason = packet.FULL
         if reason:
             self._refuse(link, request, reason)
         elif self._targets is not None:
-            ours, theirs = socket.socketpair()
-            if self._targets[request.host, request.port](theirs, link.name):
-                self._opened(link, request.forward_id, ours)
-            else:
-                ours.close()
-                theirs.close()
-                self._refuse(link, request, protocol.FULL)
+            self._take(link, request, self._targets[request.host, request.port])
         else:
             log.debug("peer %s: connecting to %s", link.name, target)
             self._look_up(link, request)
+
+    def _is_full(self, link: Link) -> bool:
+        """Return whether a friend, or all of them, have as many connections as they may.
+
+        Streams are counted: those of slow readers outlive their tunnels.
+        """
+        streams = sum(len(each.streams) for each in self.links.values())
+        return len(link.streams) >= protocol.MAX_TUNNELS or streams >= MAX_STREAMS
 
     def _has_target(self, request: protocol.Requested) -> bool:
         return self._targets is None or (request.host, request.port) in self._targets
 
     def _refuse(self, link: Link, request: protocol.Requested, reason: int) -> None:
-        why = protocol.REASONS[reason]
+        why = packet.REASONS[reason]
         log.info("peer %s: %s:%d: %s", link.name, request.host, request.port, why)
         link.peer.deny(request.forward_id, reason)
+
+    def _take(self, link: Link, request: protocol.Requested, target: Target) -> None:
+        """Connect a friend to a target inside this process."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no descriptors
+            self._refuse(link, request, packet.FULL)
+            return
+        if target(theirs, link.name):
+            self._opened(link, request.forward_id, ours)
+            return
+        ours.close()
+        theirs.close()
+        self._refuse(link, request, packet.FULL)
 
     def _opened(self, link: Link, forward_id: int, sock: socket.socket) -> None:
         tunnel = link.peer.accept(forward_id, None)
@@ -158,27 +179,33 @@ class Server(Forwarder):
             return
         except OSError:
             pass
-        if self._lookups >= MAX_LOOKUPS:
-            self._refuse(link, request, protocol.FULL)
-            return
-        self._lookups += 1
+        self._names.append((link, request))
+        self._look_up_names()
 
-        def look_up() -> None:
-            addresses: list[Sockaddr] = []
-            with contextlib.suppress(OSError, UnicodeError):
-                addresses = _addresses(request, 0)
-            self.loop.call(lambda: found(addresses))
+    def _look_up_names(self) -> None:
+        """Look up names that wait, as many at once as there may be threads."""
+        while self._names and self._lookups < MAX_LOOKUPS:
+            self._lookups += 1
+            look_up = functools.partial(self._look_up_name, *self._names.popleft())
+            threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
 
-        def found(addresses: list[Sockaddr]) -> None:
+    def _look_up_name(self, link: Link, request: protocol.Requested) -> None:
+        """Look up a name, on a thread of its own."""
+        addresses: list[Sockaddr] = []
+        with contextlib.suppress(OSError, UnicodeError):
+            addresses = _addresses(request, 0)
+
+        def found() -> None:
             self._lookups -= 1
             if self.links.get(link.friend) is link:
                 self._connect(link, request, addresses)
+            self._look_up_names()
 
-        threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+        self.loop.call(found)
 
     def _connect(self, link: Link, request: protocol.Requested, addresses: list[Sockaddr]) -> None:
         if not addresses:
-            self._refuse(link, request, protocol.NAME)
+            self._refuse(link, request, packet.NAME)
             return
 
         def done(sock: socket.socket | None, reason: int) -> None:
@@ -219,7 +246,7 @@ class _Connecting:
         self.deadline = time.monotonic() + CONNECT_TIMEOUT
         self._loop, self._addresses, self._done = loop, addresses, done
         self._sock: socket.socket | None = None
-        self._reason = protocol.UNREACHABLE
+        self._reason = packet.UNREACHABLE
 
     def next(self) -> None:
         """Try the next address; when none is left it has failed."""
@@ -228,7 +255,7 @@ class _Connecting:
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
             except OSError:
-                self._reason = protocol.FULL  # no descriptors, or no such family
+                self._reason = packet.FULL  # no descriptors, or no such family
                 continue
             sock.setblocking(False)
             error = sock.connect_ex(address)
@@ -243,7 +270,7 @@ class _Connecting:
     def time_out(self) -> None:
         """Give up and say so."""
         self.give_up()
-        self._done(None, protocol.UNREACHABLE)
+        self._done(None, packet.UNREACHABLE)
 
     def give_up(self) -> None:
         """Close it; nobody is told."""
@@ -255,7 +282,7 @@ class _Connecting:
 
     def _failed(self, error: int) -> None:
         refused = error == errno.ECONNREFUSED
-        self._reason = protocol.REFUSED if refused else protocol.UNREACHABLE
+        self._reason = packet.REFUSED if refused else packet.UNREACHABLE
         log.debug("connecting to a target: %s", os.strerror(error))
 
     def _on_ready(self, _: int) -> None:

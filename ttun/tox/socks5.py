@@ -12,7 +12,7 @@ import socket
 from collections.abc import Generator
 
 from ttun.errors import ProtocolError
-from ttun.tox import protocol
+from ttun.tox import packet
 
 VERSION = 5
 NO_AUTHENTICATION, NO_METHOD = 0, 0xFF
@@ -23,11 +23,11 @@ COMMAND_UNKNOWN, ADDRESS_UNKNOWN = 7, 8
 
 REPLIES = {
     None: SUCCEEDED,
-    protocol.REFUSED: REFUSED,
-    protocol.UNREACHABLE: HOST_UNREACHABLE,
-    protocol.NAME: HOST_UNREACHABLE,
-    protocol.RULE: NOT_ALLOWED,
-    protocol.FULL: FAILED,
+    packet.REFUSED: REFUSED,
+    packet.UNREACHABLE: HOST_UNREACHABLE,
+    packet.NAME: HOST_UNREACHABLE,
+    packet.RULE: NOT_ALLOWED,
+    packet.FULL: FAILED,
 }
 
 Steps = Generator["tuple[bytes, int]", bytes, "tuple[str, int]"]

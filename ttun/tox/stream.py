@@ -22,7 +22,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Callable
 
 from ttun.tox import loop as loops
-from ttun.tox import protocol
+from ttun.tox import packet
 from ttun.tox.protocol import Tunnel
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ttun")
 
-CHUNK = 16 * protocol.MAX_DATA  # bytes read from a socket at once, and a stream's turn
+CHUNK = 16 * packet.MAX_DATA  # bytes read from a socket at once, and a stream's turn
 BUFFERS = 64  # buffers written to a socket at once
 NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -86,7 +86,7 @@ class Stream:
         """Take a turn: send some packets."""
         tunnel, peer, friend = self.tunnel, self.link.peer, self.link.friend
         assert tunnel is not None
-        for _ in range(CHUNK // protocol.MAX_DATA):
+        for _ in range(CHUNK // packet.MAX_DATA):
             if not self._has_pending(tunnel):
                 return DONE
             room = tunnel.room()
@@ -124,7 +124,12 @@ class Stream:
         return False
 
     def receive(self, data: bytes) -> None:
-        """Take bytes for the socket."""
+        """Take bytes for the socket. Two neighbours in the buffer have more than a packet's bytes.
+
+        A window counts bytes; kept one by one they would take fifty times as many.
+        """
+        if self._buffer and len(self._buffer[-1]) + len(data) <= packet.MAX_DATA:
+            data = bytes(self._buffer.pop()) + data
         self._buffer.append(data)
         self._set_dirty()
 
@@ -144,7 +149,7 @@ class Stream:
         if self.tunnel is not None:
             self.link.peer.close(self.tunnel)
         self._aborted = True
-        self._answer(protocol.UNREACHABLE)
+        self._answer(packet.UNREACHABLE)
         self._close()
 
     def flush(self) -> None:

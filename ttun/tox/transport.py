@@ -19,7 +19,7 @@ from pathlib import Path
 from ttun.errors import TtunError
 from ttun.link import DEFAULT_PORT
 from ttun.stop import StopFlag
-from ttun.tox import identity, nodes, protocol
+from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
 from ttun.tox.command import open_tox
 from ttun.tox.loop import Loop
@@ -77,7 +77,7 @@ class Dialer:
                 with contextlib.suppress(queue.Empty):
                     reason = answers.get(timeout=0.1)
                     if reason is not None:
-                        raise OSError(protocol.REASONS.get(reason, f"reason {reason}"))
+                        raise OSError(packet.REASONS.get(reason, f"reason {reason}"))
                     return ours
             if loop.over.is_set() and not stop.is_set():
                 raise TtunError(f"Tox ended: {loop.error}")

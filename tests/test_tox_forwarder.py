@@ -1,0 +1,269 @@
+"""A server's friends, played by the test: real sockets, real toxcore, but packets of our making.
+
+toxcore is not on any network here, so what the server says stays in ``Peer.control``, where the
+test reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import resource
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Callable, TypeVar
+
+import pytest
+from tunnel import eventually
+
+from ttun.tox import packet, protocol, toxcore
+from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox.loop import Loop
+from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
+from ttun.tox.protocol import FIRST_WINDOW, Growth, Peer, Tunnel
+from ttun.tox.server import Server
+from ttun.tox.toxcore import FriendStatus, Packet, Tox
+
+pytestmark = pytest.mark.tox
+
+FRIEND, OTHER = 7, 8
+T = TypeVar("T")
+
+
+def offline_tox() -> Tox:
+    return Tox(udp_ports=None)
+
+
+class Friend:
+    """A friend of a server on its loop. What forge() says need not be what a peer of ours would."""
+
+    def __init__(self, server: Server, number: int) -> None:
+        self.server, self.number = server, number
+        self.peer = Peer(server=False, first_id=100 * number, growth=Growth())
+        self.refusals: list[int] = []
+        self.said: list[int] = []  # types of packets
+        self._do(lambda: server.on_event(FriendStatus(number, toxcore.UDP)))
+        self.talk()
+
+    @property
+    def link(self) -> Link:
+        return self.server.links[self.number]
+
+    def _do(self, function: Callable[[], T]) -> T:
+        """Call function on the server's loop."""
+        results: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self.server.loop.call(lambda: results.put(function()))
+        return results.get(timeout=20)
+
+    def forge(self, *packets: bytes) -> None:
+        """Have the server receive packets, and hear what it says to them."""
+
+        def receive() -> list[bytes]:
+            for data in packets:
+                self.server.on_event(Packet(self.number, data))
+            return self._heard()
+
+        self._hear(self._do(receive))
+
+    def talk(self) -> None:
+        """Exchange what waits on both sides."""
+        packets = list(self.peer.control)
+        self.peer.control.clear()
+        self.forge(*packets)
+
+    def _heard(self) -> list[bytes]:
+        link = self.server.links.get(self.number)
+        said = list(link.peer.control) if link else []
+        if link:
+            link.peer.control.clear()
+        return said
+
+    def _hear(self, packets: list[bytes]) -> None:
+        for data in packets:
+            self.said.append(unpack(data)[0])
+            event = self.peer.receive(data)
+            if isinstance(event, protocol.Opened):
+                event.tunnel.owner = event.owner
+            elif isinstance(event, protocol.Denied):
+                self.refusals.append(event.reason)
+
+    def open(self, port: int) -> Tunnel:
+        """Open a tunnel to a port of this host."""
+        owner = object()
+        self.peer.request("127.0.0.1", port, owner)
+
+        def opened() -> Tunnel | None:
+            self.talk()
+            return next((each for each in self.peer.tunnels.values() if each.owner is owner), None)
+
+        return eventually(opened, "a tunnel")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    loop = Loop(offline_tox())
+    made = Server(loop)
+    loop.start(made)
+    yield made
+    loop.stop()
+    assert loop.error is None
+
+
+@pytest.fixture
+def target() -> Iterator[socket.socket]:
+    """A listening socket; what connects there is not read unless a test does."""
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        listener.settimeout(20)
+        yield listener
+
+
+def port_of(listener: socket.socket) -> int:
+    return int(listener.getsockname()[1])
+
+
+def test_a_friend_cannot_touch_the_tunnel_of_another(server: Server, target: socket.socket) -> None:
+    victim, attacker = Friend(server, FRIEND), Friend(server, OTHER)
+    tunnel = victim.open(port_of(target))
+    with target.accept()[0] as far:
+        for kind, body in ((TCP, b"forged"), (packet.TCP_FIN, b""), (packet.EOF, b"")):
+            attacker.forge(*(pack(kind, number, body) for number in range(65536)))
+        victim.forge(pack(TCP, tunnel.id, b"genuine"))
+        far.settimeout(20)
+        assert far.recv(100) == b"genuine"
+    assert packet.TCP_FIN not in attacker.said
+
+
+def test_who_sends_more_than_its_window_loses_that_tunnel_alone(
+    server: Server, target: socket.socket
+) -> None:
+    friend = Friend(server, FRIEND)
+    greedy, good = friend.open(port_of(target)), friend.open(port_of(target))
+    with target.accept()[0], target.accept()[0] as far:
+        flood = [pack(TCP, greedy.id, bytes(MAX_DATA))] * (64 * FIRST_WINDOW // MAX_DATA)
+        friend.forge(*flood)
+        friend.talk()
+        assert greedy.id not in friend.peer.tunnels
+        friend.forge(pack(TCP, good.id, b"still here"))
+        far.settimeout(20)
+        assert far.recv(100) == b"still here"
+
+
+def test_a_window_of_small_packets_takes_no_more_memory_than_one_of_large_ones(
+    server: Server, target: socket.socket
+) -> None:
+    target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    friend = Friend(server, FRIEND)
+    tunnel = friend.open(port_of(target))
+    with target.accept()[0]:
+        stream = next(iter(friend.link.streams))
+        stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        friend.forge(*[pack(TCP, tunnel.id, b"x")] * (FIRST_WINDOW // 2))
+        assert len(stream._buffer) < 4 * FIRST_WINDOW // MAX_DATA
+
+
+def test_a_storm_of_requests_is_refused_beyond_the_bound(
+    server: Server, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_TUNNELS", 20)
+    storm, other = Friend(server, FRIEND), Friend(server, OTHER)
+    for _ in range(200):
+        storm.peer.request("127.0.0.1", port_of(target), object())
+    storm.talk()
+    eventually(lambda: (storm.talk(), len(storm.link.streams) == 20)[1], "all that it may have")
+    assert storm.refusals == [packet.FULL] * 180
+    other.open(port_of(target))
+
+
+def test_streams_that_outlive_their_tunnels_are_counted(
+    server: Server, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose target does not read may not collect buffers by closing the tunnels before them."""
+    monkeypatch.setattr(protocol, "MAX_TUNNELS", 3)
+    friend = Friend(server, FRIEND)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            tunnel = friend.open(port_of(target))
+            stack.enter_context(target.accept()[0])
+            window = [pack(TCP, tunnel.id, bytes(MAX_DATA))] * (FIRST_WINDOW // MAX_DATA)
+            stream = next(each for each in friend.link.streams if each.tunnel.id == tunnel.id)
+            stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            friend.forge(*window, pack(packet.TCP_FIN, tunnel.id))
+            friend.peer.forget(tunnel)
+        friend.peer.request("127.0.0.1", port_of(target), "one more")
+        eventually(lambda: (friend.talk(), friend.refusals)[1], "an answer")
+        assert friend.refusals == [packet.FULL]
+
+
+def test_connections_to_a_name_at_once_are_all_made(server: Server, target: socket.socket) -> None:
+    """More than are looked up at once; under load some of 200 were refused."""
+    friend = Friend(server, FRIEND)
+    for _ in range(200):
+        friend.peer.request("localhost", port_of(target), object())
+    eventually(lambda: (friend.talk(), len(friend.peer.tunnels) == 200)[1], "all tunnels", 30)
+    assert not friend.refusals
+
+
+def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: Server) -> None:
+    friend = Friend(server, FRIEND)
+    for _ in range(20):
+        for _ in range(protocol.MAX_TUNNELS):
+            friend.peer.request("name.invalid", 1, object())
+        friend.peer.control.append(pack(packet.HELLO, 0, b"\1\0"))
+        friend.talk()
+    assert len(server._names) <= protocol.MAX_TUNNELS
+
+
+def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
+    loop = Loop(offline_tox())
+    server = Server(loop, targets={("127.0.0.1", 20203): lambda sock, _: False})
+    loop.start(server)
+    friend = Friend(server, FRIEND)
+    friend.peer.request("127.0.0.1", 20203, object())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        friend.talk()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert friend.refusals == [packet.FULL]
+    loop.stop()
+    assert loop.error is None
+
+
+@pytest.mark.parametrize(
+    "data", [struct.pack(">d", value) for value in (float("-inf"), float("nan"), -1e9, 1e18)]
+)
+def test_a_forged_pong_says_nothing_about_the_round_trip(server: Server, data: bytes) -> None:
+    friend = Friend(server, FRIEND)
+    friend.forge(pack(packet.PONG, 0, struct.pack(">d", time.monotonic() - 0.5)))
+    assert friend.link.peer.round_trip == pytest.approx(0.5, abs=0.4)
+    before = friend.link.peer.round_trip
+    friend.forge(pack(packet.PONG, 0, data))
+    assert friend.link.peer.round_trip == before
+
+
+def test_a_full_queue_is_waited_for() -> None:
+    """toxcore has room again after a millisecond or two; 15,000 rounds a second were seen."""
+    loop = Loop(offline_tox())
+    link = Link(Forwarder(loop), FRIEND, "a friend whom toxcore does not know")
+    full, again = link.fill(time.monotonic())
+    assert full
+    assert again == math.inf, "the loop comes again when toxcore's interval is over"
+    loop.start(link.forwarder)
+    loop.stop()
+
+
+def test_an_owner_that_fails_at_the_end_does_not_leave_others_waiting() -> None:
+    loop = Loop(offline_tox())
+
+    class Failing(Forwarder):
+        def on_stop(self) -> None:
+            raise ValueError("at the end")
+
+    loop.start(Failing(loop))
+    loop.stop()
+    assert loop.over.is_set()
+    assert isinstance(loop.error, ValueError)
