@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ttun import cipher as ciphers
 from ttun import hosts
-from ttun.hosts import CLIENT, SERVER, Hosts
+from ttun.hosts import CLIENT, SERVER, Hosts, Namespaces
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ttun.py"
@@ -75,7 +75,7 @@ class End:
 
     def __init__(
         self,
-        pair: Hosts,
+        pair: Namespaces,
         host: str,
         arguments: list[str],
         log: Path,
