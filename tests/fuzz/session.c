@@ -3,6 +3,7 @@
  *
  * Whatever comes, the session ends with a reason that fits, and no frame is counted twice. */
 #include "fuzz.h"
+#include "lane.h"
 #include "pump.h"
 
 #include <sys/socket.h>
