@@ -27,7 +27,9 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
 ffibuilder.set_source(
     "ttun._codec",
-    '#include "checksum.h"\n#include "codec.h"\n#include "offload.h"\n#include "process.h"\n#include "pump.h"\n',
+    "".join(
+        f'#include "{name}.h"\n' for name in ("checksum", "codec", "offload", "process", "pump")
+    ),
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],
     depends=[f"csrc/{path.name}" for path in HERE.glob("*.[ch]")],

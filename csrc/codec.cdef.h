@@ -69,7 +69,8 @@ struct ttun_session;
 
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
-                                      const struct ttun_cipher_state *downlink, int direct);
+                                      const struct ttun_cipher_state *downlink, int direct,
+                                      unsigned slots);
 void ttun_uplink_seal(struct ttun_session *);
 void ttun_uplink_send(struct ttun_session *);
 void ttun_downlink_receive(struct ttun_session *);

@@ -3,7 +3,7 @@
 #include <assert.h>
 #include <errno.h>
 
-int lane_init(struct lane *lane, uint8_t *memory) {
+int lane_init(struct lane *lane, uint8_t *memory, unsigned count) {
     if ((errno = pthread_mutex_init(&lane->lock, NULL)) != 0)
         return -1;
     if ((errno = pthread_cond_init(&lane->work, NULL)) != 0) {
@@ -15,7 +15,8 @@ int lane_init(struct lane *lane, uint8_t *memory) {
         pthread_mutex_destroy(&lane->lock);
         return -1;
     }
-    for (unsigned i = 0; i < SLOTS; i++)
+    lane->count = count;
+    for (unsigned i = 0; i < count; i++)
         lane->slots[i].bytes = memory + (size_t)i * SLOT_SIZE;
     return 0;
 }
@@ -36,9 +37,10 @@ void lane_close(struct lane *lane) {
 
 struct slot *lane_free_slot(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
-    while (lane->filled == SLOTS && !lane->closed)
+    while (lane->filled == lane->count && !lane->closed)
         pthread_cond_wait(&lane->room, &lane->lock);
-    struct slot *slot = lane->closed ? NULL : &lane->slots[(lane->first + lane->filled) % SLOTS];
+    unsigned next = (lane->first + lane->filled) % lane->count;
+    struct slot *slot = lane->closed ? NULL : &lane->slots[next];
     pthread_mutex_unlock(&lane->lock);
     return slot;
 }
@@ -71,7 +73,7 @@ void lane_release(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     assert(lane->filled > 0);
     lane->emptying = false;
-    lane->first = (lane->first + 1) % SLOTS;
+    lane->first = (lane->first + 1) % lane->count;
     lane->filled--;
     pthread_cond_signal(&lane->room); /* costs nothing while nobody waits */
     pthread_mutex_unlock(&lane->lock);

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 enum {
-    SLOTS = 4,             /* per lane */
+    SLOTS = 4,             /* per lane, at most */
     SLOT_SIZE = 260 * 1024 /* bytes: four of the largest frames */
 };
 
@@ -29,14 +29,15 @@ struct lane {
     pthread_cond_t work; /* the second thread waits for a filled slot */
     pthread_cond_t room; /* the first one for a free slot, or for all to be done */
     struct slot slots[SLOTS];
-    unsigned first;  /* the oldest filled slot, below SLOTS */
-    unsigned filled; /* how many are filled, 0 to SLOTS */
+    unsigned count;  /* of slots in use, 1 to SLOTS */
+    unsigned first;  /* the oldest filled slot, below count */
+    unsigned filled; /* how many are filled, 0 to count */
     bool emptying;   /* some thread works on the oldest one */
     bool closed;
 };
 
-/* Makes an empty one on SLOTS * SLOT_SIZE bytes of memory. Returns 0, or -1 with errno set. */
-int lane_init(struct lane *lane, uint8_t *memory);
+/* Makes an empty one on count * SLOT_SIZE bytes of memory. Returns 0, or -1 with errno set. */
+int lane_init(struct lane *lane, uint8_t *memory, unsigned count);
 
 /* Only when no thread uses it any more. */
 void lane_destroy(struct lane *lane);

@@ -23,7 +23,12 @@ uint64_t now_ms(void) {
 
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
-                                      const struct ttun_cipher_state *downlink, int direct) {
+                                      const struct ttun_cipher_state *downlink, int direct,
+                                      unsigned slots) {
+    if (slots < 1 || slots > SLOTS) {
+        errno = EINVAL;
+        return NULL;
+    }
     struct ttun_session *s = aligned_alloc(_Alignof(struct ttun_session), sizeof *s);
     if (s == NULL)
         return NULL;
@@ -34,21 +39,23 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->wire = wire;
     s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
-    s->memory = malloc(MEMORY_SIZE);
+    size_t lane_size = (size_t)slots * SLOT_SIZE;
+    s->memory_size = 2 * lane_size + SCRATCH_SIZE;
+    s->memory = malloc(s->memory_size);
     if (s->memory == NULL)
         goto no_memory;
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->wake < 0)
         goto no_eventfd;
-    if (lane_init(&s->uplink, s->memory) < 0)
+    if (lane_init(&s->uplink, s->memory, slots) < 0)
         goto no_uplink;
-    if (lane_init(&s->downlink, s->memory + (size_t)SLOTS * SLOT_SIZE) < 0)
+    if (lane_init(&s->downlink, s->memory + lane_size, slots) < 0)
         goto no_downlink;
     if (mailbox_init(&s->inbox) < 0)
         goto no_inbox;
     if (mailbox_init(&s->outbox) < 0)
         goto no_outbox;
-    s->scratch = s->memory + (size_t)2 * SLOTS * SLOT_SIZE;
+    s->scratch = s->memory + 2 * lane_size;
     pthread_mutex_init(&s->delivery_lock, NULL);
     pthread_cond_init(&s->delivered, NULL);
     pthread_mutex_init(&s->keys_lock, NULL);
@@ -85,7 +92,7 @@ void ttun_session_free(struct ttun_session *s) {
     pthread_cond_destroy(&s->delivered);
     pthread_mutex_destroy(&s->delivery_lock);
     close(s->wake);
-    explicit_bzero(s->memory, MEMORY_SIZE); /* packets are secrets too */
+    explicit_bzero(s->memory, s->memory_size); /* packets are secrets too */
     free(s->memory);
     free(s);
 }

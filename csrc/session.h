@@ -13,8 +13,7 @@
 enum {
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
-    SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX,
-    MEMORY_SIZE = 2 * SLOTS * SLOT_SIZE + SCRATCH_SIZE
+    SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX
 };
 
 /* The keys of one direction, and those that follow them. */
@@ -44,7 +43,8 @@ struct ttun_session {
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
     _Atomic uint64_t refused, empty, unsendable, ignored, forged, sent;
-    uint8_t *memory;  /* of all slots, then the scratch */
+    uint8_t *memory; /* of all slots, then the scratch */
+    size_t memory_size;
     uint8_t *scratch; /* where the uplink reads to */
 };
 

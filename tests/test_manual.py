@@ -93,6 +93,7 @@ COMPLETIONS = [
     (["bench", "tunnel", "--ag"], {"--against"}),
     (["client", "-m", "ae"], {"aes-256-gcm", "aegis-256"}),
     (["client", "--wire", ""], {"auto", "v1", "x1"}),
+    (["server", "--buffers", ""], {"normal", "small"}),
     (["server", "-psk-file", "secret"], {"secret key", "secret.txt"}),
 ]
 

@@ -18,25 +18,33 @@ from known_answers import SESSIONS, frames, plaintext
 from peer import Peer
 from socket_device import SocketDevice
 
+from ttun.buffers import NORMAL, SMALL, Buffers
 from ttun.cipher import CIPHERS, CipherState
 from ttun.handshake import Keys, session_key
 from ttun.session import Session
 
 NONCES = b"c" * 16, b"s" * 16
-FEW, MANY = [0, 1], [0, 1, 2, 3]  # cores: how slots are handed over depends on them
+# Cores, and buffers: how slots are handed over depends on them.
+FEW, MANY = ([0, 1], NORMAL), ([0, 1, 2, 3], NORMAL)
+FEW_SMALL, MANY_SMALL = ([0, 1], SMALL), ([0, 1, 2, 3], SMALL)
 
 
 class Rig:
     """A server's session, its device and the client on the other end of the connection."""
 
-    def __init__(self, cipher: str = "chacha20-poly1305", sk: bytes | None = None) -> None:
+    def __init__(
+        self,
+        cipher: str = "chacha20-poly1305",
+        sk: bytes | None = None,
+        buffers: Buffers = NORMAL,
+    ) -> None:
         self.device = SocketDevice()
         ours, theirs = socket.socketpair()
         self.peer = Peer(theirs, b"secret", cipher)
         self.peer.key(*NONCES, sends=0)
         sk = sk or session_key(self.peer.k, *NONCES)
         keys = Keys(CipherState(CIPHERS[cipher], 1, sk), CipherState(CIPHERS[cipher], 0, sk))
-        self.session = Session(ours, self.device, keys)  # type: ignore[arg-type]
+        self.session = Session(ours, self.device, keys, buffers=buffers)  # type: ignore[arg-type]
         self.reason: str | None = None
 
     def end(self) -> str:
@@ -55,10 +63,14 @@ class Rig:
         return self.reason
 
 
-@pytest.fixture(params=[FEW, MANY], ids=["few-cores", "many-cores"])
+@pytest.fixture(
+    params=[FEW, MANY, FEW_SMALL, MANY_SMALL],
+    ids=["few-cores", "many-cores", "few-cores-small", "many-cores-small"],
+)
 def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: request.param)
-    rig = Rig()
+    cores, buffers = request.param
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    rig = Rig(buffers=buffers)
     yield rig
     rig.end()
 

@@ -15,6 +15,7 @@ import socket
 import stat
 import statistics
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

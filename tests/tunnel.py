@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ttun import cipher as ciphers
 from ttun import hosts
-from ttun.hosts import CLIENT, SERVER, Hosts
+from ttun.hosts import CLIENT, SERVER, Hosts, Namespaces
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ttun.py"
@@ -79,6 +79,8 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
 class Program:
     """A running program, and what it says on stderr."""
 
+    patience = 10.0  # seconds that it may take to stop
+
     def __init__(self, process: subprocess.Popen[Any], log: Path) -> None:
         self.process, self.path = process, log
 
@@ -98,7 +100,7 @@ class Program:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(10)
+            return self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"did not stop:\n{self.log()}") from None
@@ -117,9 +119,11 @@ class Program:
 class End(Program):
     """One end of a tunnel."""
 
+    patience = 5.0
+
     def __init__(
         self,
-        pair: Hosts,
+        pair: Namespaces,
         host: str,
         arguments: list[str],
         log: Path,

@@ -14,6 +14,7 @@ from test_handshake import K, shake
 from test_x1 import OURS, ROLES, terms
 
 from ttun import control
+from ttun.buffers import NORMAL, Buffers
 from ttun.control import Limits
 from ttun.session import Session
 
@@ -29,6 +30,7 @@ class Rig:
         limits: Limits = control.DEFAULT_LIMITS,
         offload: int = 0,
         features: int = 3,
+        buffers: Buffers = NORMAL,
     ) -> None:
         """offload: of our device; features: what the peer says that it takes."""
         self.device = SocketDevice(offload)
@@ -38,7 +40,13 @@ class Rig:
         peer.start()
         keys = shake(OURS[role](K, terms("chacha20-poly1305")), ours)
         peer.join()
-        self.session = Session(ours, self.device, keys, limits)  # type: ignore[arg-type]
+        self.session = Session(
+            ours,
+            self.device,  # type: ignore[arg-type]
+            keys,
+            limits,
+            buffers,
+        )
         self.reason: str | None = None
 
     def end(self) -> str:

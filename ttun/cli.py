@@ -212,7 +212,7 @@ def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
     from ttun import routes
     from ttun.device import CLIENT, SERVER, Addresses
 
-    names = ("cipher", "mtu", "mptcp", "offload", "wire")
+    names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers")
     usual = SERVER if options.command == "server" else CLIENT
     given = (options.local4, options.local6, options.peer4, options.peer6)
     return {

@@ -22,6 +22,7 @@ import pytun
 
 from ttun import privileges, routes
 from ttun._codec import lib
+from ttun.buffers import NORMAL
 from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
@@ -31,10 +32,6 @@ DEFAULT_MTU = 1280
 MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
 SIOCSIFADDR, SIOCSIFTXQLEN = 0x8916, 0x8943  # linux/sockios.h
-# Packets that the device keeps while the uplink is busy. Measured (docs/performance.md): 500, the
-# kernel's own, loses some of 100,000 small datagrams per second when a core is away for 5 ms; more
-# than this only adds waiting.
-QUEUE_LENGTH = 1000
 TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h, as are these
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
 # What to ask of the kernel, the most first, and what the codec may then do.
@@ -114,6 +111,8 @@ class Device:
         offload: bool = True,
         name: str = FIRST_FREE,
         networks: Sequence[routes.Network] = (),
+        *,
+        queue: int = NORMAL.queue,
     ) -> None:
         """Open a device, bring it up, and route networks through it. Raises TtunError."""
         privileges.check()
@@ -127,7 +126,7 @@ class Device:
             self.name: str = self._tun.name
             os.set_inheritable(self.fileno(), False)
             os.set_blocking(self.fileno(), False)
-            self._configure(addresses, mtu)
+            self._configure(addresses, mtu, queue)
             for network in networks:
                 routes.add(network, self.name)
         except TtunError:
@@ -137,14 +136,14 @@ class Device:
             self.close()
             raise TtunError(f"cannot set up {self.name}: {error.strerror or error}") from None
 
-    def _configure(self, addresses: Addresses, mtu: int) -> None:
+    def _configure(self, addresses: Addresses, mtu: int, queue: int) -> None:
         self._tun.mtu = mtu
         self._tun.addr = str(addresses.ipv4.ip)
         if addresses.peer4 is not None:
             self._tun.dstaddr = str(addresses.peer4)
         self._tun.netmask = str(addresses.ipv4.netmask)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            request = struct.pack("=16si20x", self.name.encode(), QUEUE_LENGTH)  # struct ifreq
+            request = struct.pack("=16si20x", self.name.encode(), queue)  # struct ifreq
             with contextlib.suppress(PermissionError):  # root of a user namespace may not
                 fcntl.ioctl(control, SIOCSIFTXQLEN, request)
         self._tun.up()

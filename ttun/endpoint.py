@@ -17,6 +17,7 @@ from typing import Callable, ClassVar
 from ttun import cipher as ciphers
 from ttun import link
 from ttun._codec import lib
+from ttun.buffers import find as find_buffers
 from ttun.control import DEFAULT_LIMITS, Limits
 from ttun.device import DEFAULT_MTU, FIRST_FREE, MAX_MTU, MIN_MTU, Addresses, Device
 from ttun.errors import TtunError, UsageError
@@ -60,9 +61,10 @@ class Endpoint(abc.ABC):
     True, False, or None for what is usual on that side. offload: use what the kernel has of it at
     the device. wire: "v1", "x1", or "auto" for x1 with a peer that has it. limits: how long keys of
     wire x1 live. device: its name, with %d for the first free number. addresses: in the tunnel, if
-    not the usual ones. routes: networks to be reached through it. on_connected is called with the
-    peer's address, on_disconnected with that and the reason, both on the endpoint's thread. Raises
-    UsageError for a bad value, TtunError for what this machine lacks.
+    not the usual ones. routes: networks to be reached through it. buffers: "normal", or "small"
+    where memory is scarce. on_connected is called with the peer's address, on_disconnected with
+    that and the reason, both on the endpoint's thread. Raises UsageError for a bad value, TtunError
+    for what this machine lacks.
     """
 
     role: ClassVar[str]
@@ -81,6 +83,7 @@ class Endpoint(abc.ABC):
         device: str = FIRST_FREE,
         addresses: Addresses | None = None,
         routes: Sequence[Network] = (),
+        buffers: str = "normal",
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -96,6 +99,7 @@ class Endpoint(abc.ABC):
         self._name = _device_name(device)
         self._addresses = addresses or self.addresses
         self._routes = list(routes)
+        self._buffers = find_buffers(buffers)
         self._mptcp = mptcp
         self._offload = offload
         self.on_connected = on_connected
@@ -118,7 +122,14 @@ class Endpoint(abc.ABC):
     def open(self) -> None:
         """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
         log.info("ttun %s %s", __version__, self.role)
-        self._device = Device(self._addresses, self._mtu, self._offload, self._name, self._routes)
+        self._device = Device(
+            self._addresses,
+            self._mtu,
+            self._offload,
+            self._name,
+            self._routes,
+            queue=self._buffers.queue,
+        )
         self._terms = replace(self._terms, features=self._device.offload >> 1)
         try:
             self._open()
@@ -236,7 +247,7 @@ class Endpoint(abc.ABC):
         assert self._device is not None
         transport = link.transport(peer.sock)
         try:
-            session = Session(peer.sock, self._device, peer.keys, self._limits)
+            session = Session(peer.sock, self._device, peer.keys, self._limits, self._buffers)
         except OSError as error:
             log.warning("no session with %s: %s", peer.name, error.strerror or error)
             return 0.0

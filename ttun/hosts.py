@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, TypeVar
 
 from ttun import privileges
 from ttun.errors import TtunError
@@ -28,30 +28,32 @@ PREFIX = "ttun"
 IPV4 = {SERVER: "192.0.2.1", CLIENT: "192.0.2.2"}
 IPV6 = {SERVER: "2001:db8::1", CLIENT: "2001:db8::2"}  # RFC 3849
 INSIDE = "TTUN_IN_USER_NAMESPACE"
+Self = TypeVar("Self", bound="Namespaces")  # typing.Self from Python 3.11 on
 
 
-class Hosts:
-    """The two hosts. A context manager: made on entry, removed on exit with all that runs there."""
+class LinkEnd(NamedTuple):
+    """What a host has of a link."""
 
-    def __init__(self) -> None:
-        """Choose names that no other process has."""
-        self.names = {host: f"{PREFIX}-{os.getpid()}-{host}" for host in (SERVER, CLIENT)}
-        self.links = {host: f"v{host}" for host in (SERVER, CLIENT)}
+    host: str
+    device: str
+    addresses: Sequence[str]  # with their lengths
 
-    def __enter__(self) -> Hosts:
+
+class Namespaces:
+    """Some hosts. A context manager: made on entry, removed on exit with all that runs there."""
+
+    def __init__(self, *hosts: str) -> None:
+        """Choose names that no other process has. hosts: letters, digits, underscores."""
+        self.names = {host: f"{PREFIX}-{os.getpid()}-{host}" for host in hosts}
+
+    def __enter__(self: Self) -> Self:
         """Make them."""
         _sweep()
         try:
             for name in self.names.values():
                 ip("netns", "add", name)
-            ip("link", "add", self.links[SERVER], "netns", self.names[SERVER], "type", "veth",
-               "peer", "name", self.links[CLIENT], "netns", self.names[CLIENT])  # fmt: skip
-            for host, name in self.names.items():
-                link = self.links[host]
-                ip("-n", name, "address", "add", f"{IPV4[host]}/24", "dev", link)
-                ip("-n", name, "address", "add", f"{IPV6[host]}/64", "dev", link, "nodad")
                 ip("-n", name, "link", "set", "lo", "up")
-                ip("-n", name, "link", "set", link, "up")
+            self._join()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -66,6 +68,19 @@ class Hosts:
         """Remove them."""
         for name in self.names.values():
             _remove(name)
+
+    def _join(self) -> None:
+        """Make the links between them."""
+
+    def link(self, first: LinkEnd, second: LinkEnd) -> None:
+        """Join two hosts with a veth pair."""
+        ip("link", "add", first.device, "netns", self.names[first.host], "type", "veth",
+           "peer", "name", second.device, "netns", self.names[second.host])  # fmt: skip
+        for host, device, addresses in (first, second):
+            for address in addresses:
+                nodad = ["nodad"] if ":" in address else []
+                ip("-n", self.names[host], "address", "add", address, "dev", device, *nodad)
+            ip("-n", self.names[host], "link", "set", device, "up")
 
     def command(self, host: str, arguments: Sequence[str]) -> list[str]:
         """Return the command line that runs arguments on a host."""
@@ -89,6 +104,22 @@ class Hosts:
             stderr=stderr,
             text=True,
         )
+
+
+class Hosts(Namespaces):
+    """The two hosts, joined."""
+
+    def __init__(self) -> None:
+        """Choose names."""
+        super().__init__(SERVER, CLIENT)
+        self.links = {host: f"v{host}" for host in (SERVER, CLIENT)}
+
+    def _join(self) -> None:
+        server, client = (
+            LinkEnd(host, self.links[host], [f"{IPV4[host]}/24", f"{IPV6[host]}/64"])
+            for host in (SERVER, CLIENT)
+        )
+        self.link(server, client)
 
 
 def python(module: str, *arguments: str) -> list[str]:

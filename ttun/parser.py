@@ -201,6 +201,12 @@ def _tunnel_options(command: Parser) -> None:
         help="large packets at the device where the kernel has them (default: true)",
     )
     command.add_argument(
+        "--buffers",
+        default="normal",
+        metavar="normal|small",
+        help="small: less memory and less speed, for a router with 64 MB (default: %(default)s)",
+    )
+    command.add_argument(
         "--dev", default="ttun%d", metavar="NAME", help="name of the device (default: ttunN)"
     )
     for side, whose in (("local", "our"), ("peer", "the peer's")):

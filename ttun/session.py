@@ -16,6 +16,7 @@ import time
 from typing import Any, NamedTuple
 
 from ttun._codec import ffi, lib
+from ttun.buffers import NORMAL, Buffers
 from ttun.control import DEFAULT_LIMITS, NAMES, Control, Limits
 from ttun.device import Device
 from ttun.handshake import Keys
@@ -50,11 +51,13 @@ class Session:
         device: Device,
         keys: Keys,
         limits: Limits = DEFAULT_LIMITS,
+        buffers: Buffers = NORMAL,
     ) -> None:
         """Take over the socket and the keys, and start. The device stays the caller's."""
         self._sock = sock
         self._started = time.monotonic()
         sock.setblocking(True)
+        buffers.apply(sock)
         device.drain()
         session = lib.ttun_session_new(
             device.fileno(),
@@ -64,6 +67,7 @@ class Session:
             keys.sending.c,
             keys.receiving.c,
             len(os.sched_getaffinity(0)) <= FEW_CORES,
+            buffers.slots,
         )
         keys.wipe()
         if session == ffi.NULL:

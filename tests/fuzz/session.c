@@ -3,6 +3,7 @@
  *
  * Whatever comes, the session ends with a reason that fits, and no frame is counted twice. */
 #include "fuzz.h"
+#include "lane.h"
 #include "pump.h"
 
 #include <sys/socket.h>
@@ -49,7 +50,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, peer) == 0);
     struct ttun_cipher_state *state = ttun_cipher_new(same_encrypt, same_decrypt, NULL, 0, 0, key);
     /* With `direct` this one thread does it all. */
-    struct ttun_session *s = ttun_session_new(tun[0], peer[0], offload, TTUN_X1, state, state, 1);
+    struct ttun_session *s =
+        ttun_session_new(tun[0], peer[0], offload, TTUN_X1, state, state, 1, SLOTS);
     MUST(state != NULL && s != NULL);
     if (choice & 16)
         MUST(ttun_session_rekey(s, state, state) == 0);

@@ -1,0 +1,71 @@
+"""--buffers small: less of everything, and still every frame that the wire has."""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from ttun._codec import ffi, lib
+from tunnel import CLIENT, SERVER, TUNNEL4, Bench
+from x1_rig import rigged
+
+import ttun
+from ttun import hosts
+from ttun.buffers import NORMAL, SMALL
+from ttun.errors import UsageError
+
+MIB = 1 << 20
+LARGEST = 65519  # bytes of a packet in a frame with a tag of 16
+
+
+def test_unknown_buffers_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown buffers 'tiny': choose normal or small"):
+        ttun.Server(b"key", buffers="tiny")
+
+
+@pytest.mark.parametrize("slots", [0, 5, 4_000_000_000])
+def test_the_codec_takes_no_other_number_of_slots(slots: int) -> None:
+    state = ffi.new("struct ttun_cipher_state *")
+    assert lib.ttun_session_new(0, 0, 0, 0, state, state, 1, slots) == ffi.NULL
+
+
+def test_the_largest_frame_of_x1_goes_both_ways_through_small_buffers() -> None:
+    packets = [b"\x45" + bytes([n]) * (LARGEST - 1) for n in range(20)]
+    with rigged(buffers=SMALL) as rig:
+        for packet in packets:
+            rig.peer.send(packet)
+            assert rig.device.outside.recv(70000) == packet
+            rig.device.outside.send(packet)
+            assert rig.peer.receive_packet() == packet
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("small", [{SERVER}, {CLIENT}, {SERVER, CLIENT}], ids="-".join)
+def test_small_at_one_end_or_both_carries_all(bench: Bench, small: set[str]) -> None:
+    options = {end: ["--buffers", "small"] if end in small else [] for end in (SERVER, CLIENT)}
+    bench.server(*options[SERVER])
+    bench.client(*options[CLIENT]).says("authenticated")
+    bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+    with ThreadPoolExecutor() as pool:
+        transfers = [
+            pool.submit(bench.traffic, CLIENT, action, TUNNEL4[SERVER], "5001", str(64 * MIB))
+            for action in ("send", "receive")
+        ]
+        assert all(transfer.result()["whole"] for transfer in transfers)
+    for end in (SERVER, CLIENT):
+        buffers = SMALL if end in small else NORMAL
+        assert (socket_buffers(bench, end) == 2 * SMALL.sockets) == (end in small)
+        if "4294967295" in Path("/proc/self/uid_map").read_text():  # root of no user namespace
+            shown = hosts.ip("-n", bench.pair.names[end], "-json", "link", "show", "ttun0")
+            assert json.loads(shown)[0]["txqlen"] == buffers.queue
+
+
+def socket_buffers(bench: Bench, end: str) -> int:
+    """The larger of both buffers of the tunnel's own connection."""
+    shown = bench.run(
+        end, "ss", "-tnmH", "state", "established", "( sport = 20203 or dport = 20203 )"
+    )
+    return max(map(int, re.findall(r"[rt]b(\d+)", shown)))
