@@ -1,6 +1,7 @@
 """Handshakes under attack: crowds, nonsense in great numbers, and the true client all the while.
 
 TTUN_TEST_HANDSHAKES: how many malformed handshakes, 2000 as a rule; a million for a run by hand.
+Of the tests with frames one takes a tenth, the other ten times that number.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from peer import Peer
+from peer import Peer, X1Peer
 from test_peers import client_gets_in, connect
 from tunnel import CLIENT, SERVER_ADDRESS, Bench, End, eventually
 
-from ttun import hosts, summary
+from ttun import hosts, status, summary
 from ttun.summary import Summary
 
 COUNT = int(os.environ.get("TTUN_TEST_HANDSHAKES", "2000"))
@@ -169,6 +170,47 @@ def test_a_flood_of_malformed_frames_leaves_nothing(plain: Bench) -> None:
     assert_small(server.usage()[2] - before[2])
     assert "internal error" not in server.log()
     client_gets_in(plain)
+
+
+@pytest.mark.hosts
+def test_a_flood_of_forged_frames_in_one_session_is_counted_and_no_more(plain: Bench) -> None:
+    """On wire x1: unknown types, nonsense for an offloaded packet, nothing. Ten times as many."""
+    server = plain.server()
+    rng = random.Random(2)
+    forgeries = [b"", b"\x01"]
+    forgeries += [bytes([kind]) + rng.randbytes(40) for kind in (0, 6, 0x3F, 0x70, 0xFF)]
+    forgeries += [b"\x01" + rng.randbytes(size) for size in (2, 3, 22, 100, 1300, 9000)]
+    frames, batch = 10 * COUNT, 200
+    with connect(plain) as sock:
+        peer = X1Peer(sock, features=3)
+        peer.shake(0)
+        threading.Thread(target=drain, args=(sock,), daemon=True).start()
+        path = Path(f"/run/ttun/ttun0.{server.process.pid}.sock")
+
+        def counted() -> int:
+            answer = status.ask(path)
+            assert answer is not None and answer["sessions"] == 1
+            return sum(answer["counters"][name] for name in ("empty", "ignored", "forged"))
+
+        for number in range(frames // batch):
+            chosen = rng.choices(forgeries, k=batch)
+            sock.sendall(b"".join(map(peer.sending.seal, chosen)))
+            if number == 9:
+                eventually(lambda: counted() == 10 * batch, "the first are counted")
+                before = server.usage()
+        eventually(lambda: counted() == frames, "all of them are counted")
+        after = server.usage()
+    server.says("disconnected")
+    assert after[:2] == before[:2]
+    assert_small(after[2] - before[2])
+    client_gets_in(plain)
+
+
+def drain(sock: socket.socket) -> None:
+    """Read what the other end says until there is no more."""
+    with contextlib.suppress(OSError):
+        while sock.recv(65536):
+            pass
 
 
 def summed_up(server: End, what: str) -> int:
