@@ -185,6 +185,7 @@ def test_a_flood_of_forged_frames_in_one_session_is_counted_and_no_more(plain: B
         peer = X1Peer(sock, features=3)
         peer.shake(0)
         threading.Thread(target=drain, args=(sock,), daemon=True).start()
+        server.says("authenticated")
         path = Path(f"/run/ttun/ttun0.{server.process.pid}.sock")
 
         def counted() -> int:
@@ -200,6 +201,7 @@ def test_a_flood_of_forged_frames_in_one_session_is_counted_and_no_more(plain: B
                 before = server.usage()
         eventually(lambda: counted() == frames, "all of them are counted")
         after = server.usage()
+        print(f"{frames} frames")
     server.says("disconnected")
     assert after[:2] == before[:2]
     assert_small(after[2] - before[2])
