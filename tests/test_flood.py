@@ -190,7 +190,7 @@ def test_a_flood_of_forged_frames_in_one_session_is_counted_and_no_more(plain: B
 
         def counted() -> int:
             answer = status.ask(path)
-            assert answer is not None and answer["sessions"] == 1
+            assert answer is not None and answer["sessions"] <= 1
             return sum(answer["counters"][name] for name in ("empty", "ignored", "forged"))
 
         for number in range(frames // batch):
