@@ -7,7 +7,8 @@ First a virtual environment with the tools. Then, for each platform:
 3. Each package that ttun depends on is downloaded as a wheel, or built from its sdist, unchanged,
    where its makers have no wheel for this platform. cffi and python-pytun do not use the stable
    ABI: theirs are for the Python that runs this script.
-4. What was built is checked: auditwheel (it needs no newer libc than its name says), abi3audit (it
+4. Ours is packed again by advzip, which finds shorter codes than zlib (apt install advancecomp).
+5. What was built is checked: auditwheel (it needs no newer libc than its name says), abi3audit (it
    keeps to the stable ABI), and the ELF header (it is for that processor).
 
 Not from PyPI: libffi, which cffi's sdist leaves to the system; its source is Debian's, through apt.
@@ -209,6 +210,8 @@ def build(
     tag = compiler.platform.tag
     tools.module("wheel", "tags", "--remove", "--platform-tag", tag, wheel)
     (wheel,) = fresh.glob("*.whl")
+    if wheel.name.startswith("ttun-"):
+        run(["advzip", "--recompress", "--shrink-insane", "--quiet", wheel])
     check(tools, compiler.platform, wheel)
     return Path(shutil.move(wheel, dist / wheel.name))
 
@@ -243,13 +246,16 @@ def build_ttun(tools: Tools, compiler: Compiler, dist: Path) -> Path:
     copy = compiler.directory / "ttun"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_codec.c")
+    # The man page and the completions are written by make install.
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_codec.c", "manual.py")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, copy / name, ignore=ignore)
         else:
             shutil.copy(source, copy / name)
+    readme = copy / "README.md"
+    readme.write_text(readme.read_text().split("\n## ")[0] + "\n")  # pictures do not travel
     return build(tools, compiler, [copy], dist, TTUN_CFLAGS=SMALL)
 
 
@@ -328,6 +334,8 @@ def main() -> None:
     unknown = set(options.platforms) - set(tags)
     if unknown:
         parser.error(f"{', '.join(unknown)}: choose from {', '.join(tags)}")
+    if not shutil.which("advzip"):
+        sys.exit("advzip is missing: apt install advancecomp")
     dist, work = options.dist.resolve(), options.work.resolve()
     for directory in (dist, work):
         directory.mkdir(parents=True, exist_ok=True)
