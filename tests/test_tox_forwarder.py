@@ -12,6 +12,7 @@ import queue
 import resource
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from typing import Callable, TypeVar
@@ -214,6 +215,22 @@ def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: Server)
         friend.peer.control.append(pack(packet.HELLO, 0, b"\1\0"))
         friend.talk()
     assert len(server._names) <= protocol.MAX_TUNNELS
+
+
+def test_a_name_is_refused_where_there_are_no_threads(
+    server: Server, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    friend = Friend(server, FRIEND)
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", no_thread)
+        friend.peer.request("localhost", 1, "owner")
+        friend.talk()
+        assert friend.refusals == [packet.FULL]
+    friend.open(target.getsockname()[1])
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:

@@ -229,8 +229,9 @@ class Forwarder:
             self._bootstrapping = False
 
         if not self._bootstrapping:
-            self._bootstrapping = True
-            threading.Thread(target=look_up_all, name="ttun-nodes", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # as many threads as there may be: later
+                threading.Thread(target=look_up_all, name="ttun-nodes", daemon=True).start()
+                self._bootstrapping = True
 
     def on_pong(self, link: Link, seconds: float) -> None:
         """Take the answer to a PING of on_tick()."""

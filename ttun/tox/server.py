@@ -185,9 +185,13 @@ class Server(Forwarder):
     def _look_up_names(self) -> None:
         """Look up names that wait, as many at once as there may be threads."""
         while self._names and self._lookups < MAX_LOOKUPS:
-            self._lookups += 1
-            look_up = functools.partial(self._look_up_name, *self._names.popleft())
-            threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+            link, request = self._names.popleft()
+            look_up = functools.partial(self._look_up_name, link, request)
+            try:
+                threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+                self._lookups += 1
+            except RuntimeError:  # as many threads as there may be
+                self._refuse(link, request, packet.FULL)
 
     def _look_up_name(self, link: Link, request: protocol.Requested) -> None:
         """Look up a name, on a thread of its own."""
