@@ -40,6 +40,7 @@ OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
 # For our own codec: no names but the module's, and no tables to unwind a stack with (a process that
 # holds keys leaves no core file to look at).
 SMALL = "-fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables"
+LARGEST = 150_000  # bytes of our wheel: it goes to routers
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 APT_SOURCE = (
     "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] "
@@ -212,6 +213,8 @@ def build(
     (wheel,) = fresh.glob("*.whl")
     if wheel.name.startswith("ttun-"):
         run(["advzip", "--recompress", "--shrink-insane", "--quiet", wheel])
+        if wheel.stat().st_size > LARGEST:
+            sys.exit(f"{wheel.name} has {wheel.stat().st_size} bytes: more than {LARGEST}")
     check(tools, compiler.platform, wheel)
     return Path(shutil.move(wheel, dist / wheel.name))
 
