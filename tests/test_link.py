@@ -46,14 +46,16 @@ def test_addresses(text: str, listening: bool, expected: Address) -> None:
         ("a:\u0661", True, "port is a number"),
         ("2001:db8::1", False, "brackets"),
         ("2001:db8::1:20203", True, "brackets"),
+        ("::\r", True, "brackets"),
         ("[2001:db8::1", True, "looks like"),
         ("[]:1", True, "looks like"),
         ("[::1]1", True, "port is a number"),
     ],
 )
 def test_bad_addresses(text: str, listening: bool, why: str) -> None:
-    with pytest.raises(UsageError, match=why):
+    with pytest.raises(UsageError, match=why) as raised:
         link.parse_address(text, listening=listening)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_an_address_is_shown_as_it_is_written() -> None:

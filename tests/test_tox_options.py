@@ -245,9 +245,11 @@ def test_no_rules_allow_nothing_and_no_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["h", ":1", "h:", "h:x", "h:0", "h:99999", "2001:db8::1:22", f"{256 * 'h'}:22"]
+    "text",
+    ["h", ":1", "h:", "h:x", "h:0", "h:99999", "2001:db8::1:22", "::\r:22", 256 * "h\r" + ":22"],
 )
 def test_what_is_no_target(text: str) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as raised:
         rules.parse_target(text)
+    assert len(str(raised.value).splitlines()) == 1
     assert rules.parse_target("[::1]@22") == Rule("::1", 22)

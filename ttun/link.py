@@ -53,7 +53,7 @@ def parse_address(text: str, *, listening: bool) -> Address:
         host, colon, port = text.partition(":")
         rest = colon + port
         if ":" in port:
-            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [{text}]:PORT")
+            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:PORT")
     if not host and not listening:
         raise UsageError(f"{text!r}: a host is missing before the colon")
     if not rest:

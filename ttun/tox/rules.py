@@ -31,9 +31,9 @@ def parse_target(text: str, least_port: int = 1) -> Rule:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [{host}]:{port}")
+        raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:22")
     if len(host) > MAX_HOST:
-        raise UsageError(f"the host {host[:20]}... has more than {MAX_HOST} characters")
+        raise UsageError(f"the host {host[:20]!r}... has more than {MAX_HOST} characters")
     if not separator or not host or not (port.isascii() and port.isdigit()):
         raise UsageError(f"{text!r}: a target is HOST:PORT, as in 127.0.0.1:22")
     if not least_port <= int(port) <= 65535:
