@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import socket
 
+from ttun.session import Session
+
 
 class SocketDevice:
     """What Session wants of a device, on a datagram socketpair."""
@@ -22,3 +24,23 @@ class SocketDevice:
 
     def drain(self) -> int:
         return 0
+
+
+class RunningSession:
+    """A session on such a device; a test gives it a peer."""
+
+    device: SocketDevice
+    session: Session
+    reason: str | None = None  # why it ended
+
+    def end(self) -> str:
+        """Stop it, if it runs; why it ended."""
+        if self.reason is None:
+            self.session.stop()
+            self.reason = self.session.wait()
+        return self.reason
+
+    def ended(self) -> str:
+        """Wait for it to end by itself."""
+        self.reason = self.session.wait()
+        return self.reason

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 from known_answers import SESSIONS, frames, plaintext
 from peer import Peer
-from socket_device import SocketDevice
+from socket_device import RunningSession, SocketDevice
 
 from ttun.buffers import NORMAL, SMALL, Buffers
 from ttun.cipher import CIPHERS, CipherState
@@ -29,7 +29,7 @@ FEW, MANY = ([0, 1], NORMAL), ([0, 1, 2, 3], NORMAL)
 FEW_SMALL, MANY_SMALL = ([0, 1], SMALL), ([0, 1, 2, 3], SMALL)
 
 
-class Rig:
+class Rig(RunningSession):
     """A server's session, its device and the client on the other end of the connection."""
 
     def __init__(
@@ -45,22 +45,10 @@ class Rig:
         sk = sk or session_key(self.peer.k, *NONCES)
         keys = Keys(CipherState(CIPHERS[cipher], 1, sk), CipherState(CIPHERS[cipher], 0, sk))
         self.session = Session(ours, self.device, keys, buffers=buffers)  # type: ignore[arg-type]
-        self.reason: str | None = None
-
-    def end(self) -> str:
-        if self.reason is None:
-            self.session.stop()
-            self.reason = self.session.wait()
-        return self.reason
 
     def receive(self) -> bytes:
         """The next packet that came out of the device."""
         return self.device.outside.recv(70000)
-
-    def ended(self) -> str:
-        """Wait for it to end by itself."""
-        self.reason = self.session.wait()
-        return self.reason
 
 
 @pytest.fixture(

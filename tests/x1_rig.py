@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 from peer import X1Peer
-from socket_device import SocketDevice
+from socket_device import RunningSession, SocketDevice
 from test_handshake import K, shake
 from test_x1 import OURS, ROLES, terms
 
@@ -21,7 +21,7 @@ from ttun.session import Session
 PACKET = b"\x45 a packet"
 
 
-class Rig:
+class Rig(RunningSession):
     """A session of ours in a role, its device, and the independent peer on the other end."""
 
     def __init__(
@@ -47,17 +47,6 @@ class Rig:
             limits,
             buffers,
         )
-        self.reason: str | None = None
-
-    def end(self) -> str:
-        if self.reason is None:
-            self.session.stop()
-            self.reason = self.session.wait()
-        return self.reason
-
-    def ended(self) -> str:
-        self.reason = self.session.wait()
-        return self.reason
 
     def carries_up(self) -> None:
         self.device.outside.send(PACKET)
