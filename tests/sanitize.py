@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["ttun", "csrc", "tests", "ttun.py", "setup.py", "pyproject.toml", "SECURITY.md"]
+PARTS = [
+    "ttun", "csrc", "tests", "docs", "packaging", "ttun.py", "setup.py", "pyproject.toml", "Makefile",
+    "README.md", "SECURITY.md", "CHANGELOG.md",
+]  # fmt: skip
 
 
 class Sanitizer(NamedTuple):
