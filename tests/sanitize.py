@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [
-    "ttun", "csrc", "tests", "docs", "packaging", "ttun.py", "setup.py", "pyproject.toml", "Makefile",
-    "README.md", "SECURITY.md", "CHANGELOG.md",
+    "ttun", "csrc", "tests", "docs", "packaging",
+    "ttun.py", "setup.py", "pyproject.toml", "Makefile", "README.md", "SECURITY.md", "CHANGELOG.md",
 ]  # fmt: skip
 
 
