@@ -86,10 +86,10 @@ install: all
 	  $(SHARE)/fish/vendor_completions.d
 	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun
 	chmod 755 $(DESTDIR)$(BINDIR)/ttun
-	$(BIN)/python -m ttun.manual man > $(SHARE)/man/man1/ttun.1
-	$(BIN)/python -m ttun.manual bash > $(SHARE)/bash-completion/completions/ttun
-	$(BIN)/python -m ttun.manual zsh > $(SHARE)/zsh/site-functions/_ttun
-	$(BIN)/python -m ttun.manual fish > $(SHARE)/fish/vendor_completions.d/ttun.fish
+	PYTHONPATH=. $(BIN)/python packaging/manual.py man > $(SHARE)/man/man1/ttun.1
+	PYTHONPATH=. $(BIN)/python packaging/manual.py bash > $(SHARE)/bash-completion/completions/ttun
+	PYTHONPATH=. $(BIN)/python packaging/manual.py zsh > $(SHARE)/zsh/site-functions/_ttun
+	PYTHONPATH=. $(BIN)/python packaging/manual.py fish > $(SHARE)/fish/vendor_completions.d/ttun.fish
 	for unit in $(notdir $(wildcard packaging/systemd/*.service)); do \
 	  $(FILL_IN) packaging/systemd/$$unit > $(SYSTEMD)/$$unit || exit 1; \
 	done

@@ -249,8 +249,7 @@ def build_ttun(tools: Tools, compiler: Compiler, dist: Path) -> Path:
     copy = compiler.directory / "ttun"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
-    # The man page and the completions are written by make install.
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_codec.c", "manual.py")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_codec.c")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():

@@ -6,10 +6,9 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import manual
 import pytest
 from tunnel import ROOT
-
-from ttun import manual
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 TREE = manual.tree()

@@ -12,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import manual
 import pytest
 from tunnel import ROOT
 
-from ttun import manual, parser
+from ttun import parser
 
 TREE = manual.read(parser.build_parser(), [], "")
 NAMES = sorted({name for c in TREE.all() for option in c.options for name in option.names})
@@ -32,8 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {}
     for form in manual.FORMATS:
         text = subprocess.run(
-            [sys.executable, "-m", "ttun.manual", form],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            [sys.executable, "packaging/manual.py", form],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            check=True,
         ).stdout  # fmt: skip
         files[form] = directory / {"man": "ttun.1", "zsh": "_ttun"}.get(form, f"ttun.{form}")
         files[form].write_text(text)
@@ -59,7 +61,7 @@ def test_every_option_and_command_is_in_each(made: dict[str, Path]) -> None:
 
 def test_an_unknown_form_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert manual.main(["tcsh"]) == 2
-    assert capsys.readouterr().err == "usage: python -m ttun.manual man|bash|zsh|fish\n"
+    assert capsys.readouterr().err == "usage: python packaging/manual.py man|bash|zsh|fish\n"
 
 
 @needs("mandoc")

@@ -1,6 +1,6 @@
 """The man page and the shell completions, written out of the command line's own parser.
 
-    python -m ttun.manual man|bash|zsh|fish
+    python packaging/manual.py man|bash|zsh|fish
 
 ``make install`` runs it, so nothing of the command line is kept in two places. First the parser is
 read into a tree of Command and Option; then each of the four is one function over that tree.
@@ -194,7 +194,7 @@ def bash(root: Command) -> str:
         words.append(f'        "{command.path}") words="{" ".join(rest)}" ;;')
     hosts = "|".join(f'"{c.path}"' for c in root.all() if any(a.is_host for a in c.arguments))
     return f"""\
-# bash completion of ttun, made by: python -m ttun.manual bash
+# bash completion of ttun, made by: python packaging/manual.py bash
 _ttun()
 {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" option="" command="" words="" index
@@ -264,7 +264,7 @@ def zsh(root: Command) -> str:
             f'    (( $+functions[{name}_$line[1]] )) && "{name}_$line[1]"\n'
             "}\n"
         )
-    head = f"#compdef {PROGRAMS}\n# zsh completion of ttun, made by: python -m ttun.manual zsh\n\n"
+    head = f"#compdef {PROGRAMS}\n# made by: python packaging/manual.py zsh\n\n"
     return head + "\n".join(functions) + '\n_ttun "$@"\n'
 
 
@@ -304,7 +304,7 @@ def _zsh(text: str, also: str = "") -> str:
 
 def fish(root: Command) -> str:
     """Return the completion of fish."""
-    lines = ["# fish completion of ttun, made by: python -m ttun.manual fish"]
+    lines = ["# fish completion of ttun, made by: python packaging/manual.py fish"]
     for program in PROGRAMS.split():
         lines.append(f"complete -c {program} -f")
         for command in root.all():
@@ -371,7 +371,7 @@ FORMATS: dict[str, Callable[[Command], str]] = {"man": man, "bash": bash, "zsh":
 def main(arguments: list[str]) -> int:
     """Print one of the four."""
     if len(arguments) != 1 or arguments[0] not in FORMATS:
-        print(f"usage: python -m ttun.manual {'|'.join(FORMATS)}", file=sys.stderr)
+        print(f"usage: python packaging/manual.py {'|'.join(FORMATS)}", file=sys.stderr)
         return 2
     print(FORMATS[arguments[0]](tree()), end="")
     return 0
