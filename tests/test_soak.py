@@ -42,6 +42,9 @@ def test_counters_are_exact_and_memory_is_flat(bench: Bench) -> None:
         print(f"{2 * (number + 1)} GiB, descriptors, threads and KiB:", *used[-1], flush=True)
 
     server, client = eventually(lambda: agreed(*ends), "each counts what the other one sent")
+    rekeys = [answered(end)["rekeys"] for end in ends]
+    print(f"fresh keys {rekeys[0]} times")
+    assert all(rekeys) if rekey else rekeys == [None, None]
     for counted in (server, client):
         assert counted["uplink_bytes"] > rounds * GIB
         assert counted["downlink_bytes"] > rounds * GIB

@@ -46,6 +46,7 @@ class Status:
     wire: str | None  # "v1" or "x1"
     cipher: str | None  # of the session
     round_trip: float | None  # seconds, when it was measured last; on wire x1
+    rekeys: int | None  # how often this session got fresh keys; on wire x1
     connected_for: float | None  # seconds
     silent_for: float | None  # seconds since a frame of the peer was opened
     sessions: int  # how many there have been, this one included
@@ -191,6 +192,7 @@ class Endpoint(abc.ABC):
                 wire=self._wire if connected else None,
                 cipher=self._cipher if connected else None,
                 round_trip=control.rtt if control else None,
+                rekeys=control.rekeys if control else None,
                 connected_for=time.monotonic() - self._since if connected else None,
                 silent_for=session.silence() if session and connected else None,
                 sessions=self._sessions,
