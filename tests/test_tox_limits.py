@@ -61,11 +61,13 @@ def test_a_server_without_descriptors_refuses_and_goes_on(lab: Lab, tmp_path: Pa
     assert "Traceback" not in server.log()
 
 
-def test_every_connection_may_have_its_descriptor(lab: Lab) -> None:
-    server, _ = lab.serve(*ALONE)
+@pytest.mark.parametrize(("hard", "wanted"), [(10_000, 8192), (2000, 2000)])
+def test_every_connection_may_have_its_descriptor(lab: Lab, hard: int, wanted: int) -> None:
+    usual = ("prlimit", f"--nofile=1024:{hard}", "--")
+    server = lab.start(SERVER, *usual, *PROGRAM, "tox", "-b", str(lab.nodes), *ALONE)
+    server.says("Using Tox ID: ")
     limits = Path(f"/proc/{server.process.pid}/limits").read_text()
-    soft, hard = limits.split("Max open files")[1].split()[:2]
-    assert int(soft) >= min(int(hard), 8192)
+    assert limits.split("Max open files")[1].split()[:2] == [str(wanted), str(hard)]
 
 
 def test_a_name_server_that_is_silent_holds_up_nothing(lab: Lab, tmp_path: Path) -> None:
