@@ -161,7 +161,7 @@ def test_a_slow_reader_holds_its_own_stream_and_no_other(
     net: Net, manual: tuple[socket.socket, socket.socket], way: str
 ) -> None:
     sender, reader = manual if way == "up" else manual[::-1]
-    before = net.client.resident() + net.server.resident()
+    before = net.client.usage()[2] + net.server.usage()[2]
     size, chunk = 48 << 20, bytes(range(256)) * 256
     sent = 0
     sender.settimeout(2)
@@ -171,7 +171,7 @@ def test_a_slow_reader_holds_its_own_stream_and_no_other(
     assert sent < 32 << 20, "the sender has to wait"
     with net.lab.connect(TO_ECHO) as sock:
         assert exchange(sock, b"meanwhile") == b"meanwhile"
-    assert net.client.resident() + net.server.resident() - before < 24 << 10  # KiB
+    assert net.client.usage()[2] + net.server.usage()[2] - before < 24 << 10  # KiB
     sender.shutdown(socket.SHUT_WR)
     received = 0
     while data := reader.recv(1 << 16):

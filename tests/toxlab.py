@@ -89,10 +89,9 @@ class Program(tunnel.Program):
                 count += os.readlink(descriptor) not in toxcores
         return count
 
-    def resident(self) -> int:
-        """KiB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0])
+    def usage(self) -> tuple[int, int, int]:
+        _, threads, memory = super().usage()
+        return self.descriptors(), threads, memory
 
 
 class Lab:

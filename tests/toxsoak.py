@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import struct
@@ -139,14 +138,8 @@ class Worker:
             sock.shutdown(socket.SHUT_WR)
 
 
-def sample(program: Program) -> tuple[int, int, int]:
-    """Descriptors, threads, KiB of memory."""
-    threads = os.listdir(f"/proc/{program.process.pid}/task")
-    return program.descriptors(), len(threads), program.resident()
-
-
 def show(began: float, ends: list[Program], counts: Counter[str]) -> None:
-    samples = [sample(end) for end in ends]
+    samples = [end.usage() for end in ends]
     shown = "; ".join(
         f"{fds} descriptors, {tasks} threads, {kib} KiB" for fds, tasks, kib in samples
     )
@@ -161,7 +154,7 @@ def soak(lab: Lab, seconds: float, seed: int) -> None:
     client = lab.tox(CLIENT, "-t", "0", "-d", "-i", server_id, *forwards, "-D", str(SOCKS))
     client.says("connected over")
     ends = [client, server]
-    before = [sample(end) for end in ends]
+    before = [end.usage() for end in ends]
     counts: Counter[str] = Counter()
     workers = [Worker(lab, counts, seed * 1000 + number) for number in range(WORKERS)]
     began = time.monotonic()
@@ -170,7 +163,7 @@ def soak(lab: Lab, seconds: float, seed: int) -> None:
     warm: list[int] = []
     while (passed := time.monotonic() - began) < seconds:
         if not warm and passed > seconds / 10:
-            warm = [end.resident() for end in ends]
+            warm = [end.usage()[2] for end in ends]
         show(began, ends, counts)
         time.sleep(min(60, seconds / 10, max(seconds - passed, 0) + 0.01))
     for worker in workers:
@@ -180,15 +173,15 @@ def soak(lab: Lab, seconds: float, seed: int) -> None:
         assert not worker.thread.is_alive()
     for end, (descriptors, threads, _) in zip(ends, before):
         tunnel.eventually(
-            lambda end=end, most=descriptors: sample(end)[0] <= most, f"{descriptors} descriptors"
+            lambda end=end, most=descriptors: end.usage()[0] <= most, f"{descriptors} descriptors"
         )
-        assert sample(end)[1] <= threads
+        assert end.usage()[1] <= threads
     time.sleep(min(60, seconds / 10))
     show(began, ends, counts)
     assert not counts["wrong"], counts
     assert not counts["timed out"], counts
     assert counts["whole"] > sum(counts.values()) / 4, counts
-    gained = [end.resident() - usual for end, usual in zip(ends, warm)]
+    gained = [end.usage()[2] - usual for end, usual in zip(ends, warm)]
     print(f"since the first tenth client and server gained {gained[0]} and {gained[1]} KiB")
     assert max(gained) < GROWTH
     for end in ends:
