@@ -104,8 +104,9 @@ class Control:
     def _take(self) -> int:
         """Wait for a control frame until it is time to look at the clock."""
         wait = LOOK_AT_CLOCK
-        if self._first_packet_at is not None and self._expected is None:
-            due = self._first_packet_at + self._limits.seconds - time.monotonic()
+        if self._expected is None:
+            now = time.monotonic()
+            due = (self._used_since or now) + self._limits.seconds - now
             wait = min(max(due, 0.001), wait)
         taken: int = lib.ttun_session_take(self._c, self._frame, int(wait * 1000))
         return taken
@@ -162,7 +163,8 @@ class Control:
         """Count from here what goes under the keys in use."""
         lib.ttun_session_counters(self._c, self._counters)
         self._carried = self._bytes()
-        self._first_packet_at: float | None = None
+        self._used_since: float | None = None
+        self._looked_at = time.monotonic()
 
     def _bytes(self) -> tuple[int, int]:
         return self._counters.uplink_bytes, self._counters.downlink_bytes
@@ -171,11 +173,13 @@ class Control:
         if self._expected is not None and now - self._rekey_at >= REKEY_TIMEOUT:
             raise ProtocolError("the peer did not go on with fresh keys")
         most = max(now - before for now, before in zip(self._bytes(), self._carried))
-        if most > 0 and self._first_packet_at is None:
-            self._first_packet_at = now
-        if self._first_packet_at is None or self._expected is not None:
+        if most > 0 and self._used_since is None:
+            # The first packet came after the last look. Who has to act takes the key for older.
+            self._used_since = self._looked_at if self._agreement.is_client else now
+        self._looked_at = now
+        if self._used_since is None or self._expected is not None:
             return
-        if now - self._first_packet_at < self._limits.seconds and most < self._limits.bytes:
+        if now - self._used_since < self._limits.seconds and most < self._limits.bytes:
             return
         if not self._agreement.is_client:
             raise ProtocolError("the peer let twice the life of a key pass")
