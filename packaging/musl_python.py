@@ -1,7 +1,6 @@
 """Make a directory that has CPython on musl and nothing else, for check_wheels.py to run wheels in.
 
-A Python that musl's loader starts and that loads extension modules is in no registry that pip or
-apt reads, so it is made of sources. It runs the check and gets into no wheel:
+Debian has no Python for musl, so it is made of sources. It runs the check and gets into no wheel:
 
 1. apt fetches Debian's sources of CPython, zlib and libffi; their Debian patches are left out.
 2. The same zig that builds the wheels compiles them. The modules that ttun, cffi and pip need are
@@ -26,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # zig links musl's programs statically, with a stack of 16 MiB for each thread, if not told. This is
 # what musl gives a thread by itself: the least that ttun may meet.
 LINK = f"-dynamic -Wl,-z,stack-size={128 << 10}"
-ZLIB = "adler32 compress crc32 deflate inffast inflate inftrees trees uncompr zutil".split()
+ZLIB = ["adler32", "compress", "crc32", "deflate", "inffast", "inflate", "inftrees", "trees",
+        "uncompr", "zutil"]  # fmt: skip
 # Modules/Setup: what is linked in, and its sources where those are not NAMEmodule.c or NAME.c.
 MODULES = """
 *static*
@@ -112,6 +112,7 @@ def compile_python(compiler: wheels.Compiler, python: Path) -> Path:
                  "ac_cv_file__dev_ptc=no", "ac_cv_buggy_getaddrinfo=no",
                  # newer than Debian's musl
                  "ac_cv_func_preadv2=no", "ac_cv_func_pwritev2=no"]  # fmt: skip
+    # Without -fPIC the linker copies libc's environ into the program, and getenv crashed.
     wheels.run(configure, build, **settings, LDFLAGS=LINK, CFLAGS="-fPIC -Wno-date-time")
     wheels.run(["make", f"-j{os.cpu_count()}", "python", "platform"], build)
     return build
