@@ -150,7 +150,7 @@ def test_a_silent_name_server_is_named_where_musl_says_try_again(
         raise socket.gaierror(socket.EAI_AGAIN, "Try again")
 
     monkeypatch.setattr(socket, "getaddrinfo", silent)
-    with pytest.raises(OSError, match="vpn.test: temporary failure in name resolution"):
+    with pytest.raises(OSError, match=r"vpn\.test: temporary failure in name resolution"):
         link.dial(Address("vpn.test", 1), None, stop)
 
 
