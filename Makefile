@@ -41,7 +41,7 @@ help:
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
-	@echo 'make check-wheels: install and run them; those of ARM under emulation, as root'
+	@echo 'make check-wheels: install and run them, for glibc and musl; ARM under emulation, as root'
 	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
 	@echo 'make pictures: record the terminal sessions of the README anew, as root'
 	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'

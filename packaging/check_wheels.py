@@ -4,24 +4,31 @@ Each place gets a fresh virtual environment, ``pip install --no-index --find-lin
 tests/check_install.py:
 
 1. this machine;
-2. with root, Debian 12 for aarch64 and armv7l, made by debootstrap with Python and no compiler. Its
-   programs run through qemu-user. binfmt_misc belongs to a user namespace of the check's own, so
-   nothing is registered on this machine (Linux 6.7 and newer);
-3. musl on x86_64 without a Python for it: its loader has to find every symbol that is not Python's.
+2. with root, Debian 12 for aarch64 and armv7l, made by debootstrap with Python and no compiler;
+3. with root, CPython 3.11 and musl for each of the three processors, and nothing else
+   (musl_python.py; if these wheels are for 3.11).
 
-    apt install debootstrap qemu-user-static musl
+The programs of another processor run through qemu-user. binfmt_misc belongs to a user namespace of
+the check's own, so nothing is registered on this machine (Linux 6.7 and newer).
+
+    apt install debootstrap qemu-user-static
+
+With names (here, debian-arm64, debian-armhf, musl-x86_64, musl-aarch64, musl-armv7l): only those.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import musl_python
+import wheels
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "check-wheels"
@@ -34,14 +41,15 @@ FOREIGN = {
     ),
     "armhf": ("arm", rb"\x7fELF\x01\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x28\x00"),
 }
+DEBIAN = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "armhf"}
 MASK = rb"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
-CHECK = """
-set -e
-! command -v cc && ! command -v gcc
-python3 -m venv --clear /tmp/check
-/tmp/check/bin/pip --disable-pip-version-check -q install --no-index --find-links /ttun/dist ttun
-/tmp/check/bin/python /ttun/tests/check_install.py
-"""
+COMMANDS = [
+    ["python3", "-c", "import shutil; assert not shutil.which('cc') and not shutil.which('gcc')"],
+    ["python3", "-m", "venv", "--clear", "/tmp/check"],
+    ["/tmp/check/bin/pip", "--disable-pip-version-check", "-q", "install", "--no-index",
+     "--find-links", "/ttun/dist", "ttun"],
+    ["/tmp/check/bin/python", "/ttun/tests/check_install.py"],
+]  # fmt: skip
 # A user namespace of root's may make no device node: what debootstrap wants of them is there.
 SECOND_STAGE = "\ncheck_sane_mount() { :; }\nsetup_devices() { :; }\nsetup_proc() { :; }\n"
 
@@ -58,34 +66,69 @@ def check_here() -> None:
     subprocess.run(check, check=True, cwd="/")
 
 
-def check_foreign(debian: str) -> None:
+def check_debian(debian: str) -> None:
     """Install and check in a Debian of another processor."""
-    qemu, magic = FOREIGN[debian]
-    interpreter = Path(f"/usr/bin/qemu-{qemu}-static")
-    if os.geteuid() != 0 or not interpreter.exists() or not shutil.which("debootstrap"):
-        print(f"{debian}: NOT CHECKED: it takes root, debootstrap and qemu-user-static")
+    root = WORK / f"debian-{debian}"
+    if not can_run(debian) or not shutil.which("debootstrap"):
+        print(f"{root.name}: NOT CHECKED: it takes root, debootstrap and qemu-user-static")
         return
-    root = WORK / debian
     if not (root / "made").exists():
         shutil.rmtree(root, ignore_errors=True)
         include = "--include=python3,python3-venv"
         bootstrap = ["debootstrap", "--foreign", "--variant=minbase", f"--arch={debian}", include]
         subprocess.run([*bootstrap, "bookworm", root], check=True, stdout=subprocess.DEVNULL)
-        shutil.copy(interpreter, root / "usr" / "bin")
         with (root / "debootstrap" / "functions").open("a") as functions:
             functions.write(SECOND_STAGE)
-        run_in(root, qemu, magic, ["/debootstrap/debootstrap", "--second-stage"])
+        run_in(root, debian, ["/debootstrap/debootstrap", "--second-stage"])
         (root / "made").touch()
-    run_in(root, qemu, magic, ["/bin/sh", "-c", CHECK])
+    check_in(root, debian)
 
 
-def run_in(root: Path, qemu: str, magic: bytes, command: list[str]) -> None:
-    """Run a command in a foreign root, as root of a user namespace that has every user."""
-    (root / "ttun").mkdir(exist_ok=True)
-    rule = b":qemu:M::" + magic + b":" + MASK + f":/usr/bin/qemu-{qemu}-static:OCF".encode()
+def check_musl(platform: wheels.Platform) -> None:
+    """Install and check under a Python on musl."""
+    root = WORK / f"musl-{platform.machine}"
+    debian = DEBIAN[platform.machine]
+    if not can_run(debian) or sys.version_info[:2] != musl_python.VERSION:
+        wanted = ".".join(map(str, musl_python.VERSION))
+        print(f"{root.name}: NOT CHECKED: it takes root, qemu-user-static, Python {wanted}")
+        return
+    if not (root / "made").exists():
+        tools = wheels.Tools(ROOT / "build" / "wheels")
+        musl_python.make(tools, platform, debian, root)
+        (root / "made").touch()
+    check_in(root, debian)
+
+
+def can_run(debian: str) -> bool:
+    """Whether run_in can run programs of a processor here."""
+    qemu = FOREIGN.get(debian, ("", b""))[0]
+    return os.geteuid() == 0 and (not qemu or Path(f"/usr/bin/qemu-{qemu}-static").exists())
+
+
+def check_in(root: Path, debian: str) -> None:
+    """Install and check in a directory that has a system of its own."""
+    print(f"{root.name}: ", end="", flush=True)
+    for command in COMMANDS:
+        run_in(root, debian, command)
+
+
+def run_in(root: Path, debian: str, command: list[str]) -> None:
+    """Run a command in a root of a processor, as root of a user namespace that has every user."""
+    for name in ("dev", "mnt", "proc", "ttun"):
+        if (root / name).is_symlink():  # /proc, if debootstrap thinks that this is a container
+            (root / name).unlink()
+        (root / name).mkdir(exist_ok=True)
+    rule = b""
+    if debian in FOREIGN:
+        qemu, magic = FOREIGN[debian]
+        rule = b":qemu:M::" + magic + b":" + MASK + f":/usr/bin/qemu-{qemu}-static:OCF".encode()
     script = """
         set -e
-        mount -t binfmt_misc none "$0/mnt" && cat > "$0/mnt/register"
+        rule="$(cat)"
+        if [ -n "$rule" ]; then
+            mount -t binfmt_misc none "$0/mnt"
+            printf %s "$rule" > "$0/mnt/register"
+        fi
         for below in dev proc; do mount --rbind "/$below" "$0/$below"; done
         mount --bind "$1" "$0/ttun"
         root="$0"; shift
@@ -114,27 +157,13 @@ def run_in(root: Path, qemu: str, magic: bytes, command: list[str]) -> None:
         sys.exit(f"failed in {root}: {' '.join(command)}")
 
 
-def check_musl() -> None:
-    """Have musl's loader look for what the codec needs."""
-    loader = Path("/lib/ld-musl-x86_64.so.1")
-    if not loader.exists():
-        print("musl: NOT CHECKED: it takes musl (apt install musl)")
-        return
-    wheel = next((ROOT / "dist").glob("ttun-*-musllinux_*_x86_64.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        codec = archive.extract("ttun/_codec.abi3.so", WORK / "musl")
-    listed = subprocess.run([loader, "--list", codec], capture_output=True, text=True, check=False)
-    output = listed.stdout + listed.stderr
-    missing = set(re.findall(r"(\w+): symbol not found", output))
-    others = sorted(name for name in missing if not name.startswith(("Py", "_Py")))
-    if others or not missing or "No such file" in output:
-        sys.exit(f"{wheel.name}: not in musl: {others}\n{output}")
-    print(f"{wheel.name}: musl's loader finds all but Python's own {len(missing)} symbols; not run")
-
-
 if __name__ == "__main__":
     WORK.mkdir(parents=True, exist_ok=True)
-    check_here()
+    checks: dict[str, Callable[[], None]] = {"here": check_here}
     for name in FOREIGN:
-        check_foreign(name)
-    check_musl()
+        checks[f"debian-{name}"] = partial(check_debian, name)
+    for platform in wheels.PLATFORMS:
+        if platform.libc.startswith("musllinux"):
+            checks[f"musl-{platform.machine}"] = partial(check_musl, platform)
+    for name in sys.argv[1:] or checks:
+        checks[name]()

@@ -42,10 +42,8 @@ OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
 SMALL = "-fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
 LARGEST = 150_000  # bytes of our wheel: it goes to routers
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
-APT_SOURCE = (
-    "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] "
-    "http://deb.debian.org/debian bookworm main\n"
-)
+DEBIAN = "http://deb.debian.org/debian bookworm main"
+DEBIANS_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 @dataclass(frozen=True)
@@ -294,7 +292,7 @@ def build_libffi(compiler: Compiler) -> None:
     target = compiler.directory / "ffi"
     if (target / "lib" / "libffi.a").exists():
         return
-    source = fetch_libffi(compiler.directory.parent / "libffi")
+    source = fetch_source("libffi", compiler.directory.parent / "libffi")
     below = compiler.directory / "libffi"
     shutil.rmtree(below, ignore_errors=True)
     below.mkdir()
@@ -306,23 +304,31 @@ def build_libffi(compiler: Compiler) -> None:
     run(["make", "-j1", "install"], below, **environment)
 
 
-def fetch_libffi(directory: Path) -> Path:
-    """Return the unpacked source of Debian's libffi; apt checks its signature."""
-    unpacked = sorted(directory.glob("libffi-*/configure"))
+def fetch_source(package: str, directory: Path) -> Path:
+    """Return the unpacked upstream source of a Debian package."""
+    unpacked = sorted(directory.glob("*/configure"))
     if unpacked:
         return unpacked[0].parent
-    lists = directory / "lists"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
-    (directory / "sources.list").write_text(APT_SOURCE)
-    options = ["-o", f"Dir::Etc::sourcelist={directory / 'sources.list'}", "-o",
-               "Dir::Etc::sourceparts=-", "-o", f"Dir::State::lists={lists}", "-o",
-               f"Dir::Cache={directory}", "-o", "APT::Sandbox::User=root"]  # fmt: skip
-    run(["apt-get", *options, "update"], directory)
-    run(["apt-get", *options, "source", "--download-only", "libffi"], directory)
-    (archive,) = directory.glob("libffi_*.orig.tar.gz")
+    apt(directory, "deb-src", "source", "--download-only", package)
+    (archive,) = directory.glob(f"{package}_*.orig.tar.*[!c]")  # not its signature, .asc
     with tarfile.open(archive) as tar:
         tar.extractall(directory)
-    return next(directory.glob("libffi-*/configure")).parent
+    return next(directory.glob("*/configure")).parent
+
+
+def apt(directory: Path, kind: str, *command: str, arch: str = "") -> None:
+    """Run apt-get in a directory, with lists of its own; it checks Debian's signature.
+
+    kind: of line, sources.list(5). arch: Debian's name of a processor, if not this machine's.
+    """
+    (directory / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+    options = f"signed-by={DEBIANS_KEYS}" + (f" arch={arch}" if arch else "")
+    (directory / "sources.list").write_text(f"{kind} [{options}] {DEBIAN}\n")
+    apt_get = ["apt-get", "-o", f"Dir::Etc::sourcelist={directory / 'sources.list'}", "-o",
+               "Dir::Etc::sourceparts=-", "-o", f"Dir::State::lists={directory / 'lists'}", "-o",
+               f"Dir::Cache={directory}", "-o", "APT::Sandbox::User=root"]  # fmt: skip
+    run([*apt_get, "update"], directory)
+    run([*apt_get, *command], directory)
 
 
 def main() -> None:

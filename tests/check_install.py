@@ -12,6 +12,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from known_answers import SESSIONS, frames, plaintext
@@ -55,7 +56,8 @@ def main() -> None:
     key = subprocess.run([program, "genkey"], capture_output=True, text=True, check=True).stdout
     assert len(key) == 65, key
     here = f"{platform.machine()}, Python {platform.python_version()}"
-    libc = " ".join(platform.libc_ver()) or "another libc"
+    musl = "musl" in (sysconfig.get_config_var("SOABI") or "")
+    libc = "musl" if musl else " ".join(platform.libc_ver()) or "another libc"
     print(f"ttun {ttun.__version__} on {here}, {libc}: {checked} known answers right")
 
 

@@ -143,6 +143,17 @@ def test_a_name_that_does_not_exist_is_an_error(stop: StopFlag) -> None:
         link.dial(Address("nothing.invalid", 1), None, stop)
 
 
+def test_a_silent_name_server_is_named_where_musl_says_try_again(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    with pytest.raises(OSError, match=r"vpn\.test: temporary failure in name resolution"):
+        link.dial(Address("vpn.test", 1), None, stop)
+
+
 def test_a_look_up_that_hangs_is_left_when_stopped(
     monkeypatch: pytest.MonkeyPatch, stop: StopFlag
 ) -> None:

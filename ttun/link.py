@@ -226,6 +226,8 @@ def show(sockaddr: tuple[str, int]) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+        return "temporary failure in name resolution"  # glibc's words; musl's are «Try again»
     return getattr(error, "strerror", None) or str(error)
 
 
