@@ -85,8 +85,8 @@ def make_system() -> None:
     """Make the system, or bring the one that is there up to date."""
     if not (SYSTEM / "made").exists():
         shutil.rmtree(SYSTEM, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", SYSTEM]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        bootstrap = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}"]
+        subprocess.run([*bootstrap, "bookworm", SYSTEM], check=True, stdout=subprocess.DEVNULL)
         (SYSTEM / "made").touch()
     subprocess.run(
         ["make", "install", "PREFIX=/usr/local", f"DESTDIR={SYSTEM}"],
@@ -97,7 +97,7 @@ def make_system() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(0o600 if name.endswith(".psk") else 0o644)
-    inside = ["chroot", SYSTEM]
+    inside = ["chroot", str(SYSTEM)]
     subprocess.run([*inside, "systemd-sysusers"], check=True)
     units = ["ttun-server@office", "ttun-client@home", "report"]
     subprocess.run([*inside, "systemctl", "-q", "enable", *units], check=True)

@@ -106,7 +106,7 @@ def compile_python(compiler: wheels.Compiler, python: Path) -> Path:
     modules = MODULES.format(zlib=zlib, build=build, ffi=compiler.directory / "ffi")
     (build / "Modules" / "Setup.local").write_text(modules)
     # It asks the name of the machine that builds which libc it is. What it would run, it is told.
-    configure = [python / "configure", f"--host={compiler.platform.host}",
+    configure = [str(python / "configure"), f"--host={compiler.platform.host}",
                  "--build=x86_64-pc-linux-musl", f"--with-build-python={sys.executable}",
                  "--prefix=/usr", "READELF=true", "ac_cv_file__dev_ptmx=yes",
                  "ac_cv_file__dev_ptc=no", "ac_cv_buggy_getaddrinfo=no",

@@ -54,8 +54,9 @@ def record(command: list[str], seconds: float) -> Screens:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
     own = {name: text for name, text in os.environ.items() if "MAKE" not in name}  # not make[1]
-    given = {"cwd": ROOT, "env": own, "stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = subprocess.Popen(command, text=True, **given)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=own, stdin=theirs, stdout=theirs, stderr=theirs, text=True
+    )
     os.close(theirs)
     decoder, text, screens = codecs.getincrementaldecoder("utf-8")(), "", Screens()
     start = time.monotonic()

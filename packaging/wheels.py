@@ -118,7 +118,7 @@ class Tools:
 
     def module(self, *arguments: str | Path, **environment: str) -> str:
         """Run a module of it."""
-        return run([self.python, "-m", *arguments], **environment)
+        return run([self.python, "-m", *arguments], ROOT, **environment)
 
     def pip(self, *arguments: str | Path, **environment: str) -> str:
         """Run its pip."""
@@ -275,8 +275,8 @@ def provide(tools: Tools, compiler: Compiler, requirement: str, dist: Path) -> t
     shutil.rmtree(fresh, ignore_errors=True)
     tags = [argument for tag in compiler.platform.accepted for argument in ("--platform", tag)]
     command = [
-        tools.python, "-m", "pip", "-q", "download", "--no-deps", "--only-binary", ":all:", "-d",
-        fresh, "--python-version", PYTHON, "--implementation", "cp", *tags, requirement,
+        str(tools.python), "-m", "pip", "-q", "download", "--no-deps", "--only-binary", ":all:",
+        "-d", str(fresh), "--python-version", PYTHON, "--implementation", "cp", *tags, requirement,
     ]  # fmt: skip
     if subprocess.run(command, capture_output=True, check=False).returncode == 0:
         (wheel,) = fresh.glob("*.whl")
@@ -297,8 +297,9 @@ def build_libffi(compiler: Compiler) -> None:
     shutil.rmtree(below, ignore_errors=True)
     below.mkdir()
     environment = {**compiler.environment(), "LDFLAGS": "", "CFLAGS": "-O2 -fPIC"}
-    configure = [source / "configure", f"--host={compiler.platform.host}", f"--prefix={target}",
-                 f"--libdir={target / 'lib'}", "--disable-shared", "--disable-docs",
+    configure = [str(source / "configure"), f"--host={compiler.platform.host}",
+                 f"--prefix={target}", f"--libdir={target / 'lib'}",
+                 "--disable-shared", "--disable-docs",
                  "--disable-multi-os-directory", "--disable-exec-static-tramp"]  # fmt: skip
     run(configure, below, **environment)
     run(["make", "-j1", "install"], below, **environment)
