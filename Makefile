@@ -22,6 +22,8 @@ LIBDIR = $(PREFIX)/lib/ttun
 SHARE = $(DESTDIR)$(PREFIX)/share
 SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
 SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
+# A distribution's fish does not look into /usr/local.
+FISH = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHARE)/fish/vendor_completions.d)
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
@@ -83,13 +85,13 @@ install: all
 	rm -rf $(DESTDIR)$(LIBDIR)/bin
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
 	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions \
-	  $(SHARE)/fish/vendor_completions.d
+	  $(FISH)
 	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun
 	chmod 755 $(DESTDIR)$(BINDIR)/ttun
 	PYTHONPATH=. $(BIN)/python packaging/manual.py man > $(SHARE)/man/man1/ttun.1
 	PYTHONPATH=. $(BIN)/python packaging/manual.py bash > $(SHARE)/bash-completion/completions/ttun
 	PYTHONPATH=. $(BIN)/python packaging/manual.py zsh > $(SHARE)/zsh/site-functions/_ttun
-	PYTHONPATH=. $(BIN)/python packaging/manual.py fish > $(SHARE)/fish/vendor_completions.d/ttun.fish
+	PYTHONPATH=. $(BIN)/python packaging/manual.py fish > $(FISH)/ttun.fish
 	for unit in $(notdir $(wildcard packaging/systemd/*.service)); do \
 	  $(FILL_IN) packaging/systemd/$$unit > $(SYSTEMD)/$$unit || exit 1; \
 	done
@@ -101,7 +103,7 @@ uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/ttun $(SYSTEMD)/ttun-server@.service \
 	  $(SYSTEMD)/ttun-client@.service $(SYSTEMD)/ttun-tox@.service $(SYSUSERS)/ttun.conf \
 	  $(SHARE)/man/man1/ttun.1 $(SHARE)/bash-completion/completions/ttun \
-	  $(SHARE)/zsh/site-functions/_ttun $(SHARE)/fish/vendor_completions.d/ttun.fish
+	  $(SHARE)/zsh/site-functions/_ttun $(FISH)/ttun.fish
 
 # PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
 wheels: $(VENV)/.venv
