@@ -77,15 +77,14 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
 
-# The program and what it needs go into a directory of their own, which no other Python reads.
+# The program and what it needs go into a directory of their own, which no other Python reads. Nothing
+# stays in this tree that is root's, so that make clean needs no sudo.
 install: all
 	rm -rf $(DESTDIR)$(LIBDIR)
-	$(PIP) install wheel
 	$(PIP) install --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
-	rm -rf $(DESTDIR)$(LIBDIR)/bin
+	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib.* build/bdist.* ttun.egg-info
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
-	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions \
-	  $(FISH)
+	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(FISH)
 	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun
 	chmod 755 $(DESTDIR)$(BINDIR)/ttun
 	PYTHONPATH=. $(BIN)/python packaging/manual.py man > $(SHARE)/man/man1/ttun.1
@@ -161,8 +160,9 @@ $(VENV)/.venv:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.venv $(SOURCES)
-	$(PIP) install 'setuptools>=61' 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
+	$(PIP) install 'setuptools>=61' wheel 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
 	@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does, into directories of root's
 	@touch $@
 
 # The lists are the extras of pyproject.toml.
