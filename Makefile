@@ -159,7 +159,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.venv $(SOURCES)
+$(VENV)/.built: $(VENV)/.venv $(SOURCES) Makefile
 	$(PIP) install 'setuptools>=61' wheel 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
 	@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does, into directories of root's

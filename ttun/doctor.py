@@ -117,7 +117,10 @@ def look_at_packages() -> Finding:
         import ttun.sodium  # noqa: F401
     except ImportError as error:
         return Finding(
-            NO, "packages", str(error), "nothing runs",
+            NO,
+            "packages",
+            str(error),
+            "nothing runs",
             "make in its directory; elsewhere pip install pynacl cffi python-pytun",
         )
     except TtunError as error:

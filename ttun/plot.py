@@ -1,4 +1,4 @@
-"""A bar chart of what ``ttun bench tunnel`` measured, as SVG. Needs matplotlib, the extra ``plot``."""
+"""A bar chart of what ``ttun bench tunnel`` measured, as SVG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ try:
     matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a third of the size
     from matplotlib import pyplot
 except ImportError:
-    raise TtunError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib") from None
+    how = f"{sys.executable} -m pip install matplotlib"
+    raise TtunError(f"--plot needs matplotlib: {how}") from None
 
 PANELS = [
     ("TCP, one stream, Gbit/s", ("up", "down")),
