@@ -38,8 +38,8 @@ help:
 	@echo 'make test    all tests; those that need root use a user namespace without it'
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
-	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong'
-	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave'
+	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong; as root'
+	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave; as root'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
@@ -115,13 +115,13 @@ check-services: all
 	$(BIN)/python packaging/check_services.py
 
 pictures: all
-	PYTHONPATH=. $(BIN)/python packaging/pictures.py
+	PYTHONPATH=. $(BIN)/python -B packaging/pictures.py
 
 faults: all
-	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)
+	PYTHONPATH=. $(BIN)/python -B tests/faults.py $(SECONDS) $(SEED) $(WIRE)
 
 soak: all
-	PYTHONPATH=. $(BIN)/python tests/toxsoak.py $(SECONDS) $(SEED)
+	PYTHONPATH=. $(BIN)/python -B tests/toxsoak.py $(SECONDS) $(SEED)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)
