@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WHEELS := $(VENV)/wheels
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -77,11 +78,11 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
 
-# The program and what it needs go into a directory of their own, which no other Python reads. Nothing
-# stays in this tree that is root's, so that make clean needs no sudo.
+# The program and what it needs go into a directory of their own, which no other Python reads. It takes
+# no network, and nothing stays in this tree that is root's: make clean needs no sudo.
 install: all
 	rm -rf $(DESTDIR)$(LIBDIR)
-	$(PIP) install --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
+	$(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
 	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib.* build/bdist.* ttun.egg-info
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
 	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(FISH)
@@ -160,7 +161,10 @@ $(VENV)/.venv:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.venv $(SOURCES) Makefile
-	$(PIP) install 'setuptools>=61' wheel 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
+	rm -rf $(WHEELS)
+	$(PIP) install 'setuptools>=61' wheel
+	$(PIP) wheel -w $(WHEELS) 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
+	$(PIP) install --no-index $(WHEELS)/*.whl
 	@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does, into directories of root's
 	@touch $@
