@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WHEELS := $(VENV)/wheels
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -22,6 +23,8 @@ LIBDIR = $(PREFIX)/lib/ttun
 SHARE = $(DESTDIR)$(PREFIX)/share
 SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
 SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
+# A distribution's fish does not look into /usr/local.
+FISH = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHARE)/fish/vendor_completions.d)
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
@@ -36,8 +39,8 @@ help:
 	@echo 'make test    all tests; those that need root use a user namespace without it'
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
-	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong'
-	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave'
+	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong; as root'
+	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave; as root'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
@@ -75,21 +78,20 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
 
-# The program and what it needs go into a directory of their own, which no other Python reads.
+# The program and what it needs go into a directory of their own, which no other Python reads. It takes
+# no network, and nothing stays in this tree that is root's: make clean needs no sudo.
 install: all
 	rm -rf $(DESTDIR)$(LIBDIR)
-	$(PIP) install wheel
-	$(PIP) install --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
-	rm -rf $(DESTDIR)$(LIBDIR)/bin
+	$(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
+	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib.* build/bdist.* ttun.egg-info
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
-	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions \
-	  $(SHARE)/fish/vendor_completions.d
+	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(FISH)
 	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun
 	chmod 755 $(DESTDIR)$(BINDIR)/ttun
 	PYTHONPATH=. $(BIN)/python packaging/manual.py man > $(SHARE)/man/man1/ttun.1
 	PYTHONPATH=. $(BIN)/python packaging/manual.py bash > $(SHARE)/bash-completion/completions/ttun
 	PYTHONPATH=. $(BIN)/python packaging/manual.py zsh > $(SHARE)/zsh/site-functions/_ttun
-	PYTHONPATH=. $(BIN)/python packaging/manual.py fish > $(SHARE)/fish/vendor_completions.d/ttun.fish
+	PYTHONPATH=. $(BIN)/python packaging/manual.py fish > $(FISH)/ttun.fish
 	for unit in $(notdir $(wildcard packaging/systemd/*.service)); do \
 	  $(FILL_IN) packaging/systemd/$$unit > $(SYSTEMD)/$$unit || exit 1; \
 	done
@@ -101,7 +103,7 @@ uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/ttun $(SYSTEMD)/ttun-server@.service \
 	  $(SYSTEMD)/ttun-client@.service $(SYSTEMD)/ttun-tox@.service $(SYSUSERS)/ttun.conf \
 	  $(SHARE)/man/man1/ttun.1 $(SHARE)/bash-completion/completions/ttun \
-	  $(SHARE)/zsh/site-functions/_ttun $(SHARE)/fish/vendor_completions.d/ttun.fish
+	  $(SHARE)/zsh/site-functions/_ttun $(FISH)/ttun.fish
 
 # PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
 wheels: $(VENV)/.venv
@@ -114,13 +116,13 @@ check-services: all
 	$(BIN)/python packaging/check_services.py
 
 pictures: all
-	PYTHONPATH=. $(BIN)/python packaging/pictures.py
+	PYTHONPATH=. $(BIN)/python -B packaging/pictures.py
 
 faults: all
-	PYTHONPATH=. $(BIN)/python tests/faults.py $(SECONDS) $(SEED) $(WIRE)
+	PYTHONPATH=. $(BIN)/python -B tests/faults.py $(SECONDS) $(SEED) $(WIRE)
 
 soak: all
-	PYTHONPATH=. $(BIN)/python tests/toxsoak.py $(SECONDS) $(SEED)
+	PYTHONPATH=. $(BIN)/python -B tests/toxsoak.py $(SECONDS) $(SEED)
 
 lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -158,9 +160,13 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.venv $(SOURCES)
-	$(PIP) install 'setuptools>=61' 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
+$(VENV)/.built: $(VENV)/.venv $(SOURCES) Makefile
+	rm -rf $(WHEELS)
+	$(PIP) install 'setuptools>=61' wheel
+	$(PIP) wheel -w $(WHEELS) 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
+	$(PIP) install --no-index $(WHEELS)/*.whl
 	@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does, into directories of root's
 	@touch $@
 
 # The lists are the extras of pyproject.toml.

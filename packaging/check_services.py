@@ -8,6 +8,7 @@ writes down what came of it. Nothing of it reaches this machine's network, servi
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,8 @@ def boot() -> list[str]:
 
 
 if __name__ == "__main__":
+    if os.geteuid() != 0 or not shutil.which("debootstrap"):
+        sys.exit("it takes root and debootstrap: apt install debootstrap; sudo make check-services")
     make_system()
     found = boot()
     print("\n".join(found))

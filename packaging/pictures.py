@@ -20,6 +20,7 @@ import re
 import select
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -136,6 +137,8 @@ def watch(command: list[str]) -> Screens:
 
 
 if __name__ == "__main__":
+    if not hosts.may_make_hosts():
+        sys.exit("the pictures show tunnels between hosts on this machine: sudo make pictures")
     draw("make demo", record(["make", "demo"], 120), ROOT / "docs/demo.svg")
     show = ["./ttun.py", "show", "office", "--watch"]
     draw(" ".join(show), watch(show), ROOT / "docs/watch.svg")

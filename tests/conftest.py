@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
     config.addinivalue_line("markers", "nft: needs nftables on this machine")
     config.addinivalue_line("markers", "tox: needs toxcore and a bootstrap node on this machine")
+    os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"  # where nft is, for Debian's users too
     config.stash[WHY_NOT] = ""
     config.stash[NO_TOX] = toxlab.why_not()
     if hosts.may_make_hosts():

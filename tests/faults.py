@@ -374,6 +374,8 @@ def faults(seconds: float, seed: int, wire: str) -> str:
 
 
 if __name__ == "__main__":
+    if not hosts.may_make_hosts():
+        sys.exit("faults need hosts, a disk and control groups of their own: sudo make faults")
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     duration, chosen, both = sys.argv[1:]
     print(f"{duration} s, seed {chosen}, wire {both}", flush=True)

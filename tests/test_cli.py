@@ -191,18 +191,19 @@ def test_a_server_without_a_key_makes_one_and_shows_the_clients_command(bench: B
     own_etc = ["unshare", "--mount", "sh", "-c", script, "sh"]
     terminal, inside = pty.openpty()
     with (bench.directory / "log").open("w") as log:
-        server = bench.pair.start(SERVER, [*own_etc, *PROGRAM, "server"], stdout=inside, stderr=log)
+        command = [*own_etc, *PROGRAM, "server", "-l", ":20204"]
+        server = bench.pair.start(SERVER, command, stdout=inside, stderr=log)
     os.close(inside)
     try:
         shown = b""
-        while b"-s 192.0.2.1:20203" not in shown:
+        while b"-s 192.0.2.1:20204" not in shown:
             shown += os.read(terminal, 1000)
         key = re.search(rb"sudo ./ttun.py client -k ([0-9a-f]{64}) -s", shown)[1].decode()
         kept = etc / "ttun" / "psk"
         assert kept.read_text() == key + "\n"
         assert kept.stat().st_mode & 0o777 == 0o600
         assert key not in (bench.directory / "log").read_text()
-        client = bench.start(CLIENT, "client", "-s", "192.0.2.1", "--psk-file", str(kept))
+        client = bench.start(CLIENT, "client", "-s", "192.0.2.1:20204", "--psk-file", str(kept))
         client.says("authenticated")
     finally:
         server.terminate()

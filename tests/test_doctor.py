@@ -233,7 +233,7 @@ def test_without_a_package_it_says_which_and_looks_at_the_rest(
     assert doctor.run(None) == 1
     out = capsys.readouterr().out
     assert "pytun" in out.splitlines()[0]
-    assert "fix: pip install ttun" in out
+    assert "fix: make in its directory" in out
     assert "clock" in out
 
 

@@ -66,6 +66,17 @@ def test_a_file_that_others_can_read_is_refused(places: Path, mode: int) -> None
         key.read_file(file)
 
 
+def test_a_file_of_root_is_refused_to_others_with_what_to_do(places: Path) -> None:
+    file = write(places / "key", b"secret", 0o000)
+    program = "import sys; from pathlib import Path; from ttun import key; "
+    program += "key.read_file(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(file)]
+    if os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert f"this user may not read the key file {file}: use sudo" in said
+
+
 def test_a_file_that_is_none_is_refused(places: Path) -> None:
     with pytest.raises(TtunError, match="No such file"):
         key.read_file(places / "nothing")

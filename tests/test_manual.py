@@ -208,3 +208,19 @@ def test_fish_completes(
     # fish offers options only behind a dash
     assert {word for word in expected if words[-1] or word[0] != "-"} <= offered
     assert "genkey" not in offered or len(words) == 1
+
+
+@needs("fish")
+@pytest.mark.parametrize("prefix", ["/usr", "/usr/local"])
+def test_a_distributions_fish_looks_where_make_install_puts_it(prefix: str, tmp_path: Path) -> None:
+    if shutil.which("fish") != "/usr/bin/fish":
+        pytest.skip("this fish was built by hand")
+    command = ["make", "-n", "install", f"PREFIX={prefix}"]
+    plan = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    places = subprocess.run(
+        ["/usr/bin/fish", "-c", "string join \\n $fish_complete_path"],
+        env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found = re.search(r"> (\S+)/ttun\.fish", plan)
+    assert found
+    assert found[1] in places.splitlines()

@@ -25,8 +25,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import toxlab
 import tunnel
 from toxlab import CLIENT, SERVER, Lab, Program
+
+from ttun import hosts
 
 TARGET, NOBODY = 7001, 7002  # ports on the server's host
 TO_TARGET, TO_NOBODY, SOCKS = 2001, 2002, 1080
@@ -191,5 +194,9 @@ def soak(lab: Lab, seconds: float, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    if not hosts.may_make_hosts():
+        sys.exit("the soak makes hosts on this machine: sudo make soak")
+    if missing := toxlab.why_not():
+        sys.exit(f"the soak needs a Tox network: {missing}")
     with tempfile.TemporaryDirectory() as directory, Lab(Path(directory), tag="s") as lab:
         soak(lab, float(sys.argv[1]), int(sys.argv[2]))

@@ -168,7 +168,7 @@ def run_server(options: argparse.Namespace) -> int:
     if tox is not None:
         log.info("on the client: ttun client -s %s", tox.address)
     if made:
-        _show_client_command(psk, tox.address if tox else None)
+        _show_client_command(psk, tox.address if tox else _our_address(options.listen))
     server = Server(
         psk,
         listen=options.listen,
@@ -223,21 +223,28 @@ def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _show_client_command(psk: bytes, tox: str | None) -> None:
+def _show_client_command(psk: bytes, where: str) -> None:
     """Print the other end's command line, but only where a person sees it and no log keeps it."""
     if not sys.stdout.isatty():
         return
-    where = tox or f"{_our_address()}:20203"
-    print(f"\non the client:\n\n    sudo ./ttun.py client -k {psk.decode()} -s {where}\n")
+    program = "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"  # as started here
+    print(f"\non the client:\n\n    sudo {program} client -k {psk.decode()} -s {where}\n")
 
 
-def _our_address() -> str:
+def _our_address(listen: str) -> str:
+    """Return where a client reaches us, as far as that is to be known here."""
+    from ttun import link
+
+    address = link.parse_address(listen, listening=True)
+    if address.host not in ("", "0.0.0.0", "::"):
+        return str(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
-            return str(probe.getsockname()[0])
+            host = str(probe.getsockname()[0])
         except OSError:
-            return "THIS-HOST"
+            host = "THIS-HOST"
+    return str(address._replace(host=host))
 
 
 def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:

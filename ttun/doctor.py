@@ -117,7 +117,11 @@ def look_at_packages() -> Finding:
         import ttun.sodium  # noqa: F401
     except ImportError as error:
         return Finding(
-            NO, "packages", str(error), "nothing runs", "pip install ttun, or make in its directory"
+            NO,
+            "packages",
+            str(error),
+            "nothing runs",
+            "make in its directory; elsewhere pip install pynacl cffi python-pytun",
         )
     except TtunError as error:
         return Finding(NO, "packages", str(error), "nothing runs")

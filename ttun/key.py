@@ -57,6 +57,8 @@ def read_file(path: Path) -> bytes:
             if mode & (stat.S_IRWXG | stat.S_IRWXO) and not _is_credential(path, mode):
                 raise TtunError(f"others can read the key file {path}: chmod 600 {path}")
             key = file.read(MAX_SIZE + 1)
+    except PermissionError:
+        raise TtunError(f"this user may not read the key file {path}: use sudo") from None
     except OSError as error:
         raise TtunError(f"cannot read the key file {path}: {error.strerror}") from None
     if len(key) > MAX_SIZE:

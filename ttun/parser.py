@@ -137,7 +137,7 @@ def _bench_commands(bench: Parser) -> None:
         "{peer} for the server's address; repeatable",
     )
     tunnel.add_argument("--json", metavar="FILE", help="write all figures")
-    tunnel.add_argument("--plot", metavar="FILE.svg", help="draw them (pip install 'ttun[plot]')")
+    tunnel.add_argument("--plot", metavar="FILE.svg", help="draw them; needs matplotlib")
 
 
 def _command(

@@ -1,7 +1,8 @@
-"""A bar chart of what ``ttun bench tunnel`` measured, as SVG. Needs the extra ``plot``."""
+"""A bar chart of what ``ttun bench tunnel`` measured, as SVG. Needs matplotlib."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ttun.errors import TtunError
@@ -13,7 +14,8 @@ try:
     matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a third of the size
     from matplotlib import pyplot
 except ImportError:
-    raise TtunError("--plot needs matplotlib: pip install 'ttun[plot]'") from None
+    how = f"{sys.executable} -m pip install matplotlib"
+    raise TtunError(f"--plot needs matplotlib: {how}") from None
 
 PANELS = [
     ("TCP, one stream, Gbit/s", ("up", "down")),
