@@ -158,6 +158,8 @@ def run_in(root: Path, debian: str, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if not list(ROOT.glob("dist/ttun-*.whl")):
+        sys.exit("there are no wheels in dist: make wheels")
     WORK.mkdir(parents=True, exist_ok=True)
     checks: dict[str, Callable[[], None]] = {"here": check_here}
     for name in FOREIGN:

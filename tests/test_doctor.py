@@ -206,6 +206,7 @@ def test_a_peer_without_a_server_and_one_that_is_silent(pair: hosts.Hosts) -> No
     assert found.code == 1
     assert found["server"][0] == NO
     assert "192.0.2.1:9: Connection refused" in found["server"][1]
+    assert "No tunnel can reach this peer" in found.text.splitlines()[-1]
     hook = "type filter hook input priority 0; policy drop;"
     rules = f"add table ip hole; add chain ip hole in {{ {hook} }}"
     with changed(pair, ["nft", rules], ["nft", "delete table ip hole"], host=SERVER):

@@ -37,6 +37,7 @@ OK = "ok"
 LESS = "less"  # a tunnel runs, at a cost
 NO = "no"  # no tunnel runs
 UNSEEN = "?"  # could not be looked at
+UNREACHED = "no tunnel to this peer"  # what it costs
 
 NODE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)  # Documentation/admin-guide/devices.txt
@@ -71,13 +72,16 @@ class Finding:
 
 def run(peer: link.Address | None) -> int:
     """Print what is found, as it is found; return 0 if a tunnel can run here, else 1."""
-    marks = []
+    marks, missing = [], set()
     for finding in look(peer):
         print(finding, flush=True)
         marks.append(finding.mark)
+        if finding.mark == NO:
+            missing.add(finding.cost)
     lacks = marks.count(LESS)
-    if NO in marks:
-        print("\nNo tunnel can run here as it is: see the lines with «no».")
+    if missing:
+        what = "reach this peer" if missing == {UNREACHED} else "run here"
+        print(f"\nNo tunnel can {what} as it is: see the lines with «no».")
         return 1
     print(f"\nA tunnel can run here{f', with {lacks} of the costs above' if lacks else ''}.")
     return 0
@@ -358,7 +362,7 @@ def look_at_peer(peer: link.Address) -> Iterator[Finding]:
         sock = link.dial(peer, None, StopFlag())
     except OSError as error:
         fix = "start ttun server there, and let its port through the firewalls in between"
-        yield Finding(NO, subject, str(error), "no tunnel to this peer", fix)
+        yield Finding(NO, subject, str(error), UNREACHED, fix)
     else:
         with sock:
             name = link.show(sock.getpeername())
