@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 MIB = 1 << 20
 ECHO, TO_ECHO = 7001, 2001
 ALONE = ("-t", "0")
-NODES = 4  # behind NAT friends are found sooner with a few
 
 
 def tunnel(lab: Lab, directory: Path) -> tuple[Program, Program, str]:
@@ -125,7 +124,7 @@ def behind_nat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, 
     directories = [tmp_path_factory.mktemp(name) for name in ("udp", "relay")]
     with contextlib.ExitStack() as stack:
         open_lab, strict = (
-            stack.enter_context(Lab(directory, tag=tag, nat=True, nodes=NODES))
+            stack.enter_context(Lab(directory, tag=tag, nat=True))
             for directory, tag in zip(directories, "ur")
         )
         strict.drop_udp()
