@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import queue
 import resource
 import socket
@@ -260,6 +261,24 @@ def test_a_forged_pong_says_nothing_about_the_round_trip(server: Server, data: b
     before = friend.link.peer.round_trip
     friend.forge(pack(packet.PONG, 0, data))
     assert friend.link.peer.round_trip == before
+
+
+def test_a_call_after_the_end_touches_no_file_that_came_after_it() -> None:
+    """A look-up may come back late, and woke what had the number of its descriptor by then."""
+    loop = Loop(offline_tox())
+    waker = loop._writable
+    loop.start(Forwarder(loop))
+    loop.stop()
+    readable, writable = os.pipe()
+    os.set_blocking(readable, False)
+    try:
+        os.dup2(writable, waker)  # if nobody else has it: now it is ours
+        loop.call(lambda: None)
+        with pytest.raises(BlockingIOError):
+            os.read(readable, 1)
+    finally:
+        for descriptor in {readable, writable, waker}:
+            os.close(descriptor)
 
 
 def test_a_full_queue_is_waited_for() -> None:

@@ -71,6 +71,7 @@ class Loop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._readable, self._writable = os.pipe()
+        self._closing = threading.Lock()  # over both: their numbers are others' once it is over
         for descriptor in (self._readable, self._writable):
             os.set_blocking(descriptor, False)
         self._epoll.register(self._readable, select.EPOLLIN)
@@ -101,8 +102,10 @@ class Loop:
     def call(self, function: Callable[[], None]) -> None:
         """Have function called on the loop's thread; from any thread. After the end, never."""
         self._calls.append(function)
-        with contextlib.suppress(OSError):  # full: it wakes up anyway; or closed: it is over
-            os.write(self._writable, b"\0")
+        with self._closing:
+            if not self.over.is_set():
+                with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
+                    os.write(self._writable, b"\0")
 
     def add(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
         """Call handler with what happens to a socket, each thing once (EPOLLET)."""
@@ -137,9 +140,10 @@ class Loop:
         finally:
             self.tox.close()
             self._epoll.close()
-            os.close(self._writable)
-            os.close(self._readable)
-            self.over.set()
+            with self._closing:
+                os.close(self._writable)
+                os.close(self._readable)
+                self.over.set()
 
     def _run(self, owner: Owner) -> None:
         due = next_tick = next_search = again = 0.0
