@@ -26,8 +26,8 @@ from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
 from ttun.tox.protocol import FIRST_WINDOW, Growth, Peer, Tunnel
-from ttun.tox.server import Server
-from ttun.tox.toxcore import FriendStatus, Packet, Tox
+from ttun.tox.server import EXPECT, SILENCE, Server
+from ttun.tox.toxcore import FriendRequest, FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
 
@@ -120,6 +120,29 @@ def target() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         listener.settimeout(20)
         yield listener
+
+
+def test_a_friend_that_left_is_forgotten_and_one_that_was_lost_is_waited_for() -> None:
+    """toxcore takes no packet of another friend from where it still looks for one that left."""
+    client = offline_tox()
+    loop = Loop(offline_tox())
+    server = Server(loop)
+    for silence in (0.0, SILENCE):
+        server.on_event(FriendRequest(client.address()[: toxcore.PUBLIC_KEY_SIZE], b"ttun\0"))
+        (friend,) = loop.tox.friends()
+        server.on_event(FriendStatus(friend, toxcore.UDP))
+        server.links[friend].heard -= silence
+        server.on_event(FriendStatus(friend, toxcore.OFFLINE))
+        now = time.monotonic()
+        server.on_tick(now)
+        assert loop.tox.friends() == ([friend] if silence else [])
+    server.on_tick(now + EXPECT / 2)
+    assert loop.tox.friends() == [friend]
+    server.on_tick(now + EXPECT)
+    assert loop.tox.friends() == []
+    loop.start(server)
+    loop.stop()
+    client.close()
 
 
 def port_of(listener: socket.socket) -> int:

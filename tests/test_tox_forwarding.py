@@ -28,6 +28,7 @@ from toxnet import (
     ALONE,
     BY_RULE,
     CLOSED,
+    CUT,
     ECHO,
     MANUAL,
     NO_RULE,
@@ -143,6 +144,11 @@ def test_the_target_may_end_its_half_first(manual: tuple[socket.socket, socket.s
     assert receive(far, 100) == b"last words"
 
 
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_reset_shows_at_the_other_end(
     manual: tuple[socket.socket, socket.socket], way: str
@@ -150,8 +156,7 @@ def test_a_reset_shows_at_the_other_end(
     one, other = manual if way == "up" else manual[::-1]
     one.sendall(b"x")
     assert other.recv(1) == b"x"  # a target that resets before that is one that refuses
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    one.close()
+    reset(one)
     with pytest.raises(ConnectionResetError):
         other.recv(1)
 
@@ -245,6 +250,27 @@ def test_stdin_and_stdout_for_proxy_commands(net: Net) -> None:
     assert not wrong, f"{len(wrong)} wrong bytes, from {wrong[0]} to {wrong[-1]}"
     assert process.returncode == 0
     assert net.pipe.log() == "", "an ssh that uses it sees nothing but its bytes"
+
+
+def test_a_reset_is_an_error_of_stdin_and_stdout(net: Net) -> None:
+    net.to_cut.settimeout(60)
+    far = net.to_cut.accept()[0]
+    far.sendall(b"half of an ans")
+    out = net.cut.process.stdout
+    assert out is not None
+    assert out.read(14) == b"half of an ans"
+    reset(far)
+    assert net.cut.process.wait(20) == 1
+    assert out.read() == b""
+    assert net.cut.log().count("\n") == 1
+    net.cut.says(f"127.0.0.1:{CUT}: the connection was reset")
+
+
+def test_a_full_disk_is_an_error_of_stdout(net: Net) -> None:
+    net.full.process.communicate(b"what cannot be written", timeout=60)
+    assert net.full.process.returncode == 1
+    assert net.full.log().count("\n") == 1
+    net.full.says("cannot write the output: No space left on device")
 
 
 def test_ping_prints_the_time_and_exits(net: Net) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toxlab import CLIENT, FLAT, NODE, Lab, Program
+from toxlab import CLIENT, FLAT, NODE, SERVER, Lab, Program
 
 SECRET = "a shared secret that no log may show"
-ECHO, CLOSED, MANUAL = 7001, 7002, 7003  # ports on the server's host; nobody listens on CLOSED
+# Ports on the server's host; nobody listens on CLOSED.
+ECHO, CLOSED, MANUAL, CUT = 7001, 7002, 7003, 7004
 TO_ECHO, TO_CLOSED, TO_MANUAL, TO_NAME, SOCKS = 2001, 2002, 2003, 2004, 1080
 BY_RULE, NO_RULE = 2005, 2006
 REBORN = 2007
@@ -38,6 +39,9 @@ class Net:
     allowed: Program
     unlisted: Program
     pipe: Program
+    full: Program
+    cut: Program
+    to_cut: socket.socket
     pinger: Program
     proxied: list[Program]
     proxies: list[Program]
@@ -74,10 +78,17 @@ def start(directory: Path) -> Iterator[Net]:
         allowed = lab.tox(CLIENT, *to_ruled, "-C", str(directory / "member"), *both)
         unlisted = lab.tox(CLIENT, *to_ruled, "-p")
 
-        pipe = lab.tox(
-            CLIENT, *to_server, "-W", f"127.0.0.1:{ECHO}", environment=shared,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        to_cut = lab.listen(SERVER, CUT)
+        with open("/dev/full", "wb") as full_disk:
+            pipe, full, cut = (
+                lab.tox(
+                    CLIENT, *to_server, "-W", f"127.0.0.1:{port}", environment=shared,
+                    stdin=subprocess.PIPE, stdout=stdout,
+                )
+                for port, stdout in (
+                    (ECHO, subprocess.PIPE), (ECHO, full_disk.fileno()), (CUT, subprocess.PIPE)
+                )
+            )  # fmt: skip
         pinger = lab.tox(CLIENT, *to_server, "-p", environment=shared)
         script = str(Path(__file__).with_name("proxy.py"))
         proxies = [
@@ -109,8 +120,8 @@ def start(directory: Path) -> Iterator[Net]:
         allowed.says("connected over")
         restart.join()
         yield Net(
-            lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, pinger,
-            proxied, proxies, reborn, reborn_client, directory,
+            lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, full, cut,
+            to_cut, pinger, proxied, proxies, reborn, reborn_client, directory,
         )  # fmt: skip
 
 

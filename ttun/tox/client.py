@@ -4,8 +4,8 @@
    came of it within 45 seconds.
 2. The server is online: what waited is requested.
 3. Nothing was heard of it for 20 seconds though it was pinged, or toxcore says that it is gone:
-   all streams end, and the search begins anew. Listening ports stay, and connections made there
-   meanwhile wait.
+   all streams end, and the search begins anew. Listening ports stay; connections made there
+   meanwhile wait, and so do those whose request was not answered yet.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Callable
 
 from ttun.errors import ProtocolError
-from ttun.tox import packet, socks5
+from ttun.tox import packet, protocol, socks5
 from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
-from ttun.tox.stream import Answer, Stream
+from ttun.tox.stream import Stream
 
 log = logging.getLogger("ttun")
 
@@ -34,6 +34,8 @@ SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
 
 GREETING = b"ttun\0"
 
+Answer = Callable[["int | None"], None]  # None: the tunnel is open; else why not
+
 
 @dataclass(eq=False)
 class _Wish:
@@ -43,10 +45,9 @@ class _Wish:
     host: str
     port: int
     answer: Answer
-    closed: Callable[[], None] | None
+    on_reset: Callable[[], None] | None
     deadline: float
-    stream: Stream | None = None
-    forward_id: int = 0
+    forward_id: int = -1  # of the request, once there is one
 
 
 class Client(Forwarder):
@@ -75,10 +76,13 @@ class Client(Forwarder):
         host: str,
         port: int,
         answer: Answer,
-        closed: Callable[[], None] | None = None,
+        on_reset: Callable[[], None] | None = None,
     ) -> None:
-        """Take over a socket and connect it to a target. answer is told how that went."""
-        wish = _Wish(sock, host, port, answer, closed, time.monotonic() + WAIT_ONLINE)
+        """Take over a socket and connect it to a target.
+
+        answer is told how that went; on_reset is called if what was opened is reset later.
+        """
+        wish = _Wish(sock, host, port, answer, on_reset, time.monotonic() + WAIT_ONLINE)
         if len(self._wishes) >= MAX_WAITING:
             self._refuse(wish, packet.FULL)
             return
@@ -87,27 +91,27 @@ class Client(Forwarder):
             self._request(wish, self.link)
 
     def _request(self, wish: _Wish, link: Link) -> None:
-        def answered(reason: int | None) -> None:
-            self._wishes.discard(wish)
-            if reason is not None:
-                link.peer.cancel(wish.forward_id)
-                log.info("%s:%d: %s", wish.host, wish.port, packet.REASONS.get(reason, reason))
-            wish.answer(reason)
-
         wish.deadline = time.monotonic() + WAIT_ANSWER
-        wish.stream = Stream(link, wish.sock)
-        wish.stream.on_answer, wish.stream.on_closed = answered, wish.closed
-        wish.forward_id = link.peer.request(wish.host, wish.port, wish.stream)
+        wish.forward_id = link.peer.request(wish.host, wish.port, wish)
+
+    def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
+        """The server has connected us to a target, or says why not."""
+        wish = answer.owner
+        assert isinstance(wish, _Wish)
+        if isinstance(answer, protocol.Opened):
+            self._wishes.discard(wish)
+            wish.answer(None)
+            Stream(link, wish.sock, answer.tunnel, wish.on_reset)
+        else:
+            self._refuse(wish, answer.reason)
 
     def _refuse(self, wish: _Wish, reason: int) -> None:
         self._wishes.discard(wish)
-        if wish.stream is not None:
-            wish.stream.refuse(reason)
-            return
+        if self.link is not None:
+            self.link.peer.cancel(wish.forward_id)
+        log.info("%s:%d: %s", wish.host, wish.port, packet.REASONS.get(reason, reason))
         wish.answer(reason)
         wish.sock.close()
-        if wish.closed is not None:
-            wish.closed()
 
     def ping(self) -> None:
         """Ping the server now; on_answer_to_ping is told the seconds. It must be online."""
@@ -134,11 +138,14 @@ class Client(Forwarder):
     def on_lost(self, link: Link) -> None:
         """The server is gone: look for it anew."""
         self.link = None
+        for wish in self._wishes:
+            wish.deadline = time.monotonic() + WAIT_ONLINE
         self._invite()
 
-    def on_flood(self, link: Link) -> None:
-        """A server that floods us is looked for anew as well."""
-        self.lose(link)
+    def on_restarted(self, link: Link) -> None:
+        """The server knows nothing of what it was asked for: ask it again."""
+        for wish in self._wishes:
+            self._request(wish, link)
 
     def on_pong(self, link: Link, seconds: float) -> None:
         """Take the answer to a PING."""
@@ -154,7 +161,7 @@ class Client(Forwarder):
         elif self.link is None and now - self._invited > INVITE_AGAIN:
             self._invite()
         for wish in [each for each in self._wishes if each.deadline <= now]:
-            self._refuse(wish, packet.OFFLINE if wish.stream is None else packet.SILENT)
+            self._refuse(wish, packet.OFFLINE if self.link is None else packet.SILENT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
         for listener in self._listeners:

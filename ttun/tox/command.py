@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import resource
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,17 +75,24 @@ def open_tox(
     udp_ports: tuple[int, int] | None,
     proxy: toxcore.Proxy | None = None,
     *,
+    server: bool,
     verbose: bool = False,
 ) -> toxcore.Tox:
-    """Open a Tox at the ports that were asked for, None for any. Raises TtunError."""
+    """Open a Tox at the ports that were asked for, None for any. Raises TtunError.
+
+    A server is where others on its network look. A client looks itself, and may be anywhere: with
+    one of ten ports it would have that of the last client sooner or later, whom a server may still
+    be looking for (Server.on_lost()).
+    """
     attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
     for attempt in range(attempts):
+        anywhere = not server or attempt > 1
         for ipv6 in (True, False):
             try:
                 return toxcore.Tox(
                     savedata=savedata,
                     tcp_port=options.any_relay_port() if relay_port is None else relay_port,
-                    udp_ports=udp_ports or options.any_udp_ports(anywhere=attempt > 1),
+                    udp_ports=udp_ports or options.any_udp_ports(anywhere=anywhere),
                     proxy=proxy,
                     ipv6=ipv6,
                     verbose=verbose,
@@ -100,7 +107,8 @@ def _open(asked: Options) -> toxcore.Tox:
     """Open our Tox, with the identity that was kept, and say who we are."""
     keep = not asked.client or asked.keep_identity
     saved = identity.load(asked.directory) if keep else None
-    tox = open_tox(saved, asked.relay_port, asked.udp_ports, asked.proxy, verbose=asked.debug > 1)
+    ports = asked.relay_port, asked.udp_ports
+    tox = open_tox(saved, *ports, asked.proxy, server=not asked.client, verbose=asked.debug > 1)
     if keep:
         if asked.keep_identity:
             _make_directory(asked.directory)
@@ -183,10 +191,13 @@ class _End:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._code = 0
+        self._stopping = False
         self._signals = Signals(signal.SIGINT, signal.SIGTERM)
 
     def is_over(self, code: int, message: str | None = None) -> None:
-        """End with an exit code, from any thread."""
+        """End with an exit code, from any thread. What ends because we stop says nothing."""
+        if self._stopping:
+            return
         self._code = code
         if message is not None:
             log.error("%s", message)
@@ -201,6 +212,7 @@ class _End:
 
         threading.Thread(target=watch, name="ttun-over", daemon=True).start()
         received = self._signals.wait()
+        self._stopping = True
         if received:
             log.info("%s: stopping", signal.Signals(received).name)
         self._loop.stop()
@@ -229,24 +241,35 @@ def _ping(client: Client, end: _End) -> None:
 def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
     """Join stdin and stdout to a target; over when the target says so."""
     ours, theirs = socket.socketpair()
+    name = f"{target.host}:{target.port}"
+    reset = threading.Event()
 
     def answer(reason: int | None) -> None:
         if reason is not None:
-            end.is_over(1, f"{target.host}:{target.port}: {packet.REASONS[reason]}")
+            end.is_over(1, f"{name}: {packet.REASONS.get(reason, reason)}")
             return
         threading.Thread(target=_send_stdin, args=(ours,), daemon=True).start()
         threading.Thread(target=write_stdout, daemon=True).start()
 
+    def receive() -> bytes:
+        with contextlib.suppress(ConnectionResetError):  # closed, with some of stdin not read
+            return ours.recv(65536)
+        return b""
+
     def write_stdout() -> None:
         try:
-            while data := ours.recv(65536):
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
+            while data := receive():
+                while data:
+                    data = data[os.write(1, data) :]
         except OSError as error:
-            log.debug("stdout: %s", error)
-        end.is_over(0)
+            end.is_over(1, f"cannot write the output: {error.strerror}")
+            return
+        if reset.is_set():
+            end.is_over(1, f"{name}: the connection was reset")
+        else:
+            end.is_over(0)
 
-    client.open(theirs, target.host, target.port, answer)
+    client.open(theirs, target.host, target.port, answer, reset.set)
 
 
 def _send_stdin(sock: socket.socket) -> None:

@@ -179,12 +179,7 @@ class Forwarder:
         elif isinstance(event, protocol.Requested):
             self.on_requested(link, event)
         elif isinstance(event, (protocol.Opened, protocol.Denied)):
-            stream = event.owner
-            assert isinstance(stream, Stream)
-            if isinstance(event, protocol.Opened):
-                stream.open(event.tunnel)
-            else:
-                stream.refuse(event.reason)
+            self.on_answered(link, event)
         elif isinstance(event, protocol.Restarted):
             log.info("peer %s started afresh; %d connections closed", link.name, len(link.streams))
             link.drop()
@@ -247,7 +242,7 @@ class Forwarder:
         for link in list(self.links.values()):
             if len(link.peer.control) > protocol.MAX_CONTROL:
                 log.warning("peer %s asks faster than it takes answers: dropped", link.name)
-                self.on_flood(link)
+                self.lose(link)
                 continue
             full, again = link.fill(now)
             any_full, first = any_full or full, min(first, again)
@@ -275,14 +270,11 @@ class Forwarder:
     def on_restarted(self, link: Link) -> None:
         """A friend is a new process; its streams are closed."""
 
-    def on_flood(self, link: Link) -> None:
-        """A friend makes us say more than it listens to."""
-        friend = link.friend
-        self.lose(link)
-        self.loop.tox.delete_friend(friend)
-
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
         """A friend wants a connection to a target."""
+
+    def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
+        """A friend says what became of a connection that it was asked for."""
 
 
 def _round_trip(data: bytes) -> float | None:

@@ -1,6 +1,7 @@
 """The server: lets friends in, and connects them to targets.
 
- 1. A friend request comes: the secret and the list of allowed keys decide.
+ 1. A friend request comes: the secret and the list of allowed keys decide. A friend that leaves is
+    forgotten, and asked for both again when it comes back.
  2. A friend requests a target: the rules decide; a name is looked up on a thread of its own.
  3. The addresses are tried one after the other, without blocking, within fifteen seconds.
  4. The tunnel is acknowledged, or refused with the reason.
@@ -35,7 +36,9 @@ log = logging.getLogger("ttun")
 CONNECT_TIMEOUT = 15.0  # seconds for a target, all its addresses together
 MAX_LOOKUPS = 64  # names being looked up; more of them wait
 MAX_STREAMS = 4096  # connections of all friends together
-MAX_FRIENDS = 256  # that are not online; the one that left first is forgotten
+MAX_FRIENDS = 256  # that are online, and as many that are not: then the first of those goes
+EXPECT = 120.0  # seconds that a friend may take to come online, at first and when it was lost
+SILENCE = 10.0  # seconds without a packet: who goes offline then was lost, who does so before left
 
 Sockaddr = tuple[int, tuple[object, ...]]  # family, address
 # Takes a connected socket and who it comes from; returns False if it has no place for one more.
@@ -63,7 +66,7 @@ class Server(Forwarder):
         self._connecting: set[_Connecting] = set()
         self._lookups = 0
         self._names: deque[tuple[Link, protocol.Requested]] = deque()  # to be looked up
-        self._offline: dict[int, str] = {}  # friends that are not online, the first to leave first
+        self._expected: dict[int, float] = {}  # friends that are not online, and until when
 
     def on_request(self, request: FriendRequest) -> None:
         """Accept a friend, or say in the log why not. Its message is never logged."""
@@ -72,15 +75,13 @@ class Server(Forwarder):
         if reason:
             log.warning("friend request of %s ignored: %s", name, reason)
             return
-        while len(self._offline) >= MAX_FRIENDS:
-            oldest = next(iter(self._offline))
-            del self._offline[oldest]
-            self.loop.tox.delete_friend(oldest)
+        while len(self._expected) >= MAX_FRIENDS:
+            self._forget(next(iter(self._expected)))
         friend = self.loop.tox.accept_friend(request.key)
         if friend is None:
             log.warning("friend request of %s: toxcore does not take it", name)
             return
-        self._offline[friend] = name
+        self._expected[friend] = time.monotonic() + EXPECT
         log.info("friend request of %s accepted", name)
 
     def _why_not(self, request: FriendRequest) -> str | None:
@@ -99,12 +100,22 @@ class Server(Forwarder):
 
     def on_link(self, link: Link) -> None:
         """A friend is online."""
-        self._offline.pop(link.friend, None)
+        self._expected.pop(link.friend, None)
 
     def on_lost(self, link: Link) -> None:
-        """A friend is offline: it may come back without a new request."""
-        self._offline[link.friend] = link.name
+        """A friend is offline: one that left is forgotten, one that was lost may come back.
+
+        toxcore goes on looking for a friend where it was last, and gives what comes from there to
+        nobody else: not to the next client of that host, if it has the port that the last one had.
+        """
         self.on_restarted(link)
+        now = time.monotonic()
+        left = now - link.heard < SILENCE
+        self._expected[link.friend] = now if left else now + EXPECT
+
+    def _forget(self, friend: int) -> None:
+        del self._expected[friend]
+        self.loop.tox.delete_friend(friend)
 
     def on_restarted(self, link: Link) -> None:
         """Nobody waits for what is being connected any more."""
@@ -112,11 +123,6 @@ class Server(Forwarder):
             connecting.give_up()
             self._connecting.discard(connecting)
         self._names = deque(each for each in self._names if each[0] is not link)
-
-    def on_flood(self, link: Link) -> None:
-        """Forget a friend that floods us; it may ask again."""
-        super().on_flood(link)
-        self._offline.pop(link.friend, None)
 
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
         """Connect a friend to a target."""
@@ -170,7 +176,7 @@ class Server(Forwarder):
         if tunnel is None:
             sock.close()
             return
-        Stream(link, sock).open(tunnel)
+        Stream(link, sock, tunnel)
 
     def _look_up(self, link: Link, request: protocol.Requested) -> None:
         """Find the addresses of a target: at once if it is one, else on a thread."""
@@ -228,6 +234,8 @@ class Server(Forwarder):
         super().on_tick(now)
         for connecting in [each for each in self._connecting if each.deadline <= now]:
             connecting.time_out()
+        for friend in [each for each, until in self._expected.items() if until <= now]:
+            self._forget(friend)
 
     def on_stop(self) -> None:
         """Close everything."""

@@ -43,49 +43,43 @@ class Turn(enum.Enum):
 
 FULL, MORE, DONE = Turn.FULL, Turn.MORE, Turn.DONE
 
-Answer = Callable[["int | None"], None]  # None: the tunnel is open; else why not
-
 
 class Stream:
-    """A local socket and its tunnel, from the moment that one was asked for."""
+    """A local socket and its open tunnel."""
 
-    def __init__(self, link: Link, sock: socket.socket) -> None:
-        """Take over the socket. It is not read before open()."""
-        self.link, self._sock = link, sock
-        self.tunnel: Tunnel | None = None
+    def __init__(
+        self,
+        link: Link,
+        sock: socket.socket,
+        tunnel: Tunnel,
+        on_reset: Callable[[], None] | None = None,
+    ) -> None:
+        """Take over the socket and start to forward. on_reset is called before the socket is reset.
+
+        The other end of a socket pair learns only so that it did not simply end.
+        """
+        self.link, self._sock, self.tunnel, self._on_reset = link, sock, tunnel, on_reset
         self.queued = False
-        self.on_answer: Answer | None = None
-        self.on_closed: Callable[[], None] | None = None
         self._readable = self._writable = True
         self._pending = memoryview(b"")  # read, not yet sent
         self._buffer: deque[bytes | memoryview] = deque()  # received, not yet written
         self._dirty = False
         self._remote_ended = self._remote_closed = self._shut = self._gone = False
         self._aborted = False
+        tunnel.owner = self
         link.streams.add(self)
         link.forwarder.loop.add(sock, self._on_ready)
-
-    def open(self, tunnel: Tunnel) -> None:
-        """Start to forward."""
-        self.tunnel, tunnel.owner = tunnel, self
-        self._answer(None)
         self.wake()
-
-    def refuse(self, reason: int) -> None:
-        """There will be no tunnel: say so and close the socket."""
-        self._answer(reason)
-        self._close()
 
     def wake(self) -> None:
         """Queue up for sending."""
-        if not self.queued and self.tunnel is not None and not self._gone:
+        if not self.queued and not self._gone:
             self.queued = True
             self.link.queue.append(self)
 
     def send(self, send: Callable[[int, bytes], bool]) -> Turn:
         """Take a turn: send some packets."""
         tunnel, peer, friend = self.tunnel, self.link.peer, self.link.friend
-        assert tunnel is not None
         for _ in range(CHUNK // packet.MAX_DATA):
             if not self._has_pending(tunnel):
                 return DONE
@@ -146,10 +140,8 @@ class Stream:
 
     def reset(self) -> None:
         """Close both ends at once."""
-        if self.tunnel is not None:
-            self.link.peer.close(self.tunnel)
+        self.link.peer.close(self.tunnel)
         self._aborted = True
-        self._answer(packet.UNREACHABLE)
         self._close()
 
     def flush(self) -> None:
@@ -174,7 +166,7 @@ class Stream:
         except OSError:
             self.reset()
             return
-        if taken and self.tunnel is not None:
+        if taken:
             self.link.peer.consumed(self.tunnel, taken, time.monotonic())
         if self._buffer:
             return
@@ -191,7 +183,7 @@ class Stream:
 
     def _finish_if_over(self) -> None:
         """Close when both sides have said that there is no more, and all of it was written."""
-        if self.tunnel is not None and self.tunnel.ended and self._shut:
+        if self.tunnel.ended and self._shut:
             self.link.peer.forget(self.tunnel)
             self._close()
 
@@ -212,11 +204,6 @@ class Stream:
             self._dirty = True
             self.link.forwarder.dirty.append(self)
 
-    def _answer(self, reason: int | None) -> None:
-        answer, self.on_answer = self.on_answer, None
-        if answer is not None:
-            answer(reason)
-
     def _close(self) -> None:
         if self._gone:
             return
@@ -224,10 +211,10 @@ class Stream:
         self.link.streams.discard(self)
         self.link.forwarder.loop.remove(self._sock)
         if self._aborted:
+            if self._on_reset is not None:
+                self._on_reset()
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self._sock.close()
         self._buffer.clear()
         self._pending = memoryview(b"")
-        if self.on_closed is not None:
-            self.on_closed()

@@ -52,7 +52,7 @@ class Dialer:
 
     def start(self) -> None:
         """Open Tox and begin to look for the server. Raises TtunError."""
-        self._loop = Loop(open_tox(None, 0, None))
+        self._loop = Loop(open_tox(None, 0, None, server=False))
         self._client = Client(self._loop, self._contact.address, self._secret)
         self._client.nodes = self._nodes
         self._loop.start(self._client)
@@ -95,7 +95,7 @@ class Listener:
         known = nodes.find(node_file)
         saved = identity.load(directory)
         secret = _secret()
-        tox = open_tox(saved, 0, None)
+        tox = open_tox(saved, 0, None, server=True)
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         identity.keep(tox, directory, saved)
