@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench
 
-from ttun import doctor, hosts, path_mtu, sodium
+from ttun import doctor, hosts, path_mtu, sodium, tox
 from ttun.doctor import LESS, NO, OK, UNSEEN, Route
 
 hosts_only = pytest.mark.hosts
@@ -245,9 +245,22 @@ def test_a_processor_without_aes_and_a_system_without_toxcore(
     aes = doctor.look_at_aes()
     assert aes.mark == LESS
     assert "chacha20-poly1305" in aes.cost
-    monkeypatch.setattr(doctor, "TOXCORE", "libtoxcore.so.99")
+    monkeypatch.setattr(tox, "LIBRARY", "libtoxcore.so.99")
     toxcore = doctor.look_at_toxcore()
     assert (toxcore.mark, toxcore.found) == (LESS, "no libtoxcore.so.99")
+
+
+@pytest.mark.hosts
+def test_without_proc_it_says_so_in_one_line() -> None:
+    """As in a chroot where nobody mounted it."""
+    script = 'mount -t tmpfs none /proc && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *PROGRAM, "doctor"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("/proc, which is not here: mount -t proc proc /proc\n")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

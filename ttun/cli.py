@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        return _fail(f"cannot write the output: {error.strerror}")
+        # What a command opens it answers for itself; without a name it is the output.
+        return _fail(f"{error.filename or 'cannot write the output'}: {error.strerror}")
     finally:
         _forget_unwritten()
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import link, path_mtu, privileges
+from ttun import link, path_mtu, privileges, tox
 from ttun.errors import TtunError
 from ttun.stop import StopFlag
 
@@ -46,7 +46,6 @@ IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 SIOCGIFCONF = 0x8912  # linux/sockios.h
 IFREQ_SIZE = struct.calcsize("16sP") + (16 if struct.calcsize("P") == 8 else 12)
 MANY_ADDRESSES = 1000
-TOXCORE = "libtoxcore.so.2"
 WRITTEN = datetime.date(2026, 1, 1)  # no clock that is right shows a day before this program
 
 
@@ -72,6 +71,10 @@ class Finding:
 
 def run(peer: link.Address | None) -> int:
     """Print what is found, as it is found; return 0 if a tunnel can run here, else 1."""
+    if not Path("/proc/self").exists():
+        raise TtunError(
+            "doctor looks at much in /proc, which is not here: mount -t proc proc /proc"
+        )
     marks, missing = [], set()
     for finding in look(peer):
         print(finding, flush=True)
@@ -253,11 +256,11 @@ def look_at_mptcp() -> Finding:
 def look_at_toxcore() -> Finding:
     """Is toxcore's library installed?"""
     try:
-        ctypes.CDLL(TOXCORE)
+        ctypes.CDLL(tox.LIBRARY)
     except OSError:
         cost = "no tunnel through Tox; over TCP nothing is lost"
-        return Finding(LESS, "toxcore", f"no {TOXCORE}", cost, "apt install libtoxcore2")
-    return Finding(OK, "toxcore", TOXCORE)
+        return Finding(LESS, "toxcore", f"no {tox.LIBRARY}", cost, tox.INSTALL)
+    return Finding(OK, "toxcore", tox.LIBRARY)
 
 
 def look_at_clock(today: datetime.date) -> Finding:

@@ -9,3 +9,6 @@ no I/O, ``loop`` is the one thread that owns the Tox instance, ``stream`` joins 
 tunnel, ``forwarder`` is what ``server`` and ``client``, the two roles, have in common. ``command``
 is ``ttun tox``, ``transport`` the tunnel inside. docs/tox.md tells the whole story.
 """
+
+LIBRARY = "libtoxcore.so.2"
+INSTALL = "apt install libtoxcore2 (other systems: toxcore, c-toxcore)"

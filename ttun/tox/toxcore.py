@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Union
 from cffi import FFI
 
 from ttun.errors import TtunError
+from ttun.tox import INSTALL, LIBRARY
 
 log = logging.getLogger("ttun")
 core_log = logging.getLogger("ttun.toxcore")
 
-LIBRARY = "libtoxcore.so.2"
 PUBLIC_KEY_SIZE, ADDRESS_SIZE = 32, 38  # bytes; an address is the public key, 4 nospam, 2 checksum
 MAX_PACKET = 1373  # bytes of a custom packet
 OFFLINE, TCP, UDP = 0, 1, 2  # TOX_CONNECTION
@@ -145,9 +145,7 @@ def load() -> tuple[Any, Any]:
     try:
         lib = ffi.dlopen(LIBRARY)
     except OSError:
-        raise TtunError(
-            f"Tox needs {LIBRARY}: apt install libtoxcore2 (other systems: toxcore, c-toxcore)"
-        ) from None
+        raise TtunError(f"Tox needs {LIBRARY}: {INSTALL}") from None
     return ffi, lib
 
 
