@@ -26,7 +26,7 @@ from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
 from ttun.tox.protocol import FIRST_WINDOW, Growth, Peer, Tunnel
-from ttun.tox.server import EXPECT, SILENCE, Server
+from ttun.tox.server import Server
 from ttun.tox.toxcore import FriendRequest, FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
@@ -122,27 +122,34 @@ def target() -> Iterator[socket.socket]:
         yield listener
 
 
-def test_a_friend_that_left_is_forgotten_and_one_that_was_lost_is_waited_for() -> None:
+def test_a_friend_that_left_may_come_back_but_where_it_was_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """toxcore takes no packet of another friend from where it still looks for one that left."""
-    client = offline_tox()
     loop = Loop(offline_tox())
     server = Server(loop)
-    for silence in (0.0, SILENCE):
-        server.on_event(FriendRequest(client.address()[: toxcore.PUBLIC_KEY_SIZE], b"ttun\0"))
-        (friend,) = loop.tox.friends()
+    forgotten: list[int] = []
+    delete = loop.tox.delete_friend
+    monkeypatch.setattr(loop.tox, "delete_friend", lambda n: (forgotten.append(n), delete(n)))
+    keys = []
+    for _ in range(3):
+        other = offline_tox()
+        keys.append(other.address()[: toxcore.PUBLIC_KEY_SIZE])
+        other.close()
+        server.on_event(FriendRequest(keys[-1], b"ttun\0"))
+    left, flapping, online = loop.tox.friends()
+    for friend in (left, flapping, online):
         server.on_event(FriendStatus(friend, toxcore.UDP))
-        server.links[friend].heard -= silence
+    for friend in (left, flapping):
         server.on_event(FriendStatus(friend, toxcore.OFFLINE))
-        now = time.monotonic()
-        server.on_tick(now)
-        assert loop.tox.friends() == ([friend] if silence else [])
-    server.on_tick(now + EXPECT / 2)
-    assert loop.tox.friends() == [friend]
-    server.on_tick(now + EXPECT)
-    assert loop.tox.friends() == []
+    server.on_event(FriendStatus(flapping, toxcore.UDP))
+    server.on_tick(time.monotonic())
+    assert forgotten == [left]
+    assert sorted(map(loop.tox.friend_key, loop.tox.friends())) == sorted(keys)
+    server.on_tick(time.monotonic())
+    assert forgotten == [left]
     loop.start(server)
     loop.stop()
-    client.close()
 
 
 def port_of(listener: socket.socket) -> int:

@@ -1,7 +1,6 @@
 """The server: lets friends in, and connects them to targets.
 
- 1. A friend request comes: the secret and the list of allowed keys decide. A friend that leaves is
-    forgotten, and asked for both again when it comes back.
+ 1. A friend request comes: the secret and the list of allowed keys decide.
  2. A friend requests a target: the rules decide; a name is looked up on a thread of its own.
  3. The addresses are tried one after the other, without blocking, within fifteen seconds.
  4. The tunnel is acknowledged, or refused with the reason.
@@ -36,9 +35,7 @@ log = logging.getLogger("ttun")
 CONNECT_TIMEOUT = 15.0  # seconds for a target, all its addresses together
 MAX_LOOKUPS = 64  # names being looked up; more of them wait
 MAX_STREAMS = 4096  # connections of all friends together
-MAX_FRIENDS = 256  # that are online, and as many that are not: then the first of those goes
-EXPECT = 120.0  # seconds that a friend may take to come online, at first and when it was lost
-SILENCE = 10.0  # seconds without a packet: who goes offline then was lost, who does so before left
+MAX_FRIENDS = 256  # that are online, and as many that are not: the one that left first is forgotten
 
 Sockaddr = tuple[int, tuple[object, ...]]  # family, address
 # Takes a connected socket and who it comes from; returns False if it has no place for one more.
@@ -66,7 +63,8 @@ class Server(Forwarder):
         self._connecting: set[_Connecting] = set()
         self._lookups = 0
         self._names: deque[tuple[Link, protocol.Requested]] = deque()  # to be looked up
-        self._expected: dict[int, float] = {}  # friends that are not online, and until when
+        self._offline: dict[int, bytes] = {}  # friends' keys, the first to leave first
+        self._left: list[int] = []  # those of them that were online since the last tick
 
     def on_request(self, request: FriendRequest) -> None:
         """Accept a friend, or say in the log why not. Its message is never logged."""
@@ -75,14 +73,20 @@ class Server(Forwarder):
         if reason:
             log.warning("friend request of %s ignored: %s", name, reason)
             return
-        while len(self._expected) >= MAX_FRIENDS:
-            self._forget(next(iter(self._expected)))
-        friend = self.loop.tox.accept_friend(request.key)
-        if friend is None:
+        while len(self._offline) >= MAX_FRIENDS:
+            oldest = next(iter(self._offline))
+            del self._offline[oldest]
+            self.loop.tox.delete_friend(oldest)
+        if self._accept(request.key):
+            log.info("friend request of %s accepted", name)
+        else:
             log.warning("friend request of %s: toxcore does not take it", name)
-            return
-        self._expected[friend] = time.monotonic() + EXPECT
-        log.info("friend request of %s accepted", name)
+
+    def _accept(self, key: bytes) -> bool:
+        friend = self.loop.tox.accept_friend(key)
+        if friend is not None:
+            self._offline[friend] = key
+        return friend is not None
 
     def _why_not(self, request: FriendRequest) -> str | None:
         if self._secret is not None:
@@ -100,22 +104,26 @@ class Server(Forwarder):
 
     def on_link(self, link: Link) -> None:
         """A friend is online."""
-        self._expected.pop(link.friend, None)
+        self._offline.pop(link.friend, None)
 
     def on_lost(self, link: Link) -> None:
-        """A friend is offline: one that left is forgotten, one that was lost may come back.
-
-        toxcore goes on looking for a friend where it was last, and gives what comes from there to
-        nobody else: not to the next client of that host, if it has the port that the last one had.
-        """
+        """A friend is offline: it may come back without a new request."""
+        self._offline[link.friend] = self.loop.tox.friend_key(link.friend)
+        self._left.append(link.friend)
         self.on_restarted(link)
-        now = time.monotonic()
-        left = now - link.heard < SILENCE
-        self._expected[link.friend] = now if left else now + EXPECT
 
-    def _forget(self, friend: int) -> None:
-        del self._expected[friend]
-        self.loop.tox.delete_friend(friend)
+    def _forget_addresses(self) -> None:
+        """Have toxcore forget where friends were that left.
+
+        It would go on looking for them there, and give what comes from there to nobody else: not to
+        the next client of that host, if that has the port that the last one had.
+        """
+        for friend in self._left:
+            key = self._offline.pop(friend, None)
+            if key is not None:  # neither back nor forgotten meanwhile
+                self.loop.tox.delete_friend(friend)
+                self._accept(key)
+        self._left.clear()
 
     def on_restarted(self, link: Link) -> None:
         """Nobody waits for what is being connected any more."""
@@ -234,8 +242,7 @@ class Server(Forwarder):
         super().on_tick(now)
         for connecting in [each for each in self._connecting if each.deadline <= now]:
             connecting.time_out()
-        for friend in [each for each, until in self._expected.items() if until <= now]:
-            self._forget(friend)
+        self._forget_addresses()
 
     def on_stop(self) -> None:
         """Close everything."""
