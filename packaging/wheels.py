@@ -37,9 +37,12 @@ TOOLS = [
 ]  # fmt: skip
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "ttun"]
 OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
-# For our own codec: no names but the module's, and no tables to unwind a stack with (a process that
-# holds keys leaves no core file to look at).
-SMALL = "-fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
+# For our own codec: no names but the module's, in one table, and none to unwind a stack with
+# (a process that holds keys leaves no core file to look at).
+SMALL = (
+    "-fvisibility=hidden -Wl,--hash-style=gnu"
+    " -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
+)
 LARGEST = 150_000  # bytes of our wheel: it goes to routers
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 DEBIAN = "http://deb.debian.org/debian bookworm main"

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ttun import link, privileges
+from ttun import __version__, link, privileges
 from ttun.errors import TtunError
 from ttun.stop import Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
@@ -22,7 +22,6 @@ from ttun.tox.forwarder import Forwarder
 from ttun.tox.loop import Loop
 from ttun.tox.options import Forward, Options
 from ttun.tox.server import Server
-from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ttun import __version__
 from ttun.errors import UsageError
 from ttun.parser import join_each
 from ttun.tox import identity, toxcore
 from ttun.tox.rules import MAX_HOST, Rule, parse_target
-from ttun.version import __version__
 
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")

@@ -98,10 +98,7 @@ class Closed(NamedTuple):
 
 
 class Restarted(NamedTuple):
-    """The peer knows nothing of what was before: these tunnels and requests are gone."""
-
-    tunnels: list[Tunnel]
-    owners: list[Hashable]
+    """The peer knows nothing of what was before: all tunnels and requests are gone."""
 
 
 class Pong(NamedTuple):
@@ -166,7 +163,6 @@ class Peer:
         self._requests: dict[int, Hashable] = {}
         self.asked: set[int] = set()  # forward ids that the client waits for
         self.extended = False
-        self._said_hello = False
         self._say_hello()
 
     def request(self, host: str, port: int, owner: Hashable) -> int:
@@ -257,15 +253,13 @@ class Peer:
         """Ask for a PONG with the same data."""
         self.control.append(pack(PING, 0, data))
 
-    def reset(self) -> Restarted:
-        """Forget all tunnels and requests; return what they were."""
-        gone = Restarted(list(self.tunnels.values()), list(self._requests.values()))
-        for tunnel in gone.tunnels:
+    def reset(self) -> None:
+        """Forget all tunnels and requests."""
+        for tunnel in list(self.tunnels.values()):
             self.forget(tunnel)
         self._requests.clear()
         self.asked.clear()
         self.control.clear()
-        return gone
 
     def receive(self, packet: bytes) -> Event | None:
         """Take a packet in; return what it means for us, None if nothing.
@@ -361,9 +355,9 @@ class Peer:
             self.extended = True
             return None
         # It said HELLO before: it has lost its state, and knows nothing of our HELLO either.
-        gone = self.reset()
+        self.reset()
         self._say_hello()
-        return gone
+        return Restarted()
 
     def _say_hello(self) -> None:
         self.control.append(pack(HELLO, 0, b"\x01\x00"))

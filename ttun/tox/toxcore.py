@@ -22,10 +22,8 @@ log = logging.getLogger("ttun")
 core_log = logging.getLogger("ttun.toxcore")
 
 PUBLIC_KEY_SIZE, ADDRESS_SIZE = 32, 38  # bytes; an address is the public key, 4 nospam, 2 checksum
-MAX_PACKET = 1373  # bytes of a custom packet
 OFFLINE, TCP, UDP = 0, 1, 2  # TOX_CONNECTION
 TRANSPORTS = {OFFLINE: "offline", TCP: "a TCP relay", UDP: "UDP"}
-LOG_LEVELS = (logging.NOTSET, logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
 
 CDEF = """
 typedef struct Tox Tox;
@@ -95,7 +93,7 @@ ADD_ERRORS = {  # Tox_Err_Friend_Add
     4: "it is our own",
     6: "its checksum is wrong, was it typed by hand?",
 }
-PROXY_NONE, PROXY_HTTP, PROXY_SOCKS5 = 0, 1, 2  # Tox_Proxy_Type
+PROXY_HTTP, PROXY_SOCKS5 = 1, 2  # Tox_Proxy_Type
 SAVEDATA_TOX_SAVE = 1
 
 

@@ -1,3 +1,0 @@
-"""The version, in a file that setup.py can read without importing the rest."""
-
-__version__ = "0.1.0"
