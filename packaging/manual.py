@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Callable
 
-from ttun import __version__, key
+from ttun import key
 from ttun import parser as grammar
 from ttun.cipher import CIPHERS
+from ttun.version import __version__
 
 EXIT_CODES = [
     ("0", "It was ended by a signal, or did what it was to do."),

@@ -37,12 +37,9 @@ TOOLS = [
 ]  # fmt: skip
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "ttun"]
 OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
-# For our own codec: no names but the module's, in one table, and none to unwind a stack with
-# (a process that holds keys leaves no core file to look at).
-SMALL = (
-    "-fvisibility=hidden -Wl,--hash-style=gnu"
-    " -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
-)
+# For our own codec: no names but the module's, and no tables to unwind a stack with (a process that
+# holds keys leaves no core file to look at). -Os: its one hot loop says itself what to unroll.
+SMALL = "-Os -fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
 LARGEST = 150_000  # bytes of our wheel: it goes to routers
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 DEBIAN = "http://deb.debian.org/debian bookworm main"
@@ -259,9 +256,7 @@ def build_ttun(tools: Tools, compiler: Compiler, dist: Path) -> Path:
             shutil.copy(source, copy / name)
     readme = copy / "README.md"
     readme.write_text(readme.read_text().split("\n\n")[1] + "\n")  # what it is; no pictures
-    # The largest code of all, for the smallest caches.
-    flags = f"{SMALL} -Os" if compiler.platform.machine == "armv7l" else SMALL
-    return build(tools, compiler, [copy], dist, TTUN_CFLAGS=flags)
+    return build(tools, compiler, [copy], dist, TTUN_CFLAGS=SMALL)
 
 
 def dependencies() -> list[str]:

@@ -12,13 +12,13 @@
 from typing import TYPE_CHECKING, Any
 
 from ttun.errors import TtunError, UsageError
+from ttun.version import __version__
 
 if TYPE_CHECKING:
     from ttun.client import Client
     from ttun.endpoint import Status
     from ttun.server import Server
 
-__version__ = "0.1.0"
 __all__ = ["Client", "Server", "Status", "TtunError", "UsageError", "__version__"]
 
 

@@ -23,13 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ttun import __version__, hosts
+from ttun import hosts
 from ttun.cipher import CIPHERS, CipherState, fast
 from ttun.demo import end, measured, progress
 from ttun.endpoint import V1_CIPHERS
 from ttun.errors import TtunError, UsageError
 from ttun.hosts import SERVER, Hosts
 from ttun.subjects import RAW, Subject, against, ours
+from ttun.version import __version__
 
 PORT = "5001"  # of the traffic server, in a namespace of its own
 SIZES = [64, 576, 1280, 9000, 65503]  # bytes of a packet

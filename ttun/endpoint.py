@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Callable, ClassVar
 
-from ttun import __version__, link
 from ttun import cipher as ciphers
+from ttun import link
 from ttun._codec import lib
 from ttun.buffers import find as find_buffers
 from ttun.control import DEFAULT_LIMITS, Limits
@@ -27,6 +27,7 @@ from ttun.routes import Network
 from ttun.session import Counters, Session
 from ttun.stop import StopFlag
 from ttun.vanished import Watch
+from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Callable, NoReturn
 
-from ttun import __version__
+from ttun.version import __version__
 
 EPILOG = """\
 The key comes from -k, else --psk-file, else TTUN_PSK in the environment, else /etc/ttun/psk.
