@@ -6,17 +6,22 @@ test reads it.
 
 from __future__ import annotations
 
+import functools
 import queue
 import socket
+import struct
 from collections.abc import Iterator
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
 import pytest
+from tunnel import eventually
 
-from ttun.tox import packet, toxcore
+from ttun.tox import client as tox_client
+from ttun.tox import command, packet, protocol, toxcore
 from ttun.tox.client import Client
 from ttun.tox.loop import Loop
 from ttun.tox.protocol import Growth, Peer, Requested
+from ttun.tox.stream import Stream
 from ttun.tox.toxcore import FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
@@ -33,12 +38,18 @@ class Server:
         self.resets: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.app, theirs = socket.socketpair()
         self.app.settimeout(20)
-        self._do(
-            lambda: client.open(
-                theirs, "target", 80, self.answers.put, lambda: self.resets.put(None)
-            )
-        )
+        self.asks(theirs)
         self.start()
+
+    def asks(self, sock: socket.socket) -> None:
+        """Have the client ask for a connection."""
+        on_reset = functools.partial(self.resets.put, None)
+        self._do(lambda: self.client.open(sock, "target", 80, self.answers.put, on_reset))
+
+    def streams(self) -> set[Stream]:
+        """What the client forwards."""
+        assert self.client.link is not None
+        return self.client.link.streams
 
     def _do(self, function: Callable[[], T]) -> T:
         """Call function on the client's loop."""
@@ -134,13 +145,77 @@ def test_a_refusal_is_told_and_closes_the_connection(server: Server) -> None:
     assert server.app.recv(1) == b""
 
 
-@pytest.mark.parametrize("end", [packet.EOF, packet.TCP_FIN])
-def test_an_end_is_told_from_a_reset(server: Server, end: int) -> None:
+@pytest.mark.parametrize(
+    ("ends", "resets"),
+    [([packet.EOF], 0), ([packet.TCP_FIN], 1), ([packet.EOF, packet.TCP_FIN], 0)],
+)
+def test_an_end_is_told_from_a_reset(server: Server, ends: list[int], resets: int) -> None:
     server.is_now(toxcore.UDP)
     (request,) = server.hears()
     server.accepts(request)
     (tunnel,) = server.peer.tunnels
     server.app.shutdown(socket.SHUT_WR)
-    server.says(packet.pack(end, tunnel))
+    server.says(*(packet.pack(end, tunnel) for end in ends))
     assert server.app.recv(1) == b""
-    assert server.resets.empty() == (end == packet.EOF)
+    eventually(lambda: not server.streams(), "the stream is closed")
+    assert server.resets.qsize() == resets
+
+
+def test_more_than_is_kept_for_the_original_is_a_reset(server: Server) -> None:
+    server.is_now(toxcore.UDP)
+    (request,) = server.hears()
+    server.peer.control.clear()  # no HELLO: it knows no windows
+    server.accepts(request)
+    (tunnel,) = server.peer.tunnels
+    data = packet.pack(packet.TCP, tunnel, bytes(packet.MAX_DATA))
+    server.says(*[data] * (2 * protocol.BUFFER // packet.MAX_DATA))
+    while server.app.recv(1 << 20):
+        pass
+    assert server.resets.qsize() == 1
+
+
+def test_a_server_that_comes_and_goes_is_not_waited_for_without_end(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tox_client, "WAIT_MOST", 1.0)
+    server.is_now(toxcore.UDP)
+
+    def refused() -> bool:
+        server.is_now(toxcore.OFFLINE)
+        server.is_now(toxcore.UDP)
+        return not server.answers.empty()
+
+    eventually(refused, "a refusal", 20)
+    assert server.answers.get() == packet.SILENT
+
+
+def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) -> None:
+    server.is_now(toxcore.UDP)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = socket.create_connection(listener.getsockname())
+        server.asks(listener.accept()[0])
+    app.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    app.close()
+    assert server.answers.get(timeout=20) == packet.LEFT
+    mine, others = server.hears()
+    for request in (others, mine):
+        assert server.peer.accept(request.forward_id, None) is not None
+    server.says()
+    assert len(server.streams()) == 1, "the other's was cancelled"
+
+
+def test_a_client_takes_any_port_and_a_server_one_that_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ports: list[int] = []
+
+    def record(**options: Any) -> object:
+        ports.append(options["udp_ports"][0])
+        return object()
+
+    monkeypatch.setattr(toxcore, "Tox", record)
+    for server in (True, False):
+        ports.clear()
+        for _ in range(100):
+            command.open_tox(None, 0, None, server=server)
+        assert all(33445 <= port <= 33545 for port in ports) == server

@@ -161,6 +161,22 @@ def test_a_reset_shows_at_the_other_end(
         other.recv(1)
 
 
+def test_an_answer_arrives_though_the_target_did_not_read_all(
+    manual: tuple[socket.socket, socket.socket],
+) -> None:
+    """As a web server refuses an upload: the kernel resets such a connection, behind the answer."""
+    near, far = manual
+    near.sendall(bytes(1000))
+    assert far.recv(1, socket.MSG_PEEK) == b"\0"
+    far.sendall(bytes(60_000))
+    far.close()
+    received = 0
+    with contextlib.suppress(ConnectionResetError):
+        while data := near.recv(1 << 16):
+            received += len(data)
+    assert received == 60_000
+
+
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_slow_reader_holds_its_own_stream_and_no_other(
     net: Net, manual: tuple[socket.socket, socket.socket], way: str

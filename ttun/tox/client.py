@@ -29,6 +29,7 @@ INVITE_AGAIN = 45.0  # seconds
 LOST_AFTER = 20.0  # seconds without a packet, pinged every five
 WAIT_ONLINE = 60.0  # seconds that a connection waits for the server to come online
 WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; the original refuses by silence
+WAIT_MOST = 120.0  # seconds for both together, also if the server comes and goes
 MAX_WAITING = 1024
 SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
 
@@ -46,8 +47,13 @@ class _Wish:
     port: int
     answer: Answer
     on_reset: Callable[[], None] | None
-    deadline: float
+    since: float
+    patience: float = WAIT_ONLINE
     forward_id: int = -1  # of the request, once there is one
+
+    def wait(self, seconds: float) -> None:
+        """Be patient for so many seconds from now on."""
+        self.patience = min(time.monotonic() - self.since + seconds, WAIT_MOST)
 
 
 class Client(Forwarder):
@@ -82,7 +88,7 @@ class Client(Forwarder):
 
         answer is told how that went; on_reset is called if what was opened is reset later.
         """
-        wish = _Wish(sock, host, port, answer, on_reset, time.monotonic() + WAIT_ONLINE)
+        wish = _Wish(sock, host, port, answer, on_reset, time.monotonic())
         if len(self._wishes) >= MAX_WAITING:
             self._refuse(wish, packet.FULL)
             return
@@ -91,7 +97,7 @@ class Client(Forwarder):
             self._request(wish, self.link)
 
     def _request(self, wish: _Wish, link: Link) -> None:
-        wish.deadline = time.monotonic() + WAIT_ANSWER
+        wish.wait(WAIT_ANSWER)
         wish.forward_id = link.peer.request(wish.host, wish.port, wish)
 
     def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
@@ -139,7 +145,7 @@ class Client(Forwarder):
         """The server is gone: look for it anew."""
         self.link = None
         for wish in self._wishes:
-            wish.deadline = time.monotonic() + WAIT_ONLINE
+            wish.wait(WAIT_ONLINE)
         self._invite()
 
     def on_restarted(self, link: Link) -> None:
@@ -160,8 +166,11 @@ class Client(Forwarder):
             self.lose(self.link)
         elif self.link is None and now - self._invited > INVITE_AGAIN:
             self._invite()
-        for wish in [each for each in self._wishes if each.deadline <= now]:
-            self._refuse(wish, packet.OFFLINE if self.link is None else packet.SILENT)
+        for wish in list(self._wishes):
+            if now - wish.since >= wish.patience:
+                self._refuse(wish, packet.OFFLINE if self.link is None else packet.SILENT)
+            elif wish.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._refuse(wish, packet.LEFT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
         for listener in self._listeners:

@@ -7,13 +7,14 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ttun import __version__, link, privileges
+from ttun import link, privileges
 from ttun.errors import TtunError
 from ttun.stop import Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
@@ -22,6 +23,7 @@ from ttun.tox.forwarder import Forwarder
 from ttun.tox.loop import Loop
 from ttun.tox.options import Forward, Options
 from ttun.tox.server import Server
+from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 
@@ -195,7 +197,7 @@ class _End:
 
     def is_over(self, code: int, message: str | None = None) -> None:
         """End with an exit code, from any thread. What ends because we stop says nothing."""
-        if self._stopping:
+        if self._stopping or self._loop.error is not None:
             return
         self._code = code
         if message is not None:
@@ -259,7 +261,10 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
         try:
             while data := receive():
                 while data:
-                    data = data[os.write(1, data) :]
+                    try:
+                        data = data[os.write(1, data) :]
+                    except BlockingIOError:  # a pipe that somebody made so, and it is full
+                        select.select([], [1], [])
         except OSError as error:
             end.is_over(1, f"cannot write the output: {error.strerror}")
             return
@@ -273,7 +278,7 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
 
 def _send_stdin(sock: socket.socket) -> None:
     try:
-        while data := os.read(0, 65536):
+        while select.select([0], [], []) and (data := os.read(0, 65536)):
             sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:

@@ -193,7 +193,7 @@ class Forwarder:
             elif isinstance(event, protocol.Ended):
                 stream.remote_ended()
             else:
-                stream.remote_closed(aborted=event.tunnel.extended)
+                stream.remote_closed(aborted=event.tunnel.extended or event.tunnel.overrun)
 
     def on_tick(self, now: float) -> None:
         """Get to know the network until we are on it; measure the round trip to each friend."""

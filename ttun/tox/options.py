@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ttun import __version__
 from ttun.errors import UsageError
 from ttun.parser import join_each
 from ttun.tox import identity, toxcore
 from ttun.tox.rules import MAX_HOST, Rule, parse_target
+from ttun.version import __version__
 
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")
@@ -114,7 +114,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "-u", dest="udp_ports", metavar="FROM:TO", type=_checked(_udp_ports),
-        help="UDP ports for Tox (default: some of 33445 to 33465, if they are free)",
+        help="UDP ports for Tox (default: for a server some of 33445 to 33465)",
     )  # fmt: skip
     add(
         "-b", dest="nodes", metavar="FILE", type=Path,

@@ -24,10 +24,11 @@ TCP, TCP_FIN, REQUESTTUNNEL, ACKTUNNEL = 0x0600, 0x0601, 0x0602, 0x0610
 DENYTUNNEL, WINDOW, EOF = 0x0604, 0x0606, 0x0608
 
 REFUSED, UNREACHABLE, NAME, RULE, FULL = 1, 2, 3, 4, 5  # reasons of DENYTUNNEL
-OFFLINE, SILENT = -1, -2  # never on the wire: our own
+OFFLINE, SILENT, LEFT = -1, -2, -3  # never on the wire: our own
 REASONS = {
     OFFLINE: "the server is not online",
     SILENT: "the server does not answer",
+    LEFT: "who asked for it hung up",
     REFUSED: "the target refused the connection",
     UNREACHABLE: "the target cannot be reached",
     NAME: "the target's name cannot be resolved",

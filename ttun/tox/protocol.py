@@ -124,6 +124,7 @@ class Tunnel:
     buffered: int = 0
     granted_at: float = 0.0
     ended: bool = False  # we said EOF
+    overrun: bool = False  # the peer sent more than there was room for
 
     def room(self) -> int:
         """Return how many bytes may be put into a packet now."""
@@ -305,10 +306,10 @@ class Peer:
         tunnel.buffered += len(data)
         if tunnel.extended:
             tunnel.receive_window -= len(data)
-            overrun = tunnel.receive_window < 0
+            tunnel.overrun = tunnel.receive_window < 0
         else:
-            overrun = tunnel.buffered > BUFFER
-        if overrun:
+            tunnel.overrun = tunnel.buffered > BUFFER
+        if tunnel.overrun:
             self.close(tunnel)
             return Closed(tunnel)
         return Data(tunnel, data)

@@ -73,10 +73,6 @@ class Server(Forwarder):
         if reason:
             log.warning("friend request of %s ignored: %s", name, reason)
             return
-        while len(self._offline) >= MAX_FRIENDS:
-            oldest = next(iter(self._offline))
-            del self._offline[oldest]
-            self.loop.tox.delete_friend(oldest)
         if self._accept(request.key):
             log.info("friend request of %s accepted", name)
         else:
@@ -100,6 +96,8 @@ class Server(Forwarder):
             return "its Tox ID is not among those allowed with -i"
         if len(self.links) >= MAX_FRIENDS:
             return "too many friends are online"
+        if len(self._offline) >= 2 * MAX_FRIENDS:
+            return "too many at once"
         return None
 
     def on_link(self, link: Link) -> None:
@@ -112,11 +110,12 @@ class Server(Forwarder):
         self._left.append(link.friend)
         self.on_restarted(link)
 
-    def _forget_addresses(self) -> None:
-        """Have toxcore forget where friends were that left.
+    def _forget(self) -> None:
+        """Have toxcore forget where friends were that left, and the first of too many altogether.
 
         It would go on looking for them there, and give what comes from there to nobody else: not to
-        the next client of that host, if that has the port that the last one had.
+        the next client of that host, if that has the port that the last one had. Between rounds of
+        the loop, as a friend's number may be another's afterwards.
         """
         for friend in self._left:
             key = self._offline.pop(friend, None)
@@ -124,6 +123,10 @@ class Server(Forwarder):
                 self.loop.tox.delete_friend(friend)
                 self._accept(key)
         self._left.clear()
+        while len(self._offline) > MAX_FRIENDS:
+            oldest = next(iter(self._offline))
+            del self._offline[oldest]
+            self.loop.tox.delete_friend(oldest)
 
     def on_restarted(self, link: Link) -> None:
         """Nobody waits for what is being connected any more."""
@@ -242,7 +245,7 @@ class Server(Forwarder):
         super().on_tick(now)
         for connecting in [each for each in self._connecting if each.deadline <= now]:
             connecting.time_out()
-        self._forget_addresses()
+        self._forget()
 
     def on_stop(self) -> None:
         """Close everything."""

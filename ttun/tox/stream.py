@@ -65,7 +65,7 @@ class Stream:
         self._buffer: deque[bytes | memoryview] = deque()  # received, not yet written
         self._dirty = False
         self._remote_ended = self._remote_closed = self._shut = self._gone = False
-        self._aborted = False
+        self._aborted = self._unwritable = False
         tunnel.owner = self
         link.streams.add(self)
         link.forwarder.loop.add(sock, self._on_ready)
@@ -110,6 +110,9 @@ class Stream:
         if data:
             self._pending = memoryview(data)
             return True
+        if self._unwritable:
+            self.reset()
+            return False
         self.link.peer.end(tunnel)
         if tunnel.extended:
             self._finish_if_over()
@@ -133,9 +136,12 @@ class Stream:
         self._set_dirty()
 
     def remote_closed(self, *, aborted: bool = False) -> None:
-        """The tunnel is gone: write what there is, then close; if aborted so that it shows."""
+        """The tunnel is gone: write what there is, then close; if aborted so that it shows.
+
+        Who has said that no more comes has told all there was.
+        """
         self._remote_closed = True
-        self._aborted = aborted
+        self._aborted = aborted and not self._remote_ended
         self._set_dirty()
 
     def reset(self) -> None:
@@ -164,7 +170,7 @@ class Stream:
         except BlockingIOError:
             self._writable = False
         except OSError:
-            self.reset()
+            self._cannot_write()
             return
         if taken:
             self.link.peer.consumed(self.tunnel, taken, time.monotonic())
@@ -177,9 +183,18 @@ class Stream:
             try:
                 self._sock.shutdown(socket.SHUT_WR)
             except OSError:
-                self.reset()
+                self._cannot_write()
                 return
             self._finish_if_over()
+
+    def _cannot_write(self) -> None:
+        """Reset the connection when all that came before its end is read and sent."""
+        if self._remote_closed or self.tunnel.ended:
+            self.reset()
+            return
+        self._unwritable = self._readable = True
+        self._buffer.clear()
+        self.wake()
 
     def _finish_if_over(self) -> None:
         """Close when both sides have said that there is no more, and all of it was written."""
@@ -188,8 +203,8 @@ class Stream:
             self._close()
 
     def _on_ready(self, what: int) -> None:
-        if what & loops.ERROR and self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.reset()
+        if what & loops.ERROR and self.tunnel.ended:
+            self.reset()  # else reading tells, once all that came before is read
             return
         if what & (loops.READABLE | loops.BROKEN):
             self._readable = True
@@ -210,7 +225,7 @@ class Stream:
         self._gone = True
         self.link.streams.discard(self)
         self.link.forwarder.loop.remove(self._sock)
-        if self._aborted:
+        if self._aborted and not self._shut:
             if self._on_reset is not None:
                 self._on_reset()
             with contextlib.suppress(OSError):
