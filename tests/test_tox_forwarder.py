@@ -183,6 +183,16 @@ def test_who_sends_more_than_its_window_loses_that_tunnel_alone(
         assert far.recv(100) == b"still here"
 
 
+def test_a_reset_shows_though_the_window_is_full(server: Server, target: socket.socket) -> None:
+    friend = Friend(server, FRIEND)
+    friend.open(port_of(target))
+    next(iter(friend.link.streams)).tunnel.send_window = 0
+    far = target.accept()[0]
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    eventually(lambda: (friend.talk(), packet.TCP_FIN in friend.said)[1], "its end")
+
+
 def test_a_window_of_small_packets_takes_no_more_memory_than_one_of_large_ones(
     server: Server, target: socket.socket
 ) -> None:

@@ -83,7 +83,7 @@ def open_tox(
 
     A server is where others on its network look. A client looks itself, and may be anywhere: with
     one of ten ports it would have that of the last client sooner or later, whom a server may still
-    be looking for (Server.on_lost()).
+    be looking for: the original's does as long as it runs.
     """
     attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
     for attempt in range(attempts):

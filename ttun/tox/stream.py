@@ -203,7 +203,7 @@ class Stream:
             self._close()
 
     def _on_ready(self, what: int) -> None:
-        if what & loops.ERROR and self.tunnel.ended:
+        if what & loops.ERROR and (self.tunnel.ended or not self.tunnel.room()):
             self.reset()  # else reading tells, once all that came before is read
             return
         if what & (loops.READABLE | loops.BROKEN):
