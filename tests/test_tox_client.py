@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import queue
 import socket
-import struct
 from collections.abc import Iterator
 from typing import Any, Callable, TypeVar
 
 import pytest
+from toxnet import reset
 from tunnel import eventually
 
 from ttun.tox import client as tox_client
@@ -194,8 +194,7 @@ def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) ->
     with socket.create_server(("127.0.0.1", 0)) as listener:
         app = socket.create_connection(listener.getsockname())
         server.asks(listener.accept()[0])
-    app.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    app.close()
+    reset(app)
     assert server.answers.get(timeout=20) == packet.LEFT
     mine, others = server.hears()
     for request in (others, mine):

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Callable, TypeVar
 
 import pytest
+from toxnet import reset
 from tunnel import eventually
 
 from ttun.tox import packet, protocol, toxcore
@@ -188,8 +189,7 @@ def test_a_reset_shows_though_the_window_is_full(server: Server, target: socket.
     friend.open(port_of(target))
     next(iter(friend.link.streams)).tunnel.send_window = 0
     far = target.accept()[0]
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    far.close()
+    reset(far)
     eventually(lambda: (friend.talk(), packet.TCP_FIN in friend.said)[1], "its end")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -151,3 +152,16 @@ def is_closed(sock: socket.socket, seconds: float = 20) -> bool:
         return True
     except TimeoutError:
         return False
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def socks(net: Net, request: bytes) -> tuple[socket.socket, bytes]:
+    sock = net.lab.connect(SOCKS)
+    sock.settimeout(40)
+    sock.sendall(b"\5\1\0" + request)
+    assert receive(sock, 2) == b"\5\0"
+    return sock, receive(sock, 10)
