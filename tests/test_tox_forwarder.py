@@ -23,6 +23,7 @@ from toxnet import reset
 from tunnel import eventually
 
 from ttun.tox import packet, protocol, toxcore
+from ttun.tox import server as server_module
 from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
 from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
@@ -149,6 +150,24 @@ def test_a_friend_that_left_may_come_back_but_where_it_was_is_forgotten(
     assert sorted(map(loop.tox.friend_key, loop.tox.friends())) == sorted(keys)
     server.on_tick(time.monotonic())
     assert forgotten == [left]
+    loop.start(server)
+    loop.stop()
+
+
+def test_of_friends_that_do_not_come_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is forgotten before the tick: its number could be another's in the same round."""
+    monkeypatch.setattr(server_module, "MAX_FRIENDS", 2)
+    loop = Loop(offline_tox())
+    server = Server(loop)
+    keys = []
+    for count in (1, 2, 3, 4, 4):
+        other = offline_tox()
+        keys.append(other.address()[: toxcore.PUBLIC_KEY_SIZE])
+        other.close()
+        server.on_event(FriendRequest(keys[-1], b"ttun\0"))
+        assert len(loop.tox.friends()) == count
+    server.on_tick(time.monotonic())
+    assert [loop.tox.friend_key(friend) for friend in loop.tox.friends()] == keys[2:4]
     loop.start(server)
     loop.stop()
 

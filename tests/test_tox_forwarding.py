@@ -15,7 +15,6 @@ import signal
 import socket
 import stat
 import statistics
-import subprocess
 import termios
 import time
 from collections.abc import Iterator
@@ -49,8 +48,6 @@ from toxnet import (
     socks,
 )  # fmt: skip
 from tunnel import PROGRAM, eventually
-
-from ttun import hosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 
@@ -284,28 +281,6 @@ def test_a_full_disk_is_an_error_of_stdout(net: Net) -> None:
 def test_ping_prints_the_time_and_exits(net: Net) -> None:
     assert net.pinger.process.wait(60) == 0
     assert re.search(r"^pong in \d+\.\d ms$", net.pinger.log(), re.MULTILINE)
-
-
-def test_hosts_on_a_private_network_need_no_node(pair: hosts.Hosts, tmp_path: Path) -> None:
-    def start(host: str, *arguments: str) -> subprocess.Popen[str]:
-        return pair.start(host, [*PROGRAM, "tox", "-s", SECRET, *arguments], stdout=subprocess.PIPE)
-
-    for host, address in ((hosts.SERVER, "10.7.7.1"), (hosts.CLIENT, "10.7.7.2")):
-        link = ["dev", pair.links[host]]
-        hosts.ip("-n", pair.names[host], "address", "add", f"{address}/24", "broadcast", "+", *link)
-    server = start(hosts.SERVER, "-C", str(tmp_path), "-I", str(tmp_path / "id"))
-    try:
-        identity = eventually(
-            lambda: (tmp_path / "id").exists() and (tmp_path / "id").read_text().strip(), "its ID"
-        )
-        said, _ = start(hosts.CLIENT, "-i", identity, "-p").communicate(timeout=110)
-        assert said.startswith("pong in ")
-    finally:
-        server.terminate()
-        server.wait(10)
-        for host, address in ((hosts.SERVER, "10.7.7.1"), (hosts.CLIENT, "10.7.7.2")):
-            link = ["dev", pair.links[host]]
-            hosts.ip("-n", pair.names[host], "address", "delete", f"{address}/24", *link)
 
 
 @pytest.mark.parametrize("kind", PROXY_PORTS)

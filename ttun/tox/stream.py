@@ -189,7 +189,7 @@ class Stream:
 
     def _cannot_write(self) -> None:
         """Reset the connection when all that came before its end is read and sent."""
-        if self._remote_closed or self.tunnel.ended:
+        if self._remote_closed or self.tunnel.ended or not self.tunnel.room():
             self.reset()
             return
         self._unwritable = self._readable = True
@@ -203,8 +203,8 @@ class Stream:
             self._close()
 
     def _on_ready(self, what: int) -> None:
-        if what & loops.ERROR and (self.tunnel.ended or not self.tunnel.room()):
-            self.reset()  # else reading tells, once all that came before is read
+        if what & loops.ERROR:
+            self._cannot_write()
             return
         if what & (loops.READABLE | loops.BROKEN):
             self._readable = True
