@@ -13,7 +13,7 @@ import pytest
 from tunnel import CLIENT, PROGRAM, SCRIPT, SERVER, Bench, eventually
 
 import ttun
-from ttun import sodium
+from ttun import cli, sodium
 from ttun.cli import main
 from ttun.errors import TtunError
 from ttun.parser import build_parser, join_values
@@ -174,6 +174,15 @@ def test_a_key_that_cannot_be_printed_is_an_error() -> None:
         )
     assert done.returncode == 1
     assert done.stderr == "ttun: cannot write the output: No space left on device\n"
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = "/proc/self/no such file"
+    monkeypatch.setitem(cli.COMMANDS, "genkey", lambda _: len(Path(missing).read_text()))
+    assert main(["genkey"]) == 1
+    assert capsys.readouterr().err == f"ttun: {missing}: No such file or directory\n"
 
 
 def test_closed_standard_streams_are_no_trouble(tmp_path: Path) -> None:

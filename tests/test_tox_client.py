@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Callable, TypeVar
 
 import pytest
-from toxnet import reset
+from toxnet import on_loop, reset
 from tunnel import eventually
 
 from ttun.tox import client as tox_client
@@ -52,10 +52,7 @@ class Server:
         return self.client.link.streams
 
     def _do(self, function: Callable[[], T]) -> T:
-        """Call function on the client's loop."""
-        results: queue.SimpleQueue[T] = queue.SimpleQueue()
-        self.client.loop.call(lambda: results.put(function()))
-        return results.get(timeout=20)
+        return on_loop(self.client.loop, function)
 
     def start(self) -> None:
         """Know nothing of what was before."""

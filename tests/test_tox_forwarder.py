@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import resource
 import socket
 import struct
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from typing import Callable, TypeVar
 
 import pytest
-from toxnet import reset
+from toxnet import on_loop, reset
 from tunnel import eventually
 
 from ttun.tox import packet, protocol, toxcore
@@ -57,10 +56,7 @@ class Friend:
         return self.server.links[self.number]
 
     def _do(self, function: Callable[[], T]) -> T:
-        """Call function on the server's loop."""
-        results: queue.SimpleQueue[T] = queue.SimpleQueue()
-        self.server.loop.call(lambda: results.put(function()))
-        return results.get(timeout=20)
+        return on_loop(self.server.loop, function)
 
     def forge(self, *packets: bytes) -> None:
         """Have the server receive packets, and hear what it says to them."""

@@ -6,6 +6,7 @@ Finding each other takes about ten seconds.
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
 import struct
 import subprocess
@@ -14,8 +15,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, TypeVar
 
 from toxlab import CLIENT, FLAT, NODE, SERVER, Lab, Program
+
+from ttun.tox.loop import Loop
 
 SECRET = "a shared secret that no log may show"
 # Ports on the server's host; nobody listens on CLOSED.
@@ -24,6 +28,7 @@ TO_ECHO, TO_CLOSED, TO_MANUAL, TO_NAME, SOCKS = 2001, 2002, 2003, 2004, 1080
 BY_RULE, NO_RULE = 2005, 2006
 REBORN = 2007
 PROXY_PORTS = {"socks5": 9050, "http": 3128}  # on the node's host
+T = TypeVar("T")
 ALONE = ("-t", "0")  # no relay of our own: one less thing that two programs could share
 
 
@@ -165,3 +170,10 @@ def socks(net: Net, request: bytes) -> tuple[socket.socket, bytes]:
     sock.sendall(b"\5\1\0" + request)
     assert receive(sock, 2) == b"\5\0"
     return sock, receive(sock, 10)
+
+
+def on_loop(loop: Loop, function: Callable[[], T]) -> T:
+    """Call function on a loop's thread; what it returns."""
+    results: queue.SimpleQueue[T] = queue.SimpleQueue()
+    loop.call(lambda: results.put(function()))
+    return results.get(timeout=20)
