@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually
 
+from ttun import hosts
+
 pytestmark = pytest.mark.hosts
 
 GIB = 1 << 30
@@ -289,6 +291,31 @@ def test_the_log_says_what_a_connection_really_is(
     bench.answers()
     for end in ends:
         assert f"connected over {expected};" in end.log()
+
+
+SYSTEM = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+BOTH = "( sport = :20203 or dport = :20203 )"
+
+
+@pytest.mark.parametrize(
+    ("by_route", "expected"),
+    [((), "reno" if SYSTEM.startswith("bbr") else SYSTEM), (("congctl", SYSTEM), SYSTEM)],
+)
+def test_a_near_peer_is_not_paced_unless_a_route_says_so(
+    plain: Bench, by_route: tuple[str, ...], expected: str
+) -> None:
+    def change_route(*more: str) -> None:
+        for host in (SERVER, CLIENT):
+            where = ["192.0.2.0/24", "dev", plain.pair.links[host], "src", hosts.IPV4[host]]
+            plain.run(host, "ip", "route", "change", *where, *more)
+
+    change_route(*by_route)
+    try:
+        for end in plain.tunnel():
+            shown = plain.run(end.host, "ss", "-tinH", "state", "established", BOTH)
+            assert shown.splitlines()[1].split()[0] == expected, shown
+    finally:
+        change_route()
 
 
 def test_a_kernel_without_mptcp_gets_a_line_and_plain_tcp(bench: Bench) -> None:

@@ -249,6 +249,7 @@ class Endpoint(abc.ABC):
         assert self._device is not None
         transport = link.transport(peer.sock)
         try:
+            link.choose_congestion_control(peer.sock)
             session = Session(peer.sock, self._device, peer.keys, self._limits, self._buffers)
         except OSError as error:
             log.warning("no session with %s: %s", peer.name, error.strerror or error)

@@ -12,6 +12,7 @@ import os
 import queue
 import select
 import socket
+import sys
 import threading
 from typing import Callable, NamedTuple
 
@@ -27,6 +28,12 @@ KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4  # seconds, secon
 USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive takes
 
 NOTSENT_LOWAT = 131072  # bytes that wait in the socket before the device has to
+
+# Pacing takes a timer for each 64 KiB: at 20 Gbit/s a tenth of two cores.
+PACING = "bbr"  # how the names of the congestion controls that pace begin
+UNPACED = "reno"  # in every kernel, and anybody's to choose
+NEAR = 1000  # microseconds of round trip below which pacing is no use
+TCP_INFO_MIN_RTT = 148  # offset in struct tcp_info of linux/tcp.h, a u32 of microseconds
 
 IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
 SOL_MPTCP, MPTCP_INFO = 284, 1
@@ -179,15 +186,21 @@ def _connect(family: int, target: tuple[str, int], mptcp: bool, stop: StopFlag) 
 
 def _open(family: int, mptcp: bool, *, quietly: bool) -> socket.socket:
     """Open a stream socket: Multipath TCP if wanted and in this kernel, else plain TCP."""
+    sock = None
     if mptcp:
         try:
-            return socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP)
+            sock = socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP)
         except OSError as error:
             if error.errno == errno.EAFNOSUPPORT:
                 raise
             if not quietly:
                 log.info("no Multipath TCP in this kernel (%s): plain TCP", _reason(error))
-    return socket.socket(family, socket.SOCK_STREAM)
+    sock = sock or socket.socket(family, socket.SOCK_STREAM)
+    # Where a congestion control asked for pacing once, the kernel paces until the socket's end.
+    with contextlib.suppress(OSError):
+        if _congestion_control(sock).startswith(PACING):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED.encode())
+    return sock
 
 
 def tune(sock: socket.socket) -> None:
@@ -205,6 +218,33 @@ def tune(sock: socket.socket) -> None:
         # MPTCP sockets lack some of them (ENOPROTOOPT); a socketpair has none.
         with contextlib.suppress(OSError):
             sock.setsockopt(level, option, value)
+
+
+def choose_congestion_control(sock: socket.socket) -> None:
+    """Give a connection the system's congestion control, now that a handshake measured the way.
+
+    Only where that one paces and the peer is nearer than NEAR, the connection stays unpaced. What
+    a route says (``congctl`` of ip-route(8)) stays too.
+    """
+    with contextlib.suppress(OSError):  # a kernel without the option; a socketpair
+        if _congestion_control(sock) != UNPACED:
+            return
+        with socket.socket(sock.family, socket.SOCK_STREAM) as fresh:
+            system = _congestion_control(fresh)
+        if system.startswith(PACING) and not (transport(sock) == "tcp" and _min_rtt(sock) < NEAR):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, system.encode())
+
+
+def _congestion_control(sock: socket.socket) -> str:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def _min_rtt(sock: socket.socket) -> int:
+    """Return the shortest round trip so far in microseconds; NEAR where the kernel is too old."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_MIN_RTT + 4)
+    if len(info) < TCP_INFO_MIN_RTT + 4:
+        return NEAR
+    return int.from_bytes(info[TCP_INFO_MIN_RTT:], sys.byteorder)
 
 
 def transport(sock: socket.socket) -> str:
