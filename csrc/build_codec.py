@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = [
     "checksum.c",
     "codec.c",
+    "codel.c",
     "lane.c",
     "mailbox.c",
     "offload.c",
@@ -28,7 +29,7 @@ ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
 ffibuilder.set_source(
     "ttun._codec",
     "".join(
-        f'#include "{name}.h"\n' for name in ("checksum", "codec", "offload", "process", "pump")
+        f'#include "{name}.h"\n' for name in ("checksum", "codec", "codel", "offload", "process", "pump")
     ),
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],

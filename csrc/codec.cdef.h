@@ -1,4 +1,5 @@
-/* What Python sees of codec.h, offload.h, process.h and pump.h, in the subset of C that cffi reads. */
+/* What Python sees of codec.h, codel.h, offload.h, process.h and pump.h, in the subset of C that
+ * cffi reads. */
 
 #define TTUN_KEY_SIZE ...
 #define TTUN_PREFIX ...
@@ -30,6 +31,11 @@ size_t ttun_seal(struct ttun_cipher_state *, uint8_t *frame, const uint8_t *pack
 ptrdiff_t ttun_open(struct ttun_cipher_state *, uint8_t *ciphertext, size_t length);
 size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
 
+struct ttun_codel {
+    ...;
+};
+_Bool ttun_codel_drops(struct ttun_codel *, uint64_t now, uint64_t delay);
+
 enum ttun_end {
     TTUN_RUNNING,
     TTUN_END_STOPPED,
@@ -50,6 +56,7 @@ struct ttun_counters {
     uint64_t refused;
     uint64_t empty;
     uint64_t unsendable;
+    uint64_t congested;
     uint64_t ignored;
     uint64_t forged;
     uint64_t sent;

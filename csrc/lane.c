@@ -90,6 +90,13 @@ void lane_return(struct lane *lane, bool unfinished) {
     pthread_mutex_unlock(&lane->lock);
 }
 
+uint64_t lane_waits_since(struct lane *lane) {
+    pthread_mutex_lock(&lane->lock);
+    uint64_t since = lane->filled > 0 ? lane->slots[lane->first].since : 0;
+    pthread_mutex_unlock(&lane->lock);
+    return since;
+}
+
 void lane_finish(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     while (lane->filled > 0 && !lane->closed)

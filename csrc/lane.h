@@ -22,6 +22,7 @@ enum {
 struct slot {
     uint8_t *bytes;    /* SLOT_SIZE of them */
     size_t begin, end; /* what is left to do: whole frames */
+    uint64_t since;    /* when its first frame came, in microseconds; the uplink's only */
 };
 
 struct lane {
@@ -61,6 +62,9 @@ void lane_release(struct lane *lane);
 /* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill,
  * while it is in the cache; `unfinished`, the second thread goes on with it. */
 void lane_return(struct lane *lane, bool unfinished);
+
+/* First thread: since when the oldest filled slot has waited, or 0 when none is filled. */
+uint64_t lane_waits_since(struct lane *lane);
 
 /* First thread: waits until all that it handed over is done. */
 void lane_finish(struct lane *lane);

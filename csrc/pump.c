@@ -37,6 +37,7 @@
 enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
     WHOLE = 3,              /* bytes in front of an offloaded packet: its type and its gso_size */
+    SPARED = 256,           /* bytes of a packet that is not dropped */
     LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */
 };
 
@@ -107,6 +108,31 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     return ttun_segment(&s->segmenter, &vnet, packet, size);
 }
 
+/* Looks, before the first packet of a slot is taken, whether one has to be dropped. Who sends
+ * faster than the link takes it has to be told, or the queues of the socket, the lane and the
+ * device grow to seconds. It must be now: what is in a slot has its place among the nonces. */
+static void watch_queue(struct ttun_session *s) {
+    uint64_t now = now_us(), delay = 0, oldest = lane_waits_since(&s->uplink);
+    if (oldest > 0)
+        delay = now - oldest;
+    else if (now - atomic_load(&s->send_end) < TTUN_CODEL_TARGET)
+        delay = atomic_load(&s->waited);
+    if (ttun_codel_drops(&s->codel, now, delay))
+        s->drop_due = true;
+    else if (!s->codel.dropping)
+        s->drop_due = false;
+}
+
+/* Returns whether this packet is the one to drop. A ping, a key press, an acknowledgement or a
+ * look-up does not fill a queue, and they are many beside packets of 64 KiB: it is not one of
+ * these. */
+static bool must_drop(struct ttun_session *s, size_t size) {
+    if (!s->drop_due || size <= SPARED)
+        return false;
+    s->drop_due = false;
+    return true;
+}
+
 /* Reads the next packet of the device into the scratch and starts on it. Returns false when there
  * is none and `wait` is false, when a control frame is to be sent, or when the session is over. */
 static bool read_packet(struct ttun_session *s, bool wait) {
@@ -124,6 +150,12 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         } else if (size <= 0 && errno != EINTR) { /* 0: the end of a test's socketpair */
             session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
+            if (wait)
+                watch_queue(s);
+            if (must_drop(s, (size_t)size)) {
+                count(&s->congested, 1);
+                continue;
+            }
             if (start_packet(s, packet, (size_t)size - s->vnet_size))
                 return true;
             count(&s->unsendable, 1);
@@ -151,6 +183,8 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     uint64_t packets = 0, bytes = 0;
     slot->begin = slot->end = 0;
     while (SLOT_SIZE - slot->end >= FRAME_MAX && !is_over(s)) {
+        if (slot->end == 0)
+            slot->since = now_us();
         if (slot->end == 0 && mailbox_has(&s->outbox))
             seal_control(s, slot);
         size_t size;
@@ -195,6 +229,9 @@ static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
         slot->begin += (size_t)sent;
         count(&s->sent, (uint64_t)sent);
     }
+    uint64_t now = now_us();
+    atomic_store(&s->waited, now - slot->since);
+    atomic_store(&s->send_end, now);
     return false;
 }
 

@@ -31,6 +31,7 @@ struct ttun_counters {
     uint64_t refused;    /* packets of the peer that the kernel did not take */
     uint64_t empty;      /* frames without a packet, ignored */
     uint64_t unsendable; /* packets of ours that fit no frame or contradict their vnet header */
+    uint64_t congested;  /* packets of ours dropped because the queue stood too long (codel.h) */
     uint64_t ignored;    /* frames of a type that is not known */
     uint64_t forged;     /* offloaded packets of the peer that do not add up, dropped */
     uint64_t sent;       /* bytes handed to the socket */

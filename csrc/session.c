@@ -21,6 +21,12 @@ uint64_t now_ms(void) {
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
+uint64_t now_us(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
+
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct,
@@ -136,6 +142,7 @@ void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
     out->refused = atomic_load(&s->refused);
     out->empty = atomic_load(&s->empty);
     out->unsendable = atomic_load(&s->unsendable);
+    out->congested = atomic_load(&s->congested);
     out->ignored = atomic_load(&s->ignored);
     out->forged = atomic_load(&s->forged);
     out->sent = atomic_load(&s->sent);

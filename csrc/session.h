@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "codel.h"
 #include "lane.h"
 #include "offload.h"
 #include "pump.h"
@@ -36,13 +37,16 @@ struct ttun_session {
     struct ttun_segmenter segmenter;
     struct ttun_coalescer coalescer;
     struct lane uplink, downlink;
+    struct ttun_codel codel;           /* of the uplink */
+    bool drop_due;                     /* ... has said so, of the next packet that is not small */
+    _Atomic uint64_t send_end, waited; /* of the slot sent last: when, and since its first frame */
     pthread_mutex_t delivery_lock;
     pthread_cond_t delivered;
     bool delivering;     /* the downlink writes a large batch to the device */
     unsigned deliveries; /* such batches so far */
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
-    _Atomic uint64_t refused, empty, unsendable, ignored, forged, sent;
+    _Atomic uint64_t refused, empty, unsendable, congested, ignored, forged, sent;
     uint8_t *memory; /* of all slots, then the scratch */
     size_t memory_size;
     uint8_t *scratch; /* where the uplink reads to */
@@ -67,5 +71,8 @@ bool next_key(struct ttun_session *s, struct keys *keys);
 
 /* Milliseconds on a clock that only goes forward, exact to a few. */
 uint64_t now_ms(void);
+
+/* Microseconds on the same clock, exactly. */
+uint64_t now_us(void);
 
 #endif

@@ -352,6 +352,8 @@ def describe(counters: Counters) -> str:
         text += f"; {counters.refused} of the peer's packets were refused by the kernel"
     if counters.unsendable:
         text += f"; {counters.unsendable} could not be sent"
+    if counters.congested:
+        text += f"; {counters.congested} were dropped as the link was full"
     if counters.forged:
         text += f"; {counters.forged} of the peer's packets did not add up"
     return text

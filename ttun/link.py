@@ -27,7 +27,7 @@ DIAL_TIMEOUT = 4.0  # seconds for each address: TCP's first three SYNs
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4  # seconds, seconds, probes
 USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive takes
 
-NOTSENT_LOWAT = 131072  # bytes that wait in the socket before the device has to
+NOTSENT_LOWAT = 32768  # bytes that wait in the socket before the device has to
 
 # Pacing takes a timer for each 64 KiB: at 20 Gbit/s a tenth of two cores.
 PACING = "bbr"  # how the names of the congestion controls that pace begin

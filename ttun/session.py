@@ -34,6 +34,7 @@ class Counters(NamedTuple):
     refused: int = 0  # packets of the peer that the kernel did not take
     empty: int = 0  # frames without a packet
     unsendable: int = 0  # packets of ours that fit no frame or contradict their vnet header
+    congested: int = 0  # packets of ours dropped because the queue stood too long
     ignored: int = 0  # frames of a type that is not known
     forged: int = 0  # offloaded packets of the peer that do not add up
 

@@ -23,6 +23,7 @@ Tunnel = dict[str, Any]
 BARS = " ▁▂▃▄▅▆▇█"
 GRAPH_WIDTH = 60  # samples, one a second
 CLEAR = "\033[H\033[J"
+DROPPED = ("refused", "unsendable", "congested", "forged")  # fields of Counters
 COUNTERS = {  # of Prometheus: name, help, the field of Counters
     "ttun_sent_bytes_total": ("Bytes of packets sent to the peer", "uplink_bytes"),
     "ttun_sent_packets_total": ("Packets sent to the peer", "uplink_packets"),
@@ -30,6 +31,7 @@ COUNTERS = {  # of Prometheus: name, help, the field of Counters
     "ttun_received_packets_total": ("Packets received", "downlink_packets"),
     "ttun_refused_packets_total": ("Packets of the peer that the kernel refused", "refused"),
     "ttun_unsendable_packets_total": ("Packets that could not be sent", "unsendable"),
+    "ttun_congested_packets_total": ("Packets dropped as the link was full", "congested"),
     "ttun_forged_packets_total": ("Packets of the peer that did not add up", "forged"),
 }
 
@@ -90,7 +92,7 @@ def describe(tunnel: Tunnel) -> list[str]:
         f"  received: {size_in_words(total['downlink_bytes'])}, "
         f"{total['downlink_packets']} packets",
     ]
-    dropped = {name: total[name] for name in ("refused", "unsendable", "forged") if total[name]}
+    dropped = {name: total[name] for name in DROPPED if total[name]}
     if dropped:
         lines.append("  dropped: " + ", ".join(f"{n} {name}" for name, n in dropped.items()))
     if tunnel["sessions"] > 1:

@@ -1,0 +1,32 @@
+#include "codel.h"
+
+/* INTERVAL / sqrt(n). */
+static uint64_t gap(uint32_t n) {
+    uint64_t root = 16; /* 16 * sqrt(n), rounded down: a drop is rare, a loop does */
+    while ((root + 1) * (root + 1) <= (uint64_t)n * 256)
+        root++;
+    return TTUN_CODEL_INTERVAL * 16ULL / root;
+}
+
+bool ttun_codel_drops(struct ttun_codel *codel, uint64_t now, uint64_t delay) {
+    if (delay < TTUN_CODEL_TARGET) {
+        codel->above = 0;
+        codel->dropping = false;
+        return false;
+    }
+    if (codel->above == 0)
+        codel->above = now + TTUN_CODEL_INTERVAL;
+    if (now < codel->above || (codel->dropping && now < codel->next))
+        return false;
+    if (codel->dropping) {
+        codel->count++;
+        codel->next += gap(codel->count);
+    } else {
+        /* Soon after the last episode, go on about where that one ended. */
+        bool soon = now < codel->next + 16 * TTUN_CODEL_INTERVAL && codel->count > 2;
+        codel->count = soon ? codel->count - 2 : 1;
+        codel->next = now + gap(codel->count);
+        codel->dropping = true;
+    }
+    return true;
+}

@@ -1,0 +1,28 @@
+/* CoDel, RFC 8289: when to drop a packet so that no queue stands for long.
+ *
+ * A queue that empties now and then only evens out bursts. One whose delay stays above TARGET for
+ * an INTERVAL is of no use to anybody: one packet is dropped, then further ones in ever shorter
+ * intervals, until senders have slowed down. */
+#ifndef TTUN_CODEL_H
+#define TTUN_CODEL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Microseconds. The RFC's target is 5000; the socket holds as much again, which is not seen here.
+ */
+enum { TTUN_CODEL_TARGET = 2000, TTUN_CODEL_INTERVAL = 100000 };
+
+/* All zero to begin with. */
+struct ttun_codel {
+    uint64_t above; /* when the delay has been above the target for an interval; 0: it is not */
+    uint64_t next;  /* the next drop */
+    uint32_t count; /* of drops in this episode */
+    bool dropping;
+};
+
+/* Returns whether to drop the packet at hand. now, delay: microseconds; delay: how long a packet
+ * that comes now has to wait. */
+bool ttun_codel_drops(struct ttun_codel *codel, uint64_t now, uint64_t delay);
+
+#endif

@@ -1,0 +1,122 @@
+"""When a packet is dropped so that no queue stands for long: the law of RFC 8289, and its use."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from math import inf, sqrt
+
+import pytest
+from ttun._codec import ffi, lib
+from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, Bench
+
+TARGET, INTERVAL = 2000, 100_000  # microseconds
+STEP = 100
+
+
+class Codel:
+    """One that is asked every STEP microseconds."""
+
+    def __init__(self) -> None:
+        self.state = ffi.new("struct ttun_codel *")
+        self.now = 0
+
+    def drops(self, delay: int, during: int) -> list[int]:
+        """When it drops, in microseconds from now, while the delay is the same all the time."""
+        start, dropped = self.now, []
+        while self.now < start + during:
+            if lib.ttun_codel_drops(self.state, self.now, delay):
+                dropped.append(self.now - start)
+            self.now += STEP
+        return dropped
+
+
+def law(first: int, n: int, count: int = 1) -> list[float]:
+    """The first n drops from one at `first` on, as in section 5.5 of the RFC."""
+    times = [float(first)]
+    while len(times) < n:
+        times.append(times[-1] + INTERVAL / sqrt(count))
+        count += 1
+    return times
+
+
+def test_a_delay_below_the_target_drops_nothing() -> None:
+    assert Codel().drops(TARGET - 1, 10 * INTERVAL) == []
+
+
+def test_a_burst_that_is_over_within_an_interval_drops_nothing() -> None:
+    codel = Codel()
+    for _ in range(20):
+        assert codel.drops(50 * TARGET, INTERVAL - STEP) == []
+        assert codel.drops(0, STEP) == []
+
+
+def test_a_standing_queue_drops_ever_more_often() -> None:
+    dropped = Codel().drops(TARGET, 20 * INTERVAL)
+    expected = law(INTERVAL, len(dropped))
+    assert len(dropped) > 90
+    for n, (at, ideal) in enumerate(zip(dropped, expected)):
+        assert at == pytest.approx(ideal, rel=0.02, abs=(n + 1) * STEP)
+
+
+def test_the_drops_end_with_the_queue() -> None:
+    codel = Codel()
+    assert codel.drops(TARGET, 5 * INTERVAL)
+    assert codel.drops(TARGET - 1, STEP) == []
+    assert codel.drops(TARGET, INTERVAL - STEP) == [], "an interval above the target, again"
+
+
+@pytest.mark.parametrize(("rest", "resumed"), [(INTERVAL, True), (20 * INTERVAL, False)])
+def test_soon_after_it_goes_on_where_it_was(rest: int, resumed: bool) -> None:
+    codel = Codel()
+    before = len(codel.drops(TARGET, 10 * INTERVAL))
+    codel.drops(0, rest)
+    first, second = codel.drops(TARGET, 3 * INTERVAL)[:2]
+    count = before - 2 if resumed else 1
+    assert second - first == pytest.approx(INTERVAL / sqrt(count), rel=0.05, abs=2 * STEP)
+
+
+@contextlib.contextmanager
+def shaped(bench: Bench, rate: str) -> Iterator[None]:
+    """The link between the hosts, slower, and with a queue of 50 ms."""
+    for host in (SERVER, CLIENT):
+        bench.run(host, "tc", "qdisc", "add", "dev", bench.pair.links[host], "root",
+                  "tbf", "rate", rate, "burst", "64k", "latency", "50ms")  # fmt: skip
+    try:
+        yield
+    finally:
+        for host in (SERVER, CLIENT):
+            bench.run(host, "tc", "qdisc", "del", "dev", bench.pair.links[host], "root")
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("sender", [SERVER, CLIENT])
+def test_a_full_tunnel_still_answers(bench: Bench, sender: str) -> None:
+    """Eight streams whose congestion control knows losses only fill whatever queue there is.
+
+    Usually 30 ms; without the drops x1 has more than a second.
+    """
+    with shaped(bench, "100mbit"):
+        ends = bench.tunnel()
+        receiver = OTHER[sender]
+        bench.serve_traffic(receiver, TUNNEL4[receiver])
+        device = bench.devices(sender)[0]
+        bench.run(sender, "ip", "route", "add", TUNNEL4[receiver], "dev", device,
+                  "src", TUNNEL4[sender], "congctl", "reno")  # fmt: skip
+        rates: list[float] = []
+        flood = threading.Thread(
+            target=lambda: rates.append(
+                bench.traffic(sender, "flood", TUNNEL4[receiver], "5001", "8", "6")
+            )
+        )
+        flood.start()
+        flood.join(2)
+        times = bench.traffic(sender, "ping", TUNNEL4[receiver], "20", "56")
+        flood.join()
+        # One in ten may be late; None is one that had no answer within a second.
+        assert sorted(inf if seconds is None else seconds for seconds in times)[17] < 0.3
+        assert rates[0] > 50e6, "and the link is used"
+        end = next(end for end in ends if end.host == sender)
+        end.stop()
+        assert "were dropped as the link was full" in end.log()
