@@ -4,7 +4,8 @@
  *     TUN <--write-- [downlink open] <--lane-- [downlink receive] <-- TCP
  *
  *  1. uplink seal: reads packets until the device has no more or the slot is full, cuts large ones
- *     into segments, and seals each into the slot, frame behind frame.
+ *     into segments, and seals each into the slot, frame behind frame. When slots wait too long for
+ *     too long, it drops a packet (codel.h).
  *  2. uplink send: writes a slot to the socket, many frames per system call.
  *  3. downlink receive: reads as much as there is, and cuts it behind the last whole frame; the
  *     rest moves to the next slot.
