@@ -29,7 +29,8 @@ ffibuilder.cdef((HERE / "codec.cdef.h").read_text())
 ffibuilder.set_source(
     "ttun._codec",
     "".join(
-        f'#include "{name}.h"\n' for name in ("checksum", "codec", "codel", "offload", "process", "pump")
+        f'#include "{name}.h"\n'
+        for name in ("checksum", "codec", "codel", "offload", "process", "pump")
     ),
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],

@@ -1,8 +1,9 @@
+/* The control law of RFC 8289, section 5, asked when a packet comes in place of when it leaves. */
 #include "codel.h"
 
 /* INTERVAL / sqrt(n). */
 static uint64_t gap(uint32_t n) {
-    uint64_t root = 16; /* 16 * sqrt(n), rounded down: a drop is rare, a loop does */
+    uint64_t root = 16; /* 16 * sqrt(n), rounded down; at most 1,600, so a loop does */
     while ((root + 1) * (root + 1) <= (uint64_t)n * 256)
         root++;
     return TTUN_CODEL_INTERVAL * 16ULL / root;
@@ -19,7 +20,8 @@ bool ttun_codel_drops(struct ttun_codel *codel, uint64_t now, uint64_t delay) {
     if (now < codel->above || (codel->dropping && now < codel->next))
         return false;
     if (codel->dropping) {
-        codel->count++;
+        if (codel->count < TTUN_CODEL_COUNT)
+            codel->count++;
         codel->next += gap(codel->count);
     } else {
         /* Soon after the last episode, go on about where that one ended. */

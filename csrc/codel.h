@@ -9,15 +9,18 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Microseconds. The RFC's target is 5000; the socket holds as much again, which is not seen here.
- */
-enum { TTUN_CODEL_TARGET = 2000, TTUN_CODEL_INTERVAL = 100000 };
+enum {
+    /* Microseconds. The RFC's target is 5000; the socket holds about the rest, unseen from here. */
+    TTUN_CODEL_TARGET = 2000,
+    TTUN_CODEL_INTERVAL = 100000,
+    TTUN_CODEL_COUNT = 10000 /* drops after which they come no faster: one in a millisecond */
+};
 
 /* All zero to begin with. */
 struct ttun_codel {
     uint64_t above; /* when the delay has been above the target for an interval; 0: it is not */
     uint64_t next;  /* the next drop */
-    uint32_t count; /* of drops in this episode */
+    uint32_t count; /* of drops in this episode, TTUN_CODEL_COUNT at most */
     bool dropping;
 };
 

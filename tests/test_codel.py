@@ -60,6 +60,12 @@ def test_a_standing_queue_drops_ever_more_often() -> None:
         assert at == pytest.approx(ideal, rel=0.02, abs=(n + 1) * STEP)
 
 
+def test_a_sender_who_never_slows_down_costs_no_more_than_a_drop_in_a_millisecond() -> None:
+    codel = Codel()
+    codel.drops(TARGET, 300 * INTERVAL)
+    assert len(codel.drops(TARGET, INTERVAL)) == pytest.approx(100, abs=1)
+
+
 def test_the_drops_end_with_the_queue() -> None:
     codel = Codel()
     assert codel.drops(TARGET, 5 * INTERVAL)
