@@ -34,7 +34,8 @@ size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, l
 struct ttun_codel {
     ...;
 };
-_Bool ttun_codel_drops(struct ttun_codel *, uint64_t now, uint64_t delay);
+void ttun_codel_watch(struct ttun_codel *, uint64_t now, uint64_t delay);
+_Bool ttun_codel_drops(struct ttun_codel *, size_t size);
 
 enum ttun_end {
     TTUN_RUNNING,

@@ -9,16 +9,16 @@ static uint64_t gap(uint32_t n) {
     return TTUN_CODEL_INTERVAL * 16ULL / root;
 }
 
-bool ttun_codel_drops(struct ttun_codel *codel, uint64_t now, uint64_t delay) {
+void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay) {
     if (delay < TTUN_CODEL_TARGET) {
         codel->above = 0;
-        codel->dropping = false;
-        return false;
+        codel->dropping = codel->due = false;
+        return;
     }
     if (codel->above == 0)
         codel->above = now + TTUN_CODEL_INTERVAL;
     if (now < codel->above || (codel->dropping && now < codel->next))
-        return false;
+        return;
     if (codel->dropping) {
         if (codel->count < TTUN_CODEL_COUNT)
             codel->count++;
@@ -30,5 +30,12 @@ bool ttun_codel_drops(struct ttun_codel *codel, uint64_t now, uint64_t delay) {
         codel->next = now + gap(codel->count);
         codel->dropping = true;
     }
+    codel->due = true;
+}
+
+bool ttun_codel_drops(struct ttun_codel *codel, size_t size) {
+    if (!codel->due || size <= TTUN_CODEL_SPARED)
+        return false;
+    codel->due = false;
     return true;
 }

@@ -7,13 +7,15 @@
 #define TTUN_CODEL_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 enum {
     /* Microseconds. The RFC's target is 5000; the socket holds about the rest, unseen from here. */
     TTUN_CODEL_TARGET = 2000,
     TTUN_CODEL_INTERVAL = 100000,
-    TTUN_CODEL_COUNT = 10000 /* drops after which they come no faster: one in a millisecond */
+    TTUN_CODEL_COUNT = 10000, /* drops after which they come no faster: one in a millisecond */
+    TTUN_CODEL_SPARED = 256   /* bytes of a packet that is not dropped */
 };
 
 /* All zero to begin with. */
@@ -22,10 +24,16 @@ struct ttun_codel {
     uint64_t next;  /* the next drop */
     uint32_t count; /* of drops in this episode, TTUN_CODEL_COUNT at most */
     bool dropping;
+    bool due; /* the next packet that is not small is to be dropped */
 };
 
-/* Returns whether to drop the packet at hand. now, delay: microseconds; delay: how long a packet
- * that comes now has to wait. */
-bool ttun_codel_drops(struct ttun_codel *codel, uint64_t now, uint64_t delay);
+/* Looks at the queue. now, delay: microseconds; delay: how long a packet that comes now has to
+ * wait. */
+void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay);
+
+/* Returns whether a packet of so many bytes is the one to drop. A ping, a key press, an
+ * acknowledgement or a look-up does not fill a queue, and they are many beside packets of 64 KiB:
+ * it is not one of these. */
+bool ttun_codel_drops(struct ttun_codel *codel, size_t size);
 
 #endif

@@ -38,7 +38,6 @@
 enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
     WHOLE = 3,              /* bytes in front of an offloaded packet: its type and its gso_size */
-    SPARED = 256,           /* bytes of a packet that is not dropped */
     LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */
 };
 
@@ -118,20 +117,7 @@ static void watch_queue(struct ttun_session *s) {
         delay = now - oldest;
     else if (now - atomic_load(&s->send_end) < TTUN_CODEL_TARGET)
         delay = atomic_load(&s->waited);
-    if (ttun_codel_drops(&s->codel, now, delay))
-        s->drop_due = true;
-    else if (!s->codel.dropping)
-        s->drop_due = false;
-}
-
-/* Returns whether this packet is the one to drop. A ping, a key press, an acknowledgement or a
- * look-up does not fill a queue, and they are many beside packets of 64 KiB: it is not one of
- * these. */
-static bool must_drop(struct ttun_session *s, size_t size) {
-    if (!s->drop_due || size <= SPARED)
-        return false;
-    s->drop_due = false;
-    return true;
+    ttun_codel_watch(&s->codel, now, delay);
 }
 
 /* Reads the next packet of the device into the scratch and starts on it. Returns false when there
@@ -153,7 +139,7 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         } else if (size >= (ssize_t)s->vnet_size) {
             if (wait)
                 watch_queue(s);
-            if (must_drop(s, (size_t)size)) {
+            if (ttun_codel_drops(&s->codel, (size_t)size)) {
                 count(&s->congested, 1);
                 continue;
             }

@@ -38,7 +38,6 @@ struct ttun_session {
     struct ttun_coalescer coalescer;
     struct lane uplink, downlink;
     struct ttun_codel codel;           /* of the uplink */
-    bool drop_due;                     /* ... has said so, of the next packet that is not small */
     _Atomic uint64_t send_end, waited; /* of the slot sent last: when, and since its first frame */
     pthread_mutex_t delivery_lock;
     pthread_cond_t delivered;

@@ -13,6 +13,7 @@ from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, Bench
 
 TARGET, INTERVAL = 2000, 100_000  # microseconds
 STEP = 100
+SMALL, LARGE = 256, 257  # bytes: up to there a packet is spared
 
 
 class Codel:
@@ -26,7 +27,8 @@ class Codel:
         """When it drops, in microseconds from now, while the delay is the same all the time."""
         start, dropped = self.now, []
         while self.now < start + during:
-            if lib.ttun_codel_drops(self.state, self.now, delay):
+            lib.ttun_codel_watch(self.state, self.now, delay)
+            if lib.ttun_codel_drops(self.state, LARGE):
                 dropped.append(self.now - start)
             self.now += STEP
         return dropped
@@ -81,6 +83,22 @@ def test_soon_after_it_goes_on_where_it_was(rest: int, resumed: bool) -> None:
     first, second = codel.drops(TARGET, 3 * INTERVAL)[:2]
     count = before - 2 if resumed else 1
     assert second - first == pytest.approx(INTERVAL / sqrt(count), rel=0.05, abs=2 * STEP)
+
+
+def test_a_small_packet_is_spared_and_the_next_large_one_is_not() -> None:
+    codel = Codel()
+    codel.drops(TARGET, INTERVAL)
+    lib.ttun_codel_watch(codel.state, codel.now, TARGET)
+    sizes = (SMALL, 84, LARGE, LARGE)
+    assert [lib.ttun_codel_drops(codel.state, size) for size in sizes] == [0, 0, 1, 0]
+
+
+def test_a_drop_that_met_no_large_packet_is_forgotten_with_the_queue() -> None:
+    codel = Codel()
+    codel.drops(TARGET, INTERVAL)
+    for delay in (TARGET, 0):
+        lib.ttun_codel_watch(codel.state, codel.now, delay)
+    assert not lib.ttun_codel_drops(codel.state, LARGE)
 
 
 @contextlib.contextmanager
