@@ -1,6 +1,7 @@
 """Run the tests that need root: as root, or as root of a user namespace, or say that neither is.
 
-The end-to-end tests carry the mark ``hosts``: they make network namespaces and TUN devices.
+The end-to-end tests carry the mark ``hosts``: they make network namespaces and TUN devices. All
+tests have a /run of their own, so tunnels that run on this machine and the tests' do not meet.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"  # where nft is, for Debian's users too
     config.stash[WHY_NOT] = ""
     config.stash[NO_TOX] = toxlab.why_not()
+    os.environ.pop("XDG_RUNTIME_DIR", None)
     if hosts.may_make_hosts():
+        tunnel.cover_run()
         return
     capture = config.pluginmanager.getplugin("capturemanager")
     capture.suspend_global_capture(in_=True)

@@ -171,3 +171,12 @@ def test_a_rate_of_any_size_stands_apart_and_in_the_same_column() -> None:
     assert len(sending) == len(receiving)
     rates.add(2.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 2_900_000_000})
     assert rates.lines()[1].startswith("  receiving 23.20 Gbit/s  ")
+
+
+def test_the_tests_see_no_tunnel_of_this_machine() -> None:
+    """Whoever runs the tests may have a tunnel running, or a dead one's socket in /run/ttun."""
+    try:
+        outside = Path(f"/proc/{os.getppid()}/root/run").stat().st_dev
+    except PermissionError:
+        pytest.skip("in a user namespace this process may not look at its parent")
+    assert Path("/run").stat().st_dev != outside
