@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from peer import Peer
-from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End, eventually
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
 from ttun import link, vanished
 

@@ -150,6 +150,7 @@ class Endpoint(abc.ABC):
         except OSError as error:
             raise TtunError(f"cannot start: {error.strerror}") from None
         self._taken: dict[str, object] = {}  # the steps of its life, each taken once
+        self._is_open = False
         self._opener: int | None = None  # the thread that is in open() now
         self._runner: int | None = None  # the endpoint's own
         self._device: Device | None = None
@@ -177,7 +178,9 @@ class Endpoint(abc.ABC):
             self._device_name_shown = self._device.name
             self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()
-            if self._stop.is_set():
+            # In this order: stop() sets the flag first, then looks whether it is open.
+            self._is_open = True
+            if self._stop.is_set() and self._take("start"):
                 raise InterruptedError
         except InterruptedError:
             self._finish()
@@ -192,7 +195,7 @@ class Endpoint(abc.ABC):
         """Start in a background thread; open() first, if that was not done. Raises TtunError."""
         if "open" not in self._taken:
             self.open()
-        if self._device is None or not self._take("start"):
+        if not self._is_open or not self._take("start"):
             raise TtunError(f"this {self.role} was started before: make another one")
         thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
         try:
@@ -208,7 +211,7 @@ class Endpoint(abc.ABC):
     def stop(self) -> None:
         """End the session and the endpoint; return when both are gone, within a second."""
         self._stop.set()
-        if self._take("open") or (self._device is not None and self._take("start")):
+        if self._take("open") or (self._is_open and self._take("start")):
             self._finish()  # nothing runs: nobody else does it
         elif threading.get_ident() not in (self._opener, self._runner):
             self._over.wait()
