@@ -56,7 +56,7 @@ V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 
 # What a program can lack for a while: descriptors, memory, threads (a RuntimeError).
 LACKS = (OSError, MemoryError, RuntimeError)
-LACK_FIRST, LACK_MOST = 1.0, 30.0  # seconds until the next try, doubled each time
+LACK_FIRST, LACK_MOST = 1.0, 4.0  # seconds until the next try, doubled each time
 ALIVE_WITHIN = 10.0  # seconds
 
 

@@ -14,6 +14,7 @@ into the very tunnel that is to be built.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import logging
@@ -98,7 +99,9 @@ class Resolver:
                 self._asked = None  # it has answered; else it is under way still
             if not self.known:
                 raise
-            log.info("cannot look up %s: %s; dialling its last addresses", self._host, error)
+            log.info(
+                "cannot look up %s: %s; dialling its last addresses", self._host, reason(error)
+            )
         return self.known
 
 
@@ -121,7 +124,7 @@ def _on_a_thread(host: str, port: int, flags: int) -> queue.SimpleQueue[list[Tar
     try:
         threading.Thread(target=ask, name="ttun-lookup", daemon=True).start()
     except RuntimeError as error:
-        raise OSError(f"{host}: {error}") from None
+        raise OSError(errno.EAGAIN, str(error)) from None
     return answers
 
 
@@ -140,7 +143,9 @@ def _wait_for(
                 raise TimeoutError(f"no answer from the resolver for {seconds:.0f} s") from None
             continue
         if isinstance(answer, Exception):
-            raise OSError(reason(answer))
+            renamed = OSError(reason(answer))
+            renamed.errno = getattr(answer, "errno", None)
+            raise renamed
         return answer
     raise InterruptedError
 
