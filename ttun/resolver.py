@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import queue
+import resource
 import select
 import signal
 import socket
@@ -182,6 +183,10 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
         signal.set_wakeup_fd(-1)  # the pipe behind it is the parent's too
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        # It must not outlive the parent for long, nor keep the parent's device or port.
+        signal.alarm(int(FIRST_PATIENCE))
+        os.closerange(3, writable)
+        os.closerange(writable + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         try:
             found: dict[str, Any] = {"targets": _getaddrinfo(host, port, flags)}
         except (OSError, UnicodeError) as error:
