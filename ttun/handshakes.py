@@ -43,6 +43,7 @@ log = logging.getLogger("ttun")
 
 MOST = 256  # pending handshakes, where the limit on descriptors leaves room for so many
 MOST_PER_NETWORK = 64  # of them from one IPv4 address or one IPv6 /64
+SHARE = 4  # of what there is room for, one network gets this part
 MOST_HELD = 16  # while a session runs
 HELD_TIMEOUT = 15.0  # seconds; a client gives up after 10
 UNRECOGNIZED_TIMEOUT = (10.0, 60.0)  # seconds: a random time between them
@@ -244,7 +245,7 @@ class Handshakes:
     def _welcome(self, sock: socket.socket, name: str, network: str) -> None:
         assert self._host is not None
         same = [peer for peer in self._pending.values() if peer.network == network]
-        if len(same) >= min(MOST_PER_NETWORK, max(1, self._most() // 4)):
+        if len(same) >= min(MOST_PER_NETWORK, self._most() // SHARE + 1):
             self._make_way(same)
         now = time.monotonic()
         if self._host.silent:
