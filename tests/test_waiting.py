@@ -173,3 +173,28 @@ def test_a_session_whose_successor_waits_ends_by_the_takeover(plain: Bench) -> N
     assert all(" took over; sent" in line for line in ended), ended
     for peer in peers:
         peer.sock.close()
+
+
+@pytest.mark.nft
+@pytest.mark.slow
+def test_a_client_that_vanished_and_comes_back_with_another_address_is_in(bench: Bench) -> None:
+    """The server has its old session until it is seen to be dead: 15 s on x1, 35 s on v1."""
+    server, first = bench.tunnel()
+    bench.answers()
+    drop = "add table inet cut; add chain inet cut in { type filter hook input priority 0; }; "
+    drop += "add rule inet cut in tcp dport 20203 ip saddr 192.0.2.2 drop"
+    bench.run(SERVER, "nft", drop)
+    bench.run(CLIENT, "ip", "address", "add", "192.0.2.77/24", "dev", "vclient")
+    try:
+        first.kill()
+        gone = time.monotonic()
+        bench.run(CLIENT, "ip", "route", "replace", SERVER_ADDRESS, "dev", "vclient",
+                  "src", "192.0.2.77")  # fmt: skip
+        bench.client().says("authenticated", seconds=20 if bench.wire == "x1" else 50)
+        print(f"{bench.wire}: in {time.monotonic() - gone:.1f} s after its host was gone")
+        bench.answers(seconds=5)
+        assert server.log().count("authenticated") == 2
+    finally:
+        bench.run(SERVER, "nft", "delete table inet cut")
+        bench.run(CLIENT, "ip", "address", "delete", "192.0.2.77/24", "dev", "vclient")
+        bench.run(CLIENT, "ip", "route", "flush", SERVER_ADDRESS)
