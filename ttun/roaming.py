@@ -60,11 +60,11 @@ class LocalAddress:
             self._away_since = now
         if now - self._away_since < CONFIRM:
             return None, CONFIRM
-        address = _shown(self.addresses)
         if not owners:
-            return f"the connection's local address {address} was removed", None
+            were = "was" if len(self.addresses) == 1 else "were"
+            return f"the connection's local {_shown(self.addresses)} {were} removed", None
         if self._has_other_way():
-            return f"the link of the connection's local address {address} is down", None
+            return f"the link of the connection's local {_shown(set(owners))} is down", None
         return None, LOOK_AGAIN  # it lives on if the link comes back
 
     def _has_other_way(self) -> bool:
@@ -101,7 +101,10 @@ def _packed(address: str) -> bytes:
 
 
 def _shown(addresses: set[bytes]) -> str:
-    return " and ".join(sorted(str(ipaddress.ip_address(x)) for x in addresses))
+    several = "es" if len(addresses) > 1 else ""
+    return (
+        f"address{several} {' and '.join(sorted(map(str, map(ipaddress.ip_address, addresses))))}"
+    )
 
 
 def _offset() -> float:
