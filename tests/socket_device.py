@@ -36,7 +36,7 @@ class RunningSession:
     def end(self) -> str:
         """Stop it, if it runs; why it ended."""
         if self.reason is None:
-            self.session.stop()
+            self.session.end("stopped")
             self.reason = self.session.wait()
         return self.reason
 

@@ -272,11 +272,31 @@ def test_failures_double_the_wait_up_to_thirty_seconds() -> None:
         assert 0.75 * full <= wait <= full
 
 
-def test_in_the_first_minute_after_a_session_it_waits_two_seconds_at_most() -> None:
+def test_in_the_first_minute_after_a_session_it_waits_a_second_at_most() -> None:
     backoff = Backoff()
-    backoff.after_session(5, now=100)
+    backoff.after_session(11, now=100)
     assert all(backoff.after_failure(now=100 + i) <= 1 for i in range(60))
     assert backoff.after_failure(now=161) > 2
+
+
+def test_two_clients_that_take_a_server_over_from_each_other_back_off() -> None:
+    """Each one's session ends when the other one dials."""
+    backoffs, waits = [Backoff(), Backoff()], []
+    now = lasted = 0.0
+    for number in range(60):
+        wait = backoffs[number % 2].after_session(lasted, now)
+        now, lasted = now + wait, wait  # the other one had a session until it dialled again
+        waits.append(wait)
+    assert now > 300, f"60 sessions in {now:.0f} s"
+    assert sum(wait < 2 for wait in waits[10:]) <= len(waits) / 2
+
+
+def test_a_server_that_does_not_answer_is_dialled_again_within_five_seconds() -> None:
+    backoff = Backoff()
+    for _ in range(50):
+        assert 0.75 <= backoff.after_silence(10) <= 1
+        assert 3 <= backoff.after_silence(0) <= 4
+    assert backoff.after_failure(now=1000) <= 1, "it is no failure"
 
 
 def test_only_a_long_session_ends_the_back_off() -> None:

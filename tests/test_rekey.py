@@ -162,7 +162,7 @@ class Both:
 
     def end(self) -> list[str]:
         for session in self.sessions.values():
-            session.stop()
+            session.end("stopped")
         return [session.wait() for session in self.sessions.values()]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from peer import Peer
-from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End, eventually
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
 from ttun import link, vanished
 
@@ -111,10 +111,6 @@ def test_an_idle_mptcp_session_goes_on_and_takes_no_time(plain: Bench) -> None:
     assert max(used) <= 0.3, "0.03 s in 30 s are usual at most"
 
 
-def threads(end: End) -> int:
-    return len(os.listdir(f"/proc/{end.process.pid}/task"))
-
-
 def cpu(pid: int) -> float:
     """CPU seconds of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -139,16 +135,3 @@ def test_the_kernel_tells_how_long_a_path_has_been_silent(plain: Bench) -> None:
                 eventually(lambda: vanished.silence(accepted) < 400, "it was heard again")
         with connect(plain, 9999, False) as sock:
             assert vanished.silence(sock) is None
-
-
-@needs_mptcp
-def test_where_the_kernel_sees_to_it_there_is_no_thread(plain: Bench) -> None:
-    """Two tunnels, one after the other: an end over MPTCP has one thread more."""
-    found = []
-    for options in ((), ("-mptcp",)):
-        ends = plain.tunnel(*options, *V1)
-        plain.answers()
-        found.append([threads(end) for end in ends])
-        for end in ends:
-            end.stop()
-    assert found[1] == [number + 1 for number in found[0]]

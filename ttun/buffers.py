@@ -19,6 +19,7 @@ class Buffers(NamedTuple):
     slots: int  # for each direction, 1 to 4
     sockets: int | None  # bytes, of SO_SNDBUF and of SO_RCVBUF; None: what the kernel finds right
     queue: int  # packets of up to 64 KiB that the device keeps while the uplink is busy
+    nonces: int  # of clients that a server remembers to have answered, 8 bytes each
 
     def apply(self, sock: socket.socket) -> None:
         """Bound the buffers of a connection. The kernel takes twice the number: socket(7)."""
@@ -30,8 +31,8 @@ class Buffers(NamedTuple):
 
 # The queue was measured (docs/performance.md): 500, the kernel's own, loses some of 100,000 small
 # datagrams per second when a core is away for 5 ms; more than this only adds waiting.
-NORMAL = Buffers(slots=4, sockets=None, queue=1000)
-SMALL = Buffers(slots=1, sockets=128 * 1024, queue=100)
+NORMAL = Buffers(slots=4, sockets=None, queue=1000, nonces=65536)
+SMALL = Buffers(slots=1, sockets=128 * 1024, queue=100, nonces=4096)
 BUFFERS = {"normal": NORMAL, "small": SMALL}
 
 

@@ -285,8 +285,8 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
 def _wait(signals: Signals, endpoint: Endpoint, manager: Manager) -> int:
     """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
     while (received := signals.wait(manager.interval)) is None:
-        endpoint.status()  # an endpoint that hangs with its lock held gives none
-        manager.tell(manager.ALIVE)
+        if endpoint.is_alive():
+            manager.tell(manager.ALIVE)
     return received
 
 

@@ -6,14 +6,16 @@ import logging
 import random
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttun import handshake, link
 from ttun.device import CLIENT
-from ttun.endpoint import Endpoint
+from ttun.endpoint import LACKS, Endpoint
 from ttun.errors import UsageError
-from ttun.handshakes import Handshakes, Peer
+from ttun.handshakes import Peer
+from ttun.resolver import Resolver, Target
 from ttun.routes import catching
 
 if TYPE_CHECKING:
@@ -25,34 +27,46 @@ log = logging.getLogger("ttun")
 class Backoff:
     """How long to wait before the next dial, in seconds.
 
-    At once after a session of over 10 s. Else 1 s, doubled with each attempt up to 30 s, with
-    jitter so that many clients of a server that comes back do not come all at once; back to 1 s
-    after a session of over 60 s. In the first minute after a session never more than 1 s: most
-    outages are short.
+    1 s, doubled with each attempt up to 30 s, with jitter so that many clients of a server that
+    comes back do not come all at once; back to 1 s after a session of over 60 s. At once after a
+    session of over 10 s, and for a minute after it never more than 1 s: most outages are short.
+    That ends with the first short session: two clients with one key that take the server over from
+    each other are no outage.
+
+    A server that takes the connection and does not answer has another client, or its end of a
+    relay is away: it is dialled again every few seconds, to be in soon after that changes.
     """
 
     FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 1.0
     GOOD_SESSION, LONG_SESSION, AT_FIRST = 10.0, 60.0, 60.0
+    UNANSWERED = 4.0  # from one dial to the next, where the wait for an answer was shorter
 
     def __init__(self) -> None:
         """Start as if there had never been a session."""
         self._delay = self.FIRST
-        self._last_session = float("-inf")
+        self._good_session = float("-inf")  # when it ended
 
     def after_session(self, duration: float, now: float) -> float:
         """Return the wait after a session that lasted duration seconds and ended now."""
-        self._last_session = now
         if duration > self.LONG_SESSION:
             self._delay = self.FIRST
-        return 0.0 if duration > self.GOOD_SESSION else self.after_failure(now)
+        if duration > self.GOOD_SESSION:
+            self._good_session = now
+            return 0.0
+        self._good_session = float("-inf")
+        return self.after_failure(now)
 
     def after_failure(self, now: float) -> float:
         """Return the wait after a dial or a handshake that failed now."""
         wait = self._delay * random.uniform(0.75, 1.0)
         self._delay = min(2 * self._delay, self.MOST)
-        if now - self._last_session < self.AT_FIRST:
+        if now - self._good_session < self.AT_FIRST:
             wait = min(wait, self.MOST_AT_FIRST)
         return wait
+
+    def after_silence(self, seconds: float) -> float:
+        """Return the wait after a connection whose peer said nothing for so many seconds."""
+        return max(self.FIRST, self.UNANSWERED - seconds) * random.uniform(0.75, 1.0)
 
 
 class Client(Endpoint):
@@ -76,20 +90,40 @@ class Client(Endpoint):
         """
         super().__init__(key, **options)
         self._tox: Dialer | None = None
-        self._server: link.Address | str
+        self._server = server if len(server) < 64 else server[:12]  # for the log
         if server.startswith("tox:"):
             from ttun.tox.transport import Dialer
 
             self._tox = Dialer(server[4:], Path(tox_nodes) if tox_nodes else None)
-            self._server = server if len(server) < 64 else server[:12]  # for the log
         else:
-            self._server = link.parse_address(server, listening=False)
+            address = link.parse_address(server, listening=False)
+            self._server, self._host = str(address), address.host
+            self._resolver = Resolver(*address)
+        self._best: Target | None = None  # where the last session was
+
+    def _prepare(self) -> None:
+        """Find the server's addresses before routes are there that may catch the question."""
+        if self._tox is not None or not self._routes:
+            return
+        backoff = Backoff()
+        while not self._stop.is_set():
+            try:
+                self._resolver.first(self._stop)
+                return
+            except InterruptedError:
+                raise
+            except OSError as error:
+                wait = backoff.after_failure(time.monotonic())
+                log.info("cannot look up %s: %s; trying again in %.1f s", self._host, error, wait)
+                self._stop.wait(wait)
+        raise InterruptedError
 
     def _open(self) -> None:
-        if isinstance(self._server, str):  # through Tox
+        if self._tox is not None or not self._routes:
             return
-        if why := self._caught(self._server.host):  # of a name it is known when that is looked up
-            raise UsageError(why)
+        reasons = [self._caught(target.sockaddr[0]) for target in self._resolver.known]
+        if reasons and all(reasons):
+            raise UsageError(str(reasons[0]))
 
     def _begin(self) -> None:
         if self._tox is not None:
@@ -102,15 +136,15 @@ class Client(Endpoint):
     def _run(self) -> None:
         backoff = Backoff()
         while not self._stop.is_set():
-            peer = self._connect()
-            if self._stop.is_set() and peer is None:
-                return
-            if peer is None:
-                wait = backoff.after_failure(time.monotonic())
-            else:
+            peer, silence = self._connect()
+            if peer is not None:
                 self._authenticated(peer)
                 duration = self._carry(peer)
                 wait = backoff.after_session(duration, time.monotonic())
+            elif silence is not None:
+                wait = backoff.after_silence(silence)
+            else:
+                wait = backoff.after_failure(time.monotonic())
             if not self._stop.is_set():
                 log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
                 self._stop.wait(wait)
@@ -123,25 +157,68 @@ class Client(Endpoint):
             return None
         return f"the route to {route} would carry the tunnel's own way to {address}"
 
-    def _connect(self) -> Peer | None:
-        """Dial and shake hands; None if either failed, or stop was set."""
-        try:
-            sock = self._dial()
-        except InterruptedError:
-            return None
-        except OSError as error:
-            log.info("cannot connect to %s: %s", self._server, error)
-            return None
-        handshakes = Handshakes(self._stop)
-        try:
-            name = str(self._server)
-            handshakes.add(sock, name, name, handshake.client(self._k, self._terms))
-            return handshakes.wait()
-        finally:
-            handshakes.close()
+    def _connect(self) -> tuple[Peer | None, float | None]:
+        """Dial each address and shake hands, until one has proved the key.
 
-    def _dial(self) -> socket.socket:
+        Returns that peer, if there is one; else for how many seconds the last server that took the
+        connection and said nothing did so, None if there was none.
+        """
+        silence, failures = None, []
+        try:
+            targets: list[Target | None] = [None] if self._tox else list(self._targets())
+            for target in targets:
+                try:
+                    sock = self._dial(target)
+                except InterruptedError:
+                    raise
+                except LACKS as error:
+                    failures.append(str(error))
+                    continue
+                peer, silent_for = self._shake_hands(sock, target)
+                if peer is not None:
+                    self._best = target
+                    return peer, None
+                silence = silence if silent_for is None else silent_for
+        except InterruptedError:
+            return None, None
+        except LACKS as error:
+            failures.append(str(error))
+        if failures and not self._stop.is_set():
+            log.info("cannot connect to %s: %s", self._server, "; ".join(failures))
+        return None, silence
+
+    def _targets(self) -> list[Target]:
+        """Return where to dial, the address of the last session first. Raises OSError."""
+        try:
+            found = self._resolver.targets(self._stop)
+        except InterruptedError:
+            raise
+        except OSError as error:
+            raise OSError(f"{self._host}: {error}") from None
+        if not found:
+            raise OSError(f"{self._host} has no address")
+        return sorted(found, key=lambda target: target != self._best)
+
+    def _dial(self, target: Target | None) -> socket.socket:
         if self._tox is not None:
             return self._tox.dial(self._stop)
-        assert isinstance(self._server, link.Address)
-        return link.dial(self._server, self._mptcp, self._stop, self._caught)
+        assert target is not None
+        if why := self._caught(target.sockaddr[0]):
+            raise OSError(why)
+        return link.connect(target, self._mptcp, self._stop)
+
+    def _shake_hands(
+        self, sock: socket.socket, target: Target | None
+    ) -> tuple[Peer | None, float | None]:
+        """Prove the key to each other; return as _connect() does."""
+        name = self._server if target is None else link.show(target.sockaddr)
+        began = time.monotonic()
+        attempt = self._pending.add(sock, name, handshake.client(self._k, self._terms))
+        while not self._stop.is_set():
+            if not self._pending.is_pending(attempt):
+                silent_for = None if attempt.spoke else time.monotonic() - began
+                return None, silent_for
+            peer = self._pending.turn()
+            if peer is not None:
+                return replace(peer, name=self._server), None
+        raise InterruptedError

@@ -1,17 +1,36 @@
 """What a server and a client have in common: the device, one session at a time, start and stop.
 
-A thread of the endpoint's own looks for a peer, runs its session to the end, and looks again. The
-device is opened by open() or start() and outlives the sessions.
+A thread of the endpoint's own looks for a peer, looks after its session until that ends, and looks
+again. It waits in one place (handshakes.py), a second at most, so it notices everything that is to
+end a session, and shows that it lives. The device is opened by open() or start() and outlives the
+sessions.
+
+The life of an endpoint, and what each call does then:
+
+============  ==================  ==================  =================  ======================
+.             made                open                running            over
+============  ==================  ==================  =================  ======================
+open()        opens: open         refused             refused            refused
+start()       opens and starts    starts: running     refused            refused
+stop()        over                closes: over        ends it: over      nothing
+wait()        waits               waits               waits              True, or the error
+status()      no device, no peer  the device          all                the last totals
+Server.port   refused             the port            the port           the port it had
+============  ==================  ==================  =================  ======================
+
+Refused calls raise TtunError and touch nothing. stop() and status() take no lock: a signal handler
+may call them. Everything may be called from any thread.
 """
 
 from __future__ import annotations
 
 import abc
 import logging
+import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Callable, ClassVar
 
 from ttun import cipher as ciphers
@@ -22,7 +41,7 @@ from ttun.control import DEFAULT_LIMITS, Limits
 from ttun.device import DEFAULT_MTU, FIRST_FREE, MAX_MTU, MIN_MTU, Addresses, Device
 from ttun.errors import TtunError, UsageError
 from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
-from ttun.handshakes import Peer
+from ttun.handshakes import Handshakes, Peer
 from ttun.routes import Network
 from ttun.session import Counters, Session
 from ttun.stop import StopFlag
@@ -33,6 +52,12 @@ log = logging.getLogger("ttun")
 
 WIRES = ["auto", "v1", "x1"]
 V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
+
+
+# What a program can lack for a while: descriptors, memory, threads (a RuntimeError).
+LACKS = (OSError, MemoryError, RuntimeError)
+LACK_FIRST, LACK_MOST = 1.0, 30.0  # seconds until the next try, doubled each time
+ALIVE_WITHIN = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,21 @@ class Status:
     sessions: int  # how many there have been, this one included
     counters: Counters  # of this session, or the last one
     totals: Counters  # of all sessions
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The session that runs, or the last one. Replaced as a whole, so nobody needs a lock."""
+
+    session: Session | None = None
+    connected: bool = False
+    peer: str = ""
+    transport: str = ""
+    wire: str = ""
+    cipher: str = ""
+    since: float = 0.0
+    sessions: int = 0  # this one included
+    earlier: Counters = field(default_factory=Counters)  # of all sessions before it
 
 
 class Endpoint(abc.ABC):
@@ -105,59 +145,76 @@ class Endpoint(abc.ABC):
         self._offload = offload
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
-        self._stop = StopFlag()
-        self._over = threading.Event()
-        self._lock = threading.Lock()  # over what follows, down to _since
+        try:
+            self._stop, self._over = StopFlag(), StopFlag()
+        except OSError as error:
+            raise TtunError(f"cannot start: {error.strerror}") from None
+        self._taken: dict[str, object] = {}  # the steps of its life, each taken once
+        self._is_open = False
+        self._opener: int | None = None  # the thread that is in open() now
+        self._runner: int | None = None  # the endpoint's own
         self._device: Device | None = None
-        self._session: Session | None = None
-        self._peer: str | None = None
-        self._transport: str | None = None
-        self._wire = self._cipher = self._last_peer = ""
-        self._why: str | None = None  # why the session is ended, if not by itself
-        self._sessions = 0
-        self._earlier = Counters()  # of all sessions before this one
-        self._since = 0.0
+        self._device_name_shown: str | None = None
+        self._pending = Handshakes(self._stop)
+        self._last = _Last()
         self._error: TtunError | None = None
-        self._thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
 
     def open(self) -> None:
         """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
-        log.info("ttun %s %s", __version__, self.role)
-        self._device = Device(
-            self._addresses,
-            self._mtu,
-            self._offload,
-            self._name,
-            self._routes,
-            queue=self._buffers.queue,
-        )
-        self._terms = replace(self._terms, features=self._device.offload >> 1)
+        if not self._take("open"):
+            raise TtunError(f"this {self.role} was opened before: make another one")
+        self._opener = threading.get_ident()
         try:
+            log.info("ttun %s %s", __version__, self.role)
+            self._prepare()
+            self._device = Device(
+                self._addresses,
+                self._mtu,
+                self._offload,
+                self._name,
+                self._routes,
+                queue=self._buffers.queue,
+            )
+            self._device_name_shown = self._device.name
+            self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()
+            # In this order: stop() sets the flag first, then looks whether it is open.
+            self._is_open = True
+            if self._stop.is_set() and self._take("start"):
+                raise InterruptedError
+        except InterruptedError:
+            self._finish()
+            raise TtunError("stopped while it was opened") from None
         except BaseException:
-            self._release()
+            self._finish()
             raise
+        finally:
+            self._opener = None
 
     def start(self) -> None:
-        """Go to work on a thread; open() first, if that was not done. Raises TtunError."""
-        if self._device is None:
+        """Start in a background thread; open() first, if that was not done. Raises TtunError."""
+        if "open" not in self._taken:
             self.open()
+        if not self._is_open or not self._take("start"):
+            raise TtunError(f"this {self.role} was started before: make another one")
+        thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
         try:
             self._begin()
-            self._thread.start()
-        except BaseException:  # the process may have no more threads
-            self._release()
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads
+            self._finish()
+            raise TtunError(f"cannot start: {error}") from None
+        except BaseException:
+            self._finish()
             raise
 
     def stop(self) -> None:
         """End the session and the endpoint; return when both are gone, within a second."""
         self._stop.set()
-        with self._lock:
-            session = self._session
-        if session is not None:
-            session.stop()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._take("open") or (self._is_open and self._take("start")):
+            self._finish()  # nothing runs: nobody else does it
+        elif threading.get_ident() not in (self._opener, self._runner):
+            self._over.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is over, timeout seconds at most, and return whether it is.
@@ -170,7 +227,7 @@ class Endpoint(abc.ABC):
         return over
 
     def when_over(self, call: Callable[[], object]) -> None:
-        """Have call called, on some thread, once it is over; at once if it is."""
+        """Call `call` on another thread when the endpoint stops; at once if it has."""
 
         def wait_and_call() -> None:
             self._over.wait()
@@ -178,41 +235,58 @@ class Endpoint(abc.ABC):
 
         threading.Thread(target=wait_and_call, name="ttun-over", daemon=True).start()
 
+    def fileno(self) -> int:
+        """Return a descriptor that turns readable once it is over, for select() and poll()."""
+        return self._over.fileno()
+
+    def is_alive(self) -> bool:
+        """Return whether its thread has shown within ALIVE_WITHIN seconds that it goes on.
+
+        It does so about every second, whatever it waits for. Only a callback that takes long, or a
+        bug, holds it up. True where it does not run.
+        """
+        running = "start" in self._taken and not self._over.is_set()
+        return not running or self._stop.quiet_for() < ALIVE_WITHIN
+
     def status(self) -> Status:
         """Return what it is doing now, from any thread."""
-        with self._lock:
-            session, connected = self._session, self._peer is not None
-            control = session.control if session and connected else None
-            counters = session.counters() if session else Counters()
-            return Status(
-                role=self.role,
-                device=self._device.name if self._device else None,
-                peer=self._peer,
-                transport=self._transport if connected else None,
-                wire=self._wire if connected else None,
-                cipher=self._cipher if connected else None,
-                round_trip=control.rtt if control else None,
-                rekeys=control.rekeys if control else None,
-                connected_for=time.monotonic() - self._since if connected else None,
-                silent_for=session.silence() if session and connected else None,
-                sessions=self._sessions,
-                counters=counters,
-                totals=self._earlier.plus(counters),
-            )
+        last = self._last
+        session, connected = last.session, last.connected
+        control = session.control if session and connected else None
+        counters = session.counters() if session else Counters()
+        return Status(
+            role=self.role,
+            device=self._device_name_shown,
+            peer=last.peer if connected else None,
+            transport=last.transport if connected else None,
+            wire=last.wire if connected else None,
+            cipher=last.cipher if connected else None,
+            round_trip=control.rtt if control else None,
+            rekeys=control.rekeys if control else None,
+            connected_for=time.monotonic() - last.since if connected else None,
+            silent_for=session.silence() if session and connected else None,
+            sessions=last.sessions,
+            counters=counters,
+            totals=last.earlier.plus(counters),
+        )
 
     def facts(self) -> dict[str, str | None]:
         """Return what does not change while a session lasts, in words."""
-        ours, device = self._addresses, self._device
-        with self._lock:
-            return {
-                "role": self.role,
-                "device": device.name if device else None,
-                "peer": self._last_peer,
-                "wire": self._wire,
-                "cipher": self._cipher,
-                "local4": str(ours.ipv4),
-                "local6": str(ours.ipv6),
-            }
+        ours, last = self._addresses, self._last
+        return {
+            "role": self.role,
+            "device": self._device_name_shown,
+            "peer": last.peer,
+            "wire": last.wire,
+            "cipher": last.cipher,
+            "local4": str(ours.ipv4),
+            "local6": str(ours.ipv6),
+        }
+
+    # ---- what a side adds ----
+
+    def _prepare(self) -> None:  # noqa: B027 - a server needs nothing
+        """Do what has to be done before the device and its routes are there. Raises TtunError."""
 
     def _open(self) -> None:  # noqa: B027 - a client needs nothing
         """Open what this side needs besides the device. Raises TtunError."""
@@ -225,84 +299,133 @@ class Endpoint(abc.ABC):
 
     @abc.abstractmethod
     def _run(self) -> None:
-        """Look for a peer, run its session, look again, until stop is set."""
+        """Look for a peer, run its session, look again, until stop is set.
+
+        What is lacking for a while may raise OSError, MemoryError or RuntimeError: it is called
+        again then.
+        """
+
+    def _newcomer(self, session: Session, peer: Peer) -> None:
+        """Take a peer that proved the key while a session runs."""
+        peer.close()
+
+    # ---- its thread ----
+
+    def _take(self, step: str) -> bool:
+        """Return whether this call is the first to take a step: one lookup, so no lock is held."""
+        mine = object()
+        return self._taken.setdefault(step, mine) is mine
 
     def _main(self) -> None:
+        self._runner = threading.get_ident()
+        wait = LACK_FIRST
         try:
-            self._run()
+            while not self._stop.is_set():
+                began = time.monotonic()
+                try:
+                    self._run()
+                except LACKS as error:
+                    # No descriptor, thread or memory: others give theirs back sooner or later.
+                    wait = LACK_FIRST if time.monotonic() - began > LACK_MOST else wait
+                    log.warning("%s: trying again in %.0f s", _words(error), wait)
+                    self._stop.wait(wait)
+                    wait = min(2 * wait, LACK_MOST)
         except TtunError as error:
             self._error = error
-        except Exception as error:  # a bug: say so in one line, without what is in memory
+        except BaseException as error:  # a bug: say so in one line, without what is in memory
             self._error = TtunError(f"internal error: {type(error).__name__}: {error}")
         finally:
-            self._release()
-            self._over.set()
+            self._finish()
 
-    def _release(self) -> None:
-        """Close all that open() opened."""
-        self._close()
-        assert self._device is not None
-        self._device.close()
+    def _finish(self) -> None:
+        """Close all that open() opened; it is over."""
+        try:
+            self._pending.close()
+            self._close()
+        except Exception as error:
+            log.warning("at the end: %s", _words(error))
+        finally:
+            if self._device is not None:
+                self._device.close()
+            self._over.set()
 
     def _carry(self, peer: Peer) -> float:
         """Run a session to its end; return how many seconds it lasted."""
         assert self._device is not None
-        transport = link.transport(peer.sock)
         try:
+            transport = link.transport(peer.sock)
             link.choose_congestion_control(peer.sock)
             session = Session(peer.sock, self._device, peer.keys, self._limits, self._buffers)
-        except OSError as error:
-            log.warning("no session with %s: %s", peer.name, error.strerror or error)
+        except LACKS as error:
+            peer.close()
+            log.warning("no session with %s: %s", peer.name, _words(error))
             return 0.0
-        with self._lock:
-            if self._session is not None:
-                self._earlier = self._earlier.plus(self._session.counters())
-            self._session, self._peer, self._transport = session, peer.name, transport
-            self._last_peer = peer.name
-            self._wire, self._cipher = peer.keys.wire, peer.keys.sending.cipher.name
-            self._sessions += 1
-            self._since = time.monotonic()
-            self._why = None
-        if self._is_unwanted():  # since the handshake
-            session.stop()
-        try:
-            if self.on_connected:
-                self.on_connected(peer.name)
-        except BaseException:  # no thread may outlive the device
-            session.stop()
-            session.wait()
-            raise
-        watch = None
-        if session.control is None:  # wire x1 asks the peer itself
-            watch = Watch(peer.sock, lambda why: self._end_session(session, why))
-        reason = session.wait()
-        if watch is not None:
-            watch.stop()
-        with self._lock:
-            reason, self._peer = self._why or reason, None
-        log.info(
-            "peer %s disconnected after %.0f s: %s; %s",
-            peer.name,
-            session.duration,
-            reason,
-            describe(session.counters()),
+        last, keys = self._last, peer.keys
+        self._last = _Last(
+            session=session,
+            connected=True,
+            peer=peer.name,
+            transport=transport,
+            wire=keys.wire,
+            cipher=keys.sending.cipher.name,
+            since=time.monotonic(),
+            sessions=last.sessions + 1,
+            earlier=last.earlier.plus(last.session.counters() if last.session else Counters()),
         )
-        if self.on_disconnected:
-            self.on_disconnected(peer.name, reason)
+        self._tell(self.on_connected, peer.name)
+        try:
+            self._attend(session, peer.sock)
+        except BaseException as error:  # no thread of a session may outlive the device
+            session.end(_words(error))
+            raise
+        finally:
+            reason = session.wait()
+            self._last = replace(self._last, connected=False)
+            log.info(
+                "peer %s disconnected after %.0f s: %s; %s",
+                peer.name,
+                session.duration,
+                reason,
+                describe(session.counters()),
+            )
+            self._tell(self.on_disconnected, peer.name, reason)
         if session.device_lost:
             raise TtunError(f"{reason}: was {self._device.name} removed?")
         return session.duration
 
-    def _is_unwanted(self) -> bool:
-        """Return whether a session that begins now has to end at once."""
-        return self._stop.is_set()
+    def _attend(self, session: Session, sock: socket.socket) -> None:
+        """Look after everything around a session until it is over."""
+        # Wire x1 asks the peer itself whether it is there.
+        watch = Watch(sock) if session.control is None else None
+        descriptor = session.fileno()
+        self._pending.watch(descriptor)
+        try:
+            while not session.is_over:
+                if self._stop.is_set():
+                    session.end("stopped")
+                    break
+                if watch is not None and (why := watch.look(time.monotonic())):
+                    session.end(why)
+                    break
+                try:
+                    newcomer = self._pending.turn()
+                except LACKS as error:  # it is for those outside, not for this session
+                    log.warning("%s: not looking after new connections for 1 s", _words(error))
+                    self._stop.wait(1.0)
+                    continue
+                if newcomer is not None:
+                    self._newcomer(session, newcomer)
+        finally:
+            self._pending.unwatch(descriptor)
 
-    def _end_session(self, session: Session, why: str) -> None:
-        """End a session for a reason that it does not know itself."""
-        with self._lock:
-            if session is self._session:
-                self._why = self._why or why
-        session.stop()
+    def _tell(self, callback: Callable[..., object] | None, *arguments: str) -> None:
+        """Call a callback of the program's. What it raises is its own trouble: the tunnel stays."""
+        if callback is None:
+            return
+        try:
+            callback(*arguments)
+        except BaseException as error:
+            log.error("a callback failed: %s: %s", type(error).__name__, error)
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
         keys: Keys = peer.keys
@@ -340,6 +463,11 @@ def _terms(wire: str, name: str | None, mtu: int) -> Terms:
     if wire == "v1":
         raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
     return Terms("x1", V1_DEFAULT, offers, needs_x1=f"{cipher.name} needs wire x1")
+
+
+def _words(error: BaseException) -> str:
+    """Return what is lacking, in the system's words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def describe(counters: Counters) -> str:

@@ -13,3 +13,7 @@ class UsageError(TtunError):
 
 class ProtocolError(Exception):
     """The peer did something that ends its session. One line for the log: what it did."""
+
+
+class UnrecognizedError(ProtocolError):
+    """A peer showed no sign of the key where nothing may show that a ttun is here."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from ttun import x1
 from ttun.cipher import CIPHERS, PREFIX, Cipher, CipherState
-from ttun.errors import ProtocolError
+from ttun.errors import ProtocolError, UnrecognizedError
 from ttun.sodium import KeyPair
 from ttun.x1 import NONCE_SIZE, TO_CLIENT, TO_SERVER
 
@@ -62,9 +62,15 @@ class Keys:
         return "x1" if self.agreement else "v1"
 
     def wipe(self) -> None:
-        """Overwrite both keys."""
+        """Overwrite the keys of both directions."""
         self.sending.wipe()
         self.receiving.wipe()
+
+    def discard(self) -> None:
+        """Overwrite all that a session which will not be could have been made of."""
+        self.wipe()
+        if self.agreement is not None:
+            self.agreement.p.wipe()
 
 
 # (bytes to send, bytes wanted next) -> those bytes; at the end, the keys
@@ -88,7 +94,8 @@ def client(k: bytes, terms: Terms) -> Steps:
     client_nonce = _nonce(k, TO_SERVER, terms.wire != "v1")
     server_nonce = yield client_nonce, NONCE_SIZE
     is_x1 = terms.wire != "v1" and x1.is_marked(k, TO_CLIENT, server_nonce)
-    _check_wire(terms, is_x1)
+    if not is_x1 and terms.wire == "x1":
+        raise ProtocolError(_why_not_x1(terms))
     sk = session_key(k, client_nonce, server_nonce)
     cipher = V1_DEFAULT if is_x1 else terms.cipher
     keys = Keys(CipherState(cipher, TO_SERVER, sk), CipherState(cipher, TO_CLIENT, sk))
@@ -103,11 +110,19 @@ def client(k: bytes, terms: Terms) -> Steps:
     return _agreed(keys, x1.agree(sk, True, pair, ours, theirs))
 
 
-def server(k: bytes, terms: Terms) -> Steps:
-    """Shake hands as the server, which sends no frame before it has verified the client's."""
+def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) -> Steps:
+    """Shake hands as the server, which sends no frame before it has verified the client's.
+
+    answered: the marks that were answered before; a recorded one is then taken for no mark at all.
+    Where only x1 is accepted, raises UnrecognizedError for whoever shows no fresh mark: nothing
+    was sent by then.
+    """
     client_nonce = yield b"", NONCE_SIZE
-    is_x1 = terms.wire != "v1" and x1.is_marked(k, TO_SERVER, client_nonce)
-    _check_wire(terms, is_x1)
+    is_x1 = knows_key(k, terms, client_nonce, answered)
+    if not is_x1 and terms.wire == "x1":
+        raise UnrecognizedError(_why_not_x1(terms))
+    if is_x1 and answered is not None:
+        answered.add(client_nonce)
     server_nonce = _nonce(k, TO_CLIENT, is_x1)
     sk = session_key(k, client_nonce, server_nonce)
     cipher = V1_DEFAULT if is_x1 else terms.cipher
@@ -127,9 +142,20 @@ def _nonce(k: bytes, direction: int, marked: bool) -> bytes:
     return x1.marked_nonce(k, direction) if marked else os.urandom(NONCE_SIZE)
 
 
-def _check_wire(terms: Terms, is_x1: bool) -> None:
-    if terms.wire == "x1" and not is_x1:
-        raise ProtocolError(f"it speaks wire v1 alone, or has another key: {terms.needs_x1}")
+def knows_key(
+    k: bytes, terms: Terms, client_nonce: bytes, answered: x1.AnsweredNonces | None
+) -> bool:
+    """Return whether a client's nonce alone shows that it has the key and speaks x1 now.
+
+    That takes a valid mark which was not answered before.
+    """
+    if terms.wire == "v1" or not x1.is_marked(k, TO_SERVER, client_nonce):
+        return False
+    return answered is None or client_nonce not in answered
+
+
+def _why_not_x1(terms: Terms) -> str:
+    return f"it speaks wire v1 alone, or has another key: {terms.needs_x1}"
 
 
 def _agreed(keys: Keys, agreement: x1.Agreement) -> Keys:

@@ -9,14 +9,15 @@ import contextlib
 import errno
 import logging
 import os
-import queue
 import select
 import socket
 import sys
-import threading
-from typing import Callable, NamedTuple
+import time
+from typing import NamedTuple
 
+from ttun import resolver
 from ttun.errors import TtunError, UsageError
+from ttun.resolver import SocketAddress, Target, reason
 from ttun.stop import StopFlag
 
 log = logging.getLogger("ttun")
@@ -72,31 +73,29 @@ def parse_address(text: str, *, listening: bool) -> Address:
     return Address(host, int(port))
 
 
-def listen(address: Address, mptcp: bool | None) -> socket.socket:
-    """Return a listening socket. mptcp: True or None take both kinds of peer where they can."""
-    try:
-        info = socket.getaddrinfo(
-            address.host or None,
-            address.port,
-            type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE,
-            family=socket.AF_UNSPEC if address.host or _has_ipv6() else socket.AF_INET,
-        )
-    except (OSError, UnicodeError) as error:
-        raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
-    family, bind_to = info[0][0], info[0][4]
+def listen(address: Address, mptcp: bool | None, stop: StopFlag | None = None) -> socket.socket:
+    """Return a listening socket. mptcp: True or None take both kinds of peer where they can.
+
+    Raises TtunError, InterruptedError when stop was set while a name was looked up.
+    """
+    stop = stop or StopFlag()
     dual = not address.host and _has_ipv6()
-    if dual:
-        family, bind_to = socket.AF_INET6, ("::", address.port)
     try:
-        listener = _open(family, mptcp is not False, quietly=mptcp is None)
+        if dual:
+            target = Target(socket.AF_INET6, ("::", address.port))
+        else:
+            host = address.host or "0.0.0.0"
+            target = resolver.look_up(host, address.port, stop, socket.AI_PASSIVE)[0]
+        listener = _open(target.family, mptcp is not False, quietly=mptcp is None)
+    except InterruptedError:
+        raise
     except OSError as error:
-        raise TtunError(f"cannot listen on {address}: {_reason(error)}") from None
+        raise TtunError(f"cannot listen on {address}: {reason(error)}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
+        if target.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not dual))
-        listener.bind(bind_to)
+        listener.bind(target.sockaddr)
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -114,74 +113,70 @@ def _has_ipv6() -> bool:
     return True
 
 
-def dial(
-    address: Address,
-    mptcp: bool | None,
-    stop: StopFlag,
-    why_not: Callable[[str], str | None] = lambda _: None,
-) -> socket.socket:
+def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
     """Return a socket connected to one of the addresses of a name, looked up now.
 
-    why_not: gives a reason for an address that is not to be dialled. Raises OSError with a line
-    that names what was tried; InterruptedError when stop was set.
+    Raises OSError with a line that names what was tried; InterruptedError when stop was set.
     """
     failures = []
-    for family, target in _look_up(address, stop):
-        if reason := why_not(target[0]):
-            failures.append(reason)
-            continue
+    try:
+        targets = resolver.look_up(address.host, address.port, stop)
+    except InterruptedError:
+        raise
+    except OSError as error:
+        raise OSError(f"{address.host}: {error}") from None
+    for target in targets:
         try:
-            return _connect(family, target, mptcp is True, stop)
+            return connect(target, mptcp, stop)
         except InterruptedError:
             raise
         except OSError as error:
-            failures.append(f"{show(target)}: {_reason(error)}")
+            failures.append(str(error))
     raise OSError("; ".join(failures) or f"{address.host} has no address")
 
 
-def _look_up(address: Address, stop: StopFlag) -> list[tuple[int, tuple[str, int]]]:
-    """Resolve a name on a thread of its own: getaddrinfo cannot be interrupted, we can."""
-    answers: queue.SimpleQueue[list[tuple[int, tuple[str, int]]] | Exception]
-    answers = queue.SimpleQueue()
+def connect(target: Target, mptcp: bool | None, stop: StopFlag) -> socket.socket:
+    """Return a non-blocking socket connected to an address.
 
-    def look_up() -> None:
-        try:
-            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-            answers.put([(family, target) for family, _, _, _, target in found])  # type: ignore[misc]
-        except (OSError, UnicodeError) as error:
-            answers.put(error)
-
-    threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
-    while not stop.is_set():
-        with contextlib.suppress(queue.Empty):
-            answer = answers.get(timeout=0.1)
-            if isinstance(answer, Exception):
-                raise OSError(f"{address.host}: {_reason(answer)}")
-            return answer
-    raise InterruptedError
+    Raises OSError with a line that names the address; InterruptedError when stop was set.
+    """
+    try:
+        return _connect(target, mptcp is True, stop)
+    except InterruptedError:
+        raise
+    except OSError as error:
+        raise OSError(f"{show(target.sockaddr)}: {reason(error)}") from None
 
 
-def _connect(family: int, target: tuple[str, int], mptcp: bool, stop: StopFlag) -> socket.socket:
-    sock = _open(family, mptcp, quietly=False)
+def _connect(target: Target, mptcp: bool, stop: StopFlag) -> socket.socket:
+    sock = _open(target.family, mptcp, quietly=False)
     try:
         sock.setblocking(False)
-        error = sock.connect_ex(target)
+        error = sock.connect_ex(target.sockaddr)
         if error == errno.EINPROGRESS:
-            waiting = select.poll()
-            waiting.register(sock, select.POLLOUT)
-            waiting.register(stop, select.POLLIN)
-            ready = waiting.poll(DIAL_TIMEOUT * 1000)
-            if stop.is_set():
-                raise InterruptedError
-            if not ready:
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            error = _await_connection(sock, stop)
         if error:
             raise OSError(error, os.strerror(error))
         return sock
     except BaseException:
         sock.close()
         raise
+
+
+def _await_connection(sock: socket.socket, stop: StopFlag) -> int:
+    """Wait until a connection is there or has failed; return its error number, 0 for none."""
+    waiting = select.poll()
+    waiting.register(sock, select.POLLOUT)
+    waiting.register(stop, select.POLLIN)
+    end = time.monotonic() + DIAL_TIMEOUT
+    while (left := end - time.monotonic()) > 0:
+        stop.beat()
+        ready = waiting.poll(min(left, 1.0) * 1000)
+        if stop.is_set():
+            raise InterruptedError
+        if ready:
+            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return errno.ETIMEDOUT
 
 
 def _open(family: int, mptcp: bool, *, quietly: bool) -> socket.socket:
@@ -194,7 +189,7 @@ def _open(family: int, mptcp: bool, *, quietly: bool) -> socket.socket:
             if error.errno == errno.EAFNOSUPPORT:
                 raise
             if not quietly:
-                log.info("no Multipath TCP in this kernel (%s): plain TCP", _reason(error))
+                log.info("no Multipath TCP in this kernel (%s): plain TCP", reason(error))
     sock = sock or socket.socket(family, socket.SOCK_STREAM)
     # Where a congestion control asked for pacing once, the kernel paces until the socket's end.
     with contextlib.suppress(OSError):
@@ -260,15 +255,9 @@ def transport(sock: socket.socket) -> str:
         return "tcp"
 
 
-def show(sockaddr: tuple[str, int]) -> str:
+def show(sockaddr: SocketAddress) -> str:
     """Return a socket address as people write it; an IPv4 one without its IPv6 disguise."""
     return str(Address(sockaddr[0].removeprefix("::ffff:"), sockaddr[1]))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
-        return "temporary failure in name resolution"  # glibc's words; musl's are «Try again»
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _why_not_bound(error: OSError) -> str:
@@ -278,4 +267,4 @@ def _why_not_bound(error: OSError) -> str:
         return "this machine has no such address"
     if error.errno == errno.EACCES:
         return "ports below 1024 need root"
-    return _reason(error)
+    return reason(error)

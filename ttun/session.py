@@ -44,7 +44,10 @@ class Counters(NamedTuple):
 
 
 class Session:
-    """Carries packets between a device and a peer until one of them ends it."""
+    """Carries packets between a device and a peer until one of them ends it.
+
+    Its life: __init__ starts it, end() may end it, wait() must be called once, by one thread.
+    """
 
     def __init__(
         self,
@@ -74,9 +77,12 @@ class Session:
         if session == ffi.NULL:
             sock.close()
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        # Freed with its last user: asking for counters while it ends takes no lock, so a signal
+        # handler may end it whatever the thread below is doing.
+        session = ffi.gc(session, lib.ttun_session_free)
         self._c = session
-        self._freed = threading.Lock()  # held while the C session is used from outside, or freed
         self._counters = Counters()
+        self._why: str | None = None  # why it was ended, if not by itself
         self.control: Control | None = None
         if keys.agreement is not None:
             self.control = Control(session, sock, keys.agreement, limits)
@@ -99,15 +105,26 @@ class Session:
                 self.control.start()
         except RuntimeError as error:  # the process may have no more threads
             self._threads = started
-            self.stop()
+            self.end(str(error))
             self.wait()
             raise OSError(str(error)) from None
 
-    def stop(self) -> None:
-        """End the session, from any thread."""
-        with self._freed:
-            if self._c is not None:
-                lib.ttun_session_stop(self._c)
+    def fileno(self) -> int:
+        """Return the connection's descriptor: it hangs up when the session is over."""
+        return self._sock.fileno()
+
+    def end(self, why: str) -> None:
+        """End the session for a reason that it does not know itself, from any thread."""
+        self._why = self._why or why
+        session = self._c
+        if session is not None:
+            lib.ttun_session_stop(session)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, so that wait() returns soon."""
+        session = self._c
+        return session is None or lib.ttun_session_end(session, ffi.NULL) != lib.TTUN_RUNNING
 
     def wait(self) -> str:
         """Wait until it is over, release all, and return why it ended."""
@@ -115,33 +132,33 @@ class Session:
             thread.join()
         if self.control is not None:
             self.control.join()
-        with self._freed:
-            detail = ffi.new("int *")
-            end = lib.ttun_session_end(self._c, detail)
-            self._counters = self._read_counters()
-            lib.ttun_session_free(self._c)
-            self._c = None
+        detail = ffi.new("int *")
+        end = lib.ttun_session_end(self._c, detail)
+        self._counters = _read_counters(self._c)
+        self._c = None  # its keys are wiped now
         self._sock.close()
         self.duration = time.monotonic() - self._started
         self.device_lost = end == lib.TTUN_END_DEVICE
-        if self.control is not None and self.control.reason and end == lib.TTUN_END_STOPPED:
-            return self.control.reason
+        if end == lib.TTUN_END_STOPPED:
+            control = self.control.reason if self.control is not None else None
+            return self._why or control or "stopped"
         return _reason(end, detail[0])
 
     def counters(self) -> Counters:
         """Return what it carried so far, from any thread, also afterwards."""
-        with self._freed:
-            return self._counters if self._c is None else self._read_counters()
+        session = self._c
+        return self._counters if session is None else _read_counters(session)
 
     def silence(self) -> float | None:
         """Return for how many seconds no frame of the peer was opened; None when it is over."""
-        with self._freed:
-            return None if self._c is None else lib.ttun_session_silence(self._c) / 1000
+        session = self._c
+        return None if session is None else lib.ttun_session_silence(session) / 1000
 
-    def _read_counters(self) -> Counters:
-        counters: Any = ffi.new("struct ttun_counters *")
-        lib.ttun_session_counters(self._c, counters)
-        return Counters(*(getattr(counters, name) for name in Counters._fields))
+
+def _read_counters(session: Any) -> Counters:
+    counters: Any = ffi.new("struct ttun_counters *")
+    lib.ttun_session_counters(session, counters)
+    return Counters(*(getattr(counters, name) for name in Counters._fields))
 
 
 def _wire(keys: Keys) -> int:

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
-import threading
+import time
+
+SLICE = 1.0  # seconds of one wait: how often a thread that waits shows that it lives
 
 
-class StopFlag(threading.Event):
-    """Set once, never cleared. Its descriptor turns readable when it is set."""
+class StopFlag:
+    """Set once, never cleared. Its descriptor turns readable when it is set.
+
+    It takes no lock, so a signal handler may set it whatever the thread below is doing. The thread
+    that it stops leaves its sign of life here too, as all its waits end with this flag.
+    """
 
     def __init__(self) -> None:
-        """Make it unset."""
-        super().__init__()
+        """Make it unset. Raises OSError when there are no descriptors left."""
         self._readable, self._writable = socket.socketpair()
+        self._set = False
+        self._beat_at = time.monotonic()
 
     def fileno(self) -> int:
         """Return the descriptor to poll; nobody reads from it."""
         return self._readable.fileno()
 
+    def is_set(self) -> bool:
+        """Return whether it is set."""
+        return self._set
+
     def set(self) -> None:
-        """Set it and wake everybody."""
-        super().set()
-        self._writable.close()  # the other end turns readable; closing twice is nothing
+        """Set it and wake everybody; from any thread, and from a signal handler."""
+        self._set = True
+        # Not close(): a forked child may have the other end too.
+        with contextlib.suppress(OSError):
+            self._writable.shutdown(socket.SHUT_WR)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is set, so many seconds at most, and return whether it is."""
+        end = None if seconds is None else time.monotonic() + seconds
+        waiting = select.poll()
+        waiting.register(self, select.POLLIN)
+        while not self._set:
+            self.beat()
+            left = SLICE if end is None else min(SLICE, end - time.monotonic())
+            if left <= 0:
+                break
+            waiting.poll(left * 1000)
+        return self._set
+
+    def beat(self) -> None:
+        """Leave a sign of life: the thread that this flag stops got here."""
+        self._beat_at = time.monotonic()
+
+    def quiet_for(self) -> float:
+        """Return how many seconds ago the last sign of life was."""
+        return time.monotonic() - self._beat_at
 
 
 class Signals:

@@ -2,7 +2,7 @@
 
 TCP ends a connection by itself: keepalive while it is idle, TCP_USER_TIMEOUT while data is
 unacknowledged. MPTCP has no TCP_USER_TIMEOUT, and when keepalive has closed its last path it waits
-a minute more for a new one (sysctl net.mptcp.close_timeout). So there a thread
+a minute more for a new one (sysctl net.mptcp.close_timeout). So there the endpoint
 
 1. asks the kernel every few seconds, for each path, when it last heard from the peer: an
    acknowledgement or data (struct tcp_info). A peer that lives answers keepalive on every path.
@@ -13,12 +13,10 @@ Sources: linux/mptcp.h (MPTCP_TCPINFO, from Linux 5.16 on), linux/tcp.h (struct 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import socket
 import struct
-import threading
-from typing import Callable
+import time
 
 from ttun import link
 
@@ -35,36 +33,26 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Watch:
-    """Calls end with a reason, once, when the peer has vanished. Stop it when the session is over.
+    """Looks now and then whether the peer of a connection has vanished.
 
-    Where the kernel sees to it by itself, and where it does not tell, there is no thread.
+    Where the kernel sees to it by itself, and where it does not tell, it never says so.
     """
 
-    def __init__(self, sock: socket.socket, end: Callable[[str], None]) -> None:
-        """Start to watch a connection. The socket stays the caller's."""
-        self._end = end
-        self._over = threading.Event()
-        if _kernel_does_it(sock) or silence(sock) is None:
-            return
-        # Out of descriptors or threads the session does without, and waits for the kernel.
-        with contextlib.suppress(OSError, RuntimeError):
-            # One of its own: the session may close the other while a look is under way.
-            own = sock.dup()
-            threading.Thread(
-                target=self._watch, args=(own,), name="ttun-watch", daemon=True
-            ).start()
+    def __init__(self, sock: socket.socket) -> None:
+        """Watch a connection. The socket stays the caller's."""
+        self._sock = sock
+        self._tells = not _kernel_does_it(sock) and silence(sock) is not None
+        self._next_look = time.monotonic() + INTERVAL
 
-    def stop(self) -> None:
-        """Stop watching, from any thread."""
-        self._over.set()
-
-    def _watch(self, sock: socket.socket) -> None:
-        with sock:
-            while not self._over.wait(INTERVAL):
-                silent = silence(sock)
-                if silent is not None and silent >= link.USER_TIMEOUT:
-                    self._end(f"nothing came from the peer for {silent // 1000} s, over any path")
-                    return
+    def look(self, now: float) -> str | None:
+        """Return why the session has to end, or None; to be called about every second."""
+        if not self._tells or now < self._next_look:
+            return None
+        self._next_look = now + INTERVAL
+        silent = silence(self._sock)
+        if silent is None or silent < link.USER_TIMEOUT:
+            return None
+        return f"nothing came from the peer for {silent // 1000} s, over any path"
 
 
 def silence(sock: socket.socket) -> int | None:

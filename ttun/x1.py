@@ -47,6 +47,38 @@ def _mark(k: bytes, direction: int, r: bytes) -> bytes:
     return hashlib.blake2s(b"ttun/x1/mark" + bytes([direction]) + r, key=k).digest()[:MARK_SIZE]
 
 
+class AnsweredNonces:
+    """Which nonces of clients a server has answered, so that a recorded one gets no answer again.
+
+    Bounded: the oldest are forgotten first. It holds the first 8 bytes of each, packed; they are
+    random, and only a holder of the key makes a nonce that gets here.
+    """
+
+    SIZE = 8  # bytes of each
+
+    def __init__(self, most: int) -> None:
+        """Remember none yet, and never more than most."""
+        self._most = most
+        self._packed = bytearray()
+        self._oldest = 0  # where the next one goes once there are `most`
+
+    def add(self, nonce: bytes) -> None:
+        """Remember one."""
+        if len(self._packed) < self._most * self.SIZE:
+            self._packed += nonce[: self.SIZE]
+            return
+        start = self._oldest * self.SIZE
+        self._packed[start : start + self.SIZE] = nonce[: self.SIZE]
+        self._oldest = (self._oldest + 1) % self._most
+
+    def __contains__(self, nonce: bytes) -> bool:
+        """Return whether it is remembered."""
+        start = self._packed.find(nonce[: self.SIZE])
+        while start >= 0 and start % self.SIZE:  # across two of them
+            start = self._packed.find(nonce[: self.SIZE], start + 1)
+        return start >= 0
+
+
 class Offer(NamedTuple):
     """What one side can do in a session."""
 

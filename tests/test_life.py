@@ -1,0 +1,263 @@
+"""The life of an endpoint in a program that embeds it: what each call does in each state."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+import pytest
+from tunnel import CLIENT, SERVER, Bench
+
+pytestmark = pytest.mark.hosts
+
+HEAD = """
+import logging, os, pathlib, signal, sys, threading, time
+import ttun
+from ttun.errors import TtunError
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+
+def refused(call):
+    try:
+        call()
+    except TtunError:
+        return True
+    return False
+
+def devices():
+    return [name for name in os.listdir("/sys/class/net") if name.startswith("ttun")]
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "not within 20 s"
+        time.sleep(0.01)
+"""
+
+
+def run(bench: Bench, host: str, code: str, timeout: float = 60) -> str:
+    """Run a program on a host; what it printed. /sys shows the host's devices there."""
+    return bench.run(host, sys.executable, "-c", HEAD + textwrap.dedent(code), timeout=timeout)
+
+
+STATES = {
+    "made": "",
+    "open": "end.open()",
+    "running": "end.start()",
+    "over": "end.start(); end.stop()",
+}
+# What each call does: refused or not, and whether it is over afterwards.
+TABLE = [
+    ("made", "end.open()", False, False),
+    ("made", "end.start()", False, False),
+    ("made", "end.stop()", False, True),
+    ("made", "end.port", True, False),
+    ("open", "end.open()", True, False),
+    ("open", "end.start()", False, False),
+    ("open", "end.stop()", False, True),
+    ("open", "end.port", False, False),
+    ("running", "end.open()", True, False),
+    ("running", "end.start()", True, False),
+    ("running", "end.stop()", False, True),
+    ("running", "end.port", False, False),
+    ("over", "end.open()", True, True),
+    ("over", "end.start()", True, True),
+    ("over", "end.stop()", False, True),
+    ("over", "end.port", False, True),
+]
+
+
+def test_each_call_in_each_state_does_what_the_table_says(plain: Bench) -> None:
+    lines = ["results = []"]
+    for state, call, _, _ in TABLE:
+        lines += [
+            "end = ttun.Server(b'secret', listen='192.0.2.1:0')",
+            STATES[state] or "pass",
+            f"denied = refused(lambda: {call})",
+            "end.status()",
+            "over = end.wait(0)",
+            "results.append((denied, over))",
+            "end.stop()",
+            "assert end.wait(5), 'it is over after stop()'",
+            "end.stop()",
+            "assert not devices(), devices()",
+        ]
+    printed = run(plain, SERVER, "\n".join([*lines, "print(results)"]))
+    assert str([(denied, over) for _, _, denied, over in TABLE]) in printed
+
+
+def test_a_second_start_writes_into_nobodys_file(plain: Bench) -> None:
+    """It once closed the device, whose number then belonged to the next file that was opened."""
+    plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        import tempfile
+        server = ttun.Server(b"secret")
+        server.start()
+        until(lambda: server.status().peer)
+        print("refused:", refused(server.start), refused(server.open))
+        with tempfile.TemporaryFile() as file:
+            time.sleep(1)
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                os.system("ping -c 1 -W 1 10.1.1.2 > /dev/null 2>&1")
+            print("written:", os.fstat(file.fileno()).st_size)
+        print("peer:", server.status().peer is not None)
+        server.stop()
+        """,
+    )
+    assert "refused: True True" in printed
+    assert "written: 0" in printed
+    assert "peer: True" in printed
+
+
+def test_two_threads_that_start_it_start_one(plain: Bench) -> None:
+    printed = run(
+        plain,
+        SERVER,
+        """
+        for _ in range(20):
+            server = ttun.Server(b"secret", listen="192.0.2.1:0")
+            denied = []
+            threads = [
+                threading.Thread(target=lambda: denied.append(refused(server.start)))
+                for _ in range(4)
+            ]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            assert sorted(denied) == [False, True, True, True], denied
+            server.stop()
+            assert server.wait(5)
+        print("good")
+        """,
+    )
+    assert "good" in printed
+
+
+def test_stop_does_not_wait_for_a_forked_child(plain: Bench) -> None:
+    printed = run(
+        plain,
+        SERVER,
+        """
+        server = ttun.Server(b"secret")
+        server.start()
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        started = time.monotonic()
+        server.stop()
+        took = time.monotonic() - started
+        os.kill(child, signal.SIGKILL)
+        print("quick:", took < 10)
+        """,
+    )
+    assert "quick: True" in printed
+
+
+def test_a_signal_handler_may_stop_it_whatever_the_main_thread_does(plain: Bench) -> None:
+    plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        import faulthandler
+        faulthandler.dump_traceback_later(40, exit=True)  # a deadlock ends the program
+        for number in range(30):
+            server = ttun.Server(b"secret", listen="192.0.2.1:20203")
+            signal.signal(signal.SIGALRM, lambda *_: server.stop())
+            server.start()
+            if number == 0:
+                until(lambda: server.status().peer)
+            signal.setitimer(signal.ITIMER_REAL, 0.003 * (1 + number % 7))
+            while not server.wait(0):
+                server.status()
+                server.facts()
+        print("good")
+        """,
+        timeout=90,
+    )
+    assert "good" in printed
+
+
+def test_stop_from_a_callback_does_not_wait_for_itself(plain: Bench) -> None:
+    plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        server = ttun.Server(b"secret", on_connected=lambda _: server.stop())
+        server.start()
+        print("over:", server.wait(20))
+        """,
+    )
+    assert "over: True" in printed
+
+
+def test_what_a_callback_raises_is_a_line_and_the_session_stays(plain: Bench) -> None:
+    client = plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        def trouble(*_):
+            raise ValueError("mine")
+        server = ttun.Server(b"secret", on_connected=trouble, on_disconnected=trouble)
+        server.start()
+        until(lambda: server.status().peer)
+        time.sleep(0.5)
+        print("peer:", server.status().peer is not None, "over:", server.wait(0))
+        server.stop()
+        print("no peer:", server.status().peer)
+        """,
+    )
+    assert "peer: True over: False" in printed
+    assert printed.count("a callback failed: ValueError: mine") == 2
+    assert "no peer: None" in printed
+    assert client.log().count("authenticated") == 1
+
+
+@pytest.mark.slow
+def test_it_shows_that_it_lives_unless_a_callback_hangs(plain: Bench) -> None:
+    """While it listens, inside a session, and while it dials; the sign stops with its thread."""
+    plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        def hang(_):
+            time.sleep(14)
+        client = ttun.Client(b"secret", server="192.0.2.99", device="dials")
+        client.start()
+        server = ttun.Server(b"secret", on_connected=hang)
+        server.start()
+        until(lambda: server.status().peer)
+        seen = []
+        for _ in range(28):
+            time.sleep(1)
+            seen.append(server.is_alive())
+            assert client.is_alive()
+        print("seen:", seen[3], seen[11], seen[17], all(seen[17:]))
+        server.stop()
+        client.stop()
+        """,
+        timeout=120,
+    )
+    assert "seen: True False True True" in printed
+
+
+def test_a_device_that_was_only_opened_is_gone_after_stop(plain: Bench) -> None:
+    printed = run(
+        plain,
+        CLIENT,
+        """
+        client = ttun.Client(b"secret", server="192.0.2.1")
+        client.open()
+        print("open:", devices())
+        client.stop()
+        print("over:", client.wait(0), devices())
+        """,
+    )
+    assert "open: ['ttun0']" in printed
+    assert "over: True []" in printed
