@@ -135,6 +135,15 @@ def test_an_address_that_is_removed_ends_its_connection(
     stays(end)
 
 
+def test_an_address_that_leaves_before_it_was_looked_at_is_missed_too(
+    plain: Bench, end: Watched
+) -> None:
+    with connection(plain, SERVER_ADDRESS, OURS4) as sock:
+        end.ip("address", "del", f"{OURS4}/24", "dev", "vclient")
+        end.call(lambda: end.watch.watch_connection(sock))
+        goes(end, removed(OURS4))
+
+
 def test_an_address_that_is_given_back_at_once_ends_nothing(plain: Bench, end: Watched) -> None:
     """As a DHCP client may do; nor one that is on another link now."""
     with connection(plain, SERVER_ADDRESS, OURS4) as sock:

@@ -148,8 +148,14 @@ class Watched(logging.Handler):
 
     def do_what_it_says(self) -> None:
         """Run the commands that the last line of the log names."""
-        commands = re.search(r"\(put back: (.*); or restart ttun\)", self.lines[-1])
-        assert commands, self.lines
-        for command in commands[1].split("; "):
-            assert command.startswith("sudo ")
-            self.shell(command.removeprefix("sudo "))
+        for command in commands(self.lines[-1]):
+            self.shell(command)
+
+
+def commands(line: str) -> list[str]:
+    """The commands that a line of the log names."""
+    found = re.search(r"\(put back: (.*); or restart ttun\)", line)
+    assert found, line
+    named = found[1].split("; ")
+    assert all(command.startswith("sudo ") for command in named), line
+    return [command.removeprefix("sudo ") for command in named]

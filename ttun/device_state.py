@@ -156,7 +156,7 @@ def describe(lacks: list[Lack]) -> str:
     remedies = [f"sudo {lack.remedy}" for lack in lacks if lack.remedy]
     if not remedies:
         return f"{', '.join(whats)} (set addresses and routes there, or restart ttun)"
-    return f"{', '.join(_some(whats))} (put back: {'; '.join(_some(remedies))}; or restart ttun)"
+    return f"{', '.join(some(whats))} (put back: {'; '.join(some(remedies))}; or restart ttun)"
 
 
 def is_up(link: Message) -> bool:
@@ -201,9 +201,10 @@ def _network(address: Address, length: int) -> Network:
     return ipaddress.ip_network(f"{address}/{length}", strict=False)
 
 
-def _some(parts: list[str]) -> list[str]:
-    more = len(parts) - SHOWN
-    return parts if more <= 0 else [*parts[:SHOWN], f"and {more} more"]
+def some(parts: list[str], most: int = SHOWN) -> list[str]:
+    """Return the first of them, and how many more there are."""
+    more = len(parts) - most
+    return parts if more <= 0 else [*parts[:most], f"and {more} more"]
 
 
 def _printable(name: bytes) -> str:

@@ -10,6 +10,7 @@ not (clock_gettime(2)). Its peer has given it up, as a rule, or a NAT has forgot
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 import time
@@ -44,18 +45,19 @@ class LocalAddress:
         """Begin with a connected socket, which stays the caller's."""
         self._sock = sock
         self.addresses = local_addresses(sock)
-        self._known = False  # a reading has found one of them on this machine
+        self._known = False  # a reading has found one of them on a link
         self._away_since: float | None = None
 
     def judge(self, seen: Seen, now: float) -> tuple[str | None, float | None]:
         """Return why the connection is dead, or None, and in how many seconds to read again."""
         self.addresses |= local_addresses(self._sock)
         owners = {x: links for x, links in seen.owners.items() if x in self.addresses}
+        self._known = self._known or bool(owners)
         if any(links & seen.links_up for links in owners.values()):
-            self._known, self._away_since = True, None
+            self._away_since = None
             return None, None
-        if not self._known:  # such as 127.0.0.2, or one of a kind that any program may take
-            return None, None
+        if not self._known and self._is_local():
+            return None, None  # ours without a link, as 127.0.0.2 is
         if self._away_since is None:
             self._away_since = now
         if now - self._away_since < CONFIRM:
@@ -66,6 +68,19 @@ class LocalAddress:
         if self._has_other_way():
             return f"the link of the connection's local {_shown(set(owners))} is down", None
         return None, LOOK_AGAIN  # it lives on if the link comes back
+
+    def _is_local(self) -> bool:
+        """Return whether the kernel still takes one of the addresses for this machine's."""
+        for address in self.addresses:
+            family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    probe.bind((socket.inet_ntop(family, address), 0))
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    continue
+            return True
+        return not self.addresses
 
     def _has_other_way(self) -> bool:
         """Return whether there is a route to the peer from another address than ours."""

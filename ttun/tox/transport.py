@@ -74,6 +74,7 @@ class Dialer:
         try:
             loop.call(lambda: client.open(theirs, *TARGET, answers.put))
             while not stop.is_set() and not loop.over.is_set():
+                stop.beat()
                 with contextlib.suppress(queue.Empty):
                     reason = answers.get(timeout=0.1)
                     if reason is not None:
