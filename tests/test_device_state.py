@@ -6,8 +6,6 @@ A DeviceWatch by itself; test_device_watch.py has whole ends.
 from __future__ import annotations
 
 import itertools
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 from tunnel import SERVER, eventually
-from watched import Watched
+from watched import Watched, flood
 
 from ttun import device_watch, hosts, netlink
 from ttun.device import SERVER as USUAL
@@ -247,24 +245,6 @@ def test_who_gave_its_rights_up_puts_nothing_back(host: str) -> None:
         assert ROUTE4 not in end.ip("route", "show", "dev", "ttun0")
 
 
-@contextmanager
-def batch(end: Watched, commands: Iterator[str]) -> Iterator[None]:
-    """Run commands of ip over and over, as fast as they go."""
-    text = "".join(f"{command}\n" for command in commands)
-    script = 'while :; do printf %s "$0" | ip -force -batch - > /dev/null 2>&1; done'
-    command = ["ip", "netns", "exec", end.namespace, "sh", "-c", script, text]
-    process = subprocess.Popen(command, text=True, start_new_session=True)
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        end.shell(
-            "ip route flush root 10.0.0.0/8 dev vserver; ip route flush 203.0.113.0/24 dev vserver;"
-            "ip address flush to 10.99.0.0/16 dev vserver"
-        )
-
-
 FLOODS = {
     "other-routes": ("route", "10.{0}.{1}.0/24 dev vserver"),
     "other-routes-through-it": ("route", "10.{0}.{1}.0/24 dev ttun0"),
@@ -292,7 +272,7 @@ def test_a_flood_of_changes_takes_no_time_and_hides_nothing(
         for first, action, second in itertools.product(range(2), ("add", "del"), range(1, 251))
     )
     with Watched(host, ROUTE4) as end:
-        with batch(end, commands):
+        with flood(host, commands):
             time.sleep(0.5)
             before, began = end.cpu, time.monotonic()
             time.sleep(3)
@@ -310,7 +290,7 @@ def test_a_flood_of_changes_takes_no_time_and_hides_nothing(
 def test_a_device_that_flaps_fills_no_log(host: str) -> None:
     with Watched(host) as end:
         flapping = iter(["link set ttun0 down", "link set ttun0 up"] * 10)
-        with batch(end, flapping):
+        with flood(host, flapping):
             time.sleep(5)
         end.ip("link", "set", "ttun0", "up")
         end.misses(ADDRESS6)
@@ -326,7 +306,9 @@ def test_large_tables_do_not_hold_it_up(host: str) -> None:
         )
         time.sleep(1)
         before, began = end.cpu, time.monotonic()
-        with batch(end, iter([f"route {x} {ROUTE4} dev vserver metric 7" for x in ("add", "del")])):
+        with flood(
+            host, iter([f"route {x} {ROUTE4} dev vserver metric 7" for x in ("add", "del")])
+        ):
             time.sleep(5)
         used = (end.cpu - before) / (time.monotonic() - began)
         print(f"{100 * used:.1f} % of a core, {1000 * end.longest:.1f} ms at most")

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from peer import Peer
 from test_peers import connect
+from test_vanished import cpu
 from tunnel import CLIENT, OTHER, PROGRAM, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually
-from watched import commands
+from watched import commands, flood
 
 from ttun import hosts
 
@@ -120,6 +121,30 @@ def test_a_device_in_another_namespace_carries_on(plain: Bench) -> None:
         hosts.ip("netns", "delete", away)
     assert client.ended() == 1
     assert "was ttun0 removed?" in client.log().splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["10.99.{0}.{1}/32 dev ttun0", "10.99.{0}.{1}/32 dev vserver"])
+def test_a_flood_of_changes_takes_an_end_no_time(plain: Bench, where: str) -> None:
+    server, _ = plain.tunnel("--route", ROUTE4)
+    changes = [
+        f"address {action} {where.format(first, second)}"
+        for first in range(2)
+        for action in ("add", "del")
+        for second in range(1, 251)
+    ]
+    with flood(plain.pair.names[SERVER], changes):
+        time.sleep(0.5)
+        before = cpu(server.process.pid)
+        time.sleep(4)
+        used = (cpu(server.process.pid) - before) / 4
+        print(f"{100 * used:.1f} % of a core")
+        assert used < 0.15, "0.015 are usual"
+        plain.answers()
+    plain.run(SERVER, "ip", "route", "del", ROUTE4, "dev", "ttun0")
+    server.says(f"ttun0 changed: route {ROUTE4} missing")
+    put_back(plain, server)
+    plain.run(SERVER, "ip", "link", "delete", "ttun0")
+    assert server.ended() == 1
 
 
 # ---- a device that is removed, whatever its end is doing ----

@@ -8,8 +8,12 @@ import os
 import queue
 import re
 import select
+import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Callable
 
@@ -159,3 +163,23 @@ def commands(line: str) -> list[str]:
     named = found[1].split("; ")
     assert all(command.startswith("sudo ") for command in named), line
     return [command.removeprefix("sudo ") for command in named]
+
+
+@contextmanager
+def flood(namespace: str, changes: Iterable[str]) -> Iterator[None]:
+    """Run commands of ip on the server's host over and over, as fast as they go."""
+    text = "".join(f"{change}\n" for change in changes)
+    script = 'while :; do printf %s "$0" | ip -force -batch - > /dev/null 2>&1; done'
+    command = ["ip", "netns", "exec", namespace, "sh", "-c", script, text]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for left in (
+            "route flush root 10.0.0.0/8 dev vserver",
+            "route flush 203.0.113.0/24 dev vserver",
+            "address flush to 10.99.0.0/16 dev vserver",
+        ):
+            hosts.ip("-n", namespace, *left.split())

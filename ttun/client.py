@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttun import handshake, link
 from ttun.device import CLIENT
-from ttun.endpoint import LACKS, Endpoint
+from ttun.endpoint import LACK_MOST, LACKS, Endpoint
 from ttun.errors import UsageError
 from ttun.handshakes import Peer
 from ttun.resolver import Resolver, Target
@@ -142,19 +142,13 @@ class Client(Endpoint):
         backoff = Backoff()
         while not self._stop.is_set():
             self._moved = False
-            peer, silence = self._connect()
-            duration = None
+            peer, wait = self._connect(backoff)
             if peer is not None:
                 self._authenticated(peer)
                 duration = self._carry(peer)
+                wait = backoff.after_session(duration, time.monotonic())
             if self._moved:
                 wait = backoff.after_move(time.monotonic())
-            elif duration is not None:
-                wait = backoff.after_session(duration, time.monotonic())
-            elif silence is not None:
-                wait = backoff.after_silence(silence)
-            else:
-                wait = backoff.after_failure(time.monotonic())
             if not self._stop.is_set():
                 log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
                 self._pause(wait)
@@ -182,14 +176,13 @@ class Client(Endpoint):
             return None
         return f"the route to {route} would carry the tunnel's own way to {address}"
 
-    def _connect(self) -> tuple[Peer | None, float | None]:
+    def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
         """Dial each address and shake hands, until one has proved the key.
 
-        Returns that peer, if there is one; else for how many seconds the last server that took the
-        connection and said nothing did so, None if there was none.
+        Returns that peer, or None and how many seconds to wait.
         """
         self._watch_connection(None)
-        silence, failures = None, []
+        waits, failures = [], []
         try:
             targets: list[Target | None] = [None] if self._tox else list(self._targets())
             for target in targets:
@@ -198,20 +191,24 @@ class Client(Endpoint):
                 except InterruptedError:
                     raise
                 except LACKS as error:
-                    failures.append(str(error))
+                    failures.append(error)
                     continue
                 peer, silent_for = self._shake_hands(sock, target)
                 if peer is not None:
                     self._best = target
-                    return peer, None
-                silence = silence if silent_for is None else silent_for
+                    return peer, 0.0
+                if silent_for is not None:
+                    waits.append(backoff.after_silence(silent_for))
         except InterruptedError:
-            return None, None
+            return None, 0.0
         except LACKS as error:
-            failures.append(str(error))
+            failures.append(error)
         if failures and not self._stop.is_set():
-            log.info("cannot connect to %s: %s", self._server, "; ".join(failures))
-        return None, silence
+            log.info("cannot connect to %s: %s", self._server, "; ".join(map(str, failures)))
+        if any(map(link.is_lack, failures)):
+            waits.append(LACK_MOST)
+        usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
+        return None, min(waits, default=usual)
 
     def _targets(self) -> list[Target]:
         """Return where to dial, the address of the last session first. Raises OSError."""
@@ -220,7 +217,7 @@ class Client(Endpoint):
         except InterruptedError:
             raise
         except OSError as error:
-            raise OSError(f"{self._host}: {error}") from None
+            raise link.named(self._host, error) from None
         if not found:
             raise OSError(f"{self._host} has no address")
         return sorted(found, key=lambda target: target != self._best)

@@ -59,7 +59,7 @@ V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 
 # What a program can lack for a while: descriptors, memory, threads (a RuntimeError).
 LACKS = (OSError, MemoryError, RuntimeError)
-LACK_FIRST, LACK_MOST = 1.0, 30.0  # seconds until the next try, doubled each time
+LACK_FIRST, LACK_MOST = 1.0, 4.0  # seconds until the next try, doubled each time
 ALIVE_WITHIN = 10.0  # seconds
 MISSING_SHOWN = 32  # words of what the device lacks, in a status
 
@@ -161,7 +161,6 @@ class Endpoint(abc.ABC):
         self._device: Device | None = None
         self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
-        self._watched = -1  # its descriptor, as far as we wait for that
         self._pending = Handshakes(self._stop)
         self._last = _Last()
         self._moved = False  # the last connection was given up for what _why_dead() said
@@ -371,9 +370,8 @@ class Endpoint(abc.ABC):
         self._device_name_shown = device.name
         if watch.device_gone:
             raise TtunError(f"the TUN device is gone: was {device.name} removed?")
-        if watch.fileno() != self._watched:
-            self._watched = watch.fileno()
-            self._pending.watch(self._watched, select.POLLIN)
+        if watch.fileno() >= 0:  # anew each time: after an error nobody waits for it
+            self._pending.watch(watch.fileno(), select.POLLIN)
 
     def _turn(self, seconds: float = SLICE) -> Peer | None:
         """Wait for something to happen and look after it, as Handshakes.turn() does."""
@@ -441,6 +439,7 @@ class Endpoint(abc.ABC):
         descriptor = session.fileno()
         self._pending.watch(descriptor)
         self._watch_connection(sock)
+        self._moved = False
         try:
             while not session.is_over:
                 if self._stop.is_set():

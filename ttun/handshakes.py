@@ -239,7 +239,7 @@ class Handshakes:
                 return
             try:
                 self._prepare(sock)
-                self._welcome(sock, link.show(sockaddr), _network(sockaddr[0]))
+                self._welcome(sock, link.show(sockaddr), network(sockaddr[0]))
             except OSError as error:  # no memory in the kernel, say
                 sock.close()
                 self._cannot_accept(error)
@@ -303,7 +303,9 @@ class Handshakes:
         now = time.monotonic()
         if now - self._room_at >= 1:
             self._room, self._room_at = _room(len(self._pending)), now
-        return min(MOST_HELD if self._holding else MOST, self._room)
+        # Strangers who get no answer in any case are not to see that a session runs.
+        few = self._holding and not (self._host is not None and self._host.silent)
+        return min(MOST_HELD if few else MOST, self._room)
 
     def _make_way(self, crowd: list[Pending]) -> None:
         """Drop one of a crowd: of those who have least to lose, the oldest or a random one."""
@@ -444,7 +446,7 @@ class Handshakes:
             peer.steps.close()
 
 
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """Return what one host can easily have many addresses of: an IPv6 /64; else the address."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])

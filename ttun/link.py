@@ -34,6 +34,8 @@ NOTSENT_LOWAT = 32768  # bytes that wait in the socket before the device has to
 PACING = "bbr"  # how the names of the congestion controls that pace begin
 UNPACED = "reno"  # in every kernel, and anybody's to choose
 NEAR = 1000  # microseconds of round trip below which pacing is no use
+LACKING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
+
 TCP_INFO_MIN_RTT = 148  # offset in struct tcp_info of linux/tcp.h, a u32 of microseconds
 
 IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
@@ -145,7 +147,30 @@ def connect(target: Target, mptcp: bool | None, stop: StopFlag) -> socket.socket
     except InterruptedError:
         raise
     except OSError as error:
-        raise OSError(f"{show(target.sockaddr)}: {reason(error)}") from None
+        raise named(show(target.sockaddr), error) from None
+
+
+def named(what: str, error: OSError) -> OSError:
+    """Return an error whose text names what failed; is_lack() still knows it."""
+    renamed = OSError(f"{what}: {reason(error)}")
+    renamed.errno = error.errno
+    return renamed
+
+
+def is_lack(error: BaseException) -> bool:
+    """Return whether it is this machine that lacks something for now, not the way or the peer.
+
+    Descriptors, memory, or threads (a RuntimeError).
+    """
+    if isinstance(error, OSError):
+        return error.errno in (
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.ENOMEM,
+            errno.ENOBUFS,
+            errno.EAGAIN,
+        )
+    return True
 
 
 def _connect(target: Target, mptcp: bool, stop: StopFlag) -> socket.socket:

@@ -14,11 +14,13 @@ into the very tunnel that is to be built.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import logging
 import os
 import queue
+import resource
 import select
 import signal
 import socket
@@ -98,7 +100,9 @@ class Resolver:
                 self._asked = None  # it has answered; else it is under way still
             if not self.known:
                 raise
-            log.info("cannot look up %s: %s; dialling its last addresses", self._host, error)
+            log.info(
+                "cannot look up %s: %s; dialling its last addresses", self._host, reason(error)
+            )
         return self.known
 
 
@@ -121,7 +125,7 @@ def _on_a_thread(host: str, port: int, flags: int) -> queue.SimpleQueue[list[Tar
     try:
         threading.Thread(target=ask, name="ttun-lookup", daemon=True).start()
     except RuntimeError as error:
-        raise OSError(f"{host}: {error}") from None
+        raise OSError(errno.EAGAIN, str(error)) from None
     return answers
 
 
@@ -140,7 +144,9 @@ def _wait_for(
                 raise TimeoutError(f"no answer from the resolver for {seconds:.0f} s") from None
             continue
         if isinstance(answer, Exception):
-            raise OSError(reason(answer))
+            renamed = OSError(reason(answer))
+            renamed.errno = getattr(answer, "errno", None)
+            raise renamed
         return answer
     raise InterruptedError
 
@@ -177,6 +183,10 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
         signal.set_wakeup_fd(-1)  # the pipe behind it is the parent's too
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        # It must not outlive the parent for long, nor keep the parent's device or port.
+        signal.alarm(int(FIRST_PATIENCE))
+        os.closerange(3, writable)
+        os.closerange(writable + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         try:
             found: dict[str, Any] = {"targets": _getaddrinfo(host, port, flags)}
         except (OSError, UnicodeError) as error:

@@ -1,0 +1,190 @@
+"""No descriptor, no thread, for a while: a line and the back-off, never the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_peers import connect
+from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
+
+from ttun import hosts
+
+pytestmark = pytest.mark.hosts
+
+SOON = 20.0  # seconds; at most 5 are usual
+
+
+@contextlib.contextmanager
+def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
+    """Lower a limit of a running program for a while. Its own user may, and root need not."""
+    pid = str(end.process.pid)
+    status = (Path("/proc") / pid / "status").read_text()
+    uid, gid = (re.search(rf"{which}:\s+(\d+)", status)[1] for which in ("Uid", "Gid"))  # type: ignore[index]
+    who = ["setpriv", "--reuid", uid, "--regid", gid, "--clear-groups"] if os.getuid() == 0 else []
+    who = [] if uid == "0" else who
+
+    def prlimit(soft: str) -> None:
+        subprocess.run([*who, "prlimit", "--pid", pid, f"--{kind}={soft}:"], check=True)
+
+    before = subprocess.run(
+        [*who, "prlimit", "--pid", pid, f"--{kind}", "-o", "SOFT", "--noheadings"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    prlimit(str(limit))
+    try:
+        yield
+    finally:
+        if end.process.poll() is None:
+            prlimit(before)
+
+
+def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager[None]:
+    """It has what it has, and gets only so many more."""
+    return lacking(end, "nofile", end.usage()[0] + more)
+
+
+def no_threads(end: End) -> contextlib.AbstractContextManager[None]:
+    """RLIMIT_NPROC counts what the user has on the whole machine: one is there already."""
+    return lacking(end, "nproc", 1)
+
+
+def lives(end: End) -> bool:
+    return end.process.poll() is None and "internal error" not in end.log()
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_a_client_without_descriptors_dials_again(plain: Bench, more: int) -> None:
+    """Whether it lacks the first of a dial or another one."""
+    client = plain.client()
+    client.says("Connection refused")
+    with no_descriptors(client, more):
+        plain.server()
+        time.sleep(6)
+        assert lives(client), client.log()
+    client.says("authenticated", seconds=SOON)
+    assert lives(client)
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_a_session_that_ends_without_descriptors_is_followed_by_another(
+    plain: Bench, more: int
+) -> None:
+    server, client = plain.tunnel()
+    with contextlib.ExitStack() as stack:
+        for end in (server, client):
+            stack.enter_context(no_descriptors(end, more))
+        plain.run(SERVER, "ss", "--kill", "state", "established", "( sport = :20203 )")
+        server.says("disconnected")
+        client.says("disconnected")
+        time.sleep(3)
+        assert lives(server), server.log()
+        assert lives(client), client.log()
+    client.says("authenticated", times=2, seconds=SOON)
+    plain.answers()
+
+
+def test_a_server_without_descriptors_accepts_again(plain: Bench) -> None:
+    server = plain.server()
+    with no_descriptors(server):
+        for _ in range(100):
+            connect(plain).close()
+        server.says("cannot accept a connection: Too many open files")
+        time.sleep(2)
+        assert server.log().count("Too many open files") < 30, "bounded, however many came"
+    plain.client().says("authenticated", seconds=SOON)
+    assert lives(server)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("host", [SERVER, CLIENT])
+def test_an_end_without_threads_tries_again(plain: Bench, host: str) -> None:
+    ends = {SERVER: plain.server("--user", "4000000001")}
+    if host == SERVER:
+        with no_threads(ends[SERVER]):
+            client = plain.client()
+            ends[SERVER].says("no session with", times=2)
+    else:
+        ends[SERVER].stop()
+        client = plain.client("--user", "4000000001")
+        client.says("Connection refused")
+        ends = {CLIENT: client}
+        with no_threads(client):
+            plain.server()
+            client.says("no session with", times=2)
+    client.says("reconnecting", times=2)
+    eventually(lambda: client.log().count("authenticated") > client.log().count("no session"),
+               "it is in", 60)  # fmt: skip
+    plain.answers()
+    assert all(map(lives, ends.values()))
+
+
+def test_a_session_survives_a_time_without_descriptors_and_threads(plain: Bench) -> None:
+    ends = plain.tunnel()
+    plain.answers()
+    with contextlib.ExitStack() as stack:
+        for end in ends:
+            stack.enter_context(no_descriptors(end))
+            stack.enter_context(no_threads(end))
+        for _ in range(100):
+            connect(plain).close()
+        time.sleep(3)
+        assert plain.ping(CLIENT, "10.1.1.1", 5) == 5
+    for end in ends:
+        assert lives(end)
+        assert "disconnected" not in end.log()
+
+
+def test_with_few_descriptors_strangers_do_not_lock_the_client_out(plain: Bench) -> None:
+    """Silent ones and chatty ones, for as long as it takes; 39 s it once took."""
+    log = plain.directory / "few.log"
+    script = f"ulimit -n 40; exec {' '.join(PROGRAM)} server -k secret"
+    with log.open("w") as file:
+        process = plain.pair.start(
+            SERVER, ["sh", "-c", script], stdout=file, stderr=file, environment=hosts.environment()
+        )
+    try:
+        eventually(lambda: "listening" in log.read_text(), "it listens")
+        strangers = []
+        for number in range(200):
+            sock = plain.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, 20203), 15))
+            with contextlib.suppress(OSError):
+                sock.sendall(bytes(number % 20))
+            strangers.append(sock)
+        started = time.monotonic()
+        client = plain.client()
+        client.says("authenticated", seconds=10)
+        print(f"in after {time.monotonic() - started:.1f} s")
+        plain.answers()
+        assert log.read_text().count("cannot accept") < 30
+        for sock in strangers:
+            sock.close()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.mark.parametrize("role", ["server", "client -s 192.0.2.1"])
+def test_too_few_descriptors_at_the_start_are_one_line(plain: Bench, role: str) -> None:
+    """From none to enough: it runs, or says in a line why not."""
+    outcomes = set()
+    for limit in range(4, 26, 3):
+        script = f"ulimit -n {limit}; exec timeout 3 {' '.join(PROGRAM)} {role} -k secret --wire v1"
+        done = subprocess.run(
+            plain.pair.command(SERVER, ["sh", "-c", script]),
+            env={**os.environ, **hosts.environment()}, capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        if "import" in done.stderr and "ttun" not in done.stderr.split("import")[0]:
+            continue  # Python itself did not come up
+        outcomes.add(done.returncode)
+        if done.returncode == 1:
+            assert "Traceback" not in done.stderr, (limit, done.stderr)
+    assert 124 in outcomes or 0 in outcomes, "with enough of them it runs"

@@ -1,0 +1,196 @@
+"""Names: looked up where nothing is held up by it, before routes can catch the question, and
+remembered for when it cannot be asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, eventually
+
+from ttun import resolver
+from ttun.resolver import Resolver
+from ttun.stop import StopFlag
+
+NAME_SERVER = "203.0.113.53"  # behind the server's host: the default route leads there
+FULL = ["--route", "0.0.0.0/1", "--route", "128.0.0.0/1"]
+NAME = "vpn.example"
+
+
+class NameServer:
+    """Answers A questions with one address, NXDOMAIN to all when there is none, or not at all."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.address: str | None = SERVER_ADDRESS
+        self.silent = False
+        self.asked = 0
+        self.sock = bench.on(SERVER, self.bound)
+        self.over = False
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    @staticmethod
+    def bound() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind((NAME_SERVER, 53))
+        sock.settimeout(0.1)
+        return sock
+
+    def serve(self) -> None:
+        while not self.over:
+            with contextlib.suppress(TimeoutError):
+                question, client = self.sock.recvfrom(512)
+                self.asked += 1
+                if not self.silent:
+                    self.sock.sendto(self.answer(question), client)
+        self.sock.close()
+
+    def answer(self, question: bytes) -> bytes:
+        """RFC 1035, section 4: the question again, and a record where it asks for an A."""
+        end = question.index(b"\0", 12) + 5
+        (kind,) = struct.unpack(">H", question[end - 4 : end - 2])
+        found = kind == 1 and self.address is not None
+        flags = 0x8180 if self.address else 0x8183
+        head = question[:2] + struct.pack(">5H", flags, 1, int(found), 0, 0)
+        record = struct.pack(">3HIH", 0xC00C, 1, 1, 0, 4)
+        record += socket.inet_aton(self.address or "0.0.0.0")
+        return head + question[12:end] + (record if found else b"")
+
+
+@pytest.fixture
+def name_server(plain: Bench, tmp_path: Path) -> Iterator[NameServer]:
+    plain.run(SERVER, "ip", "address", "add", f"{NAME_SERVER}/32", "dev", "lo")
+    plain.run(CLIENT, "ip", "route", "add", "default", "via", SERVER_ADDRESS)
+    text = f"nameserver {NAME_SERVER}\noptions timeout:1 attempts:1\n"
+    (tmp_path / "resolv.conf").write_text(text)
+    target = os.path.realpath("/etc/resolv.conf")
+    subprocess.run(["mount", "--bind", tmp_path / "resolv.conf", target], check=True)
+    made = NameServer(plain)
+    try:
+        yield made
+    finally:
+        made.over = True
+        made.thread.join()
+        subprocess.run(["umount", target], check=True)
+        plain.run(CLIENT, "ip", "route", "delete", "default")
+        plain.run(SERVER, "ip", "address", "delete", f"{NAME_SERVER}/32", "dev", "lo")
+
+
+@pytest.mark.hosts
+def test_a_full_tunnel_to_a_name_connects_and_comes_back(
+    plain: Bench, name_server: NameServer
+) -> None:
+    """With its routes the question goes into a tunnel that is not there."""
+    server = plain.server()
+    client = plain.client(*FULL, to=NAME)
+    client.says("authenticated")
+    plain.answers()
+    server.stop()
+    plain.server()
+    client.says("authenticated", times=2, seconds=60)
+    assert "dialling its last addresses" in client.log()
+    plain.answers()
+
+
+@pytest.mark.hosts
+def test_while_a_name_does_not_resolve_there_is_no_device(
+    plain: Bench, name_server: NameServer
+) -> None:
+    name_server.address = None
+    plain.server()
+    client = plain.client(*FULL, to=NAME)
+    client.says(f"cannot look up {NAME}", times=2, seconds=30)
+    assert plain.devices(CLIENT) == []
+    name_server.address = SERVER_ADDRESS
+    client.says("authenticated", seconds=30)
+    plain.answers()
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_an_end_whose_resolver_hangs_can_be_stopped(
+    plain: Bench, name_server: NameServer, end: str
+) -> None:
+    name_server.silent = True
+    (plain.directory / "resolv.conf").write_text(
+        f"nameserver {NAME_SERVER}\noptions timeout:30 attempts:5\n"
+    )
+    if end == "client":
+        program = plain.client(*FULL, to=NAME)
+    else:
+        plain.run(SERVER, "ip", "route", "add", "default", "dev", "lo")
+        program = plain.start(SERVER, "server", "-k", "secret", "-l", f"{NAME}:20203")
+    try:
+        eventually(lambda: name_server.asked, "it asks")
+        started = time.monotonic()
+        program.process.send_signal(signal.SIGTERM)
+        assert program.ended(10) == 0
+        print(f"ended after {time.monotonic() - started:.2f} s")
+        assert "Traceback" not in program.log()
+    finally:
+        if end == "server":
+            plain.run(SERVER, "ip", "route", "delete", "default")
+    children = ["pgrep", "-P", str(program.process.pid)]
+    assert subprocess.run(children, capture_output=True, check=False).stdout == b""
+
+
+@pytest.mark.hosts
+def test_a_route_that_catches_all_addresses_of_a_name_is_refused(
+    plain: Bench, name_server: NameServer
+) -> None:
+    client = plain.client("--route", f"{SERVER_ADDRESS}/32", to=NAME)
+    assert client.ended() == 2
+    assert "would carry the tunnel's own way" in client.log().splitlines()[-1]
+
+
+@pytest.fixture
+def stop() -> StopFlag:
+    return StopFlag()
+
+
+def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop: StopFlag) -> None:
+    found = resolver._in_a_child("localhost", 5, 0, stop)
+    assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
+    with pytest.raises(OSError, match=r"[Nn]ame|known"):
+        resolver._in_a_child("nothing.invalid", 5, 0, stop)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_there_is_one_look_up_at_a_time_however_long_it_hangs(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    """A client that dials again and again must not leave a thread behind each time."""
+    hangs, calls = threading.Event(), []
+
+    def slow(*_: object, **__: object) -> list[object]:
+        calls.append(1)
+        hangs.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.8", 1))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(resolver, "PATIENCE", 0.3)
+    asking = Resolver("slow.example", 1)
+    asking.known = [resolver.Target(socket.AF_INET, ("192.0.2.7", 1))]
+    for _ in range(3):
+        assert asking.targets(stop)[0].sockaddr == ("192.0.2.7", 1)
+    assert len(calls) == 1
+    hangs.set()
+    assert asking.targets(stop)[0].sockaddr == ("192.0.2.8", 1)
+
+
+def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:
+    monkeypatch.setattr(threading, "Thread", None)
+    monkeypatch.setattr(os, "fork", None)
+    for host in ("192.0.2.1", "2001:db8::1"):
+        assert Resolver(host, 7).targets(stop)[0].sockaddr[:2] == (host, 7)
+        assert resolver.look_up(host, 7, stop)[0].sockaddr[:2] == (host, 7)

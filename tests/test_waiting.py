@@ -1,0 +1,175 @@
+"""Clients that wait: for a server that is silent, and for one that has another client."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from peer import MAGIC, Peer
+from test_peers import connect, listen
+from test_takeover import arrive
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
+
+pytestmark = pytest.mark.hosts
+
+
+def dials(listener: socket.socket, seconds: float, *, close: bool = False) -> int:
+    """Accept for so long and say nothing; how many came."""
+    accepted, end = [], time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(TimeoutError):
+            accepted.append(listener.accept()[0])
+            if close:
+                accepted[-1].close()
+    for sock in accepted:
+        sock.close()
+    return len(accepted)
+
+
+@pytest.mark.slow
+def test_a_silent_server_is_dialled_again_and_again(plain: Bench) -> None:
+    with listen(plain) as listener:
+        client = plain.client()
+        assert dials(listener, 50) >= 3, client.log()
+
+
+@pytest.mark.slow
+def test_a_relay_whose_far_end_is_down_is_dialled_again_within_five_seconds(plain: Bench) -> None:
+    """It takes the connection and closes it at once, however often."""
+    with listen(plain) as listener:
+        client = plain.client()
+        assert dials(listener, 30, close=True) >= 7, client.log()  # 5 or 6 with the usual back-off
+
+
+@contextlib.contextmanager
+def names(directory: Path, **hosts: list[str]) -> Iterator[None]:
+    """Give hosts addresses, in place of this machine's /etc/hosts, where only the tests see it."""
+    text = [f"{address} {name}" for name, addresses in hosts.items() for address in addresses]
+    (directory / "hosts").write_text("\n".join(["127.0.0.1 localhost", *text, ""]))
+    subprocess.run(["mount", "--bind", directory / "hosts", "/etc/hosts"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "/etc/hosts"], check=True)
+
+
+def test_after_a_failed_handshake_the_next_address_is_next(plain: Bench, tmp_path: Path) -> None:
+    """The first address takes connections and is silent; once the second was right it is first."""
+    plain.run(SERVER, "ip", "address", "add", "192.0.2.3/24", "dev", "vserver")
+    try:
+        silent = plain.on(SERVER, lambda: socket.create_server(("192.0.2.3", 20203)))
+        with silent, names(tmp_path, two=["192.0.2.3", SERVER_ADDRESS]):
+            server = plain.server("-l", f"{SERVER_ADDRESS}:20203")
+            client = plain.client(to="two")
+            client.says("authenticated", seconds=30)
+            assert "handshake with 192.0.2.3:20203 failed" in client.log(), "it was the first"
+            server.stop()
+            plain.server("-l", f"{SERVER_ADDRESS}:20203")
+            client.says("authenticated", times=2, seconds=30)
+            assert client.log().count("192.0.2.3:20203 connected") == 1
+    finally:
+        plain.run(SERVER, "ip", "address", "delete", "192.0.2.3/24", "dev", "vserver")
+
+
+@pytest.mark.slow
+def test_a_client_that_waited_gets_in_when_the_first_leaves(bench: Bench) -> None:
+    server, first = bench.tunnel()
+    second = bench.client()
+    second.says("no handshake within 10 s", seconds=30)
+    second.says("connected over tcp", times=2)
+    assert server.log().count(" waits: another client is connected") == 1
+    assert server.log().count("authenticated") == 1
+    left = time.monotonic()
+    first.stop()
+    second.says("authenticated", seconds=50)
+    print(f"in after {time.monotonic() - left:.2f} s")
+    bench.answers()
+
+
+def test_who_waits_hears_nothing_until_the_session_ends(plain: Bench) -> None:
+    """As from a server whose kernel alone had taken the connection: Go ttun sees no difference."""
+    server, client = plain.tunnel("--wire", "v1")
+    with connect(plain) as sock:
+        waiting = Peer(sock, b"secret")
+        nonce = bytes(range(16))
+        sock.sendall(nonce)
+        sock.settimeout(2)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(15)
+        client.stop()
+        waiting.key(nonce, waiting.exactly(16), sends=0)
+        waiting.send(MAGIC)
+        assert waiting.receive() == MAGIC
+        server.says("authenticated", times=2)
+
+
+def test_connections_that_come_and_go_during_a_session_fill_nothing(plain: Bench) -> None:
+    """Monitoring and port scans: the kernel's queue of 128 was full for good after so many."""
+    server, client = plain.tunnel()
+    plain.answers()
+    before = server.usage()[0]
+    lines = len(server.log().splitlines())
+    for _ in range(300):
+        plain.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, 20203), 5).close())
+    eventually(lambda: server.usage()[0] == before, "they are let go of")
+    assert len(server.log().splitlines()) == lines, "nothing worth a line happened"
+    assert plain.ping(CLIENT, TUNNEL4[SERVER], 3) == 3
+    client.stop()
+    plain.client().says("authenticated")
+
+
+def test_strangers_who_wait_do_not_keep_a_client_from_waiting(plain: Bench) -> None:
+    server, client = plain.tunnel()
+    silent = [connect(plain) for _ in range(60)]
+    nonsense = [connect(plain) for _ in range(5)]
+    for sock in nonsense:
+        sock.sendall(bytes(100))
+    second = plain.client()
+    server.says(" waits: another client is connected")
+    nonsense += [connect(plain) for _ in range(60)]
+    for sock in nonsense:
+        with contextlib.suppress(OSError):
+            sock.sendall(bytes(100))
+    time.sleep(1)
+    client.stop()
+    second.says("authenticated", seconds=8)
+    assert second.log().count("connected over tcp") == 1, "by the connection that waited"
+    for sock in silent + nonsense:
+        sock.close()
+
+
+@pytest.mark.slow
+def test_two_clients_that_take_over_from_each_other_do_it_ever_more_rarely(plain: Bench) -> None:
+    server = plain.server("--takeover")
+    clients = [plain.client(), plain.client()]
+    server.says("authenticated", times=4, seconds=60)
+    time.sleep(40)
+    sessions = server.log().count("authenticated")
+    print(f"{sessions} sessions")
+    assert sessions < 20, "40 and more when they fight once per second"
+    assert all(client.process.poll() is None for client in clients)
+    assert ": stopped;" not in server.log()
+
+
+def test_a_session_whose_successor_waits_ends_by_the_takeover(plain: Bench) -> None:
+    server = plain.server("--takeover")
+    peers = [arrive(plain)]
+    for _ in range(10):
+        waiting = [Peer(connect(plain), b"secret") for _ in range(10)]
+        for peer in waiting:
+            peer.nonces_as_client()
+        for peer in waiting:
+            peer.send(MAGIC)
+        peers += [*waiting, arrive(plain)]
+    ended = [line for line in server.log().splitlines() if "disconnected after" in line]
+    assert ended
+    assert all(" took over; sent" in line for line in ended), ended
+    for peer in peers:
+        peer.sock.close()
