@@ -1,8 +1,9 @@
-/* A wall clock that a test can move, for the programs that load this library (LD_PRELOAD).
+/* Clocks that a test can move, for the programs that load this library (LD_PRELOAD).
  *
- * The file that TTUN_TEST_CLOCK names holds a number of seconds, as 8 bytes: what this process
- * takes for the time is that much ahead. The monotonic clock, by which one waits, goes on as it is,
- * as it does when a machine's clock is set. */
+ * The file that TTUN_TEST_CLOCK names holds two numbers of seconds, of 8 bytes each. What this
+ * process takes for the time is ahead by the first one, as when a machine's clock is set. The
+ * second one is how long it takes the machine to have been suspended. The monotonic clock, by which
+ * one waits, goes on as it is. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>
@@ -20,7 +21,7 @@ __attribute__((constructor)) static void find_clock(void) {
     int file = name == NULL ? -1 : open(name, O_RDONLY | O_CLOEXEC);
     if (file < 0)
         return;
-    void *mapped = mmap(NULL, sizeof *ahead, PROT_READ, MAP_SHARED, file, 0);
+    void *mapped = mmap(NULL, 2 * sizeof *ahead, PROT_READ, MAP_SHARED, file, 0);
     close(file);
     if (mapped != MAP_FAILED)
         ahead = mapped;
@@ -29,7 +30,9 @@ __attribute__((constructor)) static void find_clock(void) {
 int clock_gettime(clockid_t clock, struct timespec *t) {
     int result = (int)syscall(SYS_clock_gettime, clock, t);
     if (result == 0 && clock == CLOCK_REALTIME && ahead != NULL)
-        t->tv_sec += *ahead;
+        t->tv_sec += ahead[0];
+    else if (result == 0 && clock == CLOCK_BOOTTIME && ahead != NULL)
+        t->tv_sec += ahead[1];
     return result;
 }
 

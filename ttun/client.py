@@ -64,6 +64,11 @@ class Backoff:
             wait = min(wait, self.MOST_AT_FIRST)
         return wait
 
+    def after_move(self, now: float) -> float:
+        """Return the wait after this end has moved or slept: none, as after an outage."""
+        self._delay, self._good_session = self.FIRST, now
+        return 0.0
+
     def after_silence(self, seconds: float) -> float:
         """Return the wait after a connection whose peer said nothing for so many seconds."""
         return max(self.FIRST, self.UNANSWERED - seconds) * random.uniform(0.75, 1.0)
@@ -136,14 +141,32 @@ class Client(Endpoint):
     def _run(self) -> None:
         backoff = Backoff()
         while not self._stop.is_set():
+            self._moved = False
             peer, wait = self._connect(backoff)
             if peer is not None:
                 self._authenticated(peer)
                 duration = self._carry(peer)
                 wait = backoff.after_session(duration, time.monotonic())
+            if self._moved:
+                wait = backoff.after_move(time.monotonic())
             if not self._stop.is_set():
                 log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
-                self._stop.wait(wait)
+                self._pause(wait)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait so long, or until the machine has slept meanwhile."""
+        end = time.monotonic() + seconds
+        while not self._stop.is_set() and (left := end - time.monotonic()) > 0:
+            if why := self._why_dead():
+                log.info("dialling now: %s", why)
+                return
+            self._turn(left)
+
+    def _why_dead(self) -> str | None:
+        assert self._watch is not None
+        if self._watch.suspended:
+            return f"the machine was suspended for {self._watch.suspended:.0f} s"
+        return super()._why_dead()
 
     def _caught(self, address: str) -> str | None:
         """Return why an address cannot be dialled: a route of ours would carry it."""
@@ -158,6 +181,7 @@ class Client(Endpoint):
 
         Returns that peer, or None and how many seconds to wait.
         """
+        self._watch_connection(None)
         waits, failures = [], []
         try:
             targets: list[Target | None] = [None] if self._tox else list(self._targets())
@@ -213,11 +237,16 @@ class Client(Endpoint):
         name = self._server if target is None else link.show(target.sockaddr)
         began = time.monotonic()
         attempt = self._pending.add(sock, name, handshake.client(self._k, self._terms))
+        self._watch_connection(sock)
         while not self._stop.is_set():
+            why = self._why_dead()
+            if why is not None and self._pending.is_pending(attempt):
+                self._pending.give_up(attempt, why)
+                self._moved = True
             if not self._pending.is_pending(attempt):
                 silent_for = None if attempt.spoke else time.monotonic() - began
                 return None, silent_for
-            peer = self._pending.turn()
+            peer = self._turn()
             if peer is not None:
                 return replace(peer, name=self._server), None
         raise InterruptedError

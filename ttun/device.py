@@ -12,6 +12,7 @@ import fcntl
 import ipaddress
 import logging
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -101,7 +102,10 @@ CLIENT = Addresses(ipaddress.IPv4Interface("10.1.1.2/30"), ipaddress.IPv6Interfa
 class Device:
     """An open TUN device. It is gone when it is closed, or with the process.
 
-    ``offload`` has the TTUN_OFFLOAD bits of what it can do, for the codec.
+    ``offload`` has the TTUN_OFFLOAD bits of what it can do, for the codec. ``name`` is what it was
+    called when it was made, or when a DeviceWatch looked last; ``index`` is the kernel's number for
+    it. ``addresses``, ``mtu`` and ``networks`` are what it was given, ``has_ipv6`` whether it got
+    an IPv6 address.
     """
 
     def __init__(
@@ -116,6 +120,8 @@ class Device:
     ) -> None:
         """Open a device, bring it up, and route networks through it. Raises TtunError."""
         privileges.check()
+        self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
+        self.has_ipv6 = False
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
@@ -124,6 +130,7 @@ class Device:
             raise TtunError(_why_no_device(error)) from None
         try:
             self.name: str = self._tun.name
+            self.index = socket.if_nametoindex(self.name)
             os.set_inheritable(self.fileno(), False)
             os.set_blocking(self.fileno(), False)
             self._configure(addresses, mtu, queue)
@@ -156,14 +163,14 @@ class Device:
                 if addresses.peer6 is not None:
                     routes.add(ipaddress.ip_network(addresses.peer6), self.name)
                 shown.append(str(addresses.ipv6))
+                self.has_ipv6 = True
             except OSError as error:
                 log.info("no IPv6 in the tunnel: %s", error.strerror or error)
         log.info("tun %s up: %s mtu %d", self.name, " ".join(shown), mtu)
 
     def _add_ipv6(self, address: ipaddress.IPv6Interface) -> None:
         """Add an IPv6 address: SIOCSIFADDR with struct in6_ifreq on an IPv6 socket."""
-        index = socket.if_nametoindex(self.name)
-        request = struct.pack("=16sIi", address.ip.packed, address.network.prefixlen, index)
+        request = struct.pack("=16sIi", address.ip.packed, address.network.prefixlen, self.index)
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, SIOCSIFADDR, request)
 
@@ -171,6 +178,12 @@ class Device:
         """Return the descriptor, non-blocking."""
         descriptor: int = self._tun.fileno()
         return descriptor
+
+    def is_gone(self) -> bool:
+        """Return whether somebody removed the device: its descriptor is in error then, for ever."""
+        waiting = select.poll()
+        waiting.register(self.fileno(), 0)
+        return any(events & select.POLLERR for _, events in waiting.poll(0))
 
     def drain(self) -> int:
         """Drop the packets that wait in the device, and return how many those were."""

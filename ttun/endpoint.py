@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import select
 import socket
 import threading
 import time
@@ -39,12 +40,14 @@ from ttun._codec import lib
 from ttun.buffers import find as find_buffers
 from ttun.control import DEFAULT_LIMITS, Limits
 from ttun.device import DEFAULT_MTU, FIRST_FREE, MAX_MTU, MIN_MTU, Addresses, Device
+from ttun.device_state import some
+from ttun.device_watch import DeviceWatch
 from ttun.errors import TtunError, UsageError
 from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
 from ttun.handshakes import Handshakes, Peer
 from ttun.routes import Network
 from ttun.session import Counters, Session
-from ttun.stop import StopFlag
+from ttun.stop import SLICE, StopFlag
 from ttun.vanished import Watch
 from ttun.version import __version__
 
@@ -58,6 +61,7 @@ V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 LACKS = (OSError, MemoryError, RuntimeError)
 LACK_FIRST, LACK_MOST = 1.0, 4.0  # seconds until the next try, doubled each time
 ALIVE_WITHIN = 10.0  # seconds
+MISSING_SHOWN = 32  # words of what the device lacks, in a status
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Status:
     sessions: int  # how many there have been, this one included
     counters: Counters  # of this session, or the last one
     totals: Counters  # of all sessions
+    missing: list[str]  # what the device lacks: "route 203.0.113.0/24 missing"
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,10 @@ class Endpoint(abc.ABC):
         self._runner: int | None = None  # the endpoint's own
         self._device: Device | None = None
         self._device_name_shown: str | None = None
+        self._watch: DeviceWatch | None = None
         self._pending = Handshakes(self._stop)
         self._last = _Last()
+        self._moved = False  # the last connection was given up for what _why_dead() said
         self._error: TtunError | None = None
 
     def open(self) -> None:
@@ -176,6 +183,7 @@ class Endpoint(abc.ABC):
                 queue=self._buffers.queue,
             )
             self._device_name_shown = self._device.name
+            self._watch = DeviceWatch(self._device)
             self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()
             # In this order: stop() sets the flag first, then looks whether it is open.
@@ -268,6 +276,7 @@ class Endpoint(abc.ABC):
             sessions=last.sessions,
             counters=counters,
             totals=last.earlier.plus(counters),
+            missing=some(self._watch.missing, MISSING_SHOWN) if self._watch else [],
         )
 
     def facts(self) -> dict[str, str | None]:
@@ -318,6 +327,7 @@ class Endpoint(abc.ABC):
 
     def _main(self) -> None:
         self._runner = threading.get_ident()
+        self._stop.on_beat = self._look
         wait = LACK_FIRST
         try:
             while not self._stop.is_set():
@@ -339,15 +349,44 @@ class Endpoint(abc.ABC):
 
     def _finish(self) -> None:
         """Close all that open() opened; it is over."""
+        self._stop.on_beat = None
         try:
             self._pending.close()
             self._close()
+            if self._watch is not None:
+                self._watch.close()
         except Exception as error:
             log.warning("at the end: %s", _words(error))
         finally:
             if self._device is not None:
                 self._device.close()
             self._over.set()
+
+    def _look(self) -> None:
+        """Look after the device, wherever this thread waits. Raises TtunError when it is gone."""
+        watch, device = self._watch, self._device
+        assert watch is not None and device is not None
+        watch.look(time.monotonic())
+        self._device_name_shown = device.name
+        if watch.device_gone:
+            raise TtunError(f"the TUN device is gone: was {device.name} removed?")
+        if watch.fileno() >= 0:  # anew each time: after an error nobody waits for it
+            self._pending.watch(watch.fileno(), select.POLLIN)
+
+    def _turn(self, seconds: float = SLICE) -> Peer | None:
+        """Wait for something to happen and look after it, as Handshakes.turn() does."""
+        assert self._watch is not None
+        return self._pending.turn(min(seconds, max(0.0, self._watch.due - time.monotonic())))
+
+    def _watch_connection(self, sock: socket.socket | None) -> None:
+        """Have _why_dead() speak of this connection; of none: it begins anew."""
+        assert self._watch is not None
+        self._watch.watch_connection(sock)
+
+    def _why_dead(self) -> str | None:
+        """Return why the connection cannot live, as far as this end shows it by itself."""
+        assert self._watch is not None
+        return self._watch.lost_local
 
     def _carry(self, peer: Peer) -> float:
         """Run a session to its end; return how many seconds it lasted."""
@@ -399,6 +438,8 @@ class Endpoint(abc.ABC):
         watch = Watch(sock) if session.control is None else None
         descriptor = session.fileno()
         self._pending.watch(descriptor)
+        self._watch_connection(sock)
+        self._moved = False
         try:
             while not session.is_over:
                 if self._stop.is_set():
@@ -407,8 +448,12 @@ class Endpoint(abc.ABC):
                 if watch is not None and (why := watch.look(time.monotonic())):
                     session.end(why)
                     break
+                if why := self._why_dead():
+                    self._moved = True
+                    session.end(why)
+                    break
                 try:
-                    newcomer = self._pending.turn()
+                    newcomer = self._turn()
                 except LACKS as error:  # it is for those outside, not for this session
                     log.warning("%s: not looking after new connections for 1 s", _words(error))
                     self._stop.wait(1.0)
@@ -417,6 +462,7 @@ class Endpoint(abc.ABC):
                     self._newcomer(session, newcomer)
         finally:
             self._pending.unwatch(descriptor)
+            self._watch_connection(None)
 
     def _tell(self, callback: Callable[..., object] | None, *arguments: str) -> None:
         """Call a callback of the program's. What it raises is its own trouble: the tunnel stays."""

@@ -178,6 +178,10 @@ class Handshakes:
         """Return whether a handshake is still under way."""
         return self._pending.get(peer.sock.fileno()) is peer
 
+    def give_up(self, peer: Pending, why: str) -> None:
+        """End a handshake that is under way, for a reason of the caller's."""
+        self._drop(peer, why)
+
     def turn(self, seconds: float = SLICE) -> Peer | None:
         """Wait for something to happen, so long at most, and look after it.
 

@@ -129,7 +129,7 @@ class Server(Endpoint):
         """Return the next peer that proves the key; None when stop was set."""
         peer, self._successor = self._successor, None
         while peer is None and not self._stop.is_set():
-            peer = self._pending.turn()
+            peer = self._turn()
         return peer
 
     def _newcomer(self, session: Session, peer: Peer) -> None:

@@ -74,6 +74,8 @@ def find(device: str | None) -> list[Tunnel]:
 def describe(tunnel: Tunnel) -> list[str]:
     """Return a tunnel in words, line by line."""
     lines = [f"{tunnel['device']}: {tunnel['role']}"]
+    if missing := tunnel.get("missing"):
+        lines.append(f"  device: {', '.join(missing)}")
     if tunnel["peer"] is None:
         lines.append("  no peer")
     else:

@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import time
+from typing import Callable
 
 SLICE = 1.0  # seconds of one wait: how often a thread that waits shows that it lives
 
@@ -16,7 +17,8 @@ class StopFlag:
     """Set once, never cleared. Its descriptor turns readable when it is set.
 
     It takes no lock, so a signal handler may set it whatever the thread below is doing. The thread
-    that it stops leaves its sign of life here too, as all its waits end with this flag.
+    that it stops leaves its sign of life here too, as all its waits end with this flag. on_beat:
+    what that thread has to do about every second, whatever it waits for; it may raise.
     """
 
     def __init__(self) -> None:
@@ -24,6 +26,7 @@ class StopFlag:
         self._readable, self._writable = socket.socketpair()
         self._set = False
         self._beat_at = time.monotonic()
+        self.on_beat: Callable[[], None] | None = None
 
     def fileno(self) -> int:
         """Return the descriptor to poll; nobody reads from it."""
@@ -56,6 +59,8 @@ class StopFlag:
     def beat(self) -> None:
         """Leave a sign of life: the thread that this flag stops got here."""
         self._beat_at = time.monotonic()
+        if self.on_beat is not None:
+            self.on_beat()
 
     def quiet_for(self) -> float:
         """Return how many seconds ago the last sign of life was."""

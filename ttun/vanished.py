@@ -22,6 +22,8 @@ from ttun import link
 
 INTERVAL = 5.0  # seconds between two looks
 PATHS_MAX = 16
+MPTCP_SUBFLOW_ADDRS = 3  # a struct sockaddr_storage of ours and one of the peer's for each path
+ADDRESS_SIZE = 128  # bytes of a struct sockaddr_storage
 TCP_INFO_SIZE = 64  # bytes of struct tcp_info up to the two fields below
 LAST_DATA_RECEIVED, LAST_ACK_RECEIVED = 52, 56  # where they are in it: u32, ms ago
 MPTCP_TCPINFO = 2
@@ -58,23 +60,43 @@ def silence(sock: socket.socket) -> int | None:
 
     None where the kernel does not tell.
     """
-    size = SUBFLOW_DATA.size + PATHS_MAX * TCP_INFO_SIZE
-    buffer = ctypes.create_string_buffer(size)
-    SUBFLOW_DATA.pack_into(buffer, 0, SUBFLOW_DATA.size, 0, 0, TCP_INFO_SIZE)
-    length = ctypes.c_uint32(size)
-    # Python's getsockopt hands no values to the kernel, which this option wants.
-    failed = _libc.getsockopt(
-        sock.fileno(), link.SOL_MPTCP, MPTCP_TCPINFO, buffer, ctypes.byref(length)
-    )
+    paths = _paths(sock, MPTCP_TCPINFO, TCP_INFO_SIZE)
+    times = [
+        struct.unpack_from("=I", info, field)[0]
+        for info in paths
+        for field in (LAST_DATA_RECEIVED, LAST_ACK_RECEIVED)
+    ]
+    return min(times, default=None)
+
+
+def local_addresses(sock: socket.socket) -> list[str]:
+    """Return our addresses on the paths of an MPTCP connection; none where the kernel does not
+    tell (before Linux 5.16).
+    """
+    found = []
+    for addresses in _paths(sock, MPTCP_SUBFLOW_ADDRS, 2 * ADDRESS_SIZE):
+        (family,) = struct.unpack_from("=H", addresses)
+        # struct sockaddr_in: family, port, address; sockaddr_in6 has 4 bytes more between.
+        at, size = (4, 4) if family == socket.AF_INET else (8, 16)
+        found.append(socket.inet_ntop(family, addresses[at : at + size]))
+    return found
+
+
+def _paths(sock: socket.socket, option: int, size: int) -> list[bytes]:
+    """Return what an option of SOL_MPTCP says about each path, size bytes of it."""
+    buffer = ctypes.create_string_buffer(SUBFLOW_DATA.size + PATHS_MAX * size)
+    SUBFLOW_DATA.pack_into(buffer, 0, SUBFLOW_DATA.size, 0, 0, size)
+    length = ctypes.c_uint32(len(buffer))
+    # Python's getsockopt hands no values to the kernel, which these options want.
+    failed = _libc.getsockopt(sock.fileno(), link.SOL_MPTCP, option, buffer, ctypes.byref(length))
     if failed:
-        return None
+        return []
     _, paths, _, step = SUBFLOW_DATA.unpack_from(buffer)
-    least = None
-    for start in range(SUBFLOW_DATA.size, SUBFLOW_DATA.size + min(paths, PATHS_MAX) * step, step):
-        for field in (LAST_DATA_RECEIVED, LAST_ACK_RECEIVED):
-            (ms,) = struct.unpack_from("=I", buffer, start + field)
-            least = ms if least is None else min(least, ms)
-    return least
+    first = SUBFLOW_DATA.size
+    return [
+        buffer.raw[at : at + step]
+        for at in range(first, first + min(paths, PATHS_MAX) * step, step)
+    ]
 
 
 def _kernel_does_it(sock: socket.socket) -> bool:

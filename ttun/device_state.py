@@ -1,0 +1,213 @@
+"""What the tunnel's device should have, what it has, and what to do about the difference.
+
+The kernel takes things from a device by itself: set down, it loses its IPv6 addresses and all
+routes; with an MTU below 1280, or IPv6 disabled, what IPv6 it had; moved to another namespace,
+everything. Nothing of that comes back when the cause is over.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Callable, NamedTuple, Union
+
+from ttun import netlink
+from ttun.device import MIN_IPV6_MTU, Device
+from ttun.netlink import Message, Request, new_address, new_route
+from ttun.routes import Address, Network
+
+IFF_UP = 0x1  # linux/if.h
+SHOWN = 6  # changes, and commands, in one line of the log
+Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
+Key = tuple[bytes, int]  # of a network: its address and its length
+AddressKey = tuple[bytes, int, bytes]  # an address, its length, and the peer's or the same again
+
+
+class Lack(NamedTuple):
+    """Something that the device should have, or be, and how to put it back."""
+
+    what: str  # "route 203.0.113.0/24 missing"
+    remedy: str  # "ip route add 203.0.113.0/24 dev ttun0"; empty where there is none
+    # Makes the same order for the kernel; None where it is somebody's decision, or of no use yet.
+    order: Callable[[int], Request] | None = None
+
+
+@dataclass
+class Seen:
+    """What the device has, put together from the kernel's answers."""
+
+    name: str | None = None  # None: it is not in this namespace
+    up: bool = False
+    mtu: int = 0
+    ipv6_disabled: bool = False
+    addresses: set[AddressKey] = field(default_factory=set)
+    routes: set[Key] = field(default_factory=set)  # only those that it should have
+    # Of addresses that a connection uses: the links that have them, and which of those are up.
+    owners: dict[bytes, set[int]] = field(default_factory=dict)
+    links_up: set[int] = field(default_factory=set)
+
+    def take_device(self, link: Message) -> None:
+        """Take what the kernel says about the device."""
+        self.name = _printable(link.attributes.get(netlink.IFLA_IFNAME, b"").rstrip(b"\0"))
+        self.up = is_up(link)
+        self.mtu = netlink.number(link.attributes.get(netlink.IFLA_MTU, b""))
+        families = netlink.attributes(link.attributes.get(netlink.IFLA_AF_SPEC, b""))
+        ours = netlink.attributes(families.get(socket.AF_INET6, b""))
+        settings = ours.get(netlink.IFLA_INET6_CONF, b"")
+        place = 4 * netlink.DISABLE_IPV6
+        if len(settings) >= place + 4:
+            self.ipv6_disabled = struct.unpack_from("=i", settings, place)[0] != 0
+
+    def take_address(self, message: Message) -> None:
+        """Take an address of the device."""
+        local, other = address_of(message), message.attributes.get(netlink.IFA_ADDRESS, b"")
+        self.addresses.add((local, message.fields[1], other))
+
+
+@dataclass
+class Wanted:
+    """What the device should have."""
+
+    mtu: int
+    addresses: list[tuple[Interface, Address | None]]  # with the peer's, where one was given
+    routes: list[Network]  # given with --route, or to the peer's IPv6 address
+    connected: list[Network]  # what the kernel adds for the addresses
+
+    @classmethod
+    def of(cls, device: Device) -> Wanted:
+        """Return what a device had when it was made."""
+        ours = device.addresses
+        addresses: list[tuple[Interface, Address | None]] = [(ours.ipv4, ours.peer4)]
+        routes = list(device.networks)
+        first = ours.peer4 or ours.ipv4.ip
+        connected: list[Network] = []
+        if ours.peer4 is not None or ours.ipv4.network.prefixlen < 32:
+            connected.append(_network(first, ours.ipv4.network.prefixlen))
+        if device.has_ipv6:
+            addresses.append((ours.ipv6, None))
+            connected.append(ours.ipv6.network)
+            if ours.peer6 is not None:
+                routes.append(ipaddress.ip_network(ours.peer6))
+        return cls(device.mtu, addresses, routes, connected)
+
+    @property
+    def keys(self) -> set[Key]:
+        """The networks that the device should have routes to."""
+        return {key(route) for route in [*self.routes, *self.connected]}
+
+    @property
+    def families(self) -> set[int]:
+        """The address families of these routes."""
+        return {netlink.family(route) for route in [*self.routes, *self.connected]}
+
+    def lacks(self, seen: Seen) -> list[Lack]:
+        """Return what is missing, in the order in which to put it back."""
+        name = seen.name
+        if name is None:
+            return [Lack("moved to another network namespace", "")]
+        found = []
+        if not seen.up:
+            found.append(Lack("device down", f"ip link set {name} up"))
+        if seen.mtu != self.mtu:
+            what = f"MTU is {seen.mtu}, not {self.mtu}"
+            found.append(Lack(what, f"ip link set {name} mtu {self.mtu}"))
+        if self._wants_ipv6 and seen.ipv6_disabled:
+            remedy = f"sysctl -w net/ipv6/conf/{name}/disable_ipv6=0"
+            found.append(Lack("IPv6 disabled", remedy))
+        ready = {4: seen.up, 6: seen.up and seen.mtu >= MIN_IPV6_MTU and not seen.ipv6_disabled}
+        gone = set()
+        for address, peer in self.addresses:
+            if _address_key(address, peer) not in seen.addresses:
+                gone.add(address.version)
+                given = _given(address, peer)
+                order = partial(new_address, address=address, peer=peer)
+                found.append(
+                    Lack(
+                        f"address {given} missing",
+                        f"ip address add {given} dev {name}",
+                        order if ready[address.version] else None,
+                    )
+                )
+        # The kernel adds the connected ones again as soon as the device is up with its address.
+        connected = [x for x in self.connected if seen.up and x.version not in gone]
+        for route in [*connected, *self.routes]:
+            if key(route) not in seen.routes:
+                order = partial(new_route, network=route)
+                found.append(
+                    Lack(
+                        f"route {route} missing",
+                        f"ip route add {route} dev {name}",
+                        order if ready[route.version] else None,
+                    )
+                )
+        return found
+
+    @property
+    def _wants_ipv6(self) -> bool:
+        return any(address.version == 6 for address, _ in self.addresses)
+
+
+def describe(lacks: list[Lack]) -> str:
+    """Return what is missing and how to put it back, for the log."""
+    whats = [lack.what for lack in lacks]
+    remedies = [f"sudo {lack.remedy}" for lack in lacks if lack.remedy]
+    if not remedies:
+        return f"{', '.join(whats)} (set addresses and routes there, or restart ttun)"
+    return f"{', '.join(some(whats))} (put back: {'; '.join(some(remedies))}; or restart ttun)"
+
+
+def is_up(link: Message) -> bool:
+    """Return whether a link is set up, whether or not its cable is plugged in."""
+    return len(link.fields) > 3 and bool(link.fields[3] & IFF_UP)
+
+
+def address_of(message: Message) -> bytes:
+    """Return the address that a message is about."""
+    found = message.attributes
+    return found.get(netlink.IFA_LOCAL) or found.get(netlink.IFA_ADDRESS, b"")
+
+
+def key(network: Network) -> Key:
+    """Return a network as routes are compared."""
+    return network.network_address.packed, network.prefixlen
+
+
+def route_key(message: Message) -> Key | None:
+    """Return the network that a message is about; None if it is no route that packets take."""
+    family, length, _, _, table, _, _, kind, flags = message.fields
+    if kind != netlink.UNICAST or table == netlink.TABLE_LOCAL or flags & netlink.CLONED:
+        return None
+    nothing = bytes(4 if family == socket.AF_INET else 16)
+    return message.attributes.get(netlink.RTA_DST, nothing), length
+
+
+def _address_key(address: Interface, peer: Address | None) -> AddressKey:
+    return address.ip.packed, _length(address), (peer or address.ip).packed
+
+
+def _given(address: Interface, peer: Address | None) -> str:
+    """Return an address as ``ip address add`` takes it."""
+    return str(address) if peer is None else f"{address.ip} peer {peer}/{_length(address)}"
+
+
+def _length(address: Interface) -> int:
+    return int(address.network.prefixlen)
+
+
+def _network(address: Address, length: int) -> Network:
+    return ipaddress.ip_network(f"{address}/{length}", strict=False)
+
+
+def some(parts: list[str], most: int = SHOWN) -> list[str]:
+    """Return the first of them, and how many more there are."""
+    more = len(parts) - most
+    return parts if more <= 0 else [*parts[:most], f"and {more} more"]
+
+
+def _printable(name: bytes) -> str:
+    """Return a device's name; it may have any byte but a slash, a colon and blanks."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(x if x.isprintable() else f"\\x{ord(x):02x}" for x in text)

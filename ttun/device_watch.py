@@ -1,0 +1,182 @@
+"""Watch the tunnel's device, and the local address of its connection.
+
+ 1. state_reader.py reads what the kernel says of both, through rtnetlink, when that changed.
+ 2. What the device lacks (device_state.py) is in ``missing`` and, when that changes, in the log,
+    with what to do. A process that still may puts addresses and routes back itself.
+ 3. A connection whose local address is gone is dead, and ``lost_local`` says so (roaming.py).
+
+It belongs to the endpoint's thread, which calls look() when the descriptor is readable, when
+``due`` is over, and once a second. No call waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import time
+from functools import partial
+
+from ttun.device import Device
+from ttun.device_state import Lack, Seen, Wanted, describe, key
+from ttun.roaming import LocalAddress, Sleep
+from ttun.state_reader import StateReader
+
+log = logging.getLogger("ttun")
+
+RETRY = 60.0  # seconds until a socket that could not be opened is tried again
+MEND_INTERVAL = 10.0  # seconds between two attempts to put something back
+LINES, LINE_AFTER = 20, 30.0  # lines of the log about changes: so many, then one in 30 seconds
+
+
+class DeviceWatch:
+    """Watches one device. Where there is no netlink it notices only that the device is gone.
+
+    missing: what the device lacks, in words; it is replaced, never changed, so any thread may read
+    it. device_gone: somebody removed it. lost_local: why the connection given to
+    watch_connection() is dead, as far as its own address shows.
+    """
+
+    def __init__(self, device: Device) -> None:
+        """Start to watch a device that was just made; it stays the caller's."""
+        self._device = device
+        self._wanted = Wanted.of(device)
+        self.missing: list[str] = []
+        self.device_gone = False
+        self.lost_local: str | None = None
+        self._sleep = Sleep()
+        self._local: LocalAddress | None = None
+        self._reader: StateReader | None = None
+        self._open_at = 0.0
+        self._complained = False
+        self._read_before = False
+        self._said: list[Lack] = []  # in the log
+        self._lines, self._lines_at = float(LINES), 0.0
+        self._may_mend, self._mend_at = True, 0.0
+        self._put_back: list[str] = []
+        self.look(time.monotonic())
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for, or -1 while there is none."""
+        return -1 if self._reader is None else self._reader.fileno()
+
+    @property
+    def due(self) -> float:
+        """When to call look() at the latest, in the time of time.monotonic()."""
+        return self._open_at if self._reader is None else self._reader.due
+
+    @property
+    def suspended(self) -> float:
+        """For how many seconds the machine slept since watch_connection(), if that was long."""
+        return self._sleep.seconds
+
+    def watch_connection(self, sock: socket.socket | None) -> None:
+        """Watch a connected socket's local address in place of the last one's; None: no more.
+
+        The socket has to stay open until the next call.
+        """
+        self._local = None if sock is None else LocalAddress(sock)
+        self.lost_local, self._sleep.seconds = None, 0.0
+        if self._reader is not None:
+            self._reader.addresses = self._local.addresses if self._local else set()
+            if self._local is not None:
+                self._reader.read_within(time.monotonic(), 0)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def look(self, now: float) -> None:
+        """Take in what changed, as far as one call may; never waits, never raises."""
+        self._sleep.look()
+        if not self.device_gone and self._device.is_gone():
+            self.device_gone, self.missing = True, ["device removed"]
+        try:
+            if self._reader is None:
+                if now < self._open_at:
+                    return
+                self._open_at = now + RETRY
+                self._reader = StateReader(self._device.index, self._wanted)
+                self._reader.addresses = self._local.addresses if self._local else set()
+            seen = self._reader.look(now)
+        except OSError as error:  # no netlink here; or for a while no descriptor or memory
+            self._complain(error)
+            return
+        if seen is not None and not self.device_gone:
+            self._judge(self._reader, seen, now)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            why = error.strerror or error
+            log.warning("changes of %s will not be noticed: netlink: %s", self._device.name, why)
+
+    def _judge(self, reader: StateReader, seen: Seen, now: float) -> None:
+        if not self._read_before:  # not every kernel makes the same ones
+            self._read_before = True
+            self._wanted.connected = [x for x in self._wanted.connected if key(x) in seen.routes]
+        lacks = self._wanted.lacks(seen)
+        self.missing = [lack.what for lack in lacks]
+        self._follow_name(seen, now)
+        if self._put_back and self._may_say(now):
+            log.info("put back on %s: %s", self._device.name, ", ".join(self._put_back))
+        self._put_back = []
+        if not self._mend(reader, lacks, now):
+            self._say(lacks, now)
+        if self._local is not None and self.lost_local is None:
+            self.lost_local, again = self._local.judge(seen, now)
+            reader.addresses = self._local.addresses
+            if again is not None:
+                reader.read_within(now, again)
+
+    def _follow_name(self, seen: Seen, now: float) -> None:
+        if seen.name is not None and seen.name != self._device.name:
+            if self._may_say(now):
+                log.info("%s was renamed: it is %s now", self._device.name, seen.name)
+            self._device.name = seen.name
+
+    # ---- what is missing ----
+
+    def _mend(self, reader: StateReader, lacks: list[Lack], now: float) -> bool:
+        """Order what is missing back, if that may help; return whether to wait for the result."""
+        mendable = [(lack, lack.order) for lack in lacks if lack.order is not None]
+        if not mendable or not self._may_mend:
+            return False
+        if now < self._mend_at:
+            reader.read_within(now, self._mend_at - now)
+            return False
+        self._mend_at = now + MEND_INTERVAL
+        for lack, order in mendable:
+            reader.request(order(self._device.index), partial(self._ordered, lack))
+        reader.read_within(now, 0)
+        return True
+
+    def _ordered(self, lack: Lack, failed: int) -> None:
+        if failed == errno.EPERM:  # without privileges, and they never come back
+            self._may_mend = False
+        elif failed == 0:
+            self._put_back.append(lack.what.replace(" missing", ""))
+
+    def _say(self, lacks: list[Lack], now: float) -> None:
+        """Log what changed since the last line about it."""
+        before, after = ({x.what for x in found} for found in (self._said, lacks))
+        if before == after or not self._may_say(now):
+            return  # the next reading comes back to it
+        self._said = lacks
+        if after - before:
+            log.warning("%s changed: %s", self._device.name, describe(lacks))
+        elif lacks:
+            log.warning("%s is not complete yet: %s", self._device.name, describe(lacks))
+        else:
+            log.info("%s is complete again", self._device.name)
+
+    def _may_say(self, now: float) -> bool:
+        """Take a line of those that the log may still get."""
+        self._lines = min(LINES, self._lines + (now - self._lines_at) / LINE_AFTER)
+        self._lines_at = now
+        if self._lines < 1:
+            return False
+        self._lines -= 1
+        return True

@@ -1,0 +1,287 @@
+"""rtnetlink: one non-blocking socket for what changes in a network namespace and for questions.
+
+The kernel answers a request while it is sent, and goes on with a long answer whenever a part of it
+was read, so no call waits. Nothing here takes privileges but the requests that change something.
+
+Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h, linux/if_link.h,
+linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from ttun.routes import Address, Network
+
+# linux/netlink.h
+NLM_REQUEST, NLM_MULTI, NLM_ACK, NLM_DUMP = 0x01, 0x02, 0x04, 0x300
+NLM_DUMP_INTERRUPTED, NLM_EXCLUSIVE, NLM_CREATE = 0x10, 0x200, 0x400
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+SOL_NETLINK, ADD_MEMBERSHIP, DROP_MEMBERSHIP, STRICT_CHECK = 270, 1, 2, 12
+ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+# linux/rtnetlink.h
+NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
+NEW_ADDRESS, DEL_ADDRESS, GET_ADDRESS = 20, 21, 22
+NEW_ROUTE, DEL_ROUTE, GET_ROUTE = 24, 25, 26
+GROUPS = (1, 5, 7, 9, 11)  # links, addresses and routes of IPv4, those of IPv6
+RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
+TABLE_MAIN, TABLE_LOCAL = 254, 255
+PROTOCOL_BOOT, SCOPE_LINK, UNICAST = 3, 253, 1
+CLONED = 0x200  # RTM_F_CLONED: what the kernel learned about one destination
+IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 3, 4, 26  # linux/if_link.h, as is the next
+IFLA_INET6_CONF, DISABLE_IPV6 = 2, 26  # linux/ipv6.h: an index into that array of s32
+IFA_ADDRESS, IFA_LOCAL = 1, 2  # linux/if_addr.h
+
+HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+ATTRIBUTE = struct.Struct("=HH")  # struct rtattr
+LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, length, flags, scope, index
+# struct rtmsg: family, lengths of destination and source, tos, table, protocol, scope, type, flags
+ROUTE = struct.Struct("=BBBBBBBBI")
+NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, index
+LAYOUTS = {
+    NEW_LINK: LINK, DEL_LINK: LINK, NEW_ADDRESS: ADDRESS, DEL_ADDRESS: ADDRESS,
+    NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE,
+}  # fmt: skip
+DATAGRAM_MAX = 65536  # bytes; the kernel makes answers of up to 32 KiB
+
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+# linux/bpf_common.h and linux/filter.h
+LOAD_WORD, LOAD_HALF, LOAD_AT_X, LOAD_NUMBER, NUMBER_TO_X = 0x20, 0x28, 0x40, 0x00, 0x01
+A_TO_X, JUMP_IF_EQUAL, RETURN = 0x07, 0x15, 0x06
+FIND_ATTRIBUTE = 0xFFFFF00C  # SKF_AD_OFF + SKF_AD_NLATTR
+WHOLE = 0xFFFFFFFF
+
+
+class Message(NamedTuple):
+    """One message of the kernel's."""
+
+    kind: int
+    flags: int
+    sequence: int  # of the request that it answers
+    port: int  # who sent that request; 0: nobody
+    fields: tuple[int, ...]  # of the structure behind the header; for NLMSG_ERROR the errno
+    attributes: dict[int, bytes]
+
+
+class Request(NamedTuple):
+    """A question, or an order."""
+
+    kind: int
+    flags: int  # besides NLM_REQUEST
+    body: bytes
+
+
+class Netlink:
+    """A socket of NETLINK_ROUTE. It belongs to the namespace that it was made in."""
+
+    def __init__(self) -> None:
+        """Open it. Raises OSError where there is no netlink, or no descriptor."""
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        try:
+            self._sock.setblocking(False)
+            self._sock.bind((0, 0))
+            self.port: int = self._sock.getsockname()[0]
+            self._sequence = 0
+            # Linux 4.20: the kernel leaves out what a request does not want.
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(SOL_NETLINK, STRICT_CHECK, 1)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close it."""
+        self._sock.close()
+
+    def join(self) -> None:
+        """Hear of changes from now on. Raises OSError."""
+        for group in GROUPS:
+            self._sock.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
+
+    def leave(self) -> None:
+        """Hear of no more changes. Raises OSError."""
+        for group in GROUPS:
+            self._sock.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, group)
+
+    def hear_only(self, indices: Iterable[int], routes: Iterable[Network]) -> None:
+        """Have the kernel drop changes of other devices and routes before they get here.
+
+        Raises OSError where it cannot.
+        """
+        code = b"".join(
+            struct.pack("=HBBI", *step) for step in _program(self.port, indices, routes)
+        )
+        steps = ctypes.create_string_buffer(code, len(code))
+        # struct sock_fprog
+        program = struct.pack("@HP", len(code) // 8, ctypes.addressof(steps))
+        self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+    def ask(self, request: Request) -> int:
+        """Send a request; return the sequence number of its answers. Raises OSError."""
+        kind, flags, body = request
+        self._sequence += 1
+        header = HEADER.pack(HEADER.size + len(body), kind, NLM_REQUEST | flags, self._sequence, 0)
+        self._sock.send(header + body)
+        return self._sequence
+
+    def receive(self) -> list[Message]:
+        """Return the messages of the next datagram. Raises BlockingIOError when there is none,
+        OSError with ENOBUFS when some got lost.
+        """
+        data, (sender, _) = self._sock.recvfrom(DATAGRAM_MAX)
+        return list(messages(data)) if sender == 0 else []  # 0: the kernel
+
+
+def messages(data: bytes) -> Iterator[Message]:
+    """Take a datagram apart; what is cut off is left out."""
+    offset = 0
+    while offset + HEADER.size <= len(data):
+        size, kind, flags, sequence, port = HEADER.unpack_from(data, offset)
+        if size < HEADER.size or offset + size > len(data):
+            return
+        body, layout = offset + HEADER.size, LAYOUTS.get(kind)
+        fields: tuple[int, ...] = ()
+        found: dict[int, bytes] = {}
+        if kind == NLMSG_ERROR and size >= HEADER.size + 4:
+            fields = (-struct.unpack_from("=i", data, body)[0],)
+        elif layout is not None and size >= HEADER.size + layout.size:
+            fields = layout.unpack_from(data, body)
+            found = attributes(data[body + layout.size : offset + size])
+        yield Message(kind, flags, sequence, port, fields, found)
+        offset += _aligned(size)
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Return attributes by type."""
+    found = {}
+    offset = 0
+    while offset + ATTRIBUTE.size <= len(data):
+        size, kind = ATTRIBUTE.unpack_from(data, offset)
+        if size < ATTRIBUTE.size:
+            break
+        found[kind & ATTRIBUTE_TYPE] = data[offset + ATTRIBUTE.size : offset + size]
+        offset += _aligned(size)
+    return found
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """Return an attribute as it is sent."""
+    size = ATTRIBUTE.size + len(value)
+    return ATTRIBUTE.pack(size, kind) + value + bytes(_aligned(size) - size)
+
+
+def number(value: bytes) -> int:
+    """Return an attribute's u32, or 0 where it is none."""
+    return int(struct.unpack("=I", value)[0]) if len(value) == 4 else 0
+
+
+def index_of(message: Message) -> int:
+    """Return the number of the device that a message about a link or an address is about."""
+    return message.fields[2 if message.kind in (NEW_LINK, DEL_LINK) else 4]
+
+
+def next_hops(route: Message) -> list[int]:
+    """Return the indices of the devices that a route leads through."""
+    found = [number(route.attributes[RTA_OIF])] if RTA_OIF in route.attributes else []
+    data = route.attributes.get(RTA_MULTIPATH, b"")
+    offset = 0
+    while offset + NEXT_HOP.size <= len(data):
+        size, _, _, index = NEXT_HOP.unpack_from(data, offset)
+        if size < NEXT_HOP.size:
+            break
+        found.append(index)
+        offset += _aligned(size)
+    return found
+
+
+def family(address: Network | Address) -> int:
+    """Return the AF_ number of an address or a network."""
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def new_address(
+    index: int, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface, peer: Address | None
+) -> Request:
+    """Return the order to give a device an address."""
+    body = ADDRESS.pack(family(address.ip), address.network.prefixlen, 0, 0, index)
+    body += attribute(IFA_LOCAL, address.ip.packed)
+    body += attribute(IFA_ADDRESS, (peer or address.ip).packed)
+    return Request(NEW_ADDRESS, NLM_ACK | NLM_CREATE | NLM_EXCLUSIVE, body)
+
+
+def new_route(index: int, network: Network) -> Request:
+    """Return the order to make a route through a device."""
+    scope = SCOPE_LINK if network.version == 4 else 0
+    fixed = (TABLE_MAIN, PROTOCOL_BOOT, scope, UNICAST, 0)
+    body = ROUTE.pack(family(network), network.prefixlen, 0, 0, *fixed)
+    body += attribute(RTA_DST, network.network_address.packed)
+    body += attribute(RTA_OIF, struct.pack("=I", index))
+    return Request(NEW_ROUTE, NLM_ACK | NLM_CREATE | NLM_EXCLUSIVE, body)
+
+
+def _aligned(size: int) -> int:
+    return size + 3 & ~3
+
+
+def _program(
+    port: int, indices: Iterable[int], routes: Iterable[Network]
+) -> list[tuple[int, int, int, int]]:
+    """Return a filter: answers to us, links and addresses of these devices, these routes.
+
+    It reads numbers in network order, and netlink's are in the machine's.
+    """
+    accept = (RETURN, 0, 0, WHOLE)
+    drop = (RETURN, 0, 0, 0)
+
+    def word(value: int) -> int:
+        return int.from_bytes(struct.pack("=I", value), "big")
+
+    def half(value: int) -> int:
+        return int.from_bytes(struct.pack("=H", value), "big")
+
+    devices: list[tuple[int, int, int, int]] = [(LOAD_WORD, 0, 0, HEADER.size + 4)]
+    for index in indices:
+        devices += [(JUMP_IF_EQUAL, 0, 1, word(index)), accept]
+    devices.append(drop)
+    program = [
+        (LOAD_WORD, 0, 0, 12),  # nlmsg_pid
+        (JUMP_IF_EQUAL, 0, 1, word(port)),
+        accept,
+        (LOAD_HALF, 0, 0, 4),  # nlmsg_type
+        (JUMP_IF_EQUAL, 1 + len(devices), 0, half(NEW_ROUTE)),
+        (JUMP_IF_EQUAL, len(devices), 0, half(DEL_ROUTE)),
+        *devices,
+    ]
+    for route in routes:
+        address = route.network_address.packed
+        words = [address[at : at + 4] for at in range(0, (route.prefixlen + 7) // 8, 4)]
+        block = [
+            (LOAD_NUMBER, 0, 0, HEADER.size + ROUTE.size),
+            (NUMBER_TO_X, 0, 0, RTA_DST),
+            (LOAD_WORD, 0, 0, FIND_ATTRIBUTE),
+            (A_TO_X, 0, 0, 0),
+        ]
+        for at, value in enumerate(words):
+            behind = 2 * (len(words) - at - 1) + 1
+            block += [
+                (LOAD_AT_X, 0, 0, ATTRIBUTE.size + 4 * at),
+                (JUMP_IF_EQUAL, 0, behind, int.from_bytes(value, "big")),
+            ]
+        program += [
+            (LOAD_HALF, 0, 0, HEADER.size),  # family and length of the destination
+            (JUMP_IF_EQUAL, 0, len(block) + 1, family(route) << 8 | route.prefixlen),
+            *block,
+            accept,
+        ]
+    return [*program, drop]

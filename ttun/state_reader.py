@@ -1,0 +1,259 @@
+"""Read the state of a device from the kernel, whenever that changed, and never too often.
+
+ 1. The kernel tells of changes (netlink.py has it leave out those of other devices and routes).
+    What they say is not used: they only have the state read anew.
+ 2. A reading is a chain of requests, each sent when the last one was answered: the device, all
+    addresses, the routes through the device, the links that have the addresses in question.
+
+No call waits, and none takes in more than BUDGET datagrams. Two readings are INTERVAL apart, and
+together they take a twentieth of the time at most, however large the tables are. When too many
+changes come, the reader leaves the groups for DEAF seconds and reads once a second instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Callable
+
+from ttun import netlink
+from ttun.device_state import Seen, Wanted, address_of, is_up, route_key
+from ttun.netlink import Message, Netlink, Request
+
+BUDGET = 8  # datagrams in one call
+SETTLE = 0.2  # seconds from a change to the reading: changes come together
+INTERVAL = 0.5  # seconds between two readings, at least
+SHARE = 20  # a reading may take one part in so many of the time, where things change
+BACKSTOP = 30.0  # seconds until the state is read though nothing changed
+BACKSTOP_SHARE = 100  # the same as SHARE, where nothing does
+FLOOD, DEAF, DEAF_INTERVAL = 500, 10.0, 1.0  # changes in a second; seconds
+ANSWER_TIMEOUT = 2.0  # seconds; an answer is there at once, or got lost
+CARRIERS_MAX = 16  # links with the addresses in question that are listened to
+
+
+@dataclass
+class _Step:
+    request: Request
+    take: Callable[[Message], None]  # gets each answer
+    done: Callable[[int], None]  # gets the errno of a request that failed, or 0
+
+
+class StateReader:
+    """Reads what a device has. addresses: those of which it also reads which links have them."""
+
+    def __init__(self, index: int, wanted: Wanted) -> None:
+        """Open the socket, and listen. Raises OSError."""
+        self.addresses: set[bytes] = set()
+        self._index, self._wanted = index, wanted
+        self._keys = wanted.keys
+        self._seen = Seen()
+        self._steps: deque[_Step] = deque()
+        self._sequence = 0  # of the request under way; 0: none is
+        self._asked_at = self._spent = 0.0
+        self._next_at = self._not_before = 0.0
+        self._second = self._deaf_until = 0.0
+        self._changes = 0  # in that second
+        self._listened_to: tuple[int, ...] = ()
+        self._link = Netlink()
+        try:
+            self._listen_to(())
+            self._link.join()
+        except BaseException:
+            self._link.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._link.fileno()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._link.close()
+
+    @property
+    def due(self) -> float:
+        """When look() has something to do, in the time of time.monotonic()."""
+        if self._sequence:
+            return self._asked_at + ANSWER_TIMEOUT
+        return max(self._next_at, self._not_before)
+
+    def read_within(self, now: float, seconds: float) -> None:
+        """Read anew so many seconds from now at the latest, unless that is too often."""
+        self._next_at = min(self._next_at, now + seconds)
+
+    def look(self, now: float) -> Seen | None:
+        """Take in what came; return the state if a reading is done. Raises OSError."""
+        began = time.thread_time()
+        try:
+            seen = self._look(now)
+        except OSError:
+            self._break_off(now + BACKSTOP)
+            raise
+        self._spent += time.thread_time() - began
+        if seen is not None:
+            self._not_before = now + max(INTERVAL, SHARE * self._spent)
+        return seen
+
+    def request(self, request: Request, done: Callable[[int], None]) -> None:
+        """Send a request with the next reading; done gets its errno, or 0."""
+        self._steps.append(_Step(request, lambda _: None, done))
+
+    def _look(self, now: float) -> Seen | None:
+        seen = self._receive(now)
+        if self._changes > FLOOD and not self._deaf_until:
+            self._link.leave()
+            self._deaf_until, self._next_at = now + DEAF, now
+        elif self._deaf_until and now >= self._deaf_until:
+            self._link.join()
+            self._deaf_until, self._next_at = 0.0, now
+        if now < self.due:
+            return seen
+        if self._sequence:
+            self._break_off(now + INTERVAL)
+            return seen
+        self._begin(now)
+        return self._receive(now)
+
+    def _receive(self, now: float) -> Seen | None:
+        """Take in a few datagrams; return the state if the last answer was among them."""
+        if now - self._second >= 1:
+            self._changes, self._second = 0, now
+        for _ in range(BUDGET):
+            try:
+                messages = self._link.receive()
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._changes += 1
+                self.read_within(now, SETTLE)
+                continue
+            for message in messages:
+                if message.port != self._link.port:
+                    self._changes += 1
+                    if self._matters(message):
+                        self.read_within(now, SETTLE)
+                elif message.sequence == self._sequence and self._take(message, now):
+                    return self._seen
+        return None
+
+    # ---- changes ----
+
+    def _listen_to(self, carriers: Iterable[int]) -> None:
+        """Have the kernel leave out changes of other devices than ours and these."""
+        indices = (self._index, *sorted(carriers)[:CARRIERS_MAX])
+        if indices != self._listened_to:
+            self._listened_to = indices
+            # Too many routes for a filter, or no filter in this kernel: then _matters() is it.
+            with contextlib.suppress(OSError):
+                self._link.hear_only(indices, [*self._wanted.routes, *self._wanted.connected])
+
+    def _matters(self, message: Message) -> bool:
+        """Return whether a change may be one of what is read."""
+        if not message.fields:
+            return False
+        if message.kind in (netlink.NEW_ROUTE, netlink.DEL_ROUTE):
+            return route_key(message) in self._keys
+        index = netlink.index_of(message)
+        return index == self._index or (
+            # More time for an address, as a router gives it now and then, takes nothing away.
+            index in self._listened_to and message.kind != netlink.NEW_ADDRESS
+        )
+
+    # ---- a reading ----
+
+    def _begin(self, now: float) -> None:
+        backstop = max(BACKSTOP, BACKSTOP_SHARE * self._spent)
+        self._next_at = now + (DEAF_INTERVAL if self._deaf_until else backstop)
+        self._seen, self._spent = Seen(), 0.0
+        everything = netlink.ADDRESS.pack(*[0] * 5)
+        through = netlink.attribute(netlink.RTA_OIF, struct.pack("=I", self._index))
+        self._steps += [
+            _Step(_link_request(self._index), self._take_device, self._end_device),
+            _Step(
+                Request(netlink.GET_ADDRESS, netlink.NLM_DUMP, everything),
+                self._take_address,
+                self._end_addresses,
+            ),
+        ]
+        for family in self._wanted.families:
+            body = netlink.ROUTE.pack(family, *[0] * 8) + through
+            routes = Request(netlink.GET_ROUTE, netlink.NLM_DUMP, body)
+            self._steps.append(_Step(routes, self._take_route, _must_not_fail))
+        self._ask_next(now)
+
+    def _break_off(self, again: float) -> None:
+        self._steps.clear()
+        self._sequence = 0
+        self._next_at = self._not_before = again
+
+    def _ask_next(self, now: float) -> None:
+        self._sequence, self._asked_at = self._link.ask(self._steps[0].request), now
+
+    def _take(self, message: Message, now: float) -> bool:
+        """Take a message of the answer under way; return whether it ends the reading."""
+        step = self._steps[0]
+        if message.flags & netlink.NLM_DUMP_INTERRUPTED:
+            self.read_within(now, SETTLE)
+        failed = 0
+        if message.kind == netlink.NLMSG_ERROR:
+            failed = message.fields[0] if message.fields else errno.EPROTO
+        elif message.kind != netlink.NLMSG_DONE:
+            self._asked_at = now
+            if message.fields:
+                step.take(message)
+            if message.flags & netlink.NLM_MULTI:
+                return False
+        self._steps.popleft()
+        self._sequence = 0
+        step.done(failed)
+        if self._steps:
+            self._ask_next(now)
+            return False
+        self._listen_to(set().union(*self._seen.owners.values()))
+        return True
+
+    def _take_device(self, message: Message) -> None:
+        self._seen.take_device(message)
+
+    @staticmethod
+    def _end_device(failed: int) -> None:
+        if failed != errno.ENODEV:  # it is not in this namespace
+            _must_not_fail(failed)
+
+    def _take_address(self, message: Message) -> None:
+        index, address = netlink.index_of(message), address_of(message)
+        if index == self._index:
+            self._seen.take_address(message)
+        if address in self.addresses:
+            self._seen.owners.setdefault(address, set()).add(index)
+
+    def _end_addresses(self, failed: int) -> None:
+        _must_not_fail(failed)
+        for index in set().union(*self._seen.owners.values()):
+            self._steps.append(_Step(_link_request(index), self._take_carrier, lambda _: None))
+
+    def _take_carrier(self, message: Message) -> None:
+        if is_up(message):
+            self._seen.links_up.add(netlink.index_of(message))
+
+    def _take_route(self, message: Message) -> None:
+        route = route_key(message)
+        if route in self._keys and self._index in netlink.next_hops(message):
+            self._seen.routes.add(route)
+
+
+def _link_request(index: int) -> Request:
+    return Request(netlink.GET_LINK, 0, netlink.LINK.pack(0, 0, index, 0, 0))
+
+
+def _must_not_fail(failed: int) -> None:
+    if failed:
+        raise OSError(failed, os.strerror(failed))
