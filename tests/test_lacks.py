@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from peer import Peer
 from test_peers import connect
 from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
 
-from ttun import hosts
+from ttun import hosts, status
 
 pytestmark = pytest.mark.hosts
 
@@ -100,6 +101,47 @@ def test_a_server_without_descriptors_accepts_again(plain: Bench) -> None:
         time.sleep(2)
         assert server.log().count("Too many open files") < 30, "bounded, however many came"
     plain.client().says("authenticated", seconds=SOON)
+    assert lives(server)
+
+
+MANY = 300
+
+
+def visit_many_times(bench: Bench, server: End) -> list[int]:
+    """As many sessions, strangers and questions for the status as there may be; how many worked."""
+    worked = [0, 0, 0]
+    for number in range(MANY):
+        with contextlib.suppress(OSError, EOFError), quick_connection(bench) as sock:
+            sock.sendall(bytes(number % 20))
+            worked[1] += 1
+        with contextlib.suppress(OSError, EOFError), quick_connection(bench) as sock:
+            peer = Peer(sock, b"secret")
+            sock.settimeout(0.5)
+            peer.handshake_as_client()
+            worked[0] += 1
+        with contextlib.suppress(OSError):
+            path = next(Path("/run/ttun").rglob(f"*.{server.process.pid}.sock"), None)
+            worked[2] += path is not None and status.ask(path) is not None
+    return worked
+
+
+def quick_connection(bench: Bench) -> socket.socket:
+    return bench.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, 20203), 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lack", ["descriptors", "threads"])
+def test_many_of_everything_during_a_lack_end_nothing(plain: Bench, lack: str) -> None:
+    """It lives, and when the lack is over a client is in at once."""
+    server = plain.server("--user", "4000000002") if os.getuid() == 0 else plain.server()
+    with no_descriptors(server) if lack == "descriptors" else no_threads(server):
+        print(f"{lack}: sessions, strangers, status: {visit_many_times(plain, server)}")
+        assert lives(server), server.log()[-2000:]
+    over = time.monotonic()
+    client = plain.client()
+    client.says("authenticated", seconds=SOON)
+    print(f"in {time.monotonic() - over:.1f} s after it was over")
+    plain.answers()
     assert lives(server)
 
 
