@@ -47,14 +47,18 @@ echo "client=$(systemctl show -P ActiveState ttun-client@home)"
 echo "shown=$(/usr/local/bin/ttun show | grep -c 'wire: x1')"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\\s*/capabilities=/p; s/^Seccomp:\\s*/seccomp=/p' /proc/$(pid)/status
+echo "sockets=$(find /run/ttun -type s | wc -l)"
 kill -KILL $(pid); sleep 6; state killed
+echo "sockets=$(find /run/ttun -type s | wc -l)"
 kill -STOP $(pid); sleep 45; state hung
-systemctl stop $unit; echo "end=$(systemctl show -P Result $unit)"
+systemctl stop $unit ttun-client@home; echo "left=$(ls -A /run/ttun)"
+echo "end=$(systemctl show -P Result $unit)"
 """,
 }
 EXPECTED = [
     "ready=active 0", "client=active", "shown=2", "user=ttun", "capabilities=0000000000000000",
-    "seccomp=2", "killed=active 1", "hung=active 2", "end=success",
+    "seccomp=2", "sockets=2", "killed=active 1", "sockets=2", "hung=active 2", "left=",
+    "end=success",
 ]  # fmt: skip
 BOOT = """
 set -e

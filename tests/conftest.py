@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import impostor
 import pytest
 import toxlab
 import tunnel
@@ -89,3 +90,9 @@ def bench(
 def plain(pair: hosts.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
     """The same once, where offload at the device makes no difference."""
     yield from tunnel.bench(pair, tmp_path, "x1", [])
+
+
+@pytest.fixture
+def place() -> Iterator[impostor.Place]:
+    """A directory for status sockets that only the programs of one test know."""
+    yield from impostor.place()

@@ -23,7 +23,7 @@ from peer import Peer, X1Peer
 from test_peers import client_gets_in, connect
 from tunnel import CLIENT, SERVER_ADDRESS, Bench, End, eventually
 
-from ttun import hosts, status, summary
+from ttun import hosts, summary
 from ttun.summary import Summary
 
 COUNT = int(os.environ.get("TTUN_TEST_HANDSHAKES", "2000"))
@@ -186,11 +186,10 @@ def test_a_flood_of_forged_frames_in_one_session_is_counted_and_no_more(plain: B
         peer.shake(0)
         threading.Thread(target=drain, args=(sock,), daemon=True).start()
         server.says("authenticated")
-        path = Path(f"/run/ttun/ttun0.{server.process.pid}.sock")
 
         def counted() -> int:
-            answer = status.ask(path)
-            assert answer is not None and answer["sessions"] <= 1
+            answer = server.status()
+            assert answer["sessions"] <= 1
             return sum(answer["counters"][name] for name in ("empty", "ignored", "forged"))
 
         for number in range(frames // batch):

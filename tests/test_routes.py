@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import subprocess
 
 import pytest
-from tunnel import CLIENT, SERVER, Bench, eventually
+from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
 from ttun import hosts, routes
 from ttun.device import SERVER as USUAL
@@ -130,10 +131,36 @@ def test_a_route_that_is_there_already_is_a_line(bench: Bench) -> None:
     assert "cannot add a route to 198.51.100.0/24 through ttun0: there is one" in end.log()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a:b", "with space", "sixteen-letters-", ".."])
-def test_a_name_that_the_kernel_does_not_take_is_refused(name: str) -> None:
+NO_NAMES = [
+    "", ".", "..", "all", "a/b", "a:b", "with space", "sixteen-letters-", "\u0442\u0443\u043d" * 3,
+    "a\xa0b", "\xe0", "tab\t", 'a"b', "a'b", "a`b", "a\\b", "a\x1b[2J", "a\x7f", "a\x9bb",
+    "a\u202eb", "a%", "a%s", "a%%d", "%d%d", "a\udcff", "\ud800",
+]  # fmt: skip
+NAMES = ["ttun%d", "%d", "fifteen-letters", "\u0442\u0443\u043d0", "a.b+c=1"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
+def test_a_name_that_the_kernel_or_a_reader_cannot_take_is_refused(name: str) -> None:
     import ttun
 
-    with pytest.raises(UsageError, match="is no name for a device"):
+    with pytest.raises(UsageError, match="is not a valid device name") as refused:
         ttun.Server(b"key", device=name)
+    assert str(refused.value).isprintable()
     assert issubclass(UsageError, TtunError)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_that_the_kernel_takes_is_taken(name: str) -> None:
+    import ttun
+
+    ttun.Server(b"key", device=name)
+
+
+@pytest.mark.parametrize("name", [b"a\xffb", b"\xc3", b"%", b"a\\b", b'a"b', b"a\nb", b"%d%d%d"])
+def test_bytes_that_are_no_device_name_are_one_line_and_exit_code_2(name: bytes) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "client", "-k", "x", "-s", "192.0.2.1", "--dev", name],
+        capture_output=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1 and b"is not a valid device name" in done.stderr

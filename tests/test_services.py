@@ -98,18 +98,22 @@ def test_the_user_is_made(installed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.hosts
-def test_a_server_runs_with_the_one_right_that_its_unit_gives(bench: Bench) -> None:
+@pytest.mark.parametrize("directory", ["ttun/ttun-server@office", "ttun"])
+def test_a_server_runs_with_the_one_right_that_its_unit_gives(bench: Bench, directory: str) -> None:
     """As another user, with CAP_NET_ADMIN alone, and the key where systemd puts it.
 
     The key's file shows a group's right, as it does where systemd gives the service its own by an
-    access control list.
+    access control list. directory: what systemd makes of RuntimeDirectory=, as the unit has it and
+    as earlier ones had.
     """
     unit = (ROOT / "packaging" / "systemd" / "ttun-server@.service").read_text()
     assert "AmbientCapabilities=CAP_NET_ADMIN\nCapabilityBoundingSet=CAP_NET_ADMIN\n" in unit
+    assert "\nRuntimeDirectory=ttun/%N\n" in unit
+    place = Path("/run", directory)
     script = f"""
         set -e
         mount -t tmpfs none /dev/net && mknod -m 666 /dev/net/tun c 10 200
-        mkdir -p /run/ttun && mount -t tmpfs -o uid={UID},mode=755 none /run/ttun
+        rm -rf /run/ttun; mkdir -p {place}; chown {UID}:{UID} {place}
         mount -t tmpfs none /mnt
         printf secret > /mnt/psk; chown 0:{UID} /mnt/psk; chmod 440 /mnt/psk
         exec setpriv --reuid {UID} --regid {UID} --clear-groups --no-new-privs \\
@@ -128,7 +132,10 @@ def test_a_server_runs_with_the_one_right_that_its_unit_gives(bench: Bench) -> N
         server = bench.pair.start(
             SERVER,
             [*works, *PROGRAM, "server", "--psk-file", "/mnt/psk", *bench.options],
-            stderr=file, environment=hosts.environment(CREDENTIALS_DIRECTORY="/mnt"),
+            stderr=file,
+            environment=hosts.environment(
+                CREDENTIALS_DIRECTORY="/mnt", RUNTIME_DIRECTORY=str(place)
+            ),
         )  # fmt: skip
     try:
         eventually(lambda: "listening on" in log.read_text(), f"it listens: {log.read_text()}")
@@ -137,10 +144,15 @@ def test_a_server_runs_with_the_one_right_that_its_unit_gives(bench: Bench) -> N
         status = Path(f"/proc/{server.pid}/status").read_text()
         assert re.search(rf"^Uid:\s+{UID}\s+{UID}", status, re.M)
         assert re.search(r"^CapEff:\s+0+$", status, re.M), "and it gave that right up"
-        assert "no status" not in log.read_text(), "ttun show finds it"
+        assert len(list(place.glob("*.sock"))) == 1, log.read_text()
+        shown = bench.run(SERVER, *PROGRAM, "show", "ttun0")
+        assert f"ttun0: server, user {UID}\n  peer: " in shown, "root sees whose word that is"
     finally:
         server.terminate()
         assert server.wait(10) == 0
+        left = list(place.glob("*.sock"))
+        shutil.rmtree("/run/ttun")
+    assert left == []
 
 
 def test_a_credential_that_all_can_read_is_refused(

@@ -6,17 +6,15 @@ import json
 import os
 import re
 import signal
-import socket
-import stat
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from impostor import Place, line, made
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
-from ttun import show, status
-from ttun.errors import TtunError
+from ttun import show
 
 PORT = "5001"
 
@@ -34,17 +32,11 @@ def test_a_tunnel_answers_in_every_form(bench: Bench) -> None:
         eventually(lambda: "round trip: " in shown(bench), "a round trip")
 
     def both() -> dict[str, dict] | None:
-        """What both ends answer, once they have counted all that was sent.
-
-        Asked one by one: other tunnels may run on this machine.
-        """
-        found = {
-            role: status.ask(Path(f"/run/ttun/ttun0.{end.process.pid}.sock"))
-            for role, end in (("client", client), ("server", server))
-        }
-        if not found["client"] or found["client"]["totals"]["uplink_bytes"] <= 1 << 20:
+        """What both ends answer, once they have counted all that was sent."""
+        found = {"client": client.status(), "server": server.status()}
+        if found["client"]["totals"]["uplink_bytes"] <= 1 << 20:
             return None
-        if not found["server"] or found["server"]["totals"]["downlink_bytes"] <= 1 << 20:
+        if found["server"]["totals"]["downlink_bytes"] <= 1 << 20:
             return None
         return found
 
@@ -59,19 +51,19 @@ def test_a_tunnel_answers_in_every_form(bench: Bench) -> None:
     assert "ttun0: client\n  peer: 192.0.2.1:20203 over tcp\n" in text
     assert f"wire: {bench.wire}, {bench.cipher}" in text
     metrics = shown(bench, "--prometheus")
-    assert 'ttun_connected{device="ttun0",role="client"} 1' in metrics
+    netns = f'netns="{bench.pair.names[CLIENT]}"'
+    assert f'ttun_connected{{device="ttun0",role="client",{netns}}} 1' in metrics
     assert 'ttun_connected{device="ttun0",role="server"} 1' in metrics
-    for line in metrics.splitlines():
-        assert re.fullmatch(r"# (HELP|TYPE) ttun_\w+ .+|ttun_\w+\{[^}]+\} [0-9.e+-]+", line), line
+    for text in metrics.splitlines():
+        assert re.fullmatch(r"# (HELP|TYPE) ttun_\w+ .+|ttun_\w+\{[^}]+\} [0-9.e+-]+", text), text
     client.process.send_signal(signal.SIGUSR1)
     assert "status: ttun0: client; peer: 192.0.2.1:20203 over tcp; wire" in client.says("status:")
     assert bench.ping(CLIENT, TUNNEL4[SERVER]) == 1, "it goes on"
 
 
 @pytest.mark.hosts
-def test_totals_go_on_over_sessions_and_only_the_owner_may_ask(bench: Bench) -> None:
+def test_totals_go_on_over_sessions(bench: Bench) -> None:
     server = bench.server()
-    path = Path(f"/run/ttun/ttun0.{server.process.pid}.sock")
     carried = 0
     for number in range(2):
         client = bench.client()
@@ -79,17 +71,11 @@ def test_totals_go_on_over_sessions_and_only_the_owner_may_ask(bench: Bench) -> 
         bench.answers()
         assert client.stop() == 0
         server.says("disconnected", times=number + 1)
-        answer = status.ask(path)
-        assert answer is not None
+        answer = server.status()
         assert (answer["role"], answer["peer"], answer["sessions"]) == ("server", None, number + 1)
         assert answer["totals"]["downlink_packets"] > carried
         carried = answer["totals"]["downlink_packets"]
-    mode = os.stat(path).st_mode
-    assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o600
     assert "reconnects: 1" in shown(bench)
-    server.kill()
-    bench.server()
-    assert not path.exists(), "what is left behind is removed by the next one"
 
 
 @pytest.mark.hosts
@@ -114,45 +100,44 @@ def test_watch_shows_rates(bench: Bench) -> None:
     assert watching.wait(10) == 0
 
 
-def test_without_a_tunnel_it_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "directories", lambda: [tmp_path])
-    with pytest.raises(TtunError, match="no tunnel runs here on ttun7"):
-        show.find("ttun7")
-    left = socket.socket(socket.AF_UNIX)
-    left.bind(str(tmp_path / "ttun0.sock"))  # of a program that was killed
-    left.close()
-    with pytest.raises(TtunError, match="no tunnel runs here"):
-        show.find(None)
+@pytest.mark.hosts
+def test_tunnels_that_look_alike_are_told_apart(plain: Bench) -> None:
+    """Two hosts, and on each a server with a device ttun0."""
+    servers = [plain.start(host, "server", "-k", "secret") for host in (SERVER, CLIENT)]
+    for server in servers:
+        server.says("listening on")
+        server.status()
+    names = [plain.pair.names[host] for host in (SERVER, CLIENT)]
+    found = sorted(re.findall(r"^ttun0: server(.*)$", shown(plain, "ttun0"), re.M))
+    expected = [f", netns {name}, pid {server.process.pid}" for name, server in zip(names, servers)]
+    assert found == sorted(expected)
+    series = shown(plain, "--prometheus").splitlines()
+    assert {text for text in series if text.startswith("ttun_connected")} == {
+        'ttun_connected{device="ttun0",role="server"} 0',  # on the host that was asked
+        f'ttun_connected{{device="ttun0",role="server",netns="{names[1]}"}} 0',
+    }
+    tunnels = {tunnel["pid"]: tunnel for tunnel in json.loads(shown(plain, "--json"))}
+    for host, server in zip((SERVER, CLIENT), servers):
+        netns = plain.on(host, lambda: os.stat("/proc/thread-self/ns/net").st_ino)
+        assert tunnels[server.process.pid]["netns"] == netns
 
 
-def test_a_place_that_cannot_be_written_to_is_no_trouble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(status, "directories", lambda: [tmp_path / "missing" / "deeper"])
-    silent = status.StatusSocket("ttun0")
-    silent.serve(lambda: pytest.fail("nobody can ask"))
-    silent.close()
+def test_rates_of_tunnels_that_look_alike_are_not_mixed(place: Place) -> None:
+    totals = {**made()["totals"], "uplink_bytes": 10**15}
+    place.answer("a.sock", line(netns=1))
+    place.answer("b.sock", line(netns=2, totals=totals))
+    out = place.watch(seconds=4)
+    assert out.count("ttun0: server, netns 1, pid ") >= 2
+    rates = re.findall(r"^  sending +([0-9.]+) bit/s", out, re.M)
+    assert len(rates) >= 4 and set(rates) == {"0.0"}, out
 
 
-def test_somebody_who_asks_and_says_nothing_holds_nobody_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(status, "directories", lambda: [tmp_path])
-    import ttun
-
-    endpoint = ttun.Server(b"key")
-    listening = status.StatusSocket("ttun0")
-    listening.serve(endpoint.status)
-    path = tmp_path / f"ttun0.{os.getpid()}.sock"
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(5)]
-    for sock in silent:
-        sock.connect(str(path))
-    answer = eventually(lambda: status.ask(path), "an answer")
-    assert answer["device"] is None and answer["totals"]["forged"] == 0
-    for sock in silent:
-        sock.close()
-    listening.close()
-    assert not path.exists()
+def test_watching_says_once_what_is_skipped(place: Place) -> None:
+    place.answer("a.sock", b"nonsense")
+    place.answer("b.sock", line())
+    out = place.watch(seconds=4)
+    assert out.count("ttun0: server") >= 2
+    assert out.count("skipped") == 1
 
 
 def test_the_graph_is_as_high_as_its_values() -> None:

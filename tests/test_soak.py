@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench, End, eventually
-
-from ttun import status
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
@@ -42,7 +38,7 @@ def test_counters_are_exact_and_memory_is_flat(bench: Bench) -> None:
         print(f"{2 * (number + 1)} GiB, descriptors, threads and KiB:", *used[-1], flush=True)
 
     server, client = eventually(lambda: agreed(*ends), "each counts what the other one sent")
-    rekeys = [answered(end)["rekeys"] for end in ends]
+    rekeys = [end.status()["rekeys"] for end in ends]
     print(f"fresh keys {rekeys[0]} times")
     assert all(rekeys) if rekey else rekeys == [None, None]
     for counted in (server, client):
@@ -58,7 +54,7 @@ def agreed(server: End, client: End) -> tuple[dict[str, int], dict[str, int]] | 
     """Return what both count in their only session, once nothing is under way between them."""
     counted = []
     for end in (server, client):
-        answer = answered(end)
+        answer = end.status()
         assert answer["sessions"] == 1
         counted.append(answer["counters"])
     for one, other in (counted, reversed(counted)):
@@ -68,9 +64,3 @@ def agreed(server: End, client: End) -> tuple[dict[str, int], dict[str, int]] | 
         ):
             return None
     return counted[0], counted[1]
-
-
-def answered(end: End) -> dict[str, Any]:
-    answer = status.ask(Path(f"/run/ttun/ttun0.{end.process.pid}.sock"))
-    assert answer is not None
-    return answer

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ttun import cipher as ciphers
-from ttun import hosts
+from ttun import hosts, query, runtime
 from ttun.hosts import CLIENT, SERVER, Hosts, Namespaces
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +144,20 @@ class End(Program):
                 environment=hosts.environment(**(environment or {})),
             )  # fmt: skip
         super().__init__(process, log)
+
+    def status(self) -> dict[str, Any]:
+        """What it answers to ttun show."""
+
+        def mine() -> list[dict[str, Any]]:
+            tunnels = query.ask(runtime.directories()).tunnels
+            return [tunnel for tunnel in tunnels if tunnel["pid"] == self.process.pid]
+
+        return eventually(mine, f"an answer of {self.process.pid}")[0]
+
+    def socket(self) -> Path:
+        """Where it answers."""
+        name = f"*.{self.process.pid}.sock"
+        return eventually(lambda: [*runtime.SYSTEM.rglob(name)], f"{name} in /run/ttun")[0]
 
 
 class Bench:

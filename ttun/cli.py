@@ -23,6 +23,7 @@ from ttun.stop import Signals
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
     from ttun.notify import Manager
+    from ttun.status import StatusSocket
     from ttun.tox.transport import Listener
 
 log = logging.getLogger("ttun")
@@ -262,14 +263,14 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     key.warn_if_short(psk)
     signals = Signals(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     endpoint.open()
-    socket_of_status = status.StatusSocket(str(endpoint.status().device))
+    socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
     privileges.drop(user, required=options.user is not None)  # before there are threads
     hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(signals.wake)
     manager.tell(manager.READY)
-    while (received := _wait(signals, endpoint, manager)) == signal.SIGUSR1:
+    while (received := _wait(signals, endpoint, manager, socket_of_status)) == signal.SIGUSR1:
         lines = show.describe(status.as_dict(endpoint.status()))
         log.info("status: %s", "; ".join(line.strip() for line in lines))
     manager.tell(manager.STOPPING)
@@ -282,9 +283,10 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(signals: Signals, endpoint: Endpoint, manager: Manager) -> int:
+def _wait(signals: Signals, endpoint: Endpoint, manager: Manager, answering: StatusSocket) -> int:
     """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
-    while (received := signals.wait(manager.interval)) is None:
+    while (received := signals.wait(answering.patience(manager.interval))) is None:
+        answering.serve(endpoint.status)  # if there was no thread for it yet
         if endpoint.is_alive():
             manager.tell(manager.ALIVE)
     return received

@@ -20,6 +20,7 @@ import logging
 import os
 import pwd
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,33 @@ def drop(user: User | None, *, required: bool) -> None:
         raise TtunError("cannot give up capabilities")
     forbid_dumps()  # the kernel forgets that when the user changes
     log.info("%s, without capabilities", done)
+
+
+@contextlib.contextmanager
+def acting_as(user: User) -> Iterator[None]:
+    """Have only this user's rights for a while. Raises OSError if it may not be.
+
+    Of all threads: for a program that has one. What is opened by root is to be opened before.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    os.setegid(user.gid)
+    try:
+        os.seteuid(user.uid)  # and its capabilities have no effect until it is undone
+        try:
+            yield
+        finally:
+            os.seteuid(uid)
+    finally:
+        os.setegid(gid)
+
+
+def may_become(user: User) -> bool:
+    """Return whether this process is not that user, and can act as it."""
+    try:
+        with acting_as(user):
+            return os.getuid() != user.uid
+    except OSError:
+        return False
 
 
 def _become(user: User) -> None:

@@ -1,138 +1,209 @@
 """What an endpoint is doing, for whoever asks on this machine: a Unix socket that answers once.
 
- 1. The endpoint opens it before it gives its privileges up. Only its owner and root may connect.
- 2. A thread answers each connection with one line of JSON and closes it.
- 3. ``ttun show`` asks all sockets that there are (show.py).
+ 1. The endpoint opens it before it gives its privileges up, as the user that it will be then. Only
+    that user and root may connect. runtime.py says where it is.
+ 2. A thread answers each connection with one line of JSON and closes it. It waits for nobody: what
+    an asker does not take at once is lost.
+ 3. ``ttun show`` asks all sockets that there are (query.py).
 
-A program that has given up its privileges, or was killed, leaves its socket behind. It answers
-nobody, and the next one removes it.
+At the end the socket is removed. That of a program that was killed stays, answers nobody, and the
+next tunnel of that user removes it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import os
+import secrets
+import select
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable
 
+from ttun import privileges, runtime
 from ttun.endpoint import Status
+from ttun.privileges import User
+from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
 
-ANSWER_TIMEOUT = 1.0  # seconds
-ANSWER_MAX = 65536  # bytes
-
-
-def directories() -> list[Path]:
-    """Return where sockets are: root's place, and that of the user who asks."""
-    own = os.environ.get("XDG_RUNTIME_DIR")
-    return [Path("/run/ttun"), *([Path(own, "ttun")] if own else [])]
+BACKLOG = 128  # askers that wait to be accepted
+LACK = 0.2  # seconds to wait when there is no descriptor or memory for an asker
+RETRY = 2.0  # seconds to wait when there is no thread
+JOIN = 1.0  # seconds for the last answer
 
 
 class StatusSocket:
     """Answers for one endpoint. Where it cannot be opened the endpoint goes on without."""
 
-    def __init__(self, name: str) -> None:
-        """Listen in the first of the directories that we may write to. name: the device's."""
+    def __init__(self, device: str, user: User | None = None) -> None:
+        """Listen in the first directory that we may write to.
+
+        user: whom this process becomes before serve(), if anybody.
+        """
         self._listener: socket.socket | None = None
         self._thread: threading.Thread | None = None
-        for directory in directories():
+        self._closing = threading.Event()
+        self._told_no_thread = False
+        if user is not None and not privileges.may_become(user):
+            user = None
+        places = runtime.directories()
+        if user is None:
+            places = runtime.made_by_systemd() + places
+        for place in places:
             try:
-                # Devices of different network namespaces may have the same name.
-                self._path = directory / f"{name}.{os.getpid()}.sock"
-                self._listener = _listen(self._path)
+                self._listen(place, device, user)
                 return
             except OSError as error:
-                why = error.strerror
-        log.info("no status for ttun show: cannot listen on %s: %s", self._path, why)
+                where, why = place, error.strerror or error
+        log.info("no status for ttun show: cannot listen in %s: %s", where, why)
 
     def serve(self, status: Callable[[], Status]) -> None:
-        """Answer from now on, on a thread."""
-        if self._listener is not None:
-            self._thread = threading.Thread(
-                target=self._serve, args=(status,), name="ttun-status", daemon=True
-            )
-            self._thread.start()
+        """Answer from now on, on a thread. Call it again after patience(): it may have failed."""
+        if self._listener is None or self._thread is not None:
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(status, self._listener), name="ttun-status", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # other programs of this user may have them all
+            if not self._told_no_thread:
+                log.info("no answer to ttun show for now: %s (tried again)", error)
+            self._told_no_thread = True
+            return
+        self._thread = thread
+
+    def patience(self, seconds: float | None) -> float | None:
+        """Return how long to wait before serve() is called again: seconds, or less."""
+        if self._listener is None or self._thread is not None:
+            return seconds
+        return RETRY if seconds is None else min(seconds, RETRY)
 
     def close(self) -> None:
-        """Stop answering; remove the socket if we still may."""
-        if self._listener is None:
+        """Stop answering and remove the socket. Within JOIN seconds."""
+        atexit.unregister(self.close)
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
+        self._closing.set()
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+            listener.shutdown(socket.SHUT_RDWR)  # wakes poll()
         if self._thread is not None:
-            self._thread.join()
-        self._listener.close()
+            self._thread.join(JOIN)
+        listener.close()
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            os.unlink(self._name, dir_fd=self._directory)
+        os.close(self._directory)
 
-    def _serve(self, status: Callable[[], Status]) -> None:
-        assert self._listener is not None
-        while True:
+    def _listen(self, place: Path, device: str, user: User | None) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.fchmod(listener.fileno(), 0o600)  # bind() makes the name with this mode
+            directory, is_users = _own_directory(place, user)
+            # Nothing is changed with root's rights in a directory that is somebody else's.
+            acting = privileges.acting_as(user) if user and is_users else contextlib.nullcontext()
             try:
-                asking, _ = self._listener.accept()
-            except ConnectionError:
-                continue
-            except OSError:  # closed
-                return
-            with asking, contextlib.suppress(OSError):
-                asking.settimeout(ANSWER_TIMEOUT)
-                asking.sendall(json.dumps(as_dict(status())).encode() + b"\n")
+                dead = runtime.dead(directory)
+                with acting:
+                    runtime.remove(directory, dead)
+                    self._name = _bind(listener, directory, device)
+                    listener.listen(BACKLOG)
+                # Again: SO_PEERCRED tells an asker who did this last, and nobody can forge root.
+                listener.listen(BACKLOG)
+            except BaseException:
+                os.close(directory)
+                raise
+        except BaseException:
+            listener.close()
+            raise
+        self._directory, self._listener = directory, listener
+        atexit.register(self.close)  # the endpoint may fail to start
+
+    def _serve(self, status: Callable[[], Status], listener: socket.socket) -> None:
+        failed = Summary("and %d more questions of ttun show failed")
+        lacking = False
+        # accept() fails for want of a descriptor even when nobody asks: wait for somebody first.
+        listener.setblocking(False)
+        waiting = select.poll()
+        waiting.register(listener, select.POLLIN)
+        while not self._closing.is_set():
+            try:
+                waiting.poll()
+                asking, _ = listener.accept()
+                with asking:
+                    asking.setblocking(False)  # the answer fits into any buffer
+                    asking.send(json.dumps(as_dict(status())).encode() + b"\n")
+                lacking = False
+            except (ConnectionError, BlockingIOError):
+                continue  # gone again, or full of what it did not read
+            except Exception as error:  # no descriptor, no memory: that passes
+                if self._closing.is_set():
+                    break
+                if not lacking:  # a line for each time, not for each asker
+                    failed.log(time.monotonic(), "cannot answer ttun show: %s", _reason(error))
+                lacking = True
+                self._closing.wait(LACK)
+        failed.tick(time.monotonic(), end=True)
 
 
 def as_dict(status: Status) -> dict[str, Any]:
-    """Return a status as it is sent: plain types, counters by name."""
+    """Return a status as it is sent: plain types, counters by name, and whose it is.
+
+    pid: of this process. netns: the inode number of its network namespace, None without /proc.
+    """
     counters = {name: getattr(status, name)._asdict() for name in ("counters", "totals")}
-    return {**dataclasses.asdict(status), **counters}
+    return {**dataclasses.asdict(status), **counters, "pid": os.getpid(), "netns": _netns()}
 
 
-def _listen(path: Path) -> socket.socket:
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    for other in path.parent.glob("*.sock"):
-        with contextlib.suppress(OSError):
-            if not _is_alive(other):
-                other.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+def _netns() -> int | None:
     try:
-        listener.bind(str(path))
-        listener.listen(8)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
-    return listener
-
-
-def _is_alive(path: Path) -> bool:
-    """Return whether somebody listens on a socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.setblocking(False)
-        return sock.connect_ex(str(path)) != errno.ECONNREFUSED
-
-
-def ask(path: Path) -> dict[str, Any] | None:
-    """Return what an endpoint answers, None if there is none any more. Raises PermissionError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(ANSWER_TIMEOUT)
-        answer = b""
-        try:
-            sock.connect(str(path))
-            while len(answer) < ANSWER_MAX and (part := sock.recv(ANSWER_MAX)):
-                answer += part
-        except PermissionError:
-            raise
-        except OSError:
-            return None
-    try:
-        status: dict[str, Any] = json.loads(answer)
-    except ValueError:
+        return os.stat("/proc/self/ns/net").st_ino  # namespaces(7)
+    except OSError:
         return None
-    return status
+
+
+def _own_directory(place: Path, user: User | None) -> tuple[int, bool]:
+    """Open where this process is to listen; return that, and whether it is another user's.
+
+    Raises OSError.
+    """
+    directory = runtime.make(place)
+    if user is None:
+        return directory, False
+    try:
+        # Left behind by an earlier version, or by a tunnel that stayed root.
+        runtime.remove(directory, runtime.dead(directory))
+        inner = runtime.make_inner(directory, user)
+    except PermissionError:  # it cannot be the user's: there the socket stays behind at the end
+        return directory, False
+    except BaseException:
+        os.close(directory)
+        raise
+    os.close(directory)
+    return inner, True
+
+
+def _bind(listener: socket.socket, directory: int, device: str) -> str:
+    """Bind to a name that is free, and return it. Raises OSError."""
+    name = f"{device}.{os.getpid()}{runtime.SUFFIX}"
+    try:
+        runtime.bind(listener, directory, name)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        # Containers that share /run may have devices of one name and processes of one number.
+        name = f"{device}.{os.getpid()}.{secrets.token_hex(4)}{runtime.SUFFIX}"
+        runtime.bind(listener, directory, name)
+    return name
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

@@ -1,0 +1,111 @@
+"""What a status socket answers: its fields, checked for who believes nothing that comes from one.
+
+Strings are checked for their length only. Who prints one escapes it: printable() for a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Callable
+
+from ttun.session import Counters
+
+MOST_CHARACTERS = 256  # of a string
+Tunnel = dict[str, Any]
+Check = Callable[[object], bool]
+
+
+class Malformed(Exception):
+    """An answer is not one of ttun's. Says what is wrong with it, in no word of the answer's."""
+
+
+def printable(text: str) -> str:
+    """Return text with all that does not print escaped.
+
+    Among it are control characters (C0, DEL, C1), which a terminal obeys, and format characters,
+    which change the direction of a line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse(line: bytes) -> Tunnel:
+    """Return the fields of an answer, those of status.as_dict(). Raises Malformed."""
+    try:
+        found = json.loads(line.decode(), parse_int=_integer, parse_constant=_no_constant)
+    except (ValueError, RecursionError):  # what is no UTF-8 or no JSON is a ValueError
+        raise Malformed("not JSON, or nested too deep") from None
+    if not isinstance(found, dict):
+        raise Malformed("not an object")
+    for name, check in FIELDS.items():
+        if name not in found and name not in NEW:
+            raise Malformed(f"no {name}")
+        if not check(found.get(name)):
+            raise Malformed(f"{name} is of the wrong type, or out of range")
+    for name in OF_A_PEER:
+        if found["peer"] is not None and found[name] is None:
+            raise Malformed(f"a peer, but no {name}")
+    for name in ("counters", "totals"):
+        found[name] = {field: found[name][field] for field in Counters._fields}
+    return {name: found.get(name) for name in FIELDS}
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # 64 bits; and long ones cost time
+        raise ValueError
+    return int(digits)
+
+
+def _no_constant(_: str) -> float:
+    raise ValueError  # NaN and Infinity are no JSON
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MOST_CHARACTERS
+
+
+def _texts(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_text, value)))
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64  # True is an int too
+
+
+def _seconds(value: object) -> bool:
+    return (type(value) is int or type(value) is float) and 0 <= value < 1e12
+
+
+def _counters(value: object) -> bool:
+    return isinstance(value, dict) and all(_count(value.get(name)) for name in Counters._fields)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _one_of(*values: str | None) -> Check:
+    return lambda value: value in values
+
+
+FIELDS: dict[str, Check] = {
+    "role": _one_of("server", "client"),
+    "device": _or_none(_text),
+    "peer": _or_none(_text),
+    "transport": _or_none(_text),
+    "wire": _one_of("v1", "x1", None),
+    "cipher": _or_none(_text),
+    "round_trip": _or_none(_seconds),
+    "rekeys": _or_none(_count),
+    "connected_for": _or_none(_seconds),
+    "silent_for": _or_none(_seconds),
+    "sessions": _count,
+    "counters": _counters,
+    "totals": _counters,
+    "missing": _texts,
+    "pid": _or_none(_count),
+    "netns": _or_none(_count),
+}
+NEW = {"missing", "pid", "netns"}  # a tunnel that has run since before there were these has none
+OF_A_PEER = ("transport", "wire", "cipher", "connected_for")
