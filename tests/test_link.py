@@ -222,6 +222,20 @@ def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop:
             link.dial(Address("many.example", port), None, stop)
 
 
+def test_a_dial_that_nobody_answers_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    """A queue that is full: the kernel drops what asks for a connection."""
+    monkeypatch.setattr(link, "DIAL_TIMEOUT", 0.5)
+    with socket.socket() as full, contextlib.ExitStack() as connected:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        address = Address(*full.getsockname())
+        with pytest.raises(OSError, match="Connection timed out"):
+            for _ in range(5):
+                connected.enter_context(link.dial(address, None, stop))
+
+
 def test_a_name_that_does_not_exist_is_an_error(stop: StopFlag) -> None:
     with pytest.raises(OSError, match=r"nothing\.invalid: "):
         link.dial(Address("nothing.invalid", 1), None, stop)

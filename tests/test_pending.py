@@ -138,6 +138,19 @@ def test_a_client_that_leaves_while_it_waits_is_let_go_of(house: House) -> None:
     assert not house.pending._pending
 
 
+def test_nobody_is_held_for_longer_than_a_client_would_wait(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer whose host is gone says nothing any more, not even that it leaves."""
+    monkeypatch.setattr(handshakes, "HELD_TIMEOUT", 0.3)
+    house.pending.hold()
+    waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
+    house.turns(0.1)
+    assert all(map(is_open, waiting))
+    house.turns(1)
+    assert not any(map(is_open, waiting))
+
+
 def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(house: House) -> None:
     """One that was answered is dropped, as it cannot be served; the others wait."""
     answered, silent, halfway = house.connect(bytes(16)), house.connect(), house.connect(b"12")
