@@ -275,7 +275,7 @@ def test_a_flood_of_changes_takes_no_time_and_hides_nothing(
         with flood(host, commands):
             time.sleep(0.5)
             before, began = end.cpu, time.monotonic()
-            time.sleep(3)
+            time.sleep(2)
             used = (end.cpu - before) / (time.monotonic() - began)
             print(f"{100 * used:.2f} % of a core, {1000 * end.longest:.1f} ms at most")
             assert used < 0.05, "0.004 are usual at most"
@@ -355,4 +355,4 @@ def test_without_a_descriptor_it_says_so_once_and_tries_again(host: str) -> None
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if "netlink" in line]
-    assert said == ["changes of ttun0 will not be noticed: netlink: Too many open files"] * 2
+    assert said == ["changes of ttun0 may go unnoticed: netlink: Too many open files"] * 2

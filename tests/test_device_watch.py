@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import re
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,18 @@ import pytest
 from peer import Peer
 from test_peers import connect
 from test_vanished import cpu
-from tunnel import CLIENT, OTHER, PROGRAM, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually
+from tunnel import (
+    CLIENT,
+    OTHER,
+    PROGRAM,
+    SERVER,
+    TUNNEL4,
+    TUNNEL6,
+    Bench,
+    End,
+    Program,
+    eventually,
+)
 from watched import commands, flood
 
 from ttun import hosts
@@ -145,6 +158,72 @@ def test_a_flood_of_changes_takes_an_end_no_time(plain: Bench, where: str) -> No
     put_back(plain, server)
     plain.run(SERVER, "ip", "link", "delete", "ttun0")
     assert server.ended() == 1
+
+
+PROGRAM_OF_ITS_OWN = """
+import ctypes, ipaddress, logging, platform, struct, sys, ttun
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+if "without-netlink" in sys.argv:
+    # linux/filter.h, linux/seccomp.h: socket(AF_NETLINK) fails with EAFNOSUPPORT.
+    number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16), (0x15, 0, 1, 16),
+             (0x06, 0, 0, 0x50000 | 97), (0x06, 0, 0, 0x7fff0000)]
+    code = b"".join(struct.pack("=HBBI", *step) for step in steps)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(steps), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+server = ttun.Server(b"secret", routes=[ipaddress.ip_network("203.0.113.0/24")])
+server.start()
+try:
+    server.wait()
+except ttun.TtunError as error:
+    print("over:", error, file=sys.stderr)
+"""
+
+
+@contextmanager
+def program(bench: Bench, *arguments: str) -> Iterator[Program]:
+    """A program that embeds a server, and keeps its privileges."""
+    log = bench.directory / "program.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-c", PROGRAM_OF_ITS_OWN, *arguments]
+        process = bench.pair.start(SERVER, command, stderr=file, environment=hosts.environment())
+    try:
+        started = Program(process, log)
+        started.says("listening on")
+        yield started
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_program_that_kept_its_privileges_puts_back_what_was_lost(plain: Bench) -> None:
+    with program(plain) as embedding:
+        plain.run(SERVER, "sh", "-c", "ip link set ttun0 down; sleep 1; ip link set ttun0 up")
+        embedding.says(f"put back on ttun0: address fc11::1/126, route {ROUTE4}")
+        embedding.says("ttun0 is complete again")
+        assert ROUTE4 in plain.run(SERVER, "ip", "route", "show", "dev", "ttun0")
+        assert "fc11::1/126" in plain.run(SERVER, "ip", "address", "show", "dev", "ttun0")
+        plain.client().says("authenticated")
+        plain.answers()
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "aarch64"), reason="other numbers of system calls"
+)
+def test_without_netlink_it_works_and_says_so_once(plain: Bench) -> None:
+    """As under a seccomp filter that does not know that ttun watches its device."""
+    with program(plain, "without-netlink") as embedding:
+        plain.client().says("authenticated")
+        plain.answers()
+        line = (
+            "changes of ttun0 may go unnoticed: netlink: Address family not supported by protocol"
+        )
+        assert embedding.log().count(line) == 1
+        plain.run(SERVER, "ip", "link", "delete", "ttun0")
+        embedding.says("was ttun0 removed?")
+        assert embedding.ended() == 0
 
 
 # ---- a device that is removed, whatever its end is doing ----

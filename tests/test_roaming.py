@@ -95,7 +95,7 @@ def goes(end: Watched, why: str) -> None:
 
 
 def stays(end: Watched) -> None:
-    time.sleep(2)
+    time.sleep(1.5)
     assert end.watch.lost_local is None
 
 

@@ -105,13 +105,14 @@ class DeviceWatch:
             self._complain(error)
             return
         if seen is not None and not self.device_gone:
+            self._complained = False
             self._judge(self._reader, seen, now)
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:
             self._complained = True
             why = error.strerror or error
-            log.warning("changes of %s will not be noticed: netlink: %s", self._device.name, why)
+            log.warning("changes of %s may go unnoticed: netlink: %s", self._device.name, why)
 
     def _judge(self, reader: StateReader, seen: Seen, now: float) -> None:
         if not self._read_before:  # not every kernel makes the same ones
