@@ -83,7 +83,7 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 install: all
 	rm -rf $(DESTDIR)$(LIBDIR)
 	$(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
-	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib.* build/bdist.* ttun.egg-info
+	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib.* build/bdist.* ttun_tunnel.egg-info
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
 	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(FISH)
 	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun

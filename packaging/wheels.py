@@ -1,4 +1,6 @@
-"""``make wheels``: all that ``pip install --no-index --find-links dist ttun`` needs, per platform.
+"""``make wheels``: all that a platform needs to install ttun without an index.
+
+    pip install --no-index --find-links dist ttun-tunnel
 
 First a virtual environment with the tools. Then, for each platform:
 
@@ -209,7 +211,7 @@ def build(
     tag = compiler.platform.tag
     tools.module("wheel", "tags", "--remove", "--platform-tag", tag, wheel)
     (wheel,) = fresh.glob("*.whl")
-    if wheel.name.startswith("ttun-"):
+    if wheel.name.startswith("ttun_tunnel-"):
         run(["advzip", "--recompress", "--shrink-insane", "--quiet", wheel])
         if wheel.stat().st_size > LARGEST:
             sys.exit(f"{wheel.name} has {wheel.stat().st_size} bytes: more than {LARGEST}")
