@@ -40,7 +40,7 @@ FISH = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHA
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
-.PHONY: all demo test asan ubsan tsan fuzz faults soak wheels check-wheels \
+.PHONY: all demo test asan ubsan tsan fuzz faults soak dist check-dist wheels check-wheels \
   check-services pictures install uninstall lint format help clean
 
 # Root in a user's tree, as under sudo: what is made there is then given to that user. Left as they are:
@@ -67,6 +67,8 @@ help:
 	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave; as root'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
+	@echo 'make dist    into dist/: the sdist, and a wheel that is built from it'
+	@echo 'make check-dist: install that wheel where nothing else is, run the unit tests from the sdist'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
 	@echo 'make check-wheels: install and run them, for glibc and musl; ARM under emulation, as root'
 	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
@@ -128,6 +130,17 @@ uninstall:
 	  $(SYSTEMD)/ttun-client@.service $(SYSTEMD)/ttun-tox@.service $(SYSUSERS)/ttun.conf \
 	  $(SHARE)/man/man1/ttun.1 $(SHARE)/bash-completion/completions/ttun \
 	  $(SHARE)/zsh/site-functions/_ttun $(FISH)/ttun.fish
+
+# What a package index would get: the sdist, and a wheel that is made of it and nothing else. pip's
+# isolated builds find what pyproject.toml says they require among the wheels: no network.
+dist: $(VENV)/.built $(VENV)/.tools-dist
+	rm -rf dist/ttun_tunnel-*.tar.gz dist/ttun_tunnel-*-linux_*.whl build/lib* build/bdist.*
+	@PIP_NO_INDEX=1 PIP_FIND_LINKS=$(abspath $(WHEELS)) $(BIN)/python -m build \
+	  > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	$(BIN)/python -m twine check --strict dist/ttun_tunnel-*
+
+check-dist: dist $(VENV)/.tools-test
+	$(BIN)/python packaging/check_dist.py
 
 # PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
 wheels: $(VENV)/.venv
