@@ -6,8 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEELS := $(VENV)/wheels
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+MADE := $(VENV) build dist *.egg-info ttun/_codec*.so ttun/__pycache__ ttun/tox/__pycache__ \
+  .mypy_cache .ruff_cache .pytest_cache .hypothesis
 C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# $(LISTED) NAME: the strings of that list in pyproject.toml.
+LISTED := $(BIN)/python -c "import re, sys; text = open('pyproject.toml').read(); \
+  print(*re.findall(r'\"(.+?)\"', re.search(rf'^{sys.argv[1]} = \[(.*?)\]', text, re.M)[1]))"
+# $(call fetch,arguments of pip): what takes a network; without one, one line says so.
+export PIP_RETRIES ?= 2
+UNREACHED := NewConnectionError|NameResolutionError|TimeoutError|Read timed out|Max retries|onnection (broken|reset)|versions: none
+fetch = $(PIP) $(1) > $(VENV)/pip.log 2>&1 || { \
+  if grep -qE '$(UNREACHED)' $(VENV)/pip.log; then \
+    echo 'make needs a network here: pip gets nothing from its package index (see $(VENV)/pip.log)'; \
+  else cat $(VENV)/pip.log; fi >&2; exit 1; }
 FUZZERS := $(basename $(notdir $(wildcard tests/fuzz/*.c)))
 FUZZ_SECONDS ?= 60
 SECONDS ?= 120
@@ -28,10 +40,22 @@ FISH = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHA
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
-.PHONY: all demo test asan ubsan tsan fuzz faults soak wheels check-wheels check-services pictures \
-  install uninstall lint format help clean
+.PHONY: all demo test asan ubsan tsan fuzz faults soak dist check-dist wheels check-wheels \
+  check-services pictures install uninstall lint format help clean
+
+# Root in a user's tree, as under sudo: what is made there is then given to that user. Left as they are:
+# the systems that check-wheels and check-services make, whose files have owners of their own.
+ifeq ($(shell id -u)-$(shell find . -maxdepth 0 ! -user 0)$(GIVEN_BACK),0-.)
+.NOTPARALLEL:
+.PHONY: $(MAKECMDGOALS)
+$(or $(MAKECMDGOALS),all):
+	@PYTHONDONTWRITEBYTECODE=1 $(MAKE) --no-print-directory GIVEN_BACK=1 $@; code=$$?; \
+	find $(MADE) -path 'build/check-[ws]*' -prune -o -user 0 \
+	  -exec chown -h $$(stat -c %u:%g .) {} + 2> /dev/null; exit $$code
+else
 
 all: $(VENV)/.built
+	@echo 'built; now: sudo ./ttun.py server'
 
 help:
 	@echo 'make         build into .venv; then: sudo ./ttun.py server'
@@ -43,6 +67,8 @@ help:
 	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave; as root'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
+	@echo 'make dist    into dist/: the sdist, and a wheel that is built from it'
+	@echo 'make check-dist: install that wheel where nothing else is, run the unit tests from the sdist'
 	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
 	@echo 'make check-wheels: install and run them, for glibc and musl; ARM under emulation, as root'
 	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
@@ -51,13 +77,13 @@ help:
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
 
-demo: all
+demo: $(VENV)/.built
 	./ttun.py demo
 
-test: all $(VENV)/.tools-test
+test: $(VENV)/.built $(VENV)/.tools-test
 	$(BIN)/python -m pytest $(TESTS)
 
-asan ubsan tsan: all $(VENV)/.tools-test
+asan ubsan tsan: $(VENV)/.built $(VENV)/.tools-test
 	$(BIN)/python tests/sanitize.py $@ $(TESTS)
 
 # What a fuzzer finds it leaves in build/fuzz; put it into tests/fuzz/seeds/ once it is mended.
@@ -67,7 +93,7 @@ build/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h $(wildcard csrc/*.[ch])
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  $< $(wildcard csrc/*.c) -pthread -ldl -o $@
 
-fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
+fuzz: $(VENV)/.built $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	@for fuzzer in $(FUZZERS); do \
 	  mkdir -p build/fuzz/corpus/$$fuzzer; \
 	  build/fuzz/$$fuzzer -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 \
@@ -80,10 +106,10 @@ fuzz: all $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 
 # The program and what it needs go into a directory of their own, which no other Python reads. It takes
 # no network, and nothing stays in this tree that is root's: make clean needs no sudo.
-install: all
-	rm -rf $(DESTDIR)$(LIBDIR)
+install: $(VENV)/.built
+	rm -rf $(DESTDIR)$(LIBDIR) build/lib* build/bdist.*
 	$(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
-	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib.* build/bdist.* ttun.egg-info
+	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib* build/bdist.* build/temp.* ttun_tunnel.egg-info
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
 	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(FISH)
 	$(FILL_IN) packaging/launcher.in > $(DESTDIR)$(BINDIR)/ttun
@@ -105,6 +131,17 @@ uninstall:
 	  $(SHARE)/man/man1/ttun.1 $(SHARE)/bash-completion/completions/ttun \
 	  $(SHARE)/zsh/site-functions/_ttun $(FISH)/ttun.fish
 
+# What a package index would get: the sdist, and a wheel that is made of it and nothing else. pip's
+# isolated builds find what pyproject.toml says they require among the wheels: no network.
+dist: $(VENV)/.built $(VENV)/.tools-dist
+	rm -rf dist/ttun_tunnel-*.tar.gz dist/ttun_tunnel-*-linux_*.whl build/lib* build/bdist.*
+	@PIP_NO_INDEX=1 PIP_FIND_LINKS=$(abspath $(WHEELS)) $(BIN)/python -m build \
+	  > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	$(BIN)/python -m twine check --strict dist/ttun_tunnel-*
+
+check-dist: dist $(VENV)/.tools-test
+	$(BIN)/python packaging/check_dist.py
+
 # PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
 wheels: $(VENV)/.venv
 	nice $(BIN)/python packaging/wheels.py $(PLATFORMS)
@@ -112,19 +149,19 @@ wheels: $(VENV)/.venv
 check-wheels: $(VENV)/.venv
 	nice $(BIN)/python packaging/check_wheels.py
 
-check-services: all
+check-services: $(VENV)/.built
 	$(BIN)/python packaging/check_services.py
 
-pictures: all
+pictures: $(VENV)/.built
 	PYTHONPATH=. $(BIN)/python -B packaging/pictures.py
 
-faults: all
+faults: $(VENV)/.built
 	PYTHONPATH=. $(BIN)/python -B tests/faults.py $(SECONDS) $(SEED) $(WIRE)
 
-soak: all
+soak: $(VENV)/.built
 	PYTHONPATH=. $(BIN)/python -B tests/toxsoak.py $(SECONDS) $(SEED)
 
-lint: all $(VENV)/.tools-test $(VENV)/.tools-lint
+lint: $(VENV)/.built $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy
@@ -144,7 +181,7 @@ format: $(VENV)/.tools-lint
 	$(BIN)/clang-format -i $(C_FILES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ttun/_codec*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(MADE)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What it takes to build, asked for in one line of apt.
@@ -160,17 +197,20 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# The wheels of what ttun needs stay: with them the next build takes no network, nor does make install.
 $(VENV)/.built: $(VENV)/.venv $(SOURCES) Makefile
-	rm -rf $(WHEELS)
-	$(PIP) install 'setuptools>=61' wheel
-	$(PIP) wheel -w $(WHEELS) 'pynacl>=1.6' 'cffi>=1.15' 'python-pytun>=2.4'
-	$(PIP) install --no-index $(WHEELS)/*.whl
-	@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@needs="$$($(LISTED) requires) $$($(LISTED) dependencies)"; \
+	$(PIP) wheel --no-index --find-links $(WHEELS) -w $(WHEELS) $$needs > $(VENV)/pip.log 2>&1 || \
+	  { $(call fetch,wheel -w $(WHEELS) $$needs); } && \
+	$(PIP) install --no-index --find-links $(WHEELS) $$needs
+	@rm -rf ttun.egg-info || :  # of an earlier name: ttun doctor would take it for another project
+	@$(BIN)/python setup.py -q build_ext --inplace --force --build-lib $(VENV)/codec \
+	  --build-temp $(VENV)/codec > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@rm -r $(VENV)/codec
 	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does, into directories of root's
 	@touch $@
 
-# The lists are the extras of pyproject.toml.
 $(VENV)/.tools-%: $(VENV)/.venv pyproject.toml
-	$(PIP) install $$($(BIN)/python -c "import re; text = open('pyproject.toml').read(); \
-	  print(*re.findall(r'\"(.+?)\"', re.search(r'^$* = \[(.*?)\]', text, re.M)[1]))")
+	@$(call fetch,install $$($(LISTED) $*))
 	@touch $@
+endif

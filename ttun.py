@@ -2,7 +2,7 @@
 """Run ttun from its source directory: ``./ttun.py server``, after ``make``.
 
 It finds the .venv that make built beside it and goes on in that Python, also under sudo, from any
-directory and through a symbolic link.
+directory and through a symbolic link. Under sudo it leaves no byte-code of root's in a user's tree.
 """
 
 import os
@@ -13,6 +13,9 @@ VENV = os.path.join(HERE, ".venv")
 PYTHON = os.path.join(VENV, "bin", "python3")
 
 if __name__ == "__main__":
+    if os.stat(HERE).st_uid != os.geteuid():
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # nor do the Pythons that this one starts
     if os.path.realpath(sys.prefix) != os.path.realpath(VENV) and os.path.exists(PYTHON):
         os.execv(PYTHON, [PYTHON, os.path.realpath(__file__), *sys.argv[1:]])
     sys.path.insert(0, HERE)

@@ -1,7 +1,7 @@
 """``make check-wheels``: install what ``make wheels`` made where there is nothing else, and run it.
 
-Each place gets a fresh virtual environment, ``pip install --no-index --find-links dist ttun`` and
-tests/check_install.py:
+Each place gets a fresh virtual environment and tests/check_install.py, after
+``pip install --no-index --find-links dist ttun-tunnel``:
 
 1. this machine;
 2. with root, Debian 12 for aarch64 and armv7l, made by debootstrap with Python and no compiler;
@@ -47,7 +47,7 @@ COMMANDS = [
     ["python3", "-c", "import shutil; assert not shutil.which('cc') and not shutil.which('gcc')"],
     ["python3", "-m", "venv", "--clear", "/tmp/check"],
     ["/tmp/check/bin/pip", "--disable-pip-version-check", "-q", "install", "--no-index",
-     "--find-links", "/ttun/dist", "ttun"],
+     "--find-links", "/ttun/dist", "ttun-tunnel"],
     ["/tmp/check/bin/python", "/ttun/tests/check_install.py"],
 ]  # fmt: skip
 # A user namespace of root's may make no device node: what debootstrap wants of them is there.
@@ -60,7 +60,8 @@ def check_here() -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
     subprocess.run(
         [place / "bin" / "pip", "--disable-pip-version-check", "-q", "install", "--no-index",
-         "--find-links", ROOT / "dist", "ttun"], check=True, env={"PIP_CONFIG_FILE": os.devnull},
+         "--find-links", ROOT / "dist", "ttun-tunnel"], check=True,
+        env={"PIP_CONFIG_FILE": os.devnull},
     )  # fmt: skip
     check = [place / "bin" / "python", ROOT / "tests" / "check_install.py"]
     subprocess.run(check, check=True, cwd="/")
@@ -158,7 +159,7 @@ def run_in(root: Path, debian: str, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if not list(ROOT.glob("dist/ttun-*.whl")):
+    if not list(ROOT.glob("dist/ttun_tunnel-*.whl")):
         sys.exit("there are no wheels in dist: make wheels")
     WORK.mkdir(parents=True, exist_ok=True)
     checks: dict[str, Callable[[], None]] = {"here": check_here}

@@ -1,4 +1,6 @@
-"""``make wheels``: all that ``pip install --no-index --find-links dist ttun`` needs, per platform.
+"""``make wheels``: all that a platform needs to install ttun without an index.
+
+    pip install --no-index --find-links dist ttun-tunnel
 
 First a virtual environment with the tools. Then, for each platform:
 
@@ -7,8 +9,7 @@ First a virtual environment with the tools. Then, for each platform:
 3. Each package that ttun depends on is downloaded as a wheel, or built from its sdist, unchanged,
    where its makers have no wheel for this platform. cffi and python-pytun do not use the stable
    ABI: theirs are for the Python that runs this script.
-4. Ours is packed again by advzip, which finds shorter codes than zlib (apt install advancecomp).
-5. What was built is checked: auditwheel (it needs no newer libc than its name says), abi3audit (it
+4. What was built is checked: auditwheel (it needs no newer libc than its name says), abi3audit (it
    keeps to the stable ABI), and the ELF header (it is for that processor).
 
 Not from PyPI: libffi, which cffi's sdist leaves to the system; its source is Debian's, through apt.
@@ -37,9 +38,6 @@ TOOLS = [
 ]  # fmt: skip
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "ttun"]
 OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
-# For our own codec: no names but the module's, and no tables to unwind a stack with (a process that
-# holds keys leaves no core file to look at). -Os: its one hot loop says itself what to unroll.
-SMALL = "-Os -fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
 LARGEST = 150_000  # bytes of our wheel: it goes to routers
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 DEBIAN = "http://deb.debian.org/debian bookworm main"
@@ -197,22 +195,18 @@ esac"""
         }
 
 
-def build(
-    tools: Tools, compiler: Compiler, what: Sequence[str | Path], dist: Path, **environment: str
-) -> Path:
+def build(tools: Tools, compiler: Compiler, what: Sequence[str | Path], dist: Path) -> Path:
     """Build one wheel, give it the platform's tag, check it, and put it into dist."""
     fresh = compiler.directory / "wheel"
     shutil.rmtree(fresh, ignore_errors=True)
     tools.pip("wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", fresh, *what,
-              **compiler.environment(), **environment)  # fmt: skip
+              **compiler.environment())  # fmt: skip
     (wheel,) = fresh.glob("*.whl")
     tag = compiler.platform.tag
     tools.module("wheel", "tags", "--remove", "--platform-tag", tag, wheel)
     (wheel,) = fresh.glob("*.whl")
-    if wheel.name.startswith("ttun-"):
-        run(["advzip", "--recompress", "--shrink-insane", "--quiet", wheel])
-        if wheel.stat().st_size > LARGEST:
-            sys.exit(f"{wheel.name} has {wheel.stat().st_size} bytes: more than {LARGEST}")
+    if wheel.name.startswith("ttun_tunnel-") and wheel.stat().st_size > LARGEST:
+        sys.exit(f"{wheel.name} has {wheel.stat().st_size} bytes: more than {LARGEST}")
     check(tools, compiler.platform, wheel)
     return Path(shutil.move(wheel, dist / wheel.name))
 
@@ -254,9 +248,7 @@ def build_ttun(tools: Tools, compiler: Compiler, dist: Path) -> Path:
             shutil.copytree(source, copy / name, ignore=ignore)
         else:
             shutil.copy(source, copy / name)
-    readme = copy / "README.md"
-    readme.write_text(readme.read_text().split("\n\n")[1] + "\n")  # what it is; no pictures
-    return build(tools, compiler, [copy], dist, TTUN_CFLAGS=SMALL)
+    return build(tools, compiler, [copy], dist)
 
 
 def dependencies() -> list[str]:
@@ -343,8 +335,6 @@ def main() -> None:
     unknown = set(options.platforms) - set(tags)
     if unknown:
         parser.error(f"{', '.join(unknown)}: choose from {', '.join(tags)}")
-    if not shutil.which("advzip"):
-        sys.exit("advzip is missing: apt install advancecomp")
     dist, work = options.dist.resolve(), options.work.resolve()
     for directory in (dist, work):
         directory.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,57 @@ def test_flags_in_the_table_of_the_readme_have_the_defaults_that_it_says() -> No
                 assert told[1].startswith(given[1]), flag
 
 
+# pip, pipx and uv, up to what ends a command in a shell, in prose or in a string of Python.
+INSTALLS = re.compile(r"\b(?:pip[x3]?|uv)\b[^\n|;&`]*? (?:install|download|wheel) [^\n|;&`()\"#]*")
+WITH_A_VALUE = {"-w", "-d", "-t", "-r", "--find-links", "--no-binary", "--target"}
+
+
+def fetched_by_name(text: str) -> list[str]:
+    """The packages that commands in a text have an index asked for."""
+    names = []
+    for command in INSTALLS.findall(text.replace("\\\n", " ")):
+        words = re.split(r" (?:install|download|wheel) ", command, maxsplit=1)[1].split()
+        if "--no-index" not in command:
+            for before, word in zip(["", *words], words):
+                path = "/" in word or word.endswith((".whl", ".tar.gz"))
+                if word[0].isalpha() and not path and before not in WITH_A_VALUE:
+                    names.append(re.split("[<>=.,]", word)[0])
+    return names
+
+
+def test_no_command_asks_an_index_for_a_package_of_this_name() -> None:
+    """PyPI's ttun is another project; ttun-tunnel is not registered there: anybody could."""
+    text = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0]
+    rows = re.findall(r"^(?!dynamic)\w+ = \[(.*)\]", text, re.M)
+    known = {re.split("[<>=]", name)[0] for row in rows for name in re.findall(r'"(.*?)"', row)}
+    assert {"pynacl", "matplotlib", "setuptools"} < known
+    for command, names in (
+        ("pip install --find-links dist ttun", ["ttun"]),
+        ("sudo pip3 install -U ttun", ["ttun"]),
+        ("pip install --find-links dist \\\n  ttun-tunnel", ["ttun-tunnel"]),
+        ("python -m pip download -d dist ttun-tunnel==0.1.0", ["ttun-tunnel"]),
+        ("`pipx install ttun`, or", ["ttun"]),
+        ("/opt/ttun/bin/pip install --no-index --find-links /tmp/dist ttun-tunnel", []),
+        ("pip install .", []),
+        ("pip install dist/ttun_tunnel-0.1.0-cp39-abi3-linux_x86_64.whl", []),
+    ):
+        assert fetched_by_name(command) == names, command
+    places = [*PAGES, *ROOT.glob("ttun/**/*.py"), *ROOT.glob("packaging/**/*.py"),
+              ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "setup.py"]  # fmt: skip
+    named = 0
+    for place in places:
+        commands = place.read_text(encoding="utf-8")
+        named += len(re.findall(r"--no-index[^\n]*\bttun-tunnel\b", commands))
+        assert set(fetched_by_name(commands)) <= known, place
+    assert named >= 4, "the documented ones, which have it"
+
+
+def test_the_readme_warns_of_the_other_project() -> None:
+    (line,) = [row for row in (ROOT / "README.md").read_text().split("\n\n") if "PyPI" in row]
+    assert "`ttun` on PyPI is another project" in line
+    assert "`ttun-tunnel` is not registered" in line
+
+
 def test_pictures_are_small_and_well_formed() -> None:
     for name in ("demo", "watch", "performance"):
         picture = ROOT / "docs" / f"{name}.svg"

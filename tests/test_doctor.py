@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, SERVER, Bench
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench
 
 from ttun import doctor, hosts, path_mtu, sodium, tox
 from ttun.doctor import LESS, NO, OK, UNSEEN, Route
@@ -248,6 +248,28 @@ def test_a_processor_without_aes_and_a_system_without_toxcore(
     monkeypatch.setattr(tox, "LIBRARY", "libtoxcore.so.99")
     toxcore = doctor.look_at_toxcore()
     assert (toxcore.mark, toxcore.found) == (LESS, "no libtoxcore.so.99")
+
+
+def test_another_distribution_of_the_name_is_named(tmp_path: Path) -> None:
+    """PyPI's ttun 2.4.1 is another project, whose package and command overwrite ours."""
+    (tmp_path / "ttun_tunnel-0.1.0.dist-info").mkdir()
+    (tmp_path / "ttun_tunnel-0.1.0.dist-info" / "METADATA").write_text("Name: ttun-tunnel\n")
+    command, path = [sys.executable, "-m", "ttun", "doctor"], f"{ROOT}:{tmp_path}"
+
+    def says() -> str:
+        return subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+            capture_output=True, text=True, timeout=60, check=False,
+        ).stdout  # fmt: skip
+
+    assert "other ttun" not in says(), "ours is not another"
+    other = tmp_path / "ttun-2.4.1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: ttun\nVersion: 2.4.1\n")
+    block = says().partition("other ttun")[2].splitlines()
+    assert f"ttun 2.4.1 in {tmp_path}" in block[0]
+    assert "overwrites" in block[1]
+    assert block[2].strip().startswith("fix: pip uninstall ttun; ")
 
 
 @pytest.mark.hosts

@@ -1,9 +1,10 @@
 """``ttun doctor``: what of this machine a tunnel can use, what a lack costs, how to mend it.
 
-It looks, in this order, at what ttun itself needs, the rights of this process, the device and its
-offloads, IPv6, the processor, Multipath TCP, toxcore, the clock, and the tunnel's addresses; with a
-peer named, at whether that answers and how large a packet gets there. It changes nothing: for the
-offloads a device is made and removed again, never up. Without root it says what it could not see.
+It looks, in this order, at what ttun itself needs, another project of its name, the rights of this
+process, the device and its offloads, IPv6, the processor, Multipath TCP, toxcore, the clock, and
+the tunnel's addresses; with a peer named, at whether that answers and how large a packet gets
+there. It changes nothing: for the offloads a device is made and removed again, never up. Without
+root it says what it could not see.
 
 Sources: linux/if_tun.h, proc(5), netdevice(7), Documentation/networking/mptcp.rst.
 """
@@ -39,6 +40,7 @@ NO = "no"  # no tunnel runs
 UNSEEN = "?"  # could not be looked at
 UNREACHED = "no tunnel to this peer"  # what it costs
 
+DISTRIBUTION, NAMESAKE = "ttun-tunnel", "ttun"  # ours, and another project's on PyPI
 NODE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)  # Documentation/admin-guide/devices.txt
 TUNGETFEATURES, TUNSETIFF = 0x800454CF, 0x400454CA  # linux/if_tun.h, as are these
@@ -94,6 +96,7 @@ def look(peer: link.Address | None) -> Iterator[Finding]:
     """Yield what is found, in the order of the report."""
     packages = look_at_packages()
     yield packages
+    yield from look_at_namesake()
     yield look_at_rights()
     node = look_at_node()
     yield node
@@ -133,6 +136,23 @@ def look_at_packages() -> Finding:
     except TtunError as error:
         return Finding(NO, "packages", str(error), "nothing runs")
     return Finding(OK, "packages", "the codec, PyNaCl and python-pytun load")
+
+
+def look_at_namesake() -> Iterator[Finding]:
+    """Is the other project installed that PyPI has as ttun? Its package and command are ours."""
+    try:
+        from importlib import metadata
+
+        other = metadata.distribution(NAMESAKE)
+    except ImportError:  # no such distribution, or a Python without what looks for them
+        return
+    yield Finding(
+        LESS,
+        "other ttun",
+        f"{NAMESAKE} {other.version} in {other.locate_file('')}, another project's",
+        "the package and the command have the same names: each overwrites the other's files",
+        f"pip uninstall {NAMESAKE}; then install {DISTRIBUTION} again",
+    )
 
 
 def look_at_rights() -> Finding:

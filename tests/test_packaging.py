@@ -1,0 +1,172 @@
+"""What is built of this tree: the sdist, the wheel, and ``make`` without a network or by root."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wheels
+from tunnel import ROOT
+
+WHEELS = ROOT / ".venv" / "wheels"
+MADE = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache",
+    ".hypothesis", "slow.log", "PKG-INFO", "setup.cfg",
+)  # fmt: skip
+USER = 12345  # who owns a tree that root builds in
+NOWHERE = "https://127.0.0.1:9/simple"  # the port discard, where nobody listens
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".venv" / ".built").exists(), reason="not built with make"
+)
+
+
+def clean(**more: str) -> dict[str, str]:
+    """An environment without what this machine tells pip, make and Python, and no index to ask."""
+    theirs = ("PIP_", "MAKE", "MFLAGS", "PYTHON")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": NOWHERE, **more}
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=clean(**env), capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("make", f"PYTHON={sys._base_executable}", *arguments, cwd=tree)  # type: ignore[attr-defined]
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The source, as it is before anything is built."""
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=MADE))
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The sdist, made as pip and build make it, in a directory of its own."""
+    directory = tmp_path_factory.mktemp("sdist")
+    source = shutil.copytree(ROOT, directory / "source", ignore=MADE)
+    script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = run(sys.executable, "-c", script, directory, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = directory.glob("ttun_tunnel-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(directory)
+    yield sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path) -> Path:
+    """The wheel, made of the sdist and of what pyproject.toml says that it takes."""
+    done = run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", unpacked.parent, unpacked,
+        cwd=unpacked.parent, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(WHEELS),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (made,) = unpacked.parent.glob("*.whl")
+    return made
+
+
+def test_the_sdist_has_every_file(unpacked: Path) -> None:
+    whole = files(unpacked.parent / "source")
+    whole = {name for name in whole if ".egg-info/" not in name}
+    assert whole - files(unpacked) == set()
+    assert {"csrc/pump.c", "tests/fuzz/fuzz.h", "tests/vectors/wire-v1.json"} < whole
+
+
+def test_the_wheel_is_small_and_stripped(wheel: Path) -> None:
+    assert wheel.name.startswith("ttun_tunnel-"), "PyPI's ttun is another project"
+    assert wheel.stat().st_size < wheels.LARGEST
+    with zipfile.ZipFile(wheel) as archive:
+        codec = archive.read("ttun/_codec.abi3.so")
+        metadata = archive.read(f"{wheel.name.rpartition('-cp')[0]}.dist-info/METADATA").decode()
+    assert b".debug_info" not in codec
+    assert b".symtab" not in codec
+    assert "\nLicense-Expression: MIT\n" in metadata
+
+
+def without_docstrings(tree: ast.Module) -> str:
+    """The program, and the line of each statement."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+            elif [*map(ast.unparse, node.body)] == ["..."]:
+                node.body = []  # nothing but a docstring in the source
+    return "\n".join(
+        f"{node.lineno} {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    )
+
+
+def test_the_wheel_has_the_same_program_on_the_same_lines(wheel: Path) -> None:
+    """Comments and most docstrings are left out of it; what help(ttun.Server) shows is not."""
+    smaller = set()
+    with zipfile.ZipFile(wheel) as archive:
+        for path in sorted(ROOT.glob("ttun/**/*.py")):
+            source = path.read_text(encoding="utf-8")
+            built = archive.read(str(path.relative_to(ROOT))).decode()
+            assert without_docstrings(ast.parse(source)) == without_docstrings(ast.parse(built))
+            if len(built) < 0.9 * len(source):
+                smaller.add(path.name)
+        assert "link.py" in smaller
+        assert ">>> server.start()" in archive.read("ttun/server.py").decode()
+
+
+def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: Path) -> None:
+    without = make(tree)
+    assert without.returncode != 0
+    said = [line for line in without.stderr.splitlines() if not line.startswith("make:")]
+    assert said == [
+        "make needs a network here: pip gets nothing from its package index (see .venv/pip.log)"
+    ]
+    shutil.copytree(WHEELS, tree / ".venv" / "wheels", dirs_exist_ok=True)
+    built = make(tree)
+    assert built.returncode == 0, built.stderr
+    assert built.stdout.splitlines()[-1] == "built; now: sudo ./ttun.py server"
+    with_tools = make(tree, "test")
+    assert with_tools.stderr.splitlines()[:-1] == said, "what the tests take is not there"
+
+
+@pytest.mark.slow
+def test_root_leaves_nothing_of_roots_in_a_users_tree(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(WHEELS, tree / ".venv" / "wheels")
+    try:
+        for path in (tree, *tree.rglob("*")):
+            os.chown(path, USER, USER)
+    except OSError:
+        pytest.skip("it takes root, with more users than one")
+
+    def of_root() -> list[Path]:
+        return [path for path in tree.rglob("*") if path.lstat().st_uid != USER]
+
+    prefix = tmp_path / "prefix"
+    installed = make(tree, "install", f"PREFIX={prefix}")
+    assert installed.returncode == 0, installed.stderr
+    assert (tree / ".venv" / ".built").exists(), "root built it, as nobody had before"
+    assert of_root() == []
+    assert (prefix / "bin" / "ttun").stat().st_uid == 0
+    for path in tree.rglob("*.py"):
+        os.utime(path)  # so that all byte-code there is old
+    for command in ([tree / "ttun.py", "--version"], ["make", "uninstall", f"PREFIX={prefix}"]):
+        assert run(*command, cwd=tree).returncode == 0
+        assert of_root() == []
+    (tree / "csrc" / "codec.c").write_text("no C\n")
+    assert make(tree, "install", f"PREFIX={prefix}").returncode != 0
+    assert of_root() == [], "nor if it fails"
