@@ -127,6 +127,17 @@ def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> N
     assert len(client.recv(16)) == 16
 
 
+def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(house: House) -> None:
+    client = house.connect(marked_nonce(K, TO_SERVER))
+    house.turns()
+    for _ in range(3 * FEW):
+        house.connect(bytes(16))
+        house.turns(0.02)
+    client.settimeout(5)
+    assert len(client.recv(16)) == 16
+    assert is_open(client)
+
+
 def test_a_client_that_leaves_while_it_waits_is_let_go_of(house: House) -> None:
     house.pending.hold()
     waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]

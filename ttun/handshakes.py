@@ -339,6 +339,8 @@ class Handshakes:
         try:
             while len(peer.received) == peer.wanted:
                 taken, peer.received = bytes(peer.received), bytearray()
+                if self._host is not None and not peer.greeted:
+                    peer.knows_key = self._host.knows_key(taken)
                 self._send(peer, *peer.steps.send(taken))
         except StopIteration as done:
             keys: Keys = done.value
