@@ -39,15 +39,16 @@ class Backoff:
 
     FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 1.0
     GOOD_SESSION, LONG_SESSION, AT_FIRST = 10.0, 60.0, 60.0
-    UNANSWERED = 4.0  # from one dial to the next, where the wait for an answer was shorter
+    UNANSWERED = 4.0  # at most, from one dial to the next where the server hung up at once
 
     def __init__(self) -> None:
         """Start as if there had never been a session."""
-        self._delay = self.FIRST
+        self._delay = self._silence = self.FIRST
         self._good_session = float("-inf")  # when it ended
 
     def after_session(self, duration: float, now: float) -> float:
         """Return the wait after a session that lasted duration seconds and ended now."""
+        self._silence = self.FIRST
         if duration > self.LONG_SESSION:
             self._delay = self.FIRST
         if duration > self.GOOD_SESSION:
@@ -71,7 +72,9 @@ class Backoff:
 
     def after_silence(self, seconds: float) -> float:
         """Return the wait after a connection whose peer said nothing for so many seconds."""
-        return max(self.FIRST, self.UNANSWERED - seconds) * random.uniform(0.75, 1.0)
+        wait = max(self.FIRST, self._silence - seconds) * random.uniform(0.75, 1.0)
+        self._silence = min(2 * self._silence, self.UNANSWERED)
+        return wait
 
 
 class Client(Endpoint):
