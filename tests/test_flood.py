@@ -127,7 +127,9 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
         relay.close()
     assert max(times) < 2
     assert re.search(r"and \d{2,} more handshakes failed in the last \d+ s", server.log())
-    assert len(server.log().splitlines()) < 20 * 2 * (summary.MOST + 5)
+    lines = len(server.log().splitlines())
+    print(f"{lines} lines")
+    assert lines < 20 * 2 * (summary.MOST + 5)
 
 
 @pytest.mark.hosts

@@ -83,7 +83,7 @@ def test_a_client_that_waited_gets_in_when_the_first_leaves(bench: Bench) -> Non
     second = bench.client()
     second.says("no handshake within 10 s", seconds=30)
     second.says("connected over tcp", times=2)
-    assert server.log().count(" waits: another client is connected") == 1
+    assert server.log().count("waiting: another client is connected") == 1
     assert server.log().count("authenticated") == 1
     left = time.monotonic()
     first.stop()
@@ -132,7 +132,7 @@ def test_strangers_who_wait_do_not_keep_a_client_from_waiting(plain: Bench) -> N
     for sock in nonsense:
         sock.sendall(bytes(100))
     second = plain.client()
-    server.says(" waits: another client is connected")
+    server.says("waiting: another client is connected")
     nonsense += [connect(plain) for _ in range(60)]
     for sock in nonsense:
         with contextlib.suppress(OSError):

@@ -151,7 +151,7 @@ class Handshakes:
         """Answer no peer for now; one that was answered already is dropped."""
         for peer in list(self._pending.values()):
             if peer.greeted:
-                self._drop(peer, "another client is connected")
+                self._close(peer)
             elif peer.steps is not None:
                 peer.steps.close()
                 peer.steps = None
@@ -272,15 +272,16 @@ class Handshakes:
 
     def _start(self, peer: Pending) -> None:
         assert peer.steps is not None
-        self._connected.log(
-            time.monotonic(),
-            "peer %s connected over %s; handshaking",
-            peer.name,
-            link.transport(peer.sock),
-        )
+        self._announce(peer, "handshaking")
         with self._fate(peer):
             self._send(peer, *next(peer.steps))
             self._feed(peer)  # one that was held has sent its nonce
+
+    def _announce(self, peer: Pending, what: str) -> None:
+        over = link.transport(peer.sock)
+        self._connected.log(
+            time.monotonic(), "peer %s connected over %s; %s", peer.name, over, what
+        )
 
     def _cannot_accept(self, error: OSError) -> None:
         """Say why, and make room; where nobody can go, leave the listener alone for a while."""
@@ -386,7 +387,7 @@ class Handshakes:
             self._poll.modify(peer.sock, select.POLLRDHUP)
             if peer.network not in self._told and len(self._told) < MOST_HELD:
                 self._told.add(peer.network)  # it dials again every few seconds
-                log.info("peer %s waits: another client is connected", peer.name)
+                self._announce(peer, "waiting: another client is connected")
 
     def _limit(self, peer: Pending, seconds: float) -> None:
         """Where a stranger has a random time, give a peer that showed the key its usual one."""
