@@ -43,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = "/run"  # a tmpfs of the namespace's own
         hosts.enter_user_namespace([sys.executable, "-m", "pytest", *config.invocation_params.args])
     except TtunError as error:
+        del os.environ["PYTEST_DEBUG_TEMPROOT"]  # this user may not write there
         config.stash[WHY_NOT] = str(error)
     capture.resume_global_capture()
 

@@ -158,6 +158,7 @@ def test_a_rate_of_any_size_stands_apart_and_in_the_same_column() -> None:
     assert rates.lines()[1].startswith("  receiving 23.20 Gbit/s  ")
 
 
+@pytest.mark.hosts
 def test_the_tests_see_no_tunnel_of_this_machine() -> None:
     """Whoever runs the tests may have a tunnel running, or a dead one's socket in /run/ttun."""
     try:
