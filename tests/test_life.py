@@ -181,6 +181,86 @@ def test_a_signal_handler_may_stop_it_whatever_the_main_thread_does(plain: Bench
     assert "good" in printed
 
 
+def test_a_signal_handler_may_stop_it_in_the_middle_of_stop_and_of_start(plain: Bench) -> None:
+    """It waited for the very call that it had interrupted."""
+    printed = run(
+        plain,
+        SERVER,
+        """
+        import faulthandler
+        faulthandler.dump_traceback_later(40, exit=True)  # a deadlock ends the program
+        signal.signal(signal.SIGUSR1, lambda *_: server.stop())
+
+        class Server(ttun.Server):
+            def _begin(self):
+                super()._begin()
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+            def _close(self):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                super()._close()
+
+        for prepare in ("open", "start"):
+            server = Server(b"secret", listen="192.0.2.1:0")
+            getattr(server, prepare)()
+            server.stop()
+            print("over:", server.wait(10), devices())
+        server = Server(b"secret")
+        server.stop()
+        print("over:", server.wait(10), devices())
+        """,
+    )
+    assert printed.count("over: True []") == 3
+
+
+def test_an_interrupted_start_ends_it_once(plain: Bench) -> None:
+    """KeyboardInterrupt once closed the device under the thread that was there already."""
+    printed = run(
+        plain,
+        SERVER,
+        """
+        start = threading.Thread.start
+
+        def interrupted(thread):
+            start(thread)
+            if thread.name == "ttun-server":
+                time.sleep(0.5)
+                raise KeyboardInterrupt
+
+        threading.Thread.start = interrupted
+        server = ttun.Server(b"secret", listen="192.0.2.1:0")
+        try:
+            server.start()
+        except KeyboardInterrupt:
+            print("over:", server.wait(10), devices())
+        time.sleep(0.5)
+        print("threads:", threading.active_count())
+        """,
+    )
+    assert "over: True []" in printed
+    assert "threads: 1" in printed
+
+
+def test_a_forked_child_that_waits_for_it_sees_its_end(plain: Bench) -> None:
+    """It took a core for ever."""
+    printed = run(
+        plain,
+        SERVER,
+        """
+        server = ttun.Server(b"secret", listen="192.0.2.1:0")
+        server.start()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            server.wait()
+            os._exit(7)
+        server.stop()
+        print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+    )
+    assert "child: 7" in printed
+
+
 def test_stop_from_a_callback_does_not_wait_for_itself(plain: Bench) -> None:
     plain.client()
     printed = run(

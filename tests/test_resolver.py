@@ -194,3 +194,27 @@ def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: 
     for host in ("192.0.2.1", "2001:db8::1"):
         assert Resolver(host, 7).targets(stop)[0].sockaddr[:2] == (host, 7)
         assert resolver.look_up(host, 7, stop)[0].sockaddr[:2] == (host, 7)
+
+
+def test_a_child_is_waited_for_by_whoever_wants_to(stop: StopFlag) -> None:
+    """Whoever started the program may have SIGCHLD ignored: then the kernel does it."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        found = resolver._in_a_child("localhost", 5, 0, stop)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
+
+
+def test_of_very_many_addresses_some_are_taken(
+    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+) -> None:
+    """4,000 fit into an answer of DNS over TCP, and not into what the child may say."""
+
+    def many(*_: object, **__: object) -> list[object]:
+        address = ("2001:db8:1111:2222:3333:4444:5555:6666", 20203, 0, 0)
+        return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", address)] * 4000
+
+    monkeypatch.setattr(socket, "getaddrinfo", many)
+    assert 1 < len(resolver._in_a_child("many.example", 1, 0, stop)) < 100
+    assert 1 < len(Resolver("many.example", 1).targets(stop)) < 100

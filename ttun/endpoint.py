@@ -154,9 +154,8 @@ class Endpoint(abc.ABC):
             self._stop, self._over = StopFlag(), StopFlag()
         except OSError as error:
             raise TtunError(f"cannot start: {error.strerror}") from None
-        self._taken: dict[str, object] = {}  # the steps of its life, each taken once
+        self._taken: dict[str, list[int]] = {}  # the steps of its life, each taken by one thread
         self._is_open = False
-        self._opener: int | None = None  # the thread that is in open() now
         self._runner: int | None = None  # the endpoint's own
         self._device: Device | None = None
         self._device_name_shown: str | None = None
@@ -170,7 +169,6 @@ class Endpoint(abc.ABC):
         """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
         if not self._take("open"):
             raise TtunError(f"this {self.role} was opened before: make another one")
-        self._opener = threading.get_ident()
         try:
             log.info("ttun %s %s", __version__, self.role)
             self._prepare()
@@ -196,8 +194,6 @@ class Endpoint(abc.ABC):
         except BaseException:
             self._finish()
             raise
-        finally:
-            self._opener = None
 
     def start(self) -> None:
         """Start in a background thread; open() first, if that was not done. Raises TtunError."""
@@ -209,19 +205,21 @@ class Endpoint(abc.ABC):
         try:
             self._begin()
             thread.start()
-        except RuntimeError as error:  # the process may have no more threads
-            self._finish()
-            raise TtunError(f"cannot start: {error}") from None
-        except BaseException:
-            self._finish()
+        except BaseException as error:
+            self._stop.set()
+            if self._take("run"):  # else the thread is there, and does it
+                self._finish()
+            if isinstance(error, RuntimeError):  # the process may have no more threads
+                raise TtunError(f"cannot start: {error}") from None
             raise
+        self._runner = thread.ident
 
     def stop(self) -> None:
         """End the session and the endpoint; return when both are gone, within a second."""
         self._stop.set()
         if self._take("open") or (self._is_open and self._take("start")):
             self._finish()  # nothing runs: nobody else does it
-        elif threading.get_ident() not in (self._opener, self._runner):
+        elif not self._depends_on_this_thread():
             self._over.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -322,10 +320,23 @@ class Endpoint(abc.ABC):
 
     def _take(self, step: str) -> bool:
         """Return whether this call is the first to take a step: one lookup, so no lock is held."""
-        mine = object()
+        mine = [threading.get_ident()]
         return self._taken.setdefault(step, mine) is mine
 
+    def _depends_on_this_thread(self) -> bool:
+        """Return whether it cannot be over before this thread goes on with something.
+
+        It is the endpoint's own, or it was interrupted by a signal handler in a call that opens,
+        starts or closes.
+        """
+        thread = threading.get_ident()
+        if self._runner is not None:
+            return self._runner == thread
+        return self._taken["start" if self._is_open else "open"][0] == thread
+
     def _main(self) -> None:
+        if not self._take("run"):
+            return
         self._runner = threading.get_ident()
         self._stop.on_beat = self._look
         wait = LACK_FIRST

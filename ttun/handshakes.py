@@ -322,7 +322,7 @@ class Handshakes:
     def _advance(self, peer: Pending, what: int) -> Peer | None:
         """Take what a peer sent; return it when that ended its handshake well."""
         if peer.unrecognized:
-            self._discard(peer)
+            self._discard(peer, what)
         elif peer.steps is None:
             self._look_at_held(peer, what)
         else:
@@ -403,14 +403,19 @@ class Handshakes:
         peer.received.clear()
         self._discard(peer)
 
-    def _discard(self, peer: Pending) -> None:
+    def _discard(self, peer: Pending, what: int = 0) -> None:
         try:
-            if not peer.sock.recv(65536):
-                self._poll.modify(peer.sock, 0)  # its end is no reason for ours
+            if peer.sock.recv(65536):
+                return
         except BlockingIOError:
-            pass
+            return
         except OSError:  # reset: there is nobody left to notice anything
             self._close(peer)
+            return
+        if what & GONE:  # reset after its end: recv() only tells of that, and poll() never stops
+            self._close(peer)
+        else:
+            self._poll.modify(peer.sock, 0)  # its end is no reason for ours
 
     def _send(self, peer: Pending, data: bytes, wanted: int) -> None:
         """Send an answer: far less than an empty socket buffer takes at once."""

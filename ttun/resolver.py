@@ -14,6 +14,7 @@ into the very tunnel that is to be built.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import json
@@ -34,6 +35,7 @@ log = logging.getLogger("ttun")
 PATIENCE = 2.0  # seconds for a look-up when there are addresses of an earlier one
 FIRST_PATIENCE = 60.0  # seconds for the first: longer than the C library's resolver takes
 ANSWER_MAX = 65536  # bytes from the child
+MOST = 64  # addresses of a name: each may take 14 s to dial and to shake hands with
 
 SocketAddress = Union[tuple[str, int], tuple[str, int, int, int]]
 
@@ -109,7 +111,7 @@ class Resolver:
 def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
     # No host: the addresses to listen on.
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
-    return [Target(family, sockaddr) for family, _, _, _, sockaddr in found]  # type: ignore[arg-type]
+    return [Target(family, sockaddr) for family, _, _, _, sockaddr in found[:MOST]]  # type: ignore[arg-type]
 
 
 def _on_a_thread(host: str, port: int, flags: int) -> queue.SimpleQueue[list[Target] | Exception]:
@@ -167,8 +169,12 @@ def _in_a_child(host: str, port: int, flags: int, stop: StopFlag) -> list[Target
         answer = _read_all(readable, stop)
     finally:
         os.close(readable)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        # Where SIGCHLD is ignored, as whoever started us may have it, or another part of the
+        # program waits for all children, it is gone by itself.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
     if not answer:
         raise OSError("the look-up ended without an answer")
     found: dict[str, Any] = json.loads(answer)

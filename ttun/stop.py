@@ -53,7 +53,8 @@ class StopFlag:
             left = SLICE if end is None else min(SLICE, end - time.monotonic())
             if left <= 0:
                 break
-            waiting.poll(left * 1000)
+            # In a forked child it turns readable, as the descriptors are shared, and is not set.
+            self._set = bool(waiting.poll(left * 1000)) or self._set
         return self._set
 
     def beat(self) -> None:
