@@ -1,4 +1,5 @@
-/* What this process may do, and what others may do to it. Sources: prctl(2), capabilities(7). */
+/* What this process may do, what others may do to it, and how a signal ends it while it starts.
+ * Sources: prctl(2), capabilities(7), signal-safety(7). */
 #ifndef TTUN_PROCESS_H
 #define TTUN_PROCESS_H
 
@@ -12,5 +13,10 @@ void ttun_drop_bounding_set(void);
 /* Gives up all capabilities of this thread and sets no_new_privs. Threads that it makes afterwards
  * have none either. 0, or -1 with errno set. */
 int ttun_drop_capabilities(void);
+
+/* From now on this signal ends the process at once: one line on stderr, exit code 0. Python runs
+ * its handlers only between its own instructions, so none runs while getaddrinfo() waits for a name
+ * server. Python's next signal.signal() for this number replaces it. 0, or -1 with errno set. */
+int ttun_end_on_signal(int number);
 
 #endif
