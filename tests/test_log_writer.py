@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +22,6 @@ from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, eventually
 
 from ttun import hosts
 from ttun.log_writer import Descriptor, Writer
-from ttun.tox import daemon
 
 SIZES = [4096, 65536]  # bytes of a pipe: one page, and what is usual
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; fcntl.F_SETPIPE_SZ from Python 3.10 on
@@ -92,7 +89,9 @@ def test_lines_that_nobody_reads_are_counted_in_their_place(pipe: Pipe, threaded
     assert time.monotonic() - started < 10, "nobody waited"
     assert os.get_blocking(pipe.writable), "the description is not ours alone"
 
-    while not threaded and "lost" not in pipe.read():
+    for _ in range(2000):
+        if threaded or "lost" in pipe.read():
+            break
         writer.handle(record("one more"))  # writes what can be written
     pipe.says("lost: ")
     lines = pipe.read().splitlines()
@@ -103,10 +102,12 @@ def test_lines_that_nobody_reads_are_counted_in_their_place(pipe: Pipe, threaded
     assert kept == [str(number) for number in range(len(kept))], "the first ones, in order"
     assert 600 < len(kept) < 1500, "a queue of 64 KiB, and at most as much in the pipe"
     writer.handle(record("the next one"))
-    while not threaded and "the next one\n" not in pipe.read():
+    for _ in range(2000):
+        if threaded or "the next one\n" in pipe.read():
+            break
         writer.handle(record("the next one"))
     after = pipe.says("the next one\n").splitlines()[place + 1 :]
-    assert set(after[:-1]) <= {"one more"}
+    assert set(after[:-1]) <= {"one more", "the next one"}
     assert after[-1] == "the next one"
     if threaded:
         assert len(kept) + int(lost[1]) == count
@@ -236,49 +237,6 @@ def test_an_error_that_nobody_reads_does_not_hold_up_the_end(arguments: str, pip
         process.kill()
 
 
-@pytest.fixture
-def syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Where a log daemon would listen."""
-    monkeypatch.setattr(daemon, "SYSLOG", str(tmp_path / "log"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(daemon.SYSLOG)
-        sock.settimeout(10)
-        yield sock
-
-
-def test_syslog_gets_lines_with_their_level_also_after_it_was_started_anew(
-    syslog: socket.socket,
-) -> None:
-    writer = Writer(daemon.Syslog())
-    writer.start()
-    name = f"ttun[{os.getpid()}]: "
-    writer.handle(record("hello"))
-    assert syslog.recv(1000).decode() == f"<30>{name}hello\0"
-    writer.handle(record("beware", logging.WARNING))
-    assert syslog.recv(1000).decode() == f"<28>{name}beware\0"
-    os.unlink(daemon.SYSLOG)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anew:
-        anew.bind(daemon.SYSLOG)
-        anew.settimeout(10)
-        syslog.close()
-        writer.handle(record("again"))
-        assert anew.recv(1000).decode() == f"<30>{name}again\0"
-
-
-def test_a_syslog_that_nobody_reads_holds_up_nobody(syslog: socket.socket) -> None:
-    writer = Writer(daemon.Syslog())
-    writer.start()
-    started = time.monotonic()
-    for number in range(4000):
-        writer.handle(record(f"{number} {'.' * 90}"))
-    writer.flush()
-    assert time.monotonic() - started < 10
-    while b"log lines lost: nobody reads the log" not in (data := syslog.recv(1000)):
-        assert data.startswith(b"<30>")
-    writer.handle(record("the next one"))
-    assert b"the next one" in syslog.recv(1000)
-
-
 def start_unread(bench: Bench, pipe: Pipe, host: str, *arguments: str) -> subprocess.Popen[str]:
     """Start an end whose log nobody reads."""
     end = bench.pair.start(
@@ -371,46 +329,3 @@ def test_tox_whose_log_nobody_reads_ends(plain: Bench, pipe: Pipe, tmp_path: Pat
     finally:
         tox.kill()
         tox.wait()
-
-
-@pytest.mark.hosts
-@pytest.mark.tox
-@pytest.mark.parametrize("is_full", [False, True], ids=["read", "never read"])
-def test_tox_in_the_background_logs_to_syslog_and_ends(
-    plain: Bench, tmp_path: Path, is_full: bool
-) -> None:
-    """In a /dev of its own, as there may be no log daemon on this machine, or a real one."""
-    log, pid_file = tmp_path / "log", tmp_path / "pid"
-    nodes = "null zero urandom random tty"
-    script = f"""
-        set -e
-        mount -t tmpfs none /mnt
-        for node in {nodes}; do touch /mnt/$node; mount --bind /dev/$node /mnt/$node; done
-        ln -s {log} /mnt/log
-        mount --rbind /mnt /dev
-        exec "$@"
-    """
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", *PROGRAM, "tox", "-z", "-s", "x",
-               "-C", str(tmp_path), "-F", str(pid_file)]  # fmt: skip
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
-        syslog.bind(str(log))
-        syslog.settimeout(20)
-        assert plain.pair.start(SERVER, command, environment=hosts.environment()).wait(20) == 0
-        pid = int(eventually(lambda: pid_file.exists() and pid_file.read_text(), "its process id"))
-        try:
-            eventually(lambda: len(os.listdir(f"/proc/{pid}/task")) > 2, "its threads run")
-            time.sleep(0.5)
-            if is_full:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as others:
-                    others.connect(str(log))
-                    others.setblocking(False)
-                    with contextlib.suppress(BlockingIOError):
-                        while True:
-                            others.send(b"a line of another program's")
-            os.kill(pid, signal.SIGTERM)
-            eventually(lambda: not Path(f"/proc/{pid}").exists(), "it has ended", 10)
-            if not is_full:
-                assert syslog.recv(1000) == f"<30>ttun[{pid}]: SIGTERM: stopping\0".encode()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)

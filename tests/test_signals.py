@@ -143,12 +143,13 @@ def start(bench: Bench, prefix: list[str], *options: str, host: str = SERVER) ->
     server = Program(process, log)
     bench.ends.append(server)  # so that it is ended with the test
     server.says("listening on")
-    eventually(lambda: (caught(process.pid) >> signal.SIGUSR1 - 1) & 1, "it waits for signals")
+    runs(process.pid)
     return server
 
 
-def caught(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0], 16)
+def runs(pid: int) -> None:
+    """Wait until an end has all its threads: before them come its handlers."""
+    eventually(lambda: len(os.listdir(f"/proc/{pid}/task")) >= 5, "its threads run")
 
 
 @pytest.mark.hosts
@@ -292,14 +293,14 @@ def test_process_1_of_a_container_reaps_orphans_and_is_ended_by_signals(
     plain: Bench, first: list[str], number: signal.Signals
 ) -> None:
     log = plain.directory / "log"
-    command = [*first, *PROGRAM, "server", "-k", "secret", "--up", "sleep 1 & sleep 1.5 &"]
+    command = [*first, *PROGRAM, "server", "-k", "secret", "--up", "sleep 1 & sleep 1.5 & exit 3"]
     with log.open("w") as file:
         outside = plain.pair.start(SERVER, command, stderr=file, environment=hosts.environment())
     server = Program(outside, log)
     try:
         server.says("listening on")
         (pid,) = children(outside.pid)
-        eventually(lambda: caught(pid) >> signal.SIGUSR1 - 1 & 1, "it waits for signals")
+        runs(pid)
         plain.client().says("authenticated")
         eventually(lambda: len(children(pid)) == 2, "two orphans")
         eventually(lambda: children(pid) == {}, "they have ended, and none is a zombie")
@@ -308,6 +309,7 @@ def test_process_1_of_a_container_reaps_orphans_and_is_ended_by_signals(
         os.kill(pid, number)
         assert server.ended() == 0
         assert f"{number.name}: stopping" in server.log()
+        assert "exit code 3" in server.log(), "whoever runs the hook learns how it ended"
     finally:
         for pid in children(outside.pid):  # the death of its parent is nothing to another user's
             os.kill(pid, signal.SIGKILL)
@@ -323,18 +325,28 @@ def test_process_1_leaves_its_own_children_to_whoever_waits_for_them(first: list
         from ttun.signals import Signals
         assert os.getpid() == 1
         signals = Signals()
-        codes = []
-        def work():
+        codes, left = [], []
+        def many():
             for number in range(40):
-                child = children.start(["sh", "-c", f"sleep 0.02 & exit {number}"])
+                start = children.start if number % 2 else subprocess.Popen
+                child = start(["sh", "-c", f"sleep 0.02 & exit {number}"])
                 time.sleep(0.02 * (number % 3))  # it has ended, and nobody has waited yet
                 codes.append(child.wait())
             signals.wake()
-        threading.Thread(target=work).start()
+        threading.Thread(target=many).start()
         assert signals.wait(60) == 0
         assert codes == list(range(40)), codes
-        assert signals.wait(2) is None
-        left = [p for p in Path("/proc").glob("[0-9]*") if p.name != "1"]
+        ours = children.start(["sh", "-c", "exit 5"])
+        def one():
+            assert children.start(["sh", "-c", "sleep 0.2 &"]).wait() == 0
+            time.sleep(1)  # the orphan has ended, behind ours
+            codes.append(ours.wait())  # no signal comes of that
+            time.sleep(2)
+            left.extend(p for p in Path("/proc").glob("[0-9]*") if p.name != "1")
+            signals.wake()
+        threading.Thread(target=one).start()
+        assert signals.wait(60) == 0
+        assert codes[-1] == 5, codes
         assert left == [], left
     """
     done = subprocess.run([*first, sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False)
