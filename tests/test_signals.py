@@ -29,12 +29,15 @@ def audit(event, arguments):
 sys.addaudithook(audit)
 """
 
-MASK = """if True:
-    import os, signal, sys
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
-    os.execvp(sys.argv[1], sys.argv[1:])
-"""
-BLOCKED = [sys.executable, "-c", MASK]
+
+def after(line: str) -> list[str]:
+    """What to put before a command line, so that this has happened to its process before."""
+    script = f"import os, signal, sys; {line}; os.execvp(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", script]
+
+
+BLOCKED = after("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))")
+NO_CHILDREN = after("signal.signal(signal.SIGCHLD, signal.SIG_IGN)")
 IGNORED = ["sh", "-c", "trap '' TERM INT HUP USR1; exec \"$@\"", "sh"]
 
 
@@ -165,6 +168,15 @@ def test_what_nohup_and_a_shells_background_job_ignore_stays_ignored_but_sigterm
     server.process.send_signal(signal.SIGTERM)
     assert server.ended() == 0
     assert "SIGTERM: stopping" in server.log()
+
+
+@pytest.mark.hosts
+def test_how_a_hook_ended_is_known_where_whoever_started_us_ignores_its_children(
+    plain: Bench,
+) -> None:
+    server = start(plain, NO_CHILDREN, "--up", "exit 3")
+    plain.client().says("authenticated")
+    server.says("exit 3: exit code 3")
 
 
 @pytest.mark.hosts

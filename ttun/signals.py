@@ -34,6 +34,8 @@ def end_while_loading() -> None:
             signal.signal(number, _end)
     if sys.argv[1:2] and sys.argv[1] in LONG_RUNNING:
         signal.signal(signal.SIGUSR1, _note)  # asks for a line later on, and must not kill before
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody learns how a hook ended
     _unblock()
 
 
