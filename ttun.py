@@ -19,10 +19,12 @@ if __name__ == "__main__":
     if os.path.realpath(sys.prefix) != os.path.realpath(VENV) and os.path.exists(PYTHON):
         os.execv(PYTHON, [PYTHON, os.path.realpath(__file__), *sys.argv[1:]])
     sys.path.insert(0, HERE)
+    from ttun.__main__ import main
+    from ttun.signals import end_while_loading
+
+    end_while_loading()
     try:
         import ttun._codec  # noqa: F401 - is it built?
     except ImportError as error:
         sys.exit(f"ttun is not built here ({error}): run make in {HERE}")
-    from ttun.cli import main
-
     sys.exit(main())

@@ -95,9 +95,11 @@ void ttun_session_free(struct ttun_session *);
 
 long ttun_drain(int tun, long most);
 
+int ttun_end_with_parent(void);
 int ttun_forbid_dumps(void);
 void ttun_drop_bounding_set(void);
 int ttun_drop_capabilities(void);
+int ttun_end_on_signal(int number);
 
 #define TTUN_SEGMENTS_MAX ...
 #define TTUN_PACKET_MAX ...

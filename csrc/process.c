@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "process.h"
 
+#include <poll.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -19,6 +21,10 @@ struct capability_data {
     uint32_t effective, permitted, inheritable;
 };
 
+int ttun_end_with_parent(void) {
+    return prctl(PR_SET_PDEATHSIG, SIGKILL);
+}
+
 int ttun_forbid_dumps(void) {
     return prctl(PR_SET_DUMPABLE, 0);
 }
@@ -36,4 +42,37 @@ int ttun_drop_capabilities(void) {
     if (syscall(SYS_capset, &header, none) != 0)
         return -1;
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+}
+
+/* Appends a string; returns the new end. Only what is safe in a signal handler. */
+static char *append(char *end, const char *text) {
+    size_t size = strlen(text);
+    memcpy(end, text, size);
+    return end + size;
+}
+
+static void end_at_once(int number) {
+    char line[64];
+    const char *name = "a signal";
+    if (number == SIGTERM)
+        name = "SIGTERM";
+    else if (number == SIGINT)
+        name = "SIGINT";
+    else if (number == SIGHUP)
+        name = "SIGHUP";
+    char *end = append(line, "ttun: stopped by ");
+    end = append(end, name);
+    end = append(end, " while starting\n");
+    /* Nobody may be reading: a pipe with room for PIPE_BUF bytes takes the line without waiting. */
+    struct pollfd output = {.fd = STDERR_FILENO, .events = POLLOUT};
+    if (poll(&output, 1, 0) == 1 && write(STDERR_FILENO, line, (size_t)(end - line)) < 0) {
+        /* closed, or a full disk */
+    }
+    _exit(0);
+}
+
+int ttun_end_on_signal(int number) {
+    struct sigaction action = {.sa_handler = end_at_once};
+    sigfillset(&action.sa_mask);
+    return sigaction(number, &action, NULL);
 }

@@ -1,6 +1,10 @@
-/* What this process may do, and what others may do to it. Sources: prctl(2), capabilities(7). */
+/* What this process may do, what others may do to it, and how a signal ends it while it starts.
+ * Sources: prctl(2), capabilities(7), signal-safety(7). */
 #ifndef TTUN_PROCESS_H
 #define TTUN_PROCESS_H
+
+/* Has this process killed when the thread that forked it is gone. 0, or -1 with errno set. */
+int ttun_end_with_parent(void);
 
 /* Forbids core dumps and ptrace of this process by others, so that keys stay in it. 0, or -1. */
 int ttun_forbid_dumps(void);
@@ -12,5 +16,10 @@ void ttun_drop_bounding_set(void);
 /* Gives up all capabilities of this thread and sets no_new_privs. Threads that it makes afterwards
  * have none either. 0, or -1 with errno set. */
 int ttun_drop_capabilities(void);
+
+/* From now on this signal ends the process at once: one line on stderr, exit code 0. Python runs
+ * its handlers only between its own instructions, so none runs while getaddrinfo() waits for a name
+ * server. Python's next signal.signal() for this number replaces it. 0, or -1 with errno set. */
+int ttun_end_on_signal(int number);
 
 #endif

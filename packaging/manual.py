@@ -27,6 +27,14 @@ EXIT_CODES = [
     ("1", "It cannot work here; one line on stderr says why."),
     ("2", "Bad usage; one line on stderr says what."),
 ]
+SIGNALS = [
+    (
+        "SIGTERM, SIGINT, SIGHUP",
+        "End a server, a client or ttun tox with exit status 0. SIGINT and SIGHUP stay ignored if "
+        "they were ignored when the program was started, as nohup does.",
+    ),
+    ("SIGUSR1", "Log one line that says what a server or a client is doing."),
+]
 PROGRAMS = "ttun ttun.py"  # as installed, and in its source directory
 
 
@@ -147,6 +155,9 @@ def man(root: Command) -> str:
     lines.append(".SH EXIT STATUS")
     for code, meaning in EXIT_CODES:
         lines += [".TP", f".B {code}", meaning]
+    lines.append(".SH SIGNALS")
+    for names, meaning in SIGNALS:
+        lines += [".TP", f".B {names}", _roff(meaning)]
     lines += [".SH ENVIRONMENT", ".TP", f".B {key.VARIABLE}", "The pre-shared key."]
     lines += [".SH FILES", ".TP", f".I {_roff(str(key.DEFAULT_FILE))}"]
     lines += ["The pre-shared key, mode 0600; a server without one makes it."]

@@ -83,6 +83,7 @@ def test_man_shows_it_without_a_warning(made: dict[str, Path]) -> None:
     assert "ttun - a point-to-point tunnel" in done.stdout
     assert "MTU of the device, 576 to 65519 (default: 1280)" in done.stdout
     assert "'SERVER COMMAND :: CLIENT COMMAND'" in done.stdout
+    assert "SIGTERM, SIGINT, SIGHUP" in done.stdout
 
 
 COMPLETIONS = [

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tunnel import PROGRAM, ROOT, SERVER, Bench, eventually
+from test_privileges import threads
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
 
-from ttun import hosts
+from ttun import hosts, privileges
 
 UNITS = [f"ttun-{kind}@.service" for kind in ("server", "client", "tox")]
 UID = 65534
@@ -96,62 +99,107 @@ def test_the_user_is_made(installed: Path, tmp_path: Path) -> None:
     assert re.search(r"^ttun:", (tmp_path / "etc" / "passwd").read_text(), re.M)
 
 
+def opened(*paths: str | Path) -> str:
+    """Shell lines that let every user reach these directories, in this mount namespace.
+
+    A directory above one of them that is closed to others gets a cover with nothing else in it.
+    """
+    closed: dict[Path, list[Path]] = {}
+    for path in map(Path, paths):
+        for above in list(path.parents)[-2::-1]:
+            if not above.stat().st_mode & stat.S_IXOTH:
+                closed.setdefault(above, []).append(path)
+                break
+    lines = []
+    for above, inside in closed.items():
+        kept = [(shlex.quote(f"/mnt/opened{path}"), shlex.quote(str(path))) for path in inside]
+        lines += [f"mkdir -p {keep}; mount --bind {path} {keep}" for keep, path in kept]
+        lines += [f"mount -t tmpfs -o mode=755 none {shlex.quote(str(above))}"]
+        lines += [f"mkdir -p {path}; mount --bind {keep} {path}" for keep, path in kept]
+    return "\n".join(lines)
+
+
 @pytest.mark.hosts
-@pytest.mark.parametrize("directory", ["ttun/ttun-server@office", "ttun"])
-def test_a_server_runs_with_the_one_right_that_its_unit_gives(bench: Bench, directory: str) -> None:
+@pytest.mark.parametrize("directory", ["ttun/ttun-{}@office", "ttun"])
+def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
+    bench: Bench, directory: str
+) -> None:
     """As another user, with CAP_NET_ADMIN alone, and the key where systemd puts it.
 
     The key's file shows a group's right, as it does where systemd gives the service its own by an
-    access control list. directory: what systemd makes of RuntimeDirectory=, as the unit has it and
-    as earlier ones had.
+    access control list. Capabilities belong to a thread: every one of them is looked at, with a
+    session and without. directory: what systemd makes of RuntimeDirectory=, as the units have it
+    and as earlier ones had.
     """
-    unit = (ROOT / "packaging" / "systemd" / "ttun-server@.service").read_text()
-    assert "AmbientCapabilities=CAP_NET_ADMIN\nCapabilityBoundingSet=CAP_NET_ADMIN\n" in unit
-    assert "\nRuntimeDirectory=ttun/%N\n" in unit
-    place = Path("/run", directory)
+    for unit in UNITS[:2]:
+        text = (ROOT / "packaging" / "systemd" / unit).read_text()
+        assert "AmbientCapabilities=CAP_NET_ADMIN\nCapabilityBoundingSet=CAP_NET_ADMIN\n" in text
+        assert "\nRuntimeDirectory=ttun/%N\n" in text
     script = f"""
         set -e
         mount -t tmpfs none /dev/net && mknod -m 666 /dev/net/tun c 10 200
-        rm -rf /run/ttun; mkdir -p {place}; chown {UID}:{UID} {place}
+        mkdir -p "$RUNTIME_DIRECTORY"; chown {UID}:{UID} "$RUNTIME_DIRECTORY"
         mount -t tmpfs none /mnt
+        {opened(ROOT, sys.base_prefix, sys.prefix)}
         printf secret > /mnt/psk; chown 0:{UID} /mnt/psk; chmod 440 /mnt/psk
         exec setpriv --reuid {UID} --regid {UID} --clear-groups --no-new-privs \\
             --inh-caps=-all,+net_admin --ambient-caps=-all,+net_admin \\
             --bounding-set=-all,+net_admin "$@"
     """
     works = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    shutil.rmtree("/run/ttun", ignore_errors=True)
     for command, why_not in (
         (["true"], "no device node can be made here"),
         ([*PROGRAM, "--version"], f"the user {UID} may not enter this directory"),
     ):
-        if subprocess.run([*works, *command], capture_output=True, check=False).returncode != 0:
+        trial = {**os.environ, "RUNTIME_DIRECTORY": "/run/ttun/trial"}
+        done = subprocess.run([*works, *command], capture_output=True, check=False, env=trial)
+        if done.returncode != 0:
             pytest.skip(why_not)
-    log = bench.directory / "server.log"
-    with log.open("w") as file:
-        server = bench.pair.start(
-            SERVER,
-            [*works, *PROGRAM, "server", "--psk-file", "/mnt/psk", *bench.options],
-            stderr=file,
-            environment=hosts.environment(
-                CREDENTIALS_DIRECTORY="/mnt", RUNTIME_DIRECTORY=str(place)
-            ),
-        )  # fmt: skip
-    try:
-        eventually(lambda: "listening on" in log.read_text(), f"it listens: {log.read_text()}")
-        bench.client().says("authenticated")
-        bench.answers()
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        assert re.search(rf"^Uid:\s+{UID}\s+{UID}", status, re.M)
-        assert re.search(r"^CapEff:\s+0+$", status, re.M), "and it gave that right up"
-        assert len(list(place.glob("*.sock"))) == 1, log.read_text()
+    shutil.rmtree("/run/ttun")
+
+    def start(host: str, *arguments: str) -> Program:
+        log = bench.directory / f"{host}.log"
+        place = Path("/run", directory.format(host))
+        with log.open("w") as file:
+            process = bench.pair.start(
+                host, [*works, *PROGRAM, *arguments, "--psk-file", "/mnt/psk", *bench.options],
+                stderr=file,
+                environment=hosts.environment(
+                    CREDENTIALS_DIRECTORY="/mnt", RUNTIME_DIRECTORY=str(place)
+                ),
+            )  # fmt: skip
+        program = Program(process, log)
+        bench.ends.append(program)  # so that it is ended with the test
+        return program
+
+    def has_nothing_left(end: Program) -> None:
+        for task in threads(end.process.pid):
+            assert task["Uid"].split() == [str(UID)] * 4, task["Name"]
+            for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+                assert int(task[kind], 16) == 0, (task["Name"], kind)
+            # Without CAP_SETPCAP the bounding set stays, and no_new_privs makes it nothing.
+            assert int(task["CapBnd"], 16) in (0, 1 << privileges.NET_ADMIN), task["Name"]
+            assert task["NoNewPrivs"] == "1", task["Name"]
+
+    server = start(SERVER, "server")
+    server.says("listening on")
+    eventually(lambda: len(list(threads(server.process.pid))) > 3, "its threads run")
+    has_nothing_left(server)
+    client = start(CLIENT, "client", "-s", "192.0.2.1")
+    client.says("authenticated")
+    bench.answers()
+    for end in (server, client):
+        assert len(list(threads(end.process.pid))) >= 6, "all threads of a session run"
+        has_nothing_left(end)
+        assert "no status" not in end.log()
         shown = bench.run(SERVER, *PROGRAM, "show", "ttun0")
-        assert f"ttun0: server, user {UID}\n  peer: " in shown, "root sees whose word that is"
-    finally:
-        server.terminate()
-        assert server.wait(10) == 0
-        left = list(place.glob("*.sock"))
-        shutil.rmtree("/run/ttun")
-    assert left == []
+        assert f"ttun0: {'server' if end is server else 'client'}, user {UID}\n" in shown, (
+            "root sees whose word that is"
+        )
+        assert end.stop() == 0
+    assert [*Path("/run/ttun").rglob("*.sock")] == []
+    shutil.rmtree("/run/ttun")
 
 
 def test_a_credential_that_all_can_read_is_refused(

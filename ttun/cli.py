@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttun import key, privileges
+from ttun import key, log_writer, privileges
 from ttun.errors import TtunError, UsageError
 from ttun.parser import Parser, build_parser, join_values
-from ttun.stop import Signals
+from ttun.signals import ENDING, Signals, end_while_starting
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
@@ -33,6 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_standard_streams()
+    log_writer.install()
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _forget_unwritten()
+        log_writer.finish()
+
+
+def _main(arguments: Sequence[str]) -> int:
     parser = build_parser()
     if arguments[:1] == ["tox"]:
         options = argparse.Namespace(command="tox", run="tox", arguments=arguments[1:])
@@ -40,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(join_values(arguments, parser))
     if not sys.platform.startswith("linux"):
         return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
-    _start_logging()
+    end_while_starting(options.run)
     if getattr(options, "psk", None):
         key.hide(os.fsencode(options.psk))
     try:
@@ -52,13 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except TtunError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return 130
     except OSError as error:
         # What a command opens it answers for itself; without a name it is the output.
         return _fail(f"{error.filename or 'cannot write the output'}: {error.strerror}")
-    finally:
-        _forget_unwritten()
 
 
 def _open_standard_streams() -> None:
@@ -74,25 +81,15 @@ def _open_standard_streams() -> None:
 
 def _forget_unwritten() -> None:
     """Drop what a full disk or a closed pipe did not take: Python would make it exit code 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
     print(f"ttun: {message}", file=sys.stderr)
     return 1
-
-
-def _start_logging() -> None:
-    # A full disk or a closed terminal must not turn a log line into a traceback.
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
 
 
 def run_genkey(_: argparse.Namespace) -> int:
@@ -250,7 +247,7 @@ def _our_address(listen: str) -> str:
 
 
 def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
-    """Run an endpoint until SIGINT, SIGTERM or its own end."""
+    """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
     from ttun import notify, show, status
     from ttun.hooks import Hooks
 
@@ -261,10 +258,11 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
-    signals = Signals(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     endpoint.open()
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
     privileges.drop(user, required=options.user is not None)  # before there are threads
+    log_writer.start()
+    signals = Signals(*ENDING, signal.SIGUSR1)
     hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)

@@ -28,6 +28,7 @@ import socket
 import threading
 from typing import Any, NamedTuple, Union
 
+from ttun._codec import lib
 from ttun.stop import StopFlag
 
 log = logging.getLogger("ttun")
@@ -189,7 +190,8 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
         signal.set_wakeup_fd(-1)  # the pipe behind it is the parent's too
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        # It must not outlive the parent for long, nor keep the parent's device or port.
+        # It must not outlive the parent, nor keep the parent's device or port.
+        lib.ttun_end_with_parent()
         signal.alarm(int(FIRST_PATIENCE))
         os.closerange(3, writable)
         os.closerange(writable + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -14,9 +14,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ttun import link, privileges
+from ttun import link, log_writer, privileges
 from ttun.errors import TtunError
-from ttun.stop import Signals
+from ttun.signals import ENDING, Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import Client
 from ttun.tox.forwarder import Forwarder
@@ -52,6 +52,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         privileges.drop(privileges.find_user(asked.user), required=True)
     tox = _open(asked)
     _settle(asked, pid_file)
+    log_writer.start()
     loop = Loop(tox)
     forwarder: Forwarder
     if contact is not None:
@@ -179,7 +180,7 @@ def _settle(asked: Options, pid_file: int | None) -> None:
     Sockets come along, threads would not: there is none yet.
     """
     if asked.syslog and not (asked.daemonize and not os.path.exists(daemon.SYSLOG)):
-        daemon.log_to_syslog(log)
+        daemon.log_to_syslog()
     if asked.daemonize:
         daemon.to_background()
     if pid_file is not None:
@@ -193,7 +194,7 @@ class _End:
         self._loop = loop
         self._code = 0
         self._stopping = False
-        self._signals = Signals(signal.SIGINT, signal.SIGTERM)
+        self._signals = Signals(*ENDING)
 
     def is_over(self, code: int, message: str | None = None) -> None:
         """End with an exit code, from any thread. What ends because we stop says nothing."""

@@ -1,16 +1,22 @@
-"""The background: fork, the file with the process id, syslog. Source: daemon(7)."""
+"""The background: fork, the file with the process id, syslog.
+
+Sources: daemon(7), syslog(3), RFC 3164 for the number in front of a message.
+"""
 
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
+import socket
 import sys
 from pathlib import Path
 
+from ttun import log_writer
 from ttun.errors import TtunError
 
 SYSLOG = "/dev/log"
+LOG_DAEMON = 3 << 3  # the facility
+SEVERITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
 def to_background() -> None:
@@ -19,7 +25,7 @@ def to_background() -> None:
     Nothing may run on other threads yet: they would not come along.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
+    log_writer.flush()
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -46,13 +52,49 @@ def write_pid(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def log_to_syslog(log: logging.Logger) -> None:
+class Syslog:
+    """The system's log daemon. A datagram for each line, and it is not waited for in send()."""
+
+    def __init__(self) -> None:
+        """Connect. Raises OSError."""
+        self._sock = _connect()
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+        return self._sock.fileno()
+
+    def encode(self, text: str, level: int) -> bytes:
+        """Return a line as it is sent."""
+        priority = LOG_DAEMON | SEVERITIES.get(level, 6)
+        return f"<{priority}>ttun[{os.getpid()}]: {text}\0".encode("utf-8", "backslashreplace")
+
+    def write(self, data: bytes) -> int:
+        """Send it; connect again to a daemon that was started anew. Raises OSError."""
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            raise
+        except OSError:
+            fresh = _connect()
+            self._sock.close()
+            self._sock = fresh
+            return self._sock.send(data)
+
+
+def _connect() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.connect(SYSLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def log_to_syslog() -> None:
     """Log to syslog in place of stderr. Raises TtunError."""
     try:
-        handler = logging.handlers.SysLogHandler(
-            SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
-        )
+        log_writer.move(Syslog(), "%(message)s")
     except OSError as error:
         raise TtunError(f"no syslog at {SYSLOG}: {error.strerror}") from None
-    handler.setFormatter(logging.Formatter("ttun[%(process)d]: %(message)s"))
-    log.handlers[:] = [handler]

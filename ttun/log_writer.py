@@ -1,0 +1,328 @@
+"""Where log lines go: nobody who logs waits for whoever reads the log, and nor does the end.
+
+ 1. A line goes into a queue of ROOM bytes. When that is full, lines are lost, and later on one
+    line says how many.
+ 2. Before start() there may be no thread: capabilities belong to each thread, and privileges are
+    not dropped yet. Whoever logs writes what is in the queue, as far as poll(2) says that a write
+    does not have to wait. It stays so where the system gives no thread; each second one is tried.
+ 3. After start() a thread writes, and may wait for the reader as long as it likes.
+ 4. At the end finish() gives the rest LAST seconds. The thread is a daemon and calls write(2)
+    itself: it holds no lock that the interpreter's shutdown takes, and if it hangs it ends with it.
+
+stderr is the file description of others too, such as the shell's: O_NONBLOCK would be theirs as
+well, so it is not set. Whatever Python itself prints on stderr goes the same way. Sources:
+pipe(7) for PIPE_BUF, write(2), poll(2).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from typing import Protocol
+
+log = logging.getLogger("ttun")
+
+ROOM = 65536  # bytes of lines that wait
+LAST = 1.0  # seconds that the end waits for the reader
+PAUSE = 0.1  # seconds between two attempts where poll() says more than is true
+RETRY = 1.0  # seconds until a thread is asked for again where there was none to be had
+PIECE = select.PIPE_BUF  # bytes that a pipe takes at once when poll() says that it takes any
+UNREAD = "nobody reads the log"
+STDERR = 2
+
+
+class Output(Protocol):
+    """Where lines end up."""
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+
+    def encode(self, text: str, level: int) -> bytes:
+        """Return a line as it is written. level: one of logging's."""
+
+    def write(self, data: bytes) -> int:
+        """Write some of it, and return how many bytes that was. Raises OSError."""
+
+
+class Descriptor:
+    """An open file, as a rule stderr."""
+
+    def __init__(self, descriptor: int = STDERR) -> None:
+        """Take it as it is; it stays open."""
+        self._descriptor = descriptor
+        self._encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+        return self._descriptor
+
+    def encode(self, text: str, _: int) -> bytes:
+        """Return a line as it is written."""
+        return text.encode(self._encoding, "backslashreplace") + b"\n"
+
+    def write(self, data: bytes) -> int:
+        """Write a piece that a pipe takes whole; return how much that was. Raises OSError."""
+        return os.write(self._descriptor, data[:PIECE])
+
+
+class Writer(logging.Handler):
+    """Takes log records and lines from any thread, without waiting, and writes them in order."""
+
+    def __init__(self, output: Output) -> None:
+        """Write without a thread for now."""
+        super().__init__()
+        self._output = output
+        self._changed = threading.Condition()  # over all that follows
+        self._lines: collections.deque[bytes] = collections.deque()
+        self._size = 0  # bytes of them
+        self._lost = 0  # lines
+        self._why = ""  # they were lost
+        self._is_full = False  # until all that was kept is written
+        self._has_failed = False  # to write; the next line tries again
+        self._rest = b""  # of the line that is being written
+        self._is_begun = False  # some of that line is written
+        self._is_torn = False  # and the rest of it never will be
+        self._told = -1  # of how many lost lines that one tells; -1: it is an ordinary one
+        self._is_writing = False  # without a thread
+        self._wants_thread = False
+        self._next_try = 0.0
+        self._thread: threading.Thread | None = None
+        self._deadline: float | None = None  # for flush(); the end has one for all
+
+    def start(self) -> None:
+        """Have a thread write from now on; once privileges are dropped."""
+        with self._changed:
+            self._wants_thread = True
+            self._start_thread()
+
+    def move(self, output: Output) -> None:
+        """Write to something else from now on; before start()."""
+        self.flush()
+        with self._changed:
+            self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        try:
+            self.say(self.format(record), record.levelno)
+        except Exception:
+            self.handleError(record)
+
+    def say(self, text: str, level: int = logging.ERROR) -> None:
+        """Take a line."""
+        line = self._output.encode(text, level)
+        with self._changed:
+            if self._is_full or self._size + len(line) > ROOM:
+                self._is_full = True
+                self._lose(UNREAD)
+            else:
+                self._lines.append(line)
+                self._size += len(line)
+            self._has_failed = False
+            if self._wants_thread and not self._has_thread():
+                self._start_thread()
+            if self._has_thread():
+                self._changed.notify_all()
+            else:
+                self._write_without_thread(0.0)
+
+    def flush(self) -> None:
+        """Wait until all is written, LAST seconds at most; of several calls at the end together."""
+        deadline = self._deadline or time.monotonic() + LAST
+        with self._changed:
+            while self._has_work() and (left := deadline - time.monotonic()) > 0:
+                if self._has_thread():
+                    self._changed.wait(left)
+                else:
+                    self._write_without_thread(left)
+
+    def finish(self) -> None:
+        """Flush for the last time. What is said after it is written if that takes no waiting."""
+        self._deadline = self._deadline or time.monotonic() + LAST
+        self.flush()
+
+    def _start_thread(self) -> None:
+        if time.monotonic() < self._next_try:
+            return
+        self._next_try = time.monotonic() + RETRY
+        thread = threading.Thread(target=self._run, name="ttun-log", daemon=True)
+        with contextlib.suppress(RuntimeError):  # as many threads as there may be
+            thread.start()
+            self._thread = thread
+
+    def _has_thread(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _has_work(self) -> bool:
+        return not self._has_failed and bool(self._rest or self._lines or self._lost)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._has_work():
+                    self._changed.wait()
+                self._take()
+            self._write(None)
+
+    def _write_without_thread(self, seconds: float) -> None:
+        """Write what can be written; wait so many seconds for each piece."""
+        if self._is_writing:
+            return  # a warning of the interpreter's, amid this
+        self._is_writing = True
+        try:
+            while self._has_work():
+                self._take()
+                if not self._write(seconds):
+                    break
+        finally:
+            self._is_writing = False
+
+    def _take(self) -> None:
+        """Choose what is written next, if nothing is."""
+        if self._rest:
+            return
+        if self._lost and not (self._is_full and self._lines):
+            self._is_full = False
+            self._told = self._lost
+            many = "line" if self._lost == 1 else "lines"
+            record = logging.WARNING, "%d log %s lost: %s", self._lost, many, self._why
+            self._rest = self._format(*record)
+        else:
+            self._told = -1
+            self._rest = self._lines.popleft()
+            self._size -= len(self._rest)
+        if self._is_torn:
+            self._rest = b"\n" + self._rest
+
+    def _format(self, level: int, message: str, *arguments: object) -> bytes:
+        record = log.makeRecord(log.name, level, "", 0, message, arguments, None)
+        return self._output.encode(self.format(record), level)
+
+    def _write(self, seconds: float | None) -> bool:
+        """Write a piece of a line; False if that takes longer, or fails. None: it may take long."""
+        try:
+            written = self._write_piece(seconds)
+        except (OSError, ValueError) as error:
+            with self._changed:
+                self._fail(getattr(error, "strerror", None) or str(error))
+            return False
+        with self._changed:
+            self._rest = self._rest[written:]
+            if written:
+                self._is_begun, self._is_torn = bool(self._rest), False
+            if not self._rest:
+                self._lost -= max(self._told, 0)
+                self._changed.notify_all()
+        return written > 0
+
+    def _write_piece(self, seconds: float | None) -> int:
+        """Return how many bytes were written; none where it would take longer."""
+        if seconds is not None and not self._poll(seconds):
+            return 0
+        try:
+            return self._output.write(self._rest)
+        except BlockingIOError:  # somebody else has set O_NONBLOCK, or it is a socket of ours
+            if seconds is None:
+                self._poll(None)
+            # There may be room for some bytes and not for this: do not ask without a pause.
+            time.sleep(PAUSE if seconds is None else min(seconds, PAUSE))
+            return 0
+
+    def _poll(self, seconds: float | None) -> bool:
+        waiting = select.poll()
+        waiting.register(self._output, select.POLLOUT)
+        return bool(waiting.poll(None if seconds is None else seconds * 1000))
+
+    def _fail(self, why: str) -> None:
+        """Forget the line that cannot be written, and do not try the next before there is news."""
+        self._is_torn = self._is_torn or self._is_begun
+        self._rest, self._is_begun = b"", False
+        self._has_failed = True
+        if self._told < 0:
+            self._lose(why)
+        else:
+            self._why = why
+        self._changed.notify_all()
+
+    def _lose(self, why: str) -> None:
+        self._lost += 1
+        self._why = why
+
+
+class Stream(io.TextIOBase):
+    """A sys.stderr whose lines go to a Writer: errors, warnings, tracebacks of threads."""
+
+    def __init__(self, writer: Writer) -> None:
+        """Begin with an empty line."""
+        self._writer = writer
+        self._line = ""
+        self._lock = threading.RLock()  # over the line that was begun
+
+    def fileno(self) -> int:
+        """Return the descriptor of stderr."""
+        return STDERR
+
+    def write(self, text: str) -> int:
+        """Take text; each line goes on when it is whole."""
+        with self._lock:
+            *lines, self._line = (self._line + text).split("\n")
+            for line in lines:
+                self._writer.say(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Have the line that was begun go on too."""
+        if self._line:
+            self.write("\n")
+
+
+def install() -> None:
+    """Have this program log, and all that it prints on stderr, go through a Writer."""
+    for earlier in _writers():
+        log.removeHandler(earlier)
+    logging.raiseExceptions = False
+    writer = Writer(Descriptor())
+    writer.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
+    log.addHandler(writer)
+    log.setLevel(logging.INFO)
+    with contextlib.suppress(OSError):  # whoever calls has put something else in its place
+        if sys.stderr.fileno() == STDERR:
+            sys.stderr = Stream(writer)
+
+
+def start() -> None:
+    """Have a thread write from now on; once privileges are dropped."""
+    for writer in _writers():
+        writer.start()
+
+
+def move(output: Output, form: str) -> None:
+    """Log to something else in lines of this form; before start()."""
+    for writer in _writers():
+        writer.move(output)
+        writer.setFormatter(logging.Formatter(form))
+
+
+def flush() -> None:
+    """Write what can be written, for LAST seconds at most."""
+    sys.stderr.flush()
+    for writer in _writers():
+        writer.flush()
+
+
+def finish() -> None:
+    """Do that for the last time: whatever else is flushed later waits no longer than this."""
+    sys.stderr.flush()
+    for writer in _writers():
+        writer.finish()
+
+
+def _writers() -> list[Writer]:
+    return [handler for handler in log.handlers if isinstance(handler, Writer)]

@@ -1,0 +1,140 @@
+"""Signals, from the first instruction of the program to its last.
+
+ 1. While the program is loaded, end_while_loading(): SIGTERM, SIGINT and SIGHUP end it with a line
+    in place of a traceback. What whoever started us had blocked is unblocked.
+ 2. While a tunnel starts, end_while_starting(): the same from C, also amid a call that cannot be
+    interrupted, such as getaddrinfo(). Other commands have Python's own handlers again.
+ 3. While it runs, Signals: the main thread waits for them and stops it in order.
+ 4. At the very end they are ignored: a second one does not turn exit code 0 into a kill.
+
+SIGINT and SIGHUP that were ignored from the start stay ignored: nohup(1) and the background jobs of
+a shell script ask for that. SIGTERM is always taken. As process 1 of a container the main thread
+also reaps orphans (children.py). Sources: signal(7), nohup(1), pid_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from types import FrameType
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LONG_RUNNING = ("server", "client", "tox")  # the commands that signals end, with exit code 0
+
+
+def end_while_loading() -> None:
+    """Have a signal end the program at once, with a line; before anything else is imported."""
+    for number in ENDING:
+        if _is_taken(number):
+            signal.signal(number, _end)
+    if sys.argv[1:2] and sys.argv[1] in LONG_RUNNING:
+        signal.signal(signal.SIGUSR1, _note)  # asks for a line later on, and must not kill before
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody learns how a hook ended
+    _unblock()
+
+
+def end_while_starting(command: str) -> None:
+    """Do the same from C for what runs until it is told to stop; for the rest, as Python does."""
+    if command in LONG_RUNNING:
+        # Signals wants it later, when this user may not be able to read it any more.
+        from ttun import children  # noqa: F401
+        from ttun._codec import lib
+
+        for number in ENDING:
+            if _is_taken(number):
+                lib.ttun_end_on_signal(number)
+        return
+    for number in ENDING:
+        if signal.getsignal(number) is _end:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
+
+
+class Signals:
+    """Signals, and the word of other threads that it is over, for the main thread to wait for.
+
+    The handlers do nothing: the interpreter writes a signal's number to a pipe, which is safe at
+    any moment, and the main thread sleeps until the pipe has something.
+    """
+
+    def __init__(self, *numbers: int) -> None:
+        """Take over these signals; on the main thread."""
+        self._readable, self._writable = os.pipe()
+        os.set_blocking(self._writable, False)
+        signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        self._numbers = [number for number in numbers if _is_taken(number)]
+        self._is_first = os.getpid() == 1
+        for number in self._numbers:
+            signal.signal(number, _note)
+        if self._is_first:
+            signal.signal(signal.SIGCHLD, _note)
+        _unblock()
+        atexit.register(self._ignore)
+
+    def wake(self) -> None:
+        """Have wait() return 0; from any thread."""
+        with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
+            os.write(self._writable, b"\0")
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Return a signal's number, 0 for wake(), None when so many seconds are over."""
+        deadline = float("inf") if seconds is None else time.monotonic() + seconds
+        waiting = select.poll()
+        waiting.register(self._readable, select.POLLIN)
+        while True:
+            due = deadline
+            if self._is_first:
+                due = min(due, time.monotonic() + self._reap())
+            left = max(0.0, due - time.monotonic())
+            if waiting.poll(None if due == float("inf") else left * 1000):
+                number = os.read(self._readable, 1)[0]
+                if number != signal.SIGCHLD:
+                    return number
+            elif due == deadline:
+                return None
+
+    def _reap(self) -> float:
+        """Reap the orphans of others; return in how many seconds to look again."""
+        from ttun import children
+
+        return children.reap()
+
+    def _ignore(self) -> None:
+        """The interpreter takes its handlers away before the process is gone."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _is_taken(number: int) -> bool:
+    """Return whether a signal is ours to take; the other ones stay ignored."""
+    return number not in (signal.SIGINT, signal.SIGHUP) or (
+        signal.getsignal(number) != signal.SIG_IGN
+    )
+
+
+def _unblock() -> None:
+    """Whoever started us may have blocked signals, and a mask goes through execve(2)."""
+    numbers = {*ENDING, signal.SIGUSR1, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def _note(_: int, __: FrameType | None) -> None:
+    """Do nothing: the number is in the pipe."""
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """End here and now, with nothing but system calls; modules are half imported."""
+    line = f"ttun: stopped by {signal.Signals(number).name} while starting\n"
+    output = select.poll()
+    output.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if output.poll(0):  # else nobody reads
+            os.write(2, line.encode())
+    is_long_running = bool(sys.argv[1:2]) and sys.argv[1] in LONG_RUNNING
+    os._exit(0 if is_long_running else 128 + number)
