@@ -217,3 +217,24 @@ def test_a_thousand_sessions_leave_nothing_behind() -> None:
         rig.device.inside.close()
         rig.device.outside.close()
     assert (descriptors(), threading.active_count()) <= before
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+@pytest.mark.parametrize("started", [0, 1, 3])
+def test_a_session_that_cannot_have_all_its_threads_has_none(
+    monkeypatch: pytest.MonkeyPatch, started: int, error: type[Exception]
+) -> None:
+    """Those that ran already went on with a socket and a device that others had closed."""
+    start, pumps = threading.Thread.start, []
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name == "ttun-pump":
+            if len(pumps) == started:
+                raise error
+            pumps.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    with pytest.raises((MemoryError, OSError)):
+        Rig()
+    assert not any(thread.is_alive() for thread in pumps)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from peer import MAGIC, Peer
+from test_life import run
 from test_peers import connect, listen
 from test_takeover import arrive
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
@@ -45,6 +48,33 @@ def test_a_relay_whose_far_end_is_down_is_dialled_again_within_five_seconds(plai
     with listen(plain) as listener:
         client = plain.client()
         assert dials(listener, 30, close=True) >= 7, client.log()  # 5 or 6 with the usual back-off
+
+
+@pytest.mark.slow
+def test_a_relay_that_resets_is_dialled_again_as_one_that_closes(plain: Bench) -> None:
+    """The reset may be there before the client looks: then the dial failed, not the handshake."""
+    code = """
+    from ttun import link
+    await_connection = link._await_connection
+    def late(sock, stop):
+        time.sleep(0.3)
+        return await_connection(sock, stop)
+    link._await_connection = late
+    client = ttun.Client(b"secret", server="192.0.2.1")
+    client.start()
+    client.wait(30)
+    client.stop()
+    """
+    with listen(plain) as listener:
+        linger = struct.pack("ii", 1, 0)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)  # inherited: socket(7)
+        counted: list[int] = []
+        counting = threading.Thread(target=lambda: counted.append(dials(listener, 30, close=True)))
+        counting.start()
+        printed = run(plain, CLIENT, code)
+        counting.join()
+    assert "Connection reset by peer" in printed
+    assert counted[0] >= 7, printed  # 5 or 6 with the usual back-off
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import socket
@@ -195,6 +196,9 @@ class Client(Endpoint):
                     raise
                 except LACKS as error:
                     failures.append(error)
+                    if getattr(error, "errno", None) == errno.ECONNRESET:
+                        # It was taken; one that was not is ECONNREFUSED: tcp_reset() of Linux.
+                        waits.append(backoff.after_silence(0.0))
                     continue
                 peer, silent_for = self._shake_hands(sock, target)
                 if peer is not None:

@@ -103,11 +103,13 @@ class Session:
                 started.append(thread)
             if self.control is not None:
                 self.control.start()
-        except RuntimeError as error:  # the process may have no more threads
+        except BaseException as error:  # no thread may outlive this call's socket
             self._threads = started
             self.end(str(error))
             self.wait()
-            raise OSError(str(error)) from None
+            if isinstance(error, RuntimeError):  # the process may have no more threads
+                raise OSError(str(error)) from None
+            raise
 
     def fileno(self) -> int:
         """Return the connection's descriptor: it hangs up when the session is over."""
