@@ -194,9 +194,8 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
         has_nothing_left(end)
         assert "no status" not in end.log()
         shown = bench.run(SERVER, *PROGRAM, "show", "ttun0")
-        assert f"ttun0: {'server' if end is server else 'client'}, user {UID}\n" in shown, (
-            "root sees whose word that is"
-        )
+        role = "server" if end is server else "client"
+        assert f"ttun0: {role}, user {UID}\n" in shown, "root sees whose word that is"
         assert end.stop() == 0
     assert [*Path("/run/ttun").rglob("*.sock")] == []
     shutil.rmtree("/run/ttun")
