@@ -1,6 +1,9 @@
-/* What this process may do, and what others may do to it. Sources: prctl(2), capabilities(7). */
+/* What this process may do, and what others may do to it and see of it. Sources: prctl(2),
+ * capabilities(7), getauxval(3). */
 #ifndef TTUN_PROCESS_H
 #define TTUN_PROCESS_H
+
+#include <stddef.h>
 
 /* Forbids core dumps and ptrace of this process by others, so that keys stay in it. 0, or -1. */
 int ttun_forbid_dumps(void);
@@ -12,5 +15,11 @@ void ttun_drop_bounding_set(void);
 /* Gives up all capabilities of this thread and sets no_new_privs. Threads that it makes afterwards
  * have none either. 0, or -1 with errno set. */
 int ttun_drop_capabilities(void);
+
+/* Replaces the program's last arguments, each with its zero byte, by as many other bytes: in the
+ * memory that /proc/PID/cmdline is read from. At the end of the first stack stand the arguments,
+ * the environment and the program's name, and getauxval tells where that is, without /proc. For the
+ * main thread. 0, or -1 where they do not stand there. */
+int ttun_replace_arguments(const char *before, const char *after, size_t size);
 
 #endif
