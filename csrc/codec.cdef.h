@@ -100,6 +100,7 @@ int ttun_forbid_dumps(void);
 void ttun_drop_bounding_set(void);
 int ttun_drop_capabilities(void);
 int ttun_end_on_signal(int number);
+int ttun_replace_arguments(const char *before, const char *after, size_t size);
 
 #define TTUN_SEGMENTS_MAX ...
 #define TTUN_PACKET_MAX ...

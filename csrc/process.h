@@ -1,7 +1,9 @@
-/* What this process may do, what others may do to it, and how a signal ends it while it starts.
- * Sources: prctl(2), capabilities(7), signal-safety(7). */
+/* What this process may do, what others may do to it and see of it, and how a signal ends it while
+ * it starts. Sources: prctl(2), capabilities(7), signal-safety(7), getauxval(3). */
 #ifndef TTUN_PROCESS_H
 #define TTUN_PROCESS_H
+
+#include <stddef.h>
 
 /* Has this process killed when the thread that forked it is gone. 0, or -1 with errno set. */
 int ttun_end_with_parent(void);
@@ -21,5 +23,11 @@ int ttun_drop_capabilities(void);
  * its handlers only between its own instructions, so none runs while getaddrinfo() waits for a name
  * server. Python's next signal.signal() for this number replaces it. 0, or -1 with errno set. */
 int ttun_end_on_signal(int number);
+
+/* Replaces the program's last arguments, each with its zero byte, by as many other bytes: in the
+ * memory that /proc/PID/cmdline is read from. At the end of the first stack stand the arguments,
+ * the environment and the program's name, and getauxval tells where that is, without /proc. For the
+ * main thread. 0, or -1 where they do not stand there. */
+int ttun_replace_arguments(const char *before, const char *after, size_t size);
 
 #endif

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import pwd
+import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from tunnel import PROGRAM, ROOT, eventually
 
-from ttun import key
+from ttun import files, key
 from ttun.errors import TtunError, UsageError
 
 
@@ -77,9 +82,190 @@ def test_a_file_of_root_is_refused_to_others_with_what_to_do(places: Path) -> No
     assert f"this user may not read the key file {file}: use sudo" in said
 
 
+@pytest.fixture
+def stranger() -> int:
+    """A user who is neither root nor us."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    return pwd.getpwnam("daemon").pw_uid
+
+
+def give(path: Path, user: int) -> Path:
+    try:
+        os.chown(path, user, user)
+    except OSError:
+        pytest.skip("no other user in this user namespace")
+    return path
+
+
+def test_a_file_of_another_user_is_refused_unless_sudo_says_that_he_called(
+    places: Path, monkeypatch: pytest.MonkeyPatch, stranger: int
+) -> None:
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    file = give(write(places / "key", b"secret"), stranger)
+    link = places / "link"
+    link.symlink_to(file)
+    for path in (file, link):
+        with pytest.raises(TtunError, match=f"{path} belongs to daemon, .* chown root {path}"):
+            key.read_file(path)
+    monkeypatch.setenv("SUDO_UID", str(stranger + 1))
+    with pytest.raises(TtunError, match="belongs to daemon"):
+        key.read_file(file)
+    monkeypatch.setenv("SUDO_UID", str(stranger))
+    assert key.read_file(link) == b"secret"
+
+
+def test_the_program_says_in_one_line_whose_file_it_does_not_take(
+    places: Path, stranger: int
+) -> None:
+    file = give(write(places / "key", b"secret"), stranger)
+    environment = {name: value for name, value in os.environ.items() if name != "SUDO_UID"}
+    done = subprocess.run(
+        [*PROGRAM, "server", "-m", "none", "--psk-file", file],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"ttun: the key file {file} belongs to daemon, who can read and change it: "
+        f"chown root {file}\n"
+    )
+
+
+def test_a_user_may_have_a_key_of_his_own_and_one_of_roots(places: Path, stranger: int) -> None:
+    program = "import os, sys; from pathlib import Path; from ttun import key; "
+    program += "os.chdir(sys.argv[1]); user = int(sys.argv[2]); os.setgid(user); os.setuid(user); "
+    program += "print(key.read_file(Path('own')), key.read_file(Path('roots')))"
+    give(write(places / "own", b"of his own"), stranger)
+    os.chmod(places, 0o755)
+    directory = places / "credentials"
+    write(directory / "roots", b"root's", 0o440)
+    os.chown(directory / "roots", 0, stranger)  # an access control list would do it as well
+    (places / "roots").symlink_to("credentials/roots")
+    environment = {**os.environ, "CREDENTIALS_DIRECTORY": ".", "PYTHONPATH": str(ROOT)}
+    environment.pop("SUDO_UID", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program, places, str(stranger)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "b'of his own' b\"root's\"\n", done.stderr
+
+
+def test_a_credential_of_systemd_is_taken_whoever_owns_it(
+    places: Path, monkeypatch: pytest.MonkeyPatch, stranger: int
+) -> None:
+    file = give(write(places / "psk", b"secret", 0o400), stranger)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(places))
+    assert key.read_file(file) == b"secret"
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/zero", "/dev/tty"])
+def test_a_device_is_no_key_file_and_nobody_is_told_to_change_its_mode(device: str) -> None:
+    with pytest.raises(TtunError, match=r"it is a device|cannot read") as raised:
+        key.read_file(Path(device))
+    assert "chmod" not in str(raised.value)
+
+
+READ = "server -m none --psk-file {}"  # it gets as far as the cipher if there is a key
+GIVEN = {
+    "{} <(printf secret)": "unknown cipher",
+    "{} <(sleep 1; echo secret; sleep 1)": "unknown cipher",
+    "{} <(true)": "is empty",
+    "{} /dev/stdin < <(echo secret)": "unknown cipher",
+    "echo secret | {} /dev/stdin": "unknown cipher",
+    "{} /dev/stdin <<< secret": "unknown cipher",
+    "{} <(yes)": "it has more than 65536 bytes",
+}
+
+
+@pytest.mark.parametrize("line", GIVEN)
+def test_a_key_may_come_out_of_a_pipe(line: str) -> None:
+    command = line.format(" ".join([*PROGRAM, *READ.split()]).format(""))
+    done = subprocess.run(
+        ["bash", "-c", command], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert GIVEN[line] in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_pipe_of_somebody_else_is_taken_as_who_started_us_made_it(stranger: int) -> None:
+    """As in ``pass show ttun | doas ttun server --psk-file /dev/stdin``."""
+    becomes = ["setpriv", f"--reuid={stranger}", "--clear-groups", "sh", "-c", "echo secret | cat"]
+    with subprocess.Popen(becomes, stdout=subprocess.PIPE) as made:
+        assert made.stdout is not None
+        with os.fdopen(os.dup(made.stdout.fileno())) as pipe:
+            command = [*PROGRAM, *READ.format("/dev/stdin").split()]
+            done = subprocess.run(
+                command, stdin=pipe, capture_output=True, text=True, check=False, timeout=60
+            )
+    assert "unknown cipher" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["nobody writes", "it does not end", "a byte now and then"])
+def test_a_fifo_has_an_end_in_time(
+    places: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(files, "WAIT", 2.0)
+    fifo = places / "fifo"
+    os.mkfifo(fifo, 0o600)
+    said: list[str] = []
+
+    def read() -> None:
+        try:
+            key.read_file(fifo)
+        except TtunError as error:
+            said.append(str(error))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    if what != "nobody writes":
+        with fifo.open("wb", buffering=0) as writer:
+            while reader.is_alive() and what != "it does not end":
+                time.sleep(0.1)
+                try:
+                    writer.write(b"x")
+                except BrokenPipeError:
+                    break
+            reader.join(20)
+    reader.join(20)
+    assert said == [
+        f"cannot read the key file {fifo}: it has not come to an end within 2 s"
+    ]  # fmt: skip
+
+
+def test_a_fifo_of_another_user_is_refused(places: Path, stranger: int) -> None:
+    fifo = places / "fifo"
+    os.mkfifo(fifo, 0o600)
+    give(fifo, stranger)
+    done = subprocess.run(
+        [*PROGRAM, *READ.format(fifo).split()],
+        capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert f"the key file {fifo} belongs to daemon" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_a_key(places: Path, number: int) -> None:
+    fifo, log = places / "fifo", places / "log"
+    os.mkfifo(fifo, 0o600)
+    with log.open("w") as file:
+        process = subprocess.Popen([*PROGRAM, "server", "--psk-file", fifo], stderr=file)
+    try:
+        eventually(lambda: f"waiting for {fifo}" in log.read_text(), "it says that it waits")
+        process.send_signal(number)
+        assert process.wait(10) in (-signal.SIGTERM, 130)
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+
+
 def test_a_file_that_is_none_is_refused(places: Path) -> None:
     with pytest.raises(TtunError, match="No such file"):
         key.read_file(places / "nothing")
+    with pytest.raises(TtunError, match="--psk-file takes the name of a file") as raised:
+        key.read_file(Path("a key, not a name"))
+    assert "a key, not" not in str(raised.value)
     with pytest.raises(TtunError, match="Is a directory"):
         key.read_file(places)
     with pytest.raises(TtunError, match="more than"):

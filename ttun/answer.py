@@ -19,17 +19,6 @@ class Malformed(Exception):
     """An answer is not one of ttun's. Says what is wrong with it, in no word of the answer's."""
 
 
-def printable(text: str) -> str:
-    """Return text with all that does not print escaped.
-
-    Among it are control characters (C0, DEL, C1), which a terminal obeys, and format characters,
-    which change the direction of a line.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def parse(line: bytes) -> Tunnel:
     """Return the fields of an answer, those of status.as_dict(). Raises Malformed."""
     try:

@@ -6,18 +6,22 @@ Errors are one line on stderr: exit code 2 for bad usage, 1 for what cannot work
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttun import key, log_writer, privileges
-from ttun.errors import TtunError, UsageError
-from ttun.parser import Parser, build_parser, join_values
+from ttun import key, log_writer, privileges, standard_streams
+from ttun.arguments import Parser, find_secrets
+from ttun.errors import TtunError, UsageError, printable
+from ttun.parser import build_parser, join_values
 from ttun.signals import ENDING, Signals, end_while_starting
 
 if TYPE_CHECKING:
@@ -28,68 +32,103 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ttun")
 
+MOST_MIB = 1 << 20  # of a transfer of the demo
+# What write(2) says of a stream that takes no more.
+OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _open_standard_streams()
+    """Run a command line, by default this program's own, and return its exit code."""
+    try:
+        standard_streams.open_missing()
+    except OSError as error:
+        return _fail(_describe(error))
     log_writer.install()
     try:
         return _main(arguments)
     except KeyboardInterrupt:
         return 130
     finally:
-        _forget_unwritten()
+        standard_streams.forget_unwritten()
         log_writer.finish()
 
 
-def _main(arguments: Sequence[str]) -> int:
-    parser = build_parser()
-    if arguments[:1] == ["tox"]:
-        options = argparse.Namespace(command="tox", run="tox", arguments=arguments[1:])
-    else:
-        options = parser.parse_args(join_values(arguments, parser))
-    if not sys.platform.startswith("linux"):
-        return _fail("ttun runs on Linux only so far: it needs a Linux TUN device")
-    end_while_starting(options.run)
-    if getattr(options, "psk", None):
-        key.hide(os.fsencode(options.psk))
+def _main(arguments: Sequence[str] | None) -> int:
     try:
-        code = int(COMMANDS[options.run](options))
+        try:
+            code = _run_command(arguments)
+        except SystemExit as end:  # of argparse, after help or an error
+            code = end.code if isinstance(end.code, int) else 0
         sys.stdout.flush()
         return code
     except UsageError as error:
-        _fail(f"{error}; see ttun {options.command} -h")
-        return 2
+        return _fail(str(error), 2)
     except TtunError as error:
         return _fail(str(error))
     except OSError as error:
-        # What a command opens it answers for itself; without a name it is the output.
-        return _fail(f"{error.filename or 'cannot write the output'}: {error.strerror}")
+        return _fail(_describe(error))
+    except ImportError as error:
+        return _fail(f"cannot load what it needs: {error} (ttun doctor says what is missing)")
+    except MemoryError:
+        return _fail("not enough memory")
+    except Exception as error:
+        if "new thread" in str(error):  # RuntimeError, of threading
+            return _fail(f"{error}: too many run for this user (ulimit -u), or too little memory")
+        # A bug: one line, without what is in memory.
+        return _fail(f"internal error: {type(error).__name__}: {error}")
 
 
-def _open_standard_streams() -> None:
-    """Give a program that was started without them somewhere to write, and no other file 0 to 2."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it is to stay open
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-
-
-def _forget_unwritten() -> None:
-    """Drop what a full disk or a closed pipe did not take: Python would make it exit code 120."""
+def _run_command(arguments: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    if arguments is None:
+        _hide_secrets(given, parser)
+    if given[:1] == ["tox"]:
+        options = argparse.Namespace(command="tox", run="tox", arguments=given[1:])
+    else:
+        options = parser.parse_args(join_values(given, parser))
+    if not sys.platform.startswith("linux"):
+        raise TtunError("ttun runs on Linux only so far: it needs a Linux TUN device")
+    end_while_starting(options.run)
+    threading.excepthook = _log_failed_thread
     try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(COMMANDS[options.run](options))
+    except UsageError as error:
+        raise UsageError(f"{error}; see ttun {options.command} -h") from None
 
 
-def _fail(message: str) -> int:
-    print(f"ttun: {message}", file=sys.stderr)
-    return 1
+def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
+    """Overwrite what may be a key where others see this command line, before anything can fail."""
+    with contextlib.suppress(ImportError):  # of what is not installed; that is said later
+        if arguments[:1] == ["tox"]:
+            from ttun.tox import options
+
+            key.hide(arguments, options.find_secrets(arguments))
+        else:
+            key.hide(arguments, find_secrets(arguments, parser))
+
+
+def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread that should not have ended, in one line."""
+    name = failed.thread.name if failed.thread else "thread"
+    text = f"{failed.exc_type.__name__}: {failed.exc_value}"
+    log.error("internal error: %s: %s", name, printable(text))
+
+
+def _describe(error: OSError) -> str:
+    """Return what went wrong. What a command opens it mostly answers for itself."""
+    why = error.strerror or str(error)
+    if error.filename:
+        return f"{os.fsdecode(error.filename)}: {why}"
+    if error.errno in OUTPUT_ERRORS:
+        return f"cannot write the output: {why}"
+    return f"{why}: raise its limit (ulimit -n)" if error.errno == errno.EMFILE else why
+
+
+def _fail(message: str, code: int = 1) -> int:
+    with contextlib.suppress(OSError):
+        print(f"ttun: {printable(message)}", file=sys.stderr)
+    return code
 
 
 def run_genkey(_: argparse.Namespace) -> int:
@@ -103,13 +142,15 @@ def run_doctor(options: argparse.Namespace) -> int:
     from ttun import doctor, link
 
     peer = options.peer
-    return doctor.run(peer and link.parse_address(peer, listening=False))
+    return doctor.run(None if peer is None else link.parse_address(peer, listening=False))
 
 
 def run_demo(options: argparse.Namespace) -> int:
     """``ttun demo``."""
     from ttun import demo
 
+    if not 1 <= options.size <= MOST_MIB:
+        raise UsageError(f"--size {options.size}: from 1 to {MOST_MIB} MiB")
     return demo.run(options.size)
 
 
@@ -209,8 +250,10 @@ def run_client(options: argparse.Namespace) -> int:
 
 def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
     from ttun import routes
-    from ttun.device import CLIENT, SERVER, Addresses
+    from ttun.device import CLIENT, SERVER, Addresses, check_routes
 
+    networks = [routes.parse(text) for text in options.route]
+    check_routes(networks, options.mtu)
     names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers")
     usual = SERVER if options.command == "server" else CLIENT
     given = (options.local4, options.local6, options.peer4, options.peer6)
@@ -218,7 +261,7 @@ def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
         "addresses": Addresses.parse(usual, *given),
-        "routes": [routes.parse(text) for text in options.route],
+        "routes": networks,
     }
 
 

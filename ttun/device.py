@@ -72,6 +72,8 @@ class Addresses:
         A local address without a length has the usual one; with a peer's it stands alone.
         """
         try:
+            if any("%" in text for text in (local4, local6, peer4, peer6) if text):
+                raise ValueError("it has no zone")
             ipv4 = _interface(ipaddress.IPv4Interface, local4, usual.ipv4, peer4 is not None)
             ipv6 = _interface(ipaddress.IPv6Interface, local6, usual.ipv6, peer6 is not None)
             return cls(
@@ -119,6 +121,7 @@ class Device:
         queue: int = NORMAL.queue,
     ) -> None:
         """Open a device, bring it up, and route networks through it. Raises TtunError."""
+        check_routes(networks, mtu)
         privileges.check()
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
         self.has_ipv6 = False
@@ -193,6 +196,15 @@ class Device:
     def close(self) -> None:
         """Close the device; the kernel removes it."""
         self._tun.close()
+
+
+def check_routes(networks: Sequence[routes.Network], mtu: int) -> None:
+    """Raise UsageError for routes that a device with this MTU cannot have."""
+    for network in networks:
+        if network.version == 6 and mtu < MIN_IPV6_MTU:
+            raise UsageError(
+                f"--route {network}: IPv6 takes an MTU of {MIN_IPV6_MTU} or more, and it is {mtu}"
+            )
 
 
 def _open(name: str, offload: bool) -> tuple[Any, int]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Union
 
 from ttun import link, path_mtu, privileges, tox
-from ttun.errors import TtunError
+from ttun.errors import TtunError, printable
 from ttun.stop import StopFlag
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -79,7 +79,7 @@ def run(peer: link.Address | None) -> int:
         )
     marks, missing = [], set()
     for finding in look(peer):
-        print(finding, flush=True)
+        print("\n".join(map(printable, str(finding).split("\n"))), flush=True)
         marks.append(finding.mark)
         if finding.mark == NO:
             missing.add(finding.cost)
@@ -383,7 +383,7 @@ def look_at_peer(peer: link.Address) -> Iterator[Finding]:
     subject = "server"
     try:
         sock = link.dial(peer, None, StopFlag())
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         fix = "start ttun server there, and let its port through the firewalls in between"
         yield Finding(NO, subject, str(error), UNREACHED, fix)
     else:
@@ -395,8 +395,9 @@ def look_at_peer(peer: link.Address) -> Iterator[Finding]:
             0
         ]
         yield look_at_path(family, address)
-    except OSError as error:
-        yield Finding(UNSEEN, "path MTU", f"not looked at: {error.strerror}")
+    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+        why = getattr(error, "strerror", None) or error
+        yield Finding(UNSEEN, "path MTU", f"not looked at: {why}")
 
 
 def look_at_path(family: int, address: tuple[object, ...]) -> Finding:

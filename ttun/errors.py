@@ -1,4 +1,4 @@
-"""The two kinds of error: ours, for the person who started the program, and the peer's."""
+"""The two kinds of error, ours and the peer's, and how a line about one is made printable."""
 
 from __future__ import annotations
 
@@ -17,3 +17,20 @@ class ProtocolError(Exception):
 
 class UnrecognizedError(ProtocolError):
     """A peer showed no sign of the key where nothing may show that a ttun is here."""
+
+
+def printable(text: str) -> str:
+    """Return text as one line that is safe on a terminal and in any encoding of Unicode.
+
+    Control characters, line ends and characters that change the direction of writing become
+    escapes of Python's. So do bytes that were no UTF-8: os.fsdecode() keeps those as surrogates.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else _escape(each) for each in text)
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte, as PEP 383 keeps it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

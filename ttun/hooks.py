@@ -1,24 +1,57 @@
-"""Commands that run when a peer comes and when it leaves, with the facts in their environment.
+"""Commands that run when a peer connects and when it disconnects: --up and --down.
 
-They run one after the other on a thread of their own, so a slow one holds up no packet. They run
-as the user of --user, without capabilities, and no set-user-ID program changes that: what takes
-more rights belongs into the service manager, or into a program that waits to be told.
+ 1. The endpoint's thread calls up() and down(). They note it and return: nothing there waits.
+ 2. A thread takes one session after the other: it runs --up, waits until the peer has left, and
+    runs --down. There is a --down for each --up that ran, and none for another.
+ 3. Sessions that come while a command runs wait their turn. Of more than MOST_WAITING the oldest is
+    left out, with both its commands; the log says how many those were.
+ 4. A command that takes too long is ended with all its processes (process_group.py). What a command
+    leaves in the background ends with the program.
+
+They run as the user of --user, without capabilities, and no set-user-ID program changes that: what
+takes more rights belongs into the service manager, or into a program that waits to be told.
+
+What ends each wait: a command has TIMEOUT. When the program ends, an --up under way has UP_AT_END
+from then on and a --down DOWN_AT_END, and what waits is left out. Where there is no process,
+descriptor or memory for a command it is tried again for as long as it could have run.
 """
 
 from __future__ import annotations
 
+import atexit
+import collections
+import contextlib
 import logging
 import os
-import queue
-import subprocess
+import signal
 import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from ttun import key
+from ttun import key, process_group
+from ttun.errors import TtunError, printable
+from ttun.process_group import LACKS, TICK, ProcessGroup
 
 log = logging.getLogger("ttun")
 
 TIMEOUT = 60.0  # seconds of one command
-END_TIMEOUT = 5.0  # seconds that the program waits for the last one when it ends
+UP_AT_END, DOWN_AT_END = 2.0, 5.0  # seconds of one when the program ends
+AT_END = 15.0  # seconds: more than all of that and ending what does not end
+RETRY, RETRY_MOST = 0.5, 8.0  # seconds until a command is tried again, and at most
+MOST_WAITING = 16  # sessions
+MOST_LEFT = 16  # commands that have left something in the background
+SECRETS = (key.VARIABLE, "TUNTOX_SHARED_SECRET")  # variables that no command needs
+
+Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
+
+
+@dataclass
+class _Session:
+    """A peer's stay: what was known when it came, and when it left."""
+
+    came: Facts
+    left: Facts | None = None
 
 
 class Hooks:
@@ -26,49 +59,192 @@ class Hooks:
 
     def __init__(self, up: str | None, down: str | None) -> None:
         """Start nothing yet."""
-        self._up, self._down = up, down
-        self._jobs: queue.SimpleQueue[tuple[str, dict[str, str]] | None] = queue.SimpleQueue()
+        self._commands = {"up": up, "down": down}
         self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()  # over what follows
+        self._waiting: collections.deque[_Session] = collections.deque()
+        self._latest: _Session | None = None
+        self._left_out = 0
+        self._closed: float | None = None  # when, by time.monotonic()
+        self._background: list[ProcessGroup] = []  # the thread's own
 
     def start(self) -> None:
-        """Start the thread, once privileges are gone: the commands have what it has."""
-        self._thread = threading.Thread(target=self._run, name="ttun-hooks", daemon=True)
-        self._thread.start()
+        """Start the thread, once privileges are gone: the commands have what it has.
 
-    def up(self, facts: dict[str, str | None]) -> None:
-        """A peer came. facts: name without ``TTUN_`` in front, in lower case -> value."""
-        self._add(self._up, facts)
+        Raises TtunError if there can be no thread.
+        """
+        if self._commands == {"up": None, "down": None}:
+            return
+        thread = threading.Thread(target=self._run, name="ttun-hooks", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise TtunError(f"no --up and --down: {error} (ulimit -u, ulimit -v)") from None
+        self._thread = thread
+        atexit.register(self.close)  # also where the program ends by an error
 
-    def down(self, facts: dict[str, str | None]) -> None:
-        """It left."""
-        self._add(self._down, facts)
+    def up(self, facts: Facts) -> None:
+        """A peer connected."""
+        with self._changed:
+            if self._thread is None or self._closed is not None:
+                return
+            self._latest = _Session(facts)
+            self._waiting.append(self._latest)
+            if len(self._waiting) > MOST_WAITING:
+                self._waiting.popleft()
+                self._left_out += 1
+            self._changed.notify()
+
+    def down(self, facts: Facts) -> None:
+        """It disconnected."""
+        with self._changed:
+            if self._latest is not None:
+                self._latest.left = facts
+                self._latest = None
+                self._changed.notify()
 
     def close(self) -> None:
-        """Wait a little for what is under way."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(END_TIMEOUT)
-
-    def _add(self, command: str | None, facts: dict[str, str | None]) -> None:
-        if command is not None:
-            named = {f"TTUN_{name.upper()}": value or "" for name, value in facts.items()}
-            self._jobs.put((command, named))
+        """Bring what is under way to its end, within AT_END seconds."""
+        if self._thread is None:
+            return
+        with self._changed:
+            if self._closed is None:
+                self._closed = time.monotonic()
+            self._changed.notify()
+        self._thread.join(AT_END)
+        if self._thread.is_alive():
+            log.warning("--up and --down: a command could not be ended within %.0f s", AT_END)
+        atexit.unregister(self.close)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            command, facts = job
-            environment = {**os.environ, **facts}
-            environment.pop(key.VARIABLE, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # commands have that of this thread
+        while (session := self._next()) is not None:
+            if self._execute("up", session.came, UP_AT_END):
+                self._execute("down", self._leaving(session), DOWN_AT_END)
+            elif self._commands["down"] is not None:
+                log.warning("--down: left out, as --up did not run")
+        process_group.end(self._background)
+
+    def _next(self) -> _Session | None:
+        """Wait for the next session; None when the program ends."""
+        self._await(lambda: bool(self._waiting))
+        with self._changed:
+            if self._closed is not None:
+                self._left_out += len(self._waiting)
+            left_out, self._left_out = self._left_out, 0
+            session = None if self._closed is not None else self._waiting.popleft()
+        if left_out:
+            log.warning(
+                "--up and --down: left out for %d sessions that came while a command ran", left_out
+            )
+        return session
+
+    def _leaving(self, session: _Session) -> Facts:
+        """Wait until a session's peer has left, or the program ends; return the facts of that."""
+        self._await(lambda: session.left is not None)
+        return session.left or {**session.came, "reason": "stopped"}
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition or the program's end, and look after what is in the background.
+
+        Each second: the number of a group that is over goes to another one day, but not so soon.
+        """
+        while True:
+            self._tend()
+            with self._changed:
+                if self._closed is not None or condition():
+                    return
+                self._changed.wait(1.0 if self._background else None)
+
+    def _tend(self) -> None:
+        for group in self._background[:]:
+            group.read(0)
+            if not group.is_alive():
+                group.close()
+                self._background.remove(group)
+
+    def _execute(self, name: str, facts: Facts, at_end: float) -> bool:
+        """Run a command to its end; return whether it ran.
+
+        at_end: how many seconds it has once the program ends.
+        """
+        command = self._commands[name]
+        if command is None:
+            return True
+        started = time.monotonic()
+
+        def left() -> float:
+            over = started + TIMEOUT
+            if self._closed is not None:
+                over = min(over, max(started, self._closed) + at_end)
+            return over - time.monotonic()
+
+        group = self._start(name, command, facts, left)
+        if group is None:
+            return False
+        try:
+            self._watch(name, group, left)
+        except Exception as error:  # a bug, or no memory: the next command may have better luck
+            log.error("--%s: internal error: %s: %s", name, type(error).__name__, error)
+            with contextlib.suppress(Exception):
+                process_group.end([group])
+        return True
+
+    def _start(
+        self, name: str, command: str, facts: Facts, left: Callable[[], float]
+    ) -> ProcessGroup | None:
+        """Start a command, again and again while something is lacking; None if that failed."""
+
+        def say(line: str) -> None:
+            log.info("--%s: %s", name, line)
+
+        delay = RETRY
+        while True:
             try:
-                code = subprocess.run(
-                    ["/bin/sh", "-c", command],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    timeout=TIMEOUT,
-                    check=False,
-                ).returncode
-                if code != 0:
-                    log.warning("%s: exit code %d", command, code)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                log.warning("%s: %s", command, getattr(error, "strerror", None) or error)
+                return ProcessGroup(command, _environment(facts), say)
+            except (OSError, MemoryError) as error:
+                why = getattr(error, "strerror", None) or "not enough memory"
+                number = getattr(error, "errno", LACKS[0])
+            is_pointless = name == "up" and self._closed is not None
+            if number not in LACKS or left() < delay or is_pointless:
+                log.warning("--%s: cannot run it: %s", name, why)
+                return None
+            log.warning("--%s: cannot run it: %s; trying again in %.1f s", name, why, delay)
+            self._pause(delay)
+            delay = min(2 * delay, RETRY_MOST)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but not across the moment when the program begins to end."""
+        with self._changed:
+            closed = self._closed
+            self._changed.wait_for(lambda: self._closed != closed, seconds)
+
+    def _watch(self, name: str, group: ProcessGroup, left: Callable[[], float]) -> None:
+        """Wait until a command is over, or end it."""
+        started = time.monotonic()
+        while not group.wait(TICK):
+            self._tend()
+            if left() <= 0:
+                why = "" if self._closed is None else ", as ttun stops"
+                seconds = time.monotonic() - started
+                log.warning("--%s: ended with its processes after %.0f s%s", name, seconds, why)
+                process_group.end([group])
+                return
+        if group.code:
+            how = f"exit code {group.code}" if group.code > 0 else f"killed by signal {-group.code}"
+            log.warning("--%s: %s", name, how)
+        self._background.append(group)
+        self._tend()
+        if len(self._background) > MOST_LEFT:
+            log.warning("--up and --down: they leave too much in the background: the oldest ends")
+            process_group.end([self._background.pop(0)])
+
+
+def _environment(facts: Facts) -> dict[bytes, bytes]:
+    """Return the environment of a command: ours, without secrets, and the facts, printable."""
+    environment = dict(os.environb)
+    for name in SECRETS:
+        environment.pop(name.encode(), None)
+    for name, value in facts.items():
+        environment[f"TTUN_{name.upper()}".encode()] = printable(value or "").encode()
+    return environment

@@ -182,5 +182,15 @@ def _sweep() -> None:
     """Remove what processes that are gone have left."""
     for line in ip("netns", "list").splitlines():
         match = re.match(rf"{PREFIX}-(\d+)-\w+", line)
-        if match and not Path("/proc", match[1]).exists():
+        if match and not _is_running(int(match[1])):
             _remove(match[0])
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

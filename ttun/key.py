@@ -10,16 +10,16 @@ import contextlib
 import logging
 import os
 import secrets
-import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ttun import files
 from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
 
 DEFAULT_FILE = Path("/etc/ttun/psk")
 VARIABLE = "TTUN_PSK"
-CREDENTIALS = "CREDENTIALS_DIRECTORY"
 MAX_SIZE = 65536  # bytes of a key file; a larger one is some other file
 SHORT = 16  # bytes; below that it is worth a warning
 
@@ -50,30 +50,18 @@ def find(given: str | None, file: str | None) -> bytes | None:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the key in a file that nobody but its owner can read."""
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if mode & (stat.S_IRWXG | stat.S_IRWXO) and not _is_credential(path, mode):
-                raise TtunError(f"others can read the key file {path}: chmod 600 {path}")
-            key = file.read(MAX_SIZE + 1)
-    except PermissionError:
-        raise TtunError(f"this user may not read the key file {path}: use sudo") from None
-    except OSError as error:
-        raise TtunError(f"cannot read the key file {path}: {error.strerror}") from None
-    if len(key) > MAX_SIZE:
-        raise TtunError(f"{path} is no key file: it has more than {MAX_SIZE} bytes")
+    """Return the key in a file that nobody but those who may can read or change, or in a pipe."""
+    if not os.path.lexists(path) and not _is_name_of_file(path):
+        # It may be a key where a file's name should be, so it is not shown.
+        raise TtunError(
+            "there is no such key file: --psk-file takes the name of a file, -k the key itself"
+        )
+    key = files.read_secret(path, MAX_SIZE, "key file")
     return _not_empty(key[:-1] if key.endswith(b"\n") else key, str(path))
 
 
-def _is_credential(path: Path, mode: int) -> bool:
-    """Return whether systemd keeps a file for this service alone (systemd.exec(5), Credentials).
-
-    It may give the service its right by an access control list, whose mask stat shows as the right
-    of a group; nobody but root and the service can enter the directory.
-    """
-    directory = os.environ.get(CREDENTIALS)
-    return directory is not None and path.parent == Path(directory) and not mode & ~0o440 & 0o777
+def _is_name_of_file(path: Path) -> bool:
+    return path.name != str(path) and os.path.isdir(path.parent)
 
 
 def create(path: Path = DEFAULT_FILE) -> bytes:
@@ -113,28 +101,24 @@ def warn_if_short(key: bytes) -> None:
         )
 
 
-def hide(key: bytes) -> None:
-    """Overwrite a key that stands on this program's command line, as ps shows it.
+def hide(arguments: Sequence[str], places: Iterable[tuple[int, int]]) -> None:
+    """Overwrite parts of this program's command line, as ps shows it, with asterisks.
 
-    The kernel reads /proc/PID/cmdline from the program's own memory, and proc_pid_stat(5) says
-    where that is. What was read there before stays known: a file is the better place for a key.
+    arguments: all that stand behind the program's name. places: the index of an argument and its
+    first character to be hidden; the rest of that argument is. What was read there before stays
+    known: a file is the better place for a key.
     """
-    from ttun._codec import ffi
+    before = [os.fsencode(argument) for argument in arguments]
+    after = before[:]
+    for index, first in places:
+        shown = len(os.fsencode(arguments[index][:first]))
+        after[index] = after[index][:shown].ljust(len(after[index]), b"*")
+    if after == before:
+        return
+    from ttun._codec import lib
 
-    # After the name in parentheses comes the third field; arg_start and arg_end are 48 and 49.
-    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
-    if len(fields) <= 49 - 3:
-        return  # qemu-user has a short file
-    start, end = int(fields[48 - 3]), int(fields[49 - 3])
-    if not 0 < start < end:
-        return  # this kernel does not tell
-    line = ffi.buffer(ffi.cast("char *", start), end - start)
-    position = 0
-    for argument in line[:].split(b"\0"):
-        position += len(argument)
-        if argument == key or argument.endswith(b"=" + key):
-            line[position - len(key) : position] = b"*" * len(key)
-        position += 1
+    old, new = (b"".join(each + b"\0" for each in both) for both in (before, after))
+    lib.ttun_replace_arguments(old, new, len(old))
 
 
 def _not_empty(key: bytes, source: str) -> bytes:

@@ -13,6 +13,8 @@ import socket
 
 log = logging.getLogger("ttun")
 
+MOST_DIGITS = 15  # of microseconds: 31 years, which select() still takes
+
 
 class Manager:
     """The service manager that started us, or none."""
@@ -54,6 +56,8 @@ class Manager:
 def _interval(microseconds: str, pid: str) -> float | None:
     if pid and pid != str(os.getpid()):
         return None  # another process is to give that sign
-    if not microseconds.isascii() or not microseconds.isdigit() or int(microseconds) == 0:
+    if not (microseconds.isascii() and microseconds.isdigit() and len(microseconds) <= MOST_DIGITS):
+        return None
+    if int(microseconds) == 0:
         return None
     return int(microseconds) / 2e6

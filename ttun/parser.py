@@ -1,28 +1,22 @@
 """The command line's grammar: what there is to say, and how a wrong one is answered.
 
-Long options work with one dash, as in the original program, and with two. A value may begin with a
-dash. What each command does is in cli.py, under the name in ``run``.
+The long options of Go ttun work with one dash and with two. A value may begin with a dash; behind
+an option of one letter it may follow without a blank. What each command does is in cli.py, under
+the name in ``run``.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Callable, NoReturn
+from typing import Callable
 
+from ttun.arguments import Parser
 from ttun.version import __version__
 
 EPILOG = """\
 The key comes from -k, else --psk-file, else TTUN_PSK in the environment, else /etc/ttun/psk.
 In the tunnel the server is 10.1.1.1 and fc11::1, the client 10.1.1.2 and fc11::2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, where help is, and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} -h\n")
 
 
 def build_parser() -> Parser:
@@ -249,7 +243,7 @@ def _boolean(text: str) -> bool:
     """Read a boolean as Go's flag package does."""
     values = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
     if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+        raise argparse.ArgumentTypeError("it is true or false")  # what was given may be a key
     return values[text.lower()]
 
 

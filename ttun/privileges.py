@@ -15,20 +15,22 @@ before threads are made.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import pwd
 import resource
+import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
 
-NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h
+NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h, as is this
+CAPABILITY_VERSION_3 = 0x20080522
 DEFAULT_USER = "nobody"
 MAX_ID = 0xFFFFFFFE  # of a user; setresuid() takes one more for «as it is»
 NOBODY = 65534  # where the user database has none: the kernel's own overflow user
@@ -43,10 +45,12 @@ class User(NamedTuple):
 
 
 def has(capability: int) -> bool:
-    """Return whether this process has a capability in effect."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = int(status.split("CapEff:", 1)[1].split(None, 1)[0], 16)
-    return bool(effective >> capability & 1)
+    """Return whether this thread has a capability in effect: capget(2), which needs no /proc."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)  # effective, permitted, inheritable; then bits 32 to 63
+    if ctypes.CDLL(None).capget(header, data) != 0:
+        return False
+    return bool(struct.unpack_from("=I", data, 12 * (capability // 32))[0] >> capability % 32 & 1)
 
 
 def check() -> None:
@@ -72,10 +76,11 @@ def find_user(name: str | None) -> User | None:
     if name is None and os.geteuid() != 0:
         return None
     text = DEFAULT_USER if name is None else name
-    number = int(text) if text.isdecimal() else None
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ID))
+    number = int(text) if is_number else None
     try:
         entry = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
-    except (KeyError, ValueError, OverflowError):
+    except (KeyError, ValueError, OverflowError, OSError):
         if name is None:
             return User(DEFAULT_USER, NOBODY, NOBODY)
         if number is not None and number <= MAX_ID:
@@ -163,4 +168,4 @@ def _why_not(error: OSError) -> str:
 
 def _load_what_comes_later() -> None:
     """Import what Python would import at the first look-up of a name."""
-    "localhost".encode("idna")
+    "é".encode("idna")  # which takes the codec of ASCII names, and one more

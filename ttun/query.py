@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttun import runtime
-from ttun.answer import Malformed, Tunnel, parse, printable
+from ttun.answer import Malformed, Tunnel, parse
+from ttun.errors import printable
 
 DEADLINE = 2.0  # seconds for all sockets together
 AGAIN = 0.05  # seconds until a socket that could not be asked is tried again

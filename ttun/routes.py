@@ -26,6 +26,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
+NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # what the kernel says without it
 METRIC = 1024  # what the kernel gives a route of IPv6 that names none
 
 
@@ -50,6 +51,8 @@ class _Rtentry(ctypes.Structure):
 def parse(text: str) -> Network:
     """Read NET/LENGTH. Raises UsageError."""
     try:
+        if "%" in text:
+            raise ValueError("a network has no zone")
         return ipaddress.ip_network(text)
     except ValueError as error:
         raise UsageError(f"--route {text}: {error}") from None
@@ -64,6 +67,8 @@ def add(network: Network, device: str) -> None:
             _add_ipv6(network, device)
     except OSError as error:
         why = "there is one already" if error.errno == errno.EEXIST else error.strerror
+        if network.version == 6 and error.errno in NO_IPV6:
+            why = f"{device} has no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6=0)"
         raise TtunError(f"cannot add a route to {network} through {device}: {why}") from None
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ttun import query, runtime
-from ttun.answer import Tunnel, printable
+from ttun.answer import Tunnel
 from ttun.endpoint import size_in_words
-from ttun.errors import TtunError
+from ttun.errors import TtunError, printable
 
 BARS = " ▁▂▃▄▅▆▇█"
 GRAPH_WIDTH = 60  # samples, one a second

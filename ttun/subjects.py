@@ -67,7 +67,10 @@ def against(text: str) -> Subject:
         raise UsageError(
             f"--against {text!r}: openvpn, wireguard-go or 'SERVER COMMAND :: CLIENT COMMAND'"
         )
-    commands = [shlex.split(end.format(peer=hosts.IPV4[SERVER])) for end in (server, client)]
+    try:
+        commands = [shlex.split(end.format(peer=hosts.IPV4[SERVER])) for end in (server, client)]
+    except (ValueError, LookupError, AttributeError) as error:  # of shlex and of str.format
+        raise UsageError(f"--against {text!r}: {error}; {{{{ stands for a brace") from None
     if not all(commands):
         raise UsageError(f"--against {text!r}: a command is missing beside the '::'")
     _need(*(command[0] for command in commands))

@@ -22,17 +22,20 @@ SEVERITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERR
 def to_background() -> None:
     """Go on in a process of its own, without a terminal. The one that was started returns 0.
 
-    Nothing may run on other threads yet: they would not come along.
+    Nothing may run on other threads yet: they would not come along. Raises TtunError.
     """
     sys.stdout.flush()
     log_writer.flush()
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+    except OSError as error:
+        raise TtunError(f"cannot open {os.devnull}: {error.strerror}; leave out -z") from None
     if os.fork():
         os._exit(0)
     os.setsid()
     if os.fork():  # no session leader: it can never get a terminal again
         os._exit(0)
     os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.close(null)

@@ -15,12 +15,14 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from ttun import files
 from ttun.errors import TtunError, UsageError
 from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE, Tox
 
 log = logging.getLogger("ttun")
 
 SAVE = "tox_save"
+MAX_SIZE = 16 << 20  # bytes of a file of ours
 MAX_SECRET = 920  # bytes; a friend request's message holds it and a NUL
 
 
@@ -38,9 +40,10 @@ def parse_id(text: str) -> bytes:
     except ValueError:
         address = b""
     if len(address) != ADDRESS_SIZE:
-        raise UsageError(f"{text!r} is no Tox ID: one has {2 * ADDRESS_SIZE} hexadecimal digits")
+        # Not shown: it may be a secret.
+        raise UsageError(f"that is no Tox ID: one has {2 * ADDRESS_SIZE} hexadecimal digits")
     if checksum(address[:-2]) != address[-2:]:
-        raise UsageError(f"{text!r} is no Tox ID: its checksum is wrong")
+        raise UsageError("that is no Tox ID: its checksum is wrong")
     return address
 
 
@@ -68,13 +71,15 @@ def find_contact(text: str) -> Contact:
     if len(text) == 2 * ADDRESS_SIZE:
         return Contact(parse_id(text), None)
     path = hosts_file()
+    found: list[os.stat_result] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        others_read = bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+        lines = files.read(path, MAX_SIZE, found.append).decode().splitlines()
     except FileNotFoundError:
-        raise UsageError(f"{text!r} is no Tox ID, and there is no {path} with names") from None
-    except (OSError, UnicodeError) as error:
-        raise TtunError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+        raise UsageError(f"that is no Tox ID, and there is no {path} with names") from None
+    except OSError as error:
+        raise TtunError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeError:
+        raise TtunError(f"cannot read {path}: it is not UTF-8") from None
     for number, line in enumerate(lines, 1):
         name, *rest = line.split("#", 1)[0].split(None, 2) or [""]
         if name != text:
@@ -85,11 +90,11 @@ def find_contact(text: str) -> Contact:
             address = parse_id(rest[0])
         except UsageError as error:
             raise TtunError(f"{path}, line {number}: {error}") from None
-        if len(rest) > 1 and others_read:
-            raise TtunError(f"others can read the secrets in {path}: chmod 600 {path}")
-        secret = check_secret(rest[1].strip().encode()) if len(rest) > 1 else None
-        return Contact(address, secret)
-    raise UsageError(f"{text!r} is no Tox ID and no name in {path}")
+        if len(rest) == 1:
+            return Contact(address, None)
+        files.check_secret(path, found[0], "file of names and secrets")
+        return Contact(address, check_secret(rest[1].strip().encode()))
+    raise UsageError(f"that is no Tox ID and no name in {path}")
 
 
 def check_secret(secret: bytes) -> bytes:
@@ -103,12 +108,13 @@ def check_secret(secret: bytes) -> bytes:
 
 def load(directory: Path) -> bytes | None:
     """Return the identity saved in a directory, None if there is none. Raises TtunError."""
+    path = directory / SAVE
     try:
-        return (directory / SAVE).read_bytes()
+        return files.read(path, MAX_SIZE, lambda found: files.check_owner(path, found, "identity"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise TtunError(f"cannot read {directory / SAVE}: {error.strerror}") from None
+        raise TtunError(f"cannot read {path}: {error.strerror}") from None
 
 
 def save(directory: Path, data: bytes) -> None:

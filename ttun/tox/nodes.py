@@ -11,11 +11,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ttun import files
 from ttun.errors import TtunError
 from ttun.tox.toxcore import PUBLIC_KEY_SIZE
 
 SYSTEM_FILE = Path("/etc/tuntox/nodes.json")
 PACKAGED_FILE = Path(__file__).with_name("nodes.json")
+MAX_SIZE = 16 << 20  # bytes of a file of nodes
 
 
 class Node(NamedTuple):
@@ -37,12 +39,12 @@ def find(given: Path | None) -> list[Node]:
 def read(path: Path) -> list[Node]:
     """Return the nodes in a file; entries without a usable address and key are left out."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(files.read(path, MAX_SIZE).decode())
         entries = document["nodes"]
         nodes = [node for entry in entries for node in _nodes(entry)]
     except OSError as error:
         raise TtunError(f"cannot read the bootstrap nodes in {path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise TtunError(
             f"{path} is no list of bootstrap nodes: it looks like https://nodes.tox.chat/json"
         ) from None

@@ -10,7 +10,7 @@ import argparse
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from ttun.version import __version__
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")
 WITH_VALUE = "iLWPCsfItubFU"
+FLAGS = "dqSzpV"
 # Where toxcore looks for others on the same network: at ten ports every ten seconds, from 33445 on.
 LAN_PORTS = 33445, 33456  # first ports of a range
 
@@ -169,8 +170,28 @@ def read(
 
 def join_values(arguments: Sequence[str]) -> list[str]:
     """Write ``-s VALUE`` as ``-sVALUE``: argparse then takes a value with a dash in front."""
-    takes_value = re.compile(f"-[dqSzpV]*[{WITH_VALUE}]").fullmatch
+    takes_value = re.compile(f"-[{FLAGS}]*[{WITH_VALUE}]").fullmatch
     return join_each(arguments, lambda argument: takes_value(argument) is not None, "")
+
+
+def find_secrets(arguments: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield where a secret may be behind ``ttun``: an argument's index, and its first character.
+
+    Behind -s, and in what is neither an option nor a value, as ttun.arguments.find_secrets does.
+    """
+    index = 0  # of "tox"
+    while (index := index + 1) < len(arguments):
+        argument = arguments[index]
+        if found := re.fullmatch(f"-[{FLAGS}]*([{WITH_VALUE}])(.*)", argument, re.DOTALL):
+            first = found.start(2)
+            if not found[2]:  # it is the next argument
+                index, first = index + 1, 0
+            if found[1] == "s" and index < len(arguments):
+                yield index, first
+        elif re.fullmatch(f"-[{FLAGS}]*D", argument):
+            index += not "".join(arguments[index + 1 : index + 2]).startswith("-")
+        elif not re.fullmatch(f"-[{FLAGS}]+|-[{FLAGS}]*D.*|-h|--help", argument, re.DOTALL):
+            yield index, int(argument.startswith("-"))
 
 
 def parse_forward(text: str) -> Forward:
@@ -188,10 +209,10 @@ def parse_forward(text: str) -> Forward:
 def parse_socks(text: str) -> Forward:
     """Read [BIND:]PORT. Raises UsageError."""
     fields = _fields(text)
-    if len(fields) not in (1, 2):
-        raise UsageError(f"{text!r}: a SOCKS5 port is PORT or BIND:PORT")
-    bind = None if len(fields) == 1 else _bind(fields[0])
-    return Forward(bind, _port(fields[-1], 0, text), None)
+    if len(fields) not in (1, 2) or not _is_port(fields[-1]):
+        # Not shown: behind a bare -D it may be anything, a secret too.
+        raise UsageError("a SOCKS5 port is PORT or BIND:PORT, as in 1080")
+    return Forward(None if len(fields) == 1 else _bind(fields[0]), int(fields[-1]), None)
 
 
 def parse_proxy(text: str | None) -> toxcore.Proxy | None:
@@ -202,10 +223,13 @@ def parse_proxy(text: str | None) -> toxcore.Proxy | None:
     kinds["http"] = toxcore.PROXY_HTTP
     scheme, separator, rest = text.partition("://")
     if not separator or scheme.lower() not in kinds:
-        raise UsageError(f"ALL_PROXY={text}: it looks like socks5://HOST:PORT or http://HOST:PORT")
+        raise UsageError("ALL_PROXY: it looks like socks5://HOST:PORT or http://HOST:PORT")
     if "@" in rest:
         raise UsageError("ALL_PROXY: toxcore cannot show a user and a password to a proxy")
-    host, port = parse_target(rest.rstrip("/"))
+    try:
+        host, port = parse_target(rest.rstrip("/"))
+    except UsageError as error:
+        raise UsageError(f"ALL_PROXY: {error}") from None
     return toxcore.Proxy(kinds[scheme.lower()], host, port)
 
 
@@ -241,9 +265,13 @@ def _bind(text: str) -> str:
 
 
 def _port(text: str, least: int, whole: str) -> int:
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= 65535):
+    if not _is_port(text) or int(text) < least:
         raise UsageError(f"{whole!r}: a port is a number from {least} to 65535")
     return int(text)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535
 
 
 class _checked:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ttun import files
 from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
 
+MAX_SIZE = 1 << 20  # bytes of a file of rules
 MAX_HOST = 255  # as long as a name can be; a request for it has to fit a packet
 
 
@@ -36,7 +38,7 @@ def parse_target(text: str, least_port: int = 1) -> Rule:
         raise UsageError(f"the host {host[:20]!r}... has more than {MAX_HOST} characters")
     if not separator or not host or not (port.isascii() and port.isdigit()):
         raise UsageError(f"{text!r}: a target is HOST:PORT, as in 127.0.0.1:22")
-    if not least_port <= int(port) <= 65535:
+    if len(port) > 5 or not least_port <= int(port) <= 65535:
         raise UsageError(f"{text!r}: the port is a number from {least_port} to 65535")
     return Rule(host, int(port))
 
@@ -45,7 +47,7 @@ def load(path: Path) -> list[Rule]:
     """Return the rules in a file; lines that are none are logged. Raises TtunError."""
     rules = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = files.read(path, MAX_SIZE).decode(errors="replace").splitlines()
     except OSError as error:
         raise TtunError(f"cannot read the rules in {path}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):

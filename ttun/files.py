@@ -1,0 +1,140 @@
+"""Files that the user names, read whole: within bounds of size and time, secrets from safe hands.
+
+A name may lead to a pipe, as in ``--psk-file <(pass show ttun)``, to a FIFO that nobody writes to,
+or to /dev/zero. What is not a regular file is waited for, WAIT seconds in all.
+
+Sources: fifo(7), poll(2), pipe(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pwd
+import select
+import stat
+import time
+from pathlib import Path
+from typing import Callable
+
+from ttun.errors import TtunError
+
+log = logging.getLogger("ttun")
+
+WAIT = 60.0  # seconds for a pipe to end: time enough to type a passphrase
+WAIT_SILENTLY = 2.0  # seconds until there is a line about it
+CHUNK = 65536
+SUDO_VARIABLE = "SUDO_UID"  # sudo(8): who called it
+CREDENTIALS = "CREDENTIALS_DIRECTORY"
+
+
+def read(path: Path, most: int, check: Callable[[os.stat_result], None] = lambda _: None) -> bytes:
+    """Return what is in a file, most bytes of it at most.
+
+    check: is shown what fstat(2) says of the open file, before it is read. Raises OSError, EFBIG
+    where there is more.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits until another opens it to write.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        check(found)
+        is_regular = stat.S_ISREG(found.st_mode)
+        started, size = time.monotonic(), 0
+        parts: list[bytes] = []
+        while is_regular or _await(descriptor, started, path):
+            try:
+                part = os.read(descriptor, min(CHUNK, most + 1 - size))
+            except BlockingIOError:
+                continue
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+        raise TimeoutError(errno.ETIMEDOUT, f"it has not come to an end within {WAIT:.0f} s")
+    finally:
+        os.close(descriptor)
+
+
+def _await(descriptor: int, started: float, path: Path) -> bool:
+    """Wait until there is something to read, or the end; return whether that came in time."""
+    watch = select.poll()
+    watch.register(descriptor, select.POLLIN)
+    for until in (WAIT_SILENTLY, WAIT):
+        left = started + until - time.monotonic()
+        if left > 0:
+            if watch.poll(left * 1000):
+                return True
+            if until < WAIT:
+                log.info("waiting for %s, %.0f s at most", path, WAIT)
+    return False
+
+
+def read_secret(path: Path, most: int, what: str) -> bytes:
+    """Return a secret in a file that nobody can read, or put there, but those who may.
+
+    what: it is, for the error. Raises TtunError.
+    """
+    try:
+        return read(path, most, lambda found: check_secret(path, found, what))
+    except PermissionError:
+        raise TtunError(f"this user may not read the {what} {path}: use sudo") from None
+    except OSError as error:
+        raise TtunError(f"cannot read the {what} {path}: {error.strerror}") from None
+
+
+def check_secret(path: Path, found: os.stat_result, what: str) -> None:
+    """Raise TtunError if others can read a secret that is in an open file, or have put it there."""
+    if stat.S_ISFIFO(found.st_mode) and _is_nameless(found):
+        return  # who started us has made it, whoever that was then
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
+        raise TtunError(f"{path} is no {what}: it is a device")
+    if _is_credential(path, found.st_mode):
+        return
+    check_owner(path, found, what)
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise TtunError(f"others can read the {what} {path}: chmod 600 {path}")
+
+
+def check_owner(path: Path, found: os.stat_result, what: str) -> None:
+    """Raise TtunError unless a file belongs to root, to us, or to who called us through sudo."""
+    caller = os.environ.get(SUDO_VARIABLE, "")
+    trusted = {"0", str(os.getuid()), str(os.geteuid()), caller}
+    if str(found.st_uid) in trusted:
+        return
+    raise TtunError(
+        f"the {what} {path} belongs to {_user(found.st_uid)}, who can read and change it: "
+        f"chown {_user(os.geteuid())} {path}"
+    )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _is_nameless(found: os.stat_result) -> bool:
+    """Return whether a pipe is of pipe(2), which only its maker's children can have."""
+    descriptors = os.pipe()
+    try:
+        return os.fstat(descriptors[0]).st_dev == found.st_dev
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _is_credential(path: Path, mode: int) -> bool:
+    """Return whether systemd keeps a file for this service alone (systemd.exec(5), Credentials).
+
+    It may give the service its right by an access control list, whose mask stat shows as the right
+    of a group; nobody but root and the service can enter the directory.
+    """
+    directory = os.environ.get(CREDENTIALS)
+    return directory is not None and path.parent == Path(directory) and not mode & ~0o440 & 0o777

@@ -1,0 +1,182 @@
+"""A shell command and all the processes that it starts, to be watched and ended as one.
+
+The command runs in a session of its own, so it and what it starts are one process group, and a
+signal to that group reaches them all; only a program that calls setsid(2) itself escapes. It finds
+what a program expects: the signal mask of the thread that starts it, three descriptors, nothing to
+read. What it writes to stderr becomes log lines, a bounded number of them: it can neither fill the
+log nor hold up who reads it.
+
+Sources: setsid(2), kill(2), signal(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ttun.errors import printable
+
+TICK = 0.05  # seconds between two looks at a command
+TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
+KILL_SECONDS = 1.0  # more than a killed process takes to be gone, unless the kernel holds it
+MOST_LINES = 20  # of a command's stderr in the log
+MOST_BYTES = 400  # of a line there
+CHUNK = 65536  # as much as a pipe holds
+# Of processes, memory or descriptors: it may be over soon.
+LACKS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
+class ProcessGroup:
+    """A command that was started, and what it started. Belongs to one thread."""
+
+    def __init__(
+        self, command: str, environment: Mapping[bytes, bytes], say: Callable[[str], None]
+    ) -> None:
+        """Start a shell command. say: called with each line of its stderr. Raises OSError."""
+        self._output: int | None  # None: it has ended, or nobody reads it any more
+        self._output, self._process = _start(command, environment)
+        self._say = say
+        self._line = b""  # what has come of the next one
+        self._said = self._taken = self._unsaid = 0  # lines, bytes, lines
+
+    @property
+    def number(self) -> int:
+        """The process group's."""
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """The shell's exit code, negative for a signal's number; None while it runs."""
+        return self._process.returncode
+
+    def wait(self, seconds: float) -> bool:
+        """Wait that long at most, take what it writes, and return whether the shell is over."""
+        self.read(seconds)
+        return self._process.poll() is not None
+
+    def is_alive(self) -> bool:
+        """Return whether any of its processes is there, if only as a zombie."""
+        self._process.poll()  # else the shell itself is, as a zombie
+        return self._signal(0)
+
+    def read(self, seconds: float) -> None:
+        """Take what it has written, waiting that long at most for something to come."""
+        if self._output is None or self._is_full():
+            time.sleep(seconds)  # who writes more than is shown is read slowly
+            seconds = 0
+        if self._output is None:
+            return
+        watch = select.poll()
+        watch.register(self._output, select.POLLIN)
+        if watch.poll(seconds * 1000):
+            data = os.read(self._output, CHUNK)
+            self._take(data)
+            if not data:
+                self.close()
+
+    def close(self) -> None:
+        """Say what is left to say, and read no more."""
+        if self._output is None:
+            return
+        os.close(self._output)
+        self._output = None
+        if self._line:
+            self._take(b"\n")
+        if self._unsaid or self._is_full():
+            self._say(f"and {self._unsaid} more lines" if self._unsaid else "and more")
+
+    def _is_full(self) -> bool:
+        return self._said >= MOST_LINES or self._taken >= MOST_LINES * MOST_BYTES
+
+    def _take(self, data: bytes) -> None:
+        self._taken += len(data)
+        *lines, rest = (self._line + data).split(b"\n")
+        for line in lines:
+            if self._said < MOST_LINES:
+                self._say(printable(os.fsdecode(line[:MOST_BYTES])))
+                self._said += 1
+            else:
+                self._unsaid += 1
+        self._line = rest[:MOST_BYTES]
+
+    def _signal(self, number: int) -> bool:
+        """Send a signal, 0 for none; return whether anybody is there."""
+        try:
+            os.killpg(self.number, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # somebody is, as another user
+        return True
+
+
+def end(groups: Sequence[ProcessGroup]) -> None:
+    """End all processes of some groups: SIGTERM, SIGKILL a second later; 2 s at most in all."""
+    left = list(groups)
+    for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
+        left = [group for group in left if group._signal(number)]
+        deadline = time.monotonic() + seconds
+        while left and time.monotonic() < deadline:
+            for group in left:
+                group.read(TICK / len(left))
+            left = [group for group in left if group.is_alive()]
+            if (living := _living()) is not None:
+                left = [group for group in left if group.number in living]
+    for group in groups:
+        group.close()
+
+
+def _living() -> set[int] | None:
+    """Return the process groups that are not zombies alone; None where /proc does not tell.
+
+    A zombie whose parent is gone stays until process 1 looks at it, which may take seconds.
+    """
+    groups = set()
+    try:
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    stat = Path("/proc", name, "stat").read_bytes()
+                    state, _, group = stat.rpartition(b")")[2].split()[:3]  # proc_pid_stat(5)
+                    if state not in (b"Z", b"X"):
+                        groups.add(int(group))
+    except (OSError, ValueError):
+        return None
+    return groups if os.getpgrp() in groups else None  # it may be the /proc of another namespace
+
+
+def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subprocess.Popen[bytes]]:
+    """Return the end of the pipe that its stderr goes to, not blocking, and the process."""
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        readable, writable = os.pipe()
+        ours.callback(os.close, readable)
+        theirs.callback(os.close, writable)
+        os.set_blocking(readable, False)
+        try:
+            stdin = stdout = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            theirs.callback(os.close, stdin)
+        except OSError as error:
+            if error.errno in LACKS:
+                raise
+            # No /dev/null here: a pipe that has ended, and what else there is to write to.
+            stdin, nowhere = os.pipe()
+            theirs.callback(os.close, stdin)
+            os.close(nowhere)
+            stdout = writable
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            env=environment,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=writable,
+            start_new_session=True,
+        )
+        ours.pop_all()
+        return readable, process
