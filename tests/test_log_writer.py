@@ -152,9 +152,10 @@ def test_a_reader_that_comes_back_is_told_why_lines_are_missing(tmp_path: Path) 
     os.close(descriptor)
 
 
-def run(script: str, *, prefix: tuple[str, ...] = (), **how: object) -> subprocess.Popen[bytes]:
-    command = [*prefix, sys.executable, "-c", script]
-    return subprocess.Popen(command, cwd=ROOT, **how)  # type: ignore[call-overload, no-any-return]
+def run(script: str, stderr: object) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, which has to come within 20 s."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=20, check=False)
 
 
 def test_a_line_that_was_torn_by_a_full_disk_is_ended(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_line_that_was_torn_by_a_full_disk_is_ended(tmp_path: Path) -> None:
         log_writer.finish()
     """
     with file.open("w") as stderr:
-        assert run(script, stderr=stderr).wait(20) == 0
+        assert run(script, stderr).returncode == 0
     torn, lost, line = file.read_text().splitlines()
     assert len(torn) == 50 and torn.endswith("xxx")
     assert lost.endswith("1 log line lost: File too large")
@@ -198,9 +199,9 @@ def test_where_there_is_no_thread_to_be_had_lines_are_written_without() -> None:
         log_writer.log.info("%d threads", threading.active_count())
         log_writer.finish()
     """
-    process = run(script, stderr=subprocess.PIPE)
-    said = process.communicate(timeout=20)[1].decode()
-    assert process.returncode == 0, said
+    done = run(script, subprocess.PIPE)
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
     assert re.search(r"1 thread\n.*the next line\n.*2 threads\n", said), said
 
 
@@ -222,9 +223,31 @@ def test_the_end_waits_a_second_at_most_for_a_reader(pipe: Pipe) -> None:
         sys.exit(3)
     """
     started = time.monotonic()
-    process = run(script, stderr=pipe.writable)
-    assert process.wait(20) == 3
+    assert run(script, pipe.writable).returncode == 3
     assert time.monotonic() - started < 12
+
+
+@pytest.mark.parametrize("pipe", SIZES[1:], indirect=True)
+@pytest.mark.parametrize("unread", [False, True], ids=["read", "never read"])
+def test_what_is_said_after_the_end_holds_nothing_up(pipe: Pipe, unread: bool) -> None:
+    """By an object that is deleted when all other threads stand still for ever."""
+    if unread:
+        pipe.fill()
+    script = """if True:
+        import sys
+        from ttun import log_writer
+        log_writer.install()
+        log_writer.start()
+        class Late:
+            def __del__(self, stderr=sys.stderr):
+                stderr.write("too late\\n")
+        late = Late()
+        log_writer.log.info("the last line")
+        log_writer.finish()
+    """
+    assert run(script, pipe.writable).returncode == 0
+    if not unread:
+        assert pipe.read().endswith("the last line\ntoo late\n")
 
 
 @pytest.mark.parametrize("arguments", ["dance", "server -k x --user no.such.user", "tox -p"])

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +171,14 @@ def test_what_nohup_and_a_shells_background_job_ignore_stays_ignored_but_sigterm
     assert "SIGTERM: stopping" in server.log()
 
 
+@pytest.fixture
+def said() -> Iterator[Path]:
+    """A file that hooks can write, whoever they run as; /run is the tests' own."""
+    with tempfile.TemporaryDirectory(dir="/run") as directory:
+        os.chmod(directory, 0o777)
+        yield Path(directory, "said")
+
+
 @pytest.mark.hosts
 def test_how_a_hook_ended_is_known_where_whoever_started_us_ignores_its_children(
     plain: Bench,
@@ -181,30 +190,19 @@ def test_how_a_hook_ended_is_known_where_whoever_started_us_ignores_its_children
 
 @pytest.mark.hosts
 @each_ending
-def test_down_runs_when_a_signal_ends_it(
-    plain: Bench, tmp_path: Path, number: signal.Signals
-) -> None:
-    said = writable_by_all(tmp_path) / "said"
+def test_down_runs_when_a_signal_ends_it(plain: Bench, said: Path, number: signal.Signals) -> None:
     server = start(plain, [], "--down", f'echo "$TTUN_REASON" > {said}')
-    plain.client().says("authenticated")
+    plain.client()
+    plain.answers()  # the session has begun on both ends
     server.process.send_signal(number)
     assert server.ended() == 0
     assert said.read_text() == "stopped\n"
     assert f"{number.name}: stopping" in server.log()
 
 
-def writable_by_all(directory: Path) -> Path:
-    os.chmod(directory, 0o777)
-    for parent in directory.parents:
-        if os.stat(parent).st_uid == os.getuid() and parent != Path("/"):
-            os.chmod(parent, os.stat(parent).st_mode | 0o011)
-    return directory
-
-
 @pytest.mark.hosts
-def test_down_runs_when_the_terminal_is_closed(plain: Bench, tmp_path: Path) -> None:
+def test_down_runs_when_the_terminal_is_closed(plain: Bench, said: Path) -> None:
     """The kernel sends SIGHUP then, and nothing can be written there any more."""
-    said = writable_by_all(tmp_path) / "said"
     ours, theirs = pty.openpty()
     command = ["setsid", "--ctty", *PROGRAM, "server", "-k", "secret", "--down", f"echo > {said}"]
     server = subprocess.Popen(
@@ -213,7 +211,8 @@ def test_down_runs_when_the_terminal_is_closed(plain: Bench, tmp_path: Path) -> 
     )  # fmt: skip
     os.close(theirs)
     try:
-        plain.client().says("authenticated")
+        plain.client()
+        plain.answers()
         os.close(ours)
         assert server.wait(10) == 0
     finally:
@@ -225,7 +224,8 @@ def test_down_runs_when_the_terminal_is_closed(plain: Bench, tmp_path: Path) -> 
 def test_more_signals_while_it_stops_change_nothing(plain: Bench) -> None:
     """Down to the moment when the process is gone."""
     server = start(plain, [], "--down", "sleep 1")
-    plain.client().says("authenticated")
+    plain.client()
+    plain.answers()  # the session has begun on both ends
     server.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 20
     while server.process.poll() is None and time.monotonic() < deadline:

@@ -149,7 +149,7 @@ class Writer(logging.Handler):
         self.flush()
 
     def _start_thread(self) -> None:
-        if time.monotonic() < self._next_try:
+        if time.monotonic() < self._next_try or self._deadline is not None:
             return
         self._next_try = time.monotonic() + RETRY
         thread = threading.Thread(target=self._run, name="ttun-log", daemon=True)
@@ -271,6 +271,8 @@ class Stream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Take text; each line goes on when it is whole."""
+        if sys.is_finalizing():
+            return self._write_at_last(text)
         with self._lock:
             *lines, self._line = (self._line + text).split("\n")
             for line in lines:
@@ -281,6 +283,18 @@ class Stream(io.TextIOBase):
         """Have the line that was begun go on too."""
         if self._line:
             self.write("\n")
+
+    def _write_at_last(self, text: str) -> int:
+        """Write what comes after the end, as that of an object that cannot be deleted.
+
+        Other threads stand still by now, and one of them may hold a lock: take none.
+        """
+        waiting = select.poll()
+        waiting.register(STDERR, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            if waiting.poll(0):
+                os.write(STDERR, text.encode(errors="backslashreplace")[:PIECE])
+        return len(text)
 
 
 def install() -> None:

@@ -106,7 +106,11 @@ class Signals:
         return children.reap()
 
     def _ignore(self) -> None:
-        """The interpreter takes its handlers away before the process is gone."""
+        """Be deaf from now on: the interpreter takes its handlers away before the process is gone.
+
+        A signal that is still on its way then is an «unraisable» error for Python: it is none.
+        """
+        sys.unraisablehook = lambda _: None
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
