@@ -77,6 +77,23 @@ def test_a_relay_that_resets_is_dialled_again_as_one_that_closes(plain: Bench) -
     assert counted[0] >= 7, printed  # 5 or 6 with the usual back-off
 
 
+@pytest.mark.slow
+def test_of_those_that_waited_the_ones_who_lose_dial_again_soon(plain: Bench) -> None:
+    """Each of them is answered when a session ends, one gets in, and the others are let go of."""
+    count, end = 0, time.monotonic() + 40
+    with listen(plain) as listener:
+        client = plain.client()
+        while time.monotonic() < end:
+            with listener.accept()[0] as sock:
+                time.sleep(2)
+                sock.sendall(bytes(16))
+                sock.settimeout(5)
+                sock.recv(100)
+                count += 1
+    print(client.log())
+    assert count >= 8, "5 or 6 with the usual back-off"
+
+
 @contextlib.contextmanager
 def names(directory: Path, **hosts: list[str]) -> Iterator[None]:
     """Give hosts addresses, in place of this machine's /etc/hosts, where only the tests see it."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ttun")
 
+# Seconds. A server that took so long to answer had another client. If it then closes the connection
+# it has taken the next one who waited: this one was not refused, and waits again.
+WAITED = 1.0
+
 
 class Backoff:
     """How long to wait before the next dial, in seconds.
@@ -36,6 +40,7 @@ class Backoff:
 
     A server that takes the connection and does not answer has another client, or its end of a
     relay is away: it is dialled again every few seconds, to be in soon after that changes.
+    The same holds for one that answered late and took another client that had waited too.
     """
 
     FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 1.0
@@ -245,14 +250,17 @@ class Client(Endpoint):
         began = time.monotonic()
         attempt = self._pending.add(sock, name, handshake.client(self._k, self._terms))
         self._watch_connection(sock)
+        silent_for: float | None = None  # until it answered
         while not self._stop.is_set():
             why = self._why_dead()
             if why is not None and self._pending.is_pending(attempt):
                 self._pending.give_up(attempt, why)
                 self._moved = True
+            if silent_for is None and attempt.spoke:
+                silent_for = time.monotonic() - began
             if not self._pending.is_pending(attempt):
-                silent_for = None if attempt.spoke else time.monotonic() - began
-                return None, silent_for
+                waited = silent_for is None or silent_for > WAITED
+                return None, time.monotonic() - began if waited else None
             peer = self._turn()
             if peer is not None:
                 return replace(peer, name=self._server), None
