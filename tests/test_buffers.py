@@ -43,7 +43,9 @@ def test_the_largest_frame_of_x1_goes_both_ways_through_small_buffers() -> None:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("small", [{SERVER}, {CLIENT}, {SERVER, CLIENT}], ids="-".join)
+@pytest.mark.parametrize(
+    "small", [{SERVER}, {CLIENT}, {SERVER, CLIENT}], ids=["server", "client", "both"]
+)
 def test_small_at_one_end_or_both_carries_all(bench: Bench, small: set[str]) -> None:
     options = {end: ["--buffers", "small"] if end in small else [] for end in (SERVER, CLIENT)}
     bench.server(*options[SERVER])

@@ -55,7 +55,7 @@ def test_a_path_and_an_abstract_name(
     ("microseconds", "pid", "interval"),
     [
         ("30000000", "", 15.0),
-        ("30000000", str(os.getpid()), 15.0),
+        ("30000000", "ours", 15.0),
         ("30000000", "1", None),
         ("", "", None),
         ("0", "", None),
@@ -67,7 +67,7 @@ def test_how_often_a_sign_of_life_is_due(
     monkeypatch: pytest.MonkeyPatch, microseconds: str, pid: str, interval: float | None
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", microseconds)
-    monkeypatch.setenv("WATCHDOG_PID", pid)
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "ours" else pid)
     assert Manager().interval == interval
 
 
