@@ -185,16 +185,16 @@ def test_no_error_shows_the_password_of_a_proxy(
 
 
 SUGGESTED = {
-    "server -psk x": "unknown option -psk; did you mean --psk or --psk-file?",
-    "server --psk-fil x": "unknown option --psk-fil; did you mean --psk-file?",
-    "server -tak": "unknown option -tak; did you mean --takeover?",
-    "server -mtux": "unknown option (not shown: it may be a key); did you mean --mtu?",
-    "server -mtu1400": "unknown option (not shown: it may be a key); did you mean --mtu?",
-    "server --take-over": "unknown option (not shown: it may be a key); did you mean --takeover?",
+    "server -psk x": "unknown option -psk (did you mean --psk or --psk-file?)",
+    "server --psk-fil x": "unknown option --psk-fil (did you mean --psk-file?)",
+    "server -tak": "unknown option -tak (did you mean --takeover?)",
+    "server -mtux": "unknown option (not shown: it may be a key; did you mean --mtu?)",
+    "server -mtu1400": "unknown option (not shown: it may be a key; did you mean --mtu?)",
+    "server --take-over": "unknown option (not shown: it may be a key; did you mean --takeover?)",
     "server -s h": "unknown option -s;",
     "client -s h -listen :5": "unknown option (not shown: it may be a key); see",
-    "clinet -s h": "unknown command, choose from server, client, demo, bench, show, genkey, "
-    "doctor, tox; did you mean client?",
+    "clinet -s h": "unknown command (choose from server, client, demo, bench, show, genkey, "
+    "doctor, tox; did you mean client?)",
 }
 
 

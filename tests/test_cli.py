@@ -36,7 +36,7 @@ def parsed(*arguments: str) -> dict[str, object]:
 
 USAGE = {
     "": "the following arguments are required: COMMAND",
-    "dance": "invalid choice: 'dance'",
+    "dance": "unknown command (choose from server, client",
     "client -k x": "required: -s",
     "client -s host:1 -k": "-k/--psk: expected one argument",
     "server -k -- -l :5": "-k/--psk: expected one argument",
@@ -53,12 +53,12 @@ USAGE = {
     "server -k x -mtu 575": "an MTU of 575: it goes from 576 to 65519",
     "server -k x -mtu 65520": "an MTU of 65520: it goes from 576 to 65519",
     "server -k x -mtu many": "'many' is not a number",
-    "server -k x -mptcp=maybe": "'maybe' is not true or false",
-    "server -k x extra": "unrecognized arguments: extra",
+    "server -k x -mptcp=maybe": "-mptcp/--mptcp: it is true or false",
+    "server -k x extra": "unexpected argument (not shown: it may be a key)",
     "server -k=": "the key in -k is empty",
     "server -k=--": "the key in -k is empty",
     "server -k x --user no.such.user": "there is no user 'no.such.user' here",
-    "genkey now": "unrecognized arguments: now",
+    "genkey now": "unexpected argument (not shown: it may be a key)",
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
 from ttun import hosts, routes
+from ttun.cli import main
 from ttun.device import SERVER as USUAL
 from ttun.device import Addresses
 from ttun.errors import TtunError, UsageError
@@ -111,6 +112,39 @@ def test_a_route_over_the_own_connection_is_refused(bench: Bench) -> None:
     client = bench.client("--route", "0.0.0.0/0")  # the link's own route is longer
     client.says("authenticated")
     client.stop()
+
+
+def test_a_route_of_ipv6_takes_an_mtu_that_ipv6_takes() -> None:
+    """Said before there is a device, and before anybody asks for the right to make one."""
+    import ttun
+
+    why = "--route 2001:db8::/64: IPv6 takes an MTU of 1280 or more, and it is 1279"
+    server = ttun.Server(b"key", mtu=1279, routes=[routes.parse("2001:db8::/64")])
+    with pytest.raises(UsageError, match=why):
+        server.open()
+    assert server.status().device is None
+
+
+def test_what_is_wrong_with_such_a_route_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["client", "-k", "x", "-s", "h:1", "--route", "2001:db8::/64", "-mtu", "1000"]
+    assert main(line) == 2
+    said = "--route 2001:db8::/64: IPv6 takes an MTU of 1280 or more, and it is 1000"
+    assert capsys.readouterr().err == f"ttun: {said}; see ttun client -h\n"
+
+
+@pytest.mark.hosts
+@ONCE
+def test_without_ipv6_a_route_of_it_says_so(bench: Bench) -> None:
+    off = 'sysctl -q net.ipv6.conf.default.disable_ipv6=1 && exec "$@"'
+    command = ["unshare", "--net", "sh", "-c", off, "sh", *PROGRAM, "server", "-k", "x"]
+    done = subprocess.run(
+        [*command, "--route", "2001:db8::/64"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ttun: cannot add a route to 2001:db8::/64 through ttun0: ttun0 has no IPv6 "
+        "(sysctl net.ipv6.conf.default.disable_ipv6=0)"
+    )
 
 
 @pytest.mark.hosts

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from ttun.errors import printable
 
 SECRETS = ("-k", "--psk")  # options whose value is a key
-NOT_SHOWN = "(not shown: it may be a key)"
+NOT_SHOWN = "not shown: it may be a key"
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +29,10 @@ class Parser(argparse.ArgumentParser):
         with contextlib.suppress(OSError):
             print(f"{self.prog}: {printable(message)}; see {self.prog} -h", file=sys.stderr)
         sys.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help. argparse would keep quiet about a disk that is full."""
+        print(message, end="", file=file)
 
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
         """Parse as argparse does, but refuse what is not known."""
@@ -52,8 +56,8 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             like = difflib.get_close_matches(str(value), choices, 1)
-            why = f"unknown command, choose from {', '.join(choices)}{_did_you_mean(like)}"
-            raise argparse.ArgumentError(action, why)
+            why = [f"choose from {', '.join(choices)}", *_did_you_mean(like)]
+            raise argparse.ArgumentError(action, f"unknown command ({'; '.join(why)})")
 
 
 def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int, int]]:
@@ -122,16 +126,19 @@ def _joins(argument: str, option: str, names: Iterable[str]) -> bool:
 def _why_unknown(argument: str, names: Iterable[str]) -> str:
     """Return what is wrong with an argument; of it, show no more than one of names has too."""
     if not argument.startswith("-"):
-        return f"an argument is neither an option nor the value of one {NOT_SHOWN}"
+        return f"unexpected argument ({NOT_SHOWN})"
     typed = argument.partition("=")[0]
     word = typed.lstrip("-")
     known = sorted({name.lstrip("-") for name in names if len(name) > 2})
     like = [name for name in known if word and name.startswith(word)]
-    shown = typed if like or len(typed) == 2 else NOT_SHOWN
+    is_shown = like or len(typed) == 2
     like = like or [name for name in known if word.startswith(name)]
     like = like or difflib.get_close_matches(word, known, 1)
-    return f"unknown option {shown}{_did_you_mean([f'--{name}' for name in like])}"
+    what = f"unknown option {typed}" if is_shown else "unknown option"
+    more = [] if is_shown else [NOT_SHOWN]
+    more += _did_you_mean([f"--{name}" for name in like])
+    return f"{what} ({'; '.join(more)})" if more else what
 
 
-def _did_you_mean(names: Sequence[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ""
+def _did_you_mean(names: Sequence[str]) -> list[str]:
+    return [f"did you mean {' or '.join(names)}?"] if names else []

@@ -56,7 +56,7 @@ def read(path: Path, most: int, check: Callable[[os.stat_result], None] = lambda
             size += len(part)
             if size > most:
                 raise OSError(errno.EFBIG, f"it has more than {most} bytes")
-        raise TimeoutError(errno.ETIMEDOUT, f"it has not come to an end within {WAIT:.0f} s")
+        raise TimeoutError(errno.ETIMEDOUT, f"no end of file within {WAIT:.0f} s")
     finally:
         os.close(descriptor)
 
@@ -93,7 +93,7 @@ def check_secret(path: Path, found: os.stat_result, what: str) -> None:
     if stat.S_ISFIFO(found.st_mode) and _is_nameless(found):
         return  # who started us has made it, whoever that was then
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
-        raise TtunError(f"{path} is no {what}: it is a device")
+        raise TtunError(f"{path} is not a {what}: it is a device")
     if _is_credential(path, found.st_mode):
         return
     check_owner(path, found, what)
@@ -108,7 +108,7 @@ def check_owner(path: Path, found: os.stat_result, what: str) -> None:
     if str(found.st_uid) in trusted:
         return
     raise TtunError(
-        f"the {what} {path} belongs to {_user(found.st_uid)}, who can read and change it: "
+        f"the {what} {path} belongs to user {_user(found.st_uid)}: "
         f"chown {_user(os.geteuid())} {path}"
     )
 

@@ -113,7 +113,7 @@ class Hooks:
             self._changed.notify()
         self._thread.join(AT_END)
         if self._thread.is_alive():
-            log.warning("--up and --down: a command could not be ended within %.0f s", AT_END)
+            log.warning("--up, --down: a command could not be ended within %.0f s", AT_END)
         atexit.unregister(self.close)
 
     def _run(self) -> None:
@@ -122,7 +122,7 @@ class Hooks:
             if self._execute("up", session.came, UP_AT_END):
                 self._execute("down", self._leaving(session), DOWN_AT_END)
             elif self._commands["down"] is not None:
-                log.warning("--down: left out, as --up did not run")
+                log.warning("skipped --down: --up did not run")
         process_group.end(self._background)
 
     def _next(self) -> _Session | None:
@@ -135,7 +135,8 @@ class Hooks:
             session = None if self._closed is not None else self._waiting.popleft()
         if left_out:
             log.warning(
-                "--up and --down: left out for %d sessions that came while a command ran", left_out
+                "skipped --up and --down for %d sessions: an earlier command took too long",
+                left_out,
             )
         return session
 
@@ -207,9 +208,9 @@ class Hooks:
                 number = getattr(error, "errno", LACKS[0])
             is_pointless = name == "up" and self._closed is not None
             if number not in LACKS or left() < delay or is_pointless:
-                log.warning("--%s: cannot run it: %s", name, why)
+                log.warning("cannot run --%s: %s", name, why)
                 return None
-            log.warning("--%s: cannot run it: %s; trying again in %.1f s", name, why, delay)
+            log.warning("cannot run --%s: %s (trying again in %.1f s)", name, why, delay)
             self._pause(delay)
             delay = min(2 * delay, RETRY_MOST)
 
@@ -225,9 +226,9 @@ class Hooks:
         while not group.wait(TICK):
             self._tend()
             if left() <= 0:
-                why = "" if self._closed is None else ", as ttun stops"
+                why = "timed out" if self._closed is None else "ttun is stopping"
                 seconds = time.monotonic() - started
-                log.warning("--%s: ended with its processes after %.0f s%s", name, seconds, why)
+                log.warning("--%s: %s: ended all its processes after %.0f s", name, why, seconds)
                 process_group.end([group])
                 return
         if group.code:
@@ -236,7 +237,7 @@ class Hooks:
         self._background.append(group)
         self._tend()
         if len(self._background) > MOST_LEFT:
-            log.warning("--up and --down: they leave too much in the background: the oldest ends")
+            log.warning("--up, --down: too many background processes: ending the oldest")
             process_group.end([self._background.pop(0)])
 
 

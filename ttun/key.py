@@ -54,7 +54,7 @@ def read_file(path: Path) -> bytes:
     if not os.path.lexists(path) and not _is_name_of_file(path):
         # It may be a key where a file's name should be, so it is not shown.
         raise TtunError(
-            "there is no such key file: --psk-file takes the name of a file, -k the key itself"
+            "key file not found: --psk-file takes the name of a file, -k the key itself"
         )
     key = files.read_secret(path, MAX_SIZE, "key file")
     return _not_empty(key[:-1] if key.endswith(b"\n") else key, str(path))
