@@ -307,25 +307,6 @@ def test_the_interface_for_others_is_documented_and_works() -> None:
 
 
 @pytest.mark.hosts
-def test_a_callback_that_fails_ends_the_endpoint_and_its_threads(bench: Bench) -> None:
-    program = """if True:
-        import os, ttun
-        def fail(peer): raise ValueError("a bug of the caller's")
-        server = ttun.Server(b"secret", on_connected=fail)
-        server.start()
-        print("ready", flush=True)
-        try: server.wait()
-        except ttun.TtunError as error: print(error, len(os.listdir("/proc/self/task")), flush=True)
-    """
-    host = bench.helper(SERVER, sys.executable, "-c", program)
-    bench.client()
-    assert host.stdout is not None
-    message, threads = host.stdout.readline().rsplit(None, 1)
-    assert message == "internal error: ValueError: a bug of the caller's"
-    assert int(threads) <= 2
-
-
-@pytest.mark.hosts
 def test_callbacks_and_status(bench: Bench) -> None:
     """Embedded in a program of somebody else's."""
     program = """if True:
