@@ -1,11 +1,11 @@
 """Python source without what only its readers need: setup.py puts that into wheels.
 
-A wheel goes to routers. Comments, docstrings, annotations of functions and most of the indentation
-would be a third of it. What help(ttun.Server) shows and what a type checker wants of that stays,
-and so does each line's number: a traceback leads to the source, which the sdist has.
+A wheel goes to routers. Comments, docstrings, annotations of functions and most blanks would be a
+third of it. What help(ttun.Server) shows and what a type checker wants of that stays, and so does
+each line's number: a traceback leads to the source, which the sdist has.
 
 1. Parse it, and note which bytes of it go (class Reader); the tree loses the same.
-2. Cut those, then comments, then indent with one blank.
+2. Cut those, then comments, then blanks between tokens, then indent with one blank.
 3. What is left has to parse to that tree: else it would be another program, and the build ends.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from typing import TypeVar, Union
@@ -28,7 +29,7 @@ def compact(source: str, public: bool = False) -> str:
     """
     reader = Reader(source, public)
     tree = reader.visit(ast.parse(source))
-    result = indented(without_comments(reader.rest()))
+    result = indented(without_blanks(without_comments(reader.rest())))
     if ast.dump(ast.parse(result)) != ast.dump(tree):
         raise ValueError("the compact program is another one")
     return result
@@ -129,6 +130,25 @@ def without_comments(source: str) -> str:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
+    return "".join(lines)
+
+
+def without_blanks(source: str) -> str:
+    """Return the source with a blank between two tokens only where they would be one without."""
+    lines = source.splitlines(keepends=True)
+    gaps, end, depth = [], (0, 0), 0
+    for token in tokens(source):
+        row, column = token.start
+        name = tokenize.tok_name[token.type]
+        depth -= name == "FSTRING_END"  # from Python 3.12 on an f-string is many tokens
+        if row == end[0] and column > end[1] and not depth:
+            gaps.append((row - 1, end[1], column))
+        depth += name == "FSTRING_START"
+        end = token.end
+    for row, start, stop in reversed(gaps):
+        line = lines[row]
+        one_without = re.fullmatch(r"[\w\"'.]{2}", line[start - 1] + line[stop])
+        lines[row] = line[:start] + (" " if one_without else "") + line[stop:]
     return "".join(lines)
 
 
