@@ -108,7 +108,8 @@ fuzz: $(VENV)/.built $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 # no network, and nothing stays in this tree that is root's: make clean needs no sudo.
 install: $(VENV)/.built
 	rm -rf $(DESTDIR)$(LIBDIR) build/lib* build/bdist.*
-	$(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation --target $(DESTDIR)$(LIBDIR) .
+	TTUN_WHOLE=1 $(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation \
+	  --target $(DESTDIR)$(LIBDIR) .
 	rm -rf $(DESTDIR)$(LIBDIR)/bin build/lib* build/bdist.* build/temp.* ttun_tunnel.egg-info
 	install -d $(DESTDIR)$(BINDIR) $(SYSTEMD) $(SYSUSERS) $(SHARE)/man/man1 \
 	  $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(FISH)

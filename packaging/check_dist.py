@@ -59,10 +59,10 @@ def install(wheel: Path) -> None:
     if said.split()[0] != "ttun":
         sys.exit(f"ttun --version: {said}")
     print(run([place / "bin" / "python", ROOT / "tests" / "check_install.py"], WORK), end="")
-    for name in ("ttun", "ttun.Server", "ttun.Client", "ttun.Status", "ttun.TtunError"):
-        show = f"import ttun, pydoc; print(pydoc.plain(pydoc.render_doc({name})))"
+    for name in ("ttun.Server", "ttun.Client", "ttun.Status", "ttun.TtunError"):
+        show = f"import ttun, pydoc; print(ttun.__doc__, pydoc.plain(pydoc.render_doc({name})))"
         shown = {
-            run([python, "-c", show], cwd).partition("\nFILE\n")[0]
+            run([python, "-c", show], cwd)
             for python, cwd in ((place / "bin" / "python", WORK), (sys.executable, ROOT))
         }
         if len(shown) != 1:

