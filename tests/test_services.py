@@ -190,7 +190,8 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
     client.says("authenticated")
     bench.answers()
     for end in (server, client):
-        assert len(list(threads(end.process.pid))) >= 6, "all threads of a session run"
+        pid = end.process.pid
+        eventually(lambda pid=pid: len(list(threads(pid))) >= 6, "all threads of a session run")
         has_nothing_left(end)
         assert "no status" not in end.log()
         shown = bench.run(SERVER, *PROGRAM, "show", "ttun0")
