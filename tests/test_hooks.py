@@ -215,7 +215,7 @@ def test_what_it_says_on_stderr_is_in_the_log_without_control_characters(
 SCRIPT = """
 import logging, os, resource, signal, sys, threading, time
 from ttun.hooks import Hooks
-from ttun.stop import Signals
+from ttun.signals import Signals
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 said = sys.argv[1]
 def wait(times):
