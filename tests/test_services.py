@@ -194,6 +194,7 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
         eventually(lambda pid=pid: len(list(threads(pid))) >= 6, "all threads of a session run")
         has_nothing_left(end)
         assert "no status" not in end.log()
+    for end in (server, client):
         shown = bench.run(SERVER, *PROGRAM, "show", "ttun0")
         role = "server" if end is server else "client"
         assert f"ttun0: {role}, user {UID}\n" in shown, "root sees whose word that is"
