@@ -99,7 +99,7 @@ def test_arguments_of_any_bytes_are_hidden_to_the_byte() -> None:
 @pytest.mark.hosts
 def test_a_key_is_hidden_without_proc() -> None:
     """Nobody has mounted it in this program's own place; others outside see it all the same."""
-    script = 'umount -l /proc && exec "$@"'
+    script = 'mount -t tmpfs none /proc && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", script, "sh", *PROGRAM, "server", "-m", "none"]
     with blocked(*command, "-k", KEY) as process:
         eventually(lambda: shown(process.pid)[-2:] == ["-k", FIELDS], "it is hidden", 10)

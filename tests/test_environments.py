@@ -23,7 +23,7 @@ ASCII = "export LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0"
 DEVICES = "mount -t tmpfs none /dev && mkdir /dev/net && mknod /dev/net/tun c 10 200"
 
 PLACES = {  # shell commands that lead there
-    "no /proc": "umount -l /proc",
+    "no /proc": "mount -t tmpfs none /proc",
     "no /dev/null": DEVICES,
     "no /dev/null, no input and output": f"{DEVICES}; exec <&- >&-",
     "no input": "exec <&-",

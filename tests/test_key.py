@@ -195,6 +195,8 @@ def test_a_pipe_of_somebody_else_is_taken_as_who_started_us_made_it(stranger: in
             done = subprocess.run(
                 command, stdin=pipe, capture_output=True, text=True, check=False, timeout=60
             )
+    if made.returncode != 0:
+        pytest.skip("no other user in this user namespace")
     assert "unknown cipher" in done.stderr
 
 

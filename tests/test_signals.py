@@ -185,7 +185,7 @@ def test_how_a_hook_ended_is_known_where_whoever_started_us_ignores_its_children
 ) -> None:
     server = start(plain, NO_CHILDREN, "--up", "exit 3")
     plain.client().says("authenticated")
-    server.says("exit 3: exit code 3")
+    server.says("--up: exit code 3")
 
 
 @pytest.mark.hosts

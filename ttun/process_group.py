@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ttun import children
 from ttun.errors import printable
 
 TICK = 0.05  # seconds between two looks at a command
@@ -170,7 +171,7 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
             theirs.callback(os.close, stdin)
             os.close(nowhere)
             stdout = writable
-        process = subprocess.Popen(
+        process = children.start(
             ["/bin/sh", "-c", command],
             env=environment,
             stdin=stdin,
