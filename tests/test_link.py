@@ -45,6 +45,7 @@ def test_addresses(text: str, listening: bool, expected: Address) -> None:
         ("a:", True, "port is a number"),
         ("a:b", True, "port is a number"),
         ("a:-1", True, "port is a number"),
+        pytest.param("a:" + "9" * 5000, True, "port is a number", id="5,000 digits"),
         ("a:\u0661", True, "port is a number"),
         ("2001:db8::1", False, "brackets"),
         ("2001:db8::1:20203", True, "brackets"),

@@ -70,7 +70,8 @@ def parse_address(text: str, *, listening: bool) -> Address:
         rest = f":{DEFAULT_PORT}"
     port = rest[1:]
     least = 0 if listening else 1
-    if rest[0] != ":" or not (port.isascii() and port.isdigit() and least <= int(port) <= 65535):
+    digits = port.isascii() and port.isdigit() and len(port) <= 5
+    if rest[0] != ":" or not (digits and least <= int(port) <= 65535):
         raise UsageError(f"{text!r}: the port is a number from {least} to 65535")
     return Address(host, int(port))
 
