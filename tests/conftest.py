@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[WHY_NOT] = ""
     config.stash[NO_TOX] = toxlab.why_not()
     os.environ.pop("XDG_RUNTIME_DIR", None)
+    # Whoever runs the tests in the background, or under nohup, has these ignored, and what is
+    # ignored stays so in every program that a test starts.
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
     if hosts.may_make_hosts():
         tunnel.cover_run()
         return
