@@ -204,7 +204,9 @@ def test_a_flood_of_forged_frames_in_one_session_is_counted_and_no_more(plain: B
         after = server.usage()
         print(f"{frames} frames")
     server.says("disconnected")
-    assert after[:2] == before[:2]
+    # Fewer is no leak: whoever asks for the status has a descriptor there for a moment.
+    assert after[0] <= before[0]
+    assert after[1] == before[1]
     assert_small(after[2] - before[2])
     client_gets_in(plain)
 
