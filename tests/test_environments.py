@@ -61,7 +61,8 @@ def run(
     line: list[str], place: str = "true", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the program somewhere, to its end."""
-    script = f'{place}; exec "$@"'
+    # An empty /run: tests before this one may have left sockets of tunnels that were killed.
+    script = f'mount -t tmpfs none /run; {place}; exec "$@"'
     command = ["unshare", "--net", "--mount", "sh", "-c", script, "sh", *PROGRAM, *line]
     return subprocess.run(
         ["timeout", "--signal=INT", str(TIMEOUT), *command],
