@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, children, eventually
 
 from ttun import hosts
 
@@ -284,19 +284,6 @@ def first() -> list[str]:
     if subprocess.run([*AS_FIRST, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no namespace of processes can be made here")
     return AS_FIRST
-
-
-def children(pid: int) -> dict[int, str]:
-    """The children of a process, and in what state each is."""
-    found = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (directory / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found[int(directory.name)] = fields[0]
-    return found
 
 
 @pytest.mark.hosts

@@ -46,6 +46,19 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 20) -> T:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def children(pid: int) -> dict[int, str]:
+    """The children of a process, and in what state each is."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found[int(directory.name)] = fields[0]
+    return found
+
+
 def cover_run() -> None:
     """Give this process, and what it starts, an empty /run; nobody else sees what is in it."""
     if libc.unshare(CLONE_NEWNS) != 0:
