@@ -76,7 +76,7 @@ def check_tests(sdist: Path) -> None:
     (home,) = WORK.glob("ttun_tunnel-*")
     (home / ".venv").symlink_to(ROOT / ".venv")
     run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], home)
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "not hosts and not slow"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not hosts and not slow"]
     if subprocess.run(tests, cwd=home, check=False).returncode != 0:
         sys.exit(f"tests fail in {home}")
 

@@ -168,7 +168,8 @@ class End(Program):
         return eventually(mine, f"an answer of {self.process.pid}")[0]
 
     def socket(self) -> Path:
-        """Where it answers."""
+        """Where it answers. It does so once it can be ended by signals."""
+        self.status()
         name = f"*.{self.process.pid}.sock"
         return eventually(lambda: [*runtime.SYSTEM.rglob(name)], f"{name} in /run/ttun")[0]
 
