@@ -16,6 +16,8 @@ SOURCES = [
     "checksum.c",
     "codec.c",
     "codel.c",
+    "connection.c",
+    "fq.c",
     "lane.c",
     "mailbox.c",
     "offload.c",
@@ -42,7 +44,7 @@ ffibuilder.set_source(
     SPARE
     + "".join(
         f'#include "{name}.h"\n'
-        for name in ("checksum", "codec", "codel", "offload", "process", "pump")
+        for name in ("checksum", "codec", "codel", "fq", "offload", "process", "pump")
     ),
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],

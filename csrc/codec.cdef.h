@@ -1,5 +1,5 @@
-/* What Python sees of codec.h, codel.h, offload.h, process.h and pump.h, in the subset of C that
- * cffi reads. */
+/* What Python sees of codec.h, codel.h, fq.h, offload.h, process.h and pump.h, in the subset of C
+ * that cffi reads. */
 
 #define TTUN_KEY_SIZE ...
 #define TTUN_PREFIX ...
@@ -34,8 +34,22 @@ size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, l
 struct ttun_codel {
     ...;
 };
-void ttun_codel_watch(struct ttun_codel *, uint64_t now, uint64_t delay);
+struct ttun_codel_pace {
+    uint64_t target, interval;
+};
+void ttun_codel_watch(struct ttun_codel *, uint64_t now, uint64_t delay,
+                      const struct ttun_codel_pace *);
 _Bool ttun_codel_drops(struct ttun_codel *, size_t size);
+
+struct ttun_fq {
+    unsigned free_cells, packets;
+    uint64_t dropped;
+    ...;
+};
+void ttun_fq_init(struct ttun_fq *, uint8_t *memory, size_t size, uint64_t salt);
+void ttun_fq_put(struct ttun_fq *, const uint8_t *packet, size_t size, size_t ip, uint64_t now);
+size_t ttun_fq_take(struct ttun_fq *, uint8_t *out, uint64_t now, const struct ttun_codel_pace *);
+void ttun_fq_wipe(struct ttun_fq *);
 
 enum ttun_end {
     TTUN_RUNNING,
@@ -72,13 +86,12 @@ struct ttun_control {
     uint8_t body[...];
 };
 
-
 struct ttun_session;
 
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct,
-                                      unsigned slots);
+                                      unsigned slots, size_t queue);
 void ttun_uplink_seal(struct ttun_session *);
 void ttun_uplink_send(struct ttun_session *);
 void ttun_downlink_receive(struct ttun_session *);
@@ -119,7 +132,9 @@ struct iovec {
     ...;
 };
 
-struct ttun_segmenter { ...; };
+struct ttun_segmenter {
+    ...;
+};
 bool ttun_segment(struct ttun_segmenter *, const struct ttun_vnet *, uint8_t *packet, size_t size);
 uint8_t *ttun_next_segment(struct ttun_segmenter *, size_t *size);
 

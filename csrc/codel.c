@@ -1,33 +1,34 @@
-/* The control law of RFC 8289, section 5, asked when a packet comes in place of when it leaves. */
+/* The control law of RFC 8289, section 5. */
 #include "codel.h"
 
-/* INTERVAL / sqrt(n). */
-static uint64_t gap(uint32_t n) {
+/* The interval / sqrt(n). */
+static uint64_t gap(uint64_t interval, uint32_t n) {
     uint64_t root = 16; /* 16 * sqrt(n), rounded down; at most 1,600, so a loop does */
     while ((root + 1) * (root + 1) <= (uint64_t)n * 256)
         root++;
-    return TTUN_CODEL_INTERVAL * 16ULL / root;
+    return interval * 16 / root;
 }
 
-void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay) {
-    if (delay < TTUN_CODEL_TARGET) {
+void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay,
+                      const struct ttun_codel_pace *pace) {
+    if (delay < pace->target) {
         codel->above = 0;
         codel->dropping = codel->due = false;
         return;
     }
     if (codel->above == 0)
-        codel->above = now + TTUN_CODEL_INTERVAL;
+        codel->above = now + pace->interval;
     if (now < codel->above || (codel->dropping && now < codel->next))
         return;
     if (codel->dropping) {
         if (codel->count < TTUN_CODEL_COUNT)
             codel->count++;
-        codel->next += gap(codel->count);
+        codel->next += gap(pace->interval, codel->count);
     } else {
         /* Soon after the last episode, go on about where that one ended. */
-        bool soon = now < codel->next + 16 * TTUN_CODEL_INTERVAL && codel->count > 2;
+        bool soon = now < codel->next + 16 * pace->interval && codel->count > 2;
         codel->count = soon ? codel->count - 2 : 1;
-        codel->next = now + gap(codel->count);
+        codel->next = now + gap(pace->interval, codel->count);
         codel->dropping = true;
     }
     codel->due = true;

@@ -11,11 +11,14 @@
 #include <stdint.h>
 
 enum {
-    /* Microseconds. The RFC's target is 5000; the socket holds about the rest, unseen from here. */
-    TTUN_CODEL_TARGET = 2000,
-    TTUN_CODEL_INTERVAL = 100000,
     TTUN_CODEL_COUNT = 10000, /* drops after which they come no faster: one in a millisecond */
     TTUN_CODEL_SPARED = 256   /* bytes of a packet that is not dropped */
+};
+
+/* What is long: microseconds. */
+struct ttun_codel_pace {
+    uint64_t target;   /* a delay above it, */
+    uint64_t interval; /* and all the time for so long */
 };
 
 /* All zero to begin with. */
@@ -29,7 +32,8 @@ struct ttun_codel {
 
 /* Looks at the queue. now, delay: microseconds; delay: how long a packet that comes now has to
  * wait. */
-void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay);
+void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay,
+                      const struct ttun_codel_pace *pace);
 
 /* Returns whether a packet of so many bytes is the one to drop. A ping, a key press, an
  * acknowledgement or a look-up does not fill a queue, and they are many beside packets of 64 KiB:

@@ -90,6 +90,13 @@ void lane_return(struct lane *lane, bool unfinished) {
     pthread_mutex_unlock(&lane->lock);
 }
 
+unsigned lane_filled(struct lane *lane) {
+    pthread_mutex_lock(&lane->lock);
+    unsigned filled = lane->filled;
+    pthread_mutex_unlock(&lane->lock);
+    return filled;
+}
+
 uint64_t lane_waits_since(struct lane *lane) {
     pthread_mutex_lock(&lane->lock);
     uint64_t since = lane->filled > 0 ? lane->slots[lane->first].since : 0;

@@ -63,6 +63,9 @@ void lane_release(struct lane *lane);
  * while it is in the cache; `unfinished`, the second thread goes on with it. */
 void lane_return(struct lane *lane, bool unfinished);
 
+/* First thread: how many are filled. */
+unsigned lane_filled(struct lane *lane);
+
 /* First thread: since when the oldest filled slot has waited, or 0 when none is filled. */
 uint64_t lane_waits_since(struct lane *lane);
 

@@ -38,6 +38,7 @@
 enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
     WHOLE = 3,              /* bytes in front of an offloaded packet: its type and its gso_size */
+    ARRIVALS = 64,          /* packets of the device that the queue takes at once */
     LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */
 };
 
@@ -94,7 +95,7 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
     if (s->wire != 0 && (size == 0 || !is_ip(packet)))
         return false; /* its first byte would be taken for a type */
-    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX &&
+    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX && size <= s->connection.batch &&
         ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
                          s->wire & TTUN_OFFLOAD_UDP)) {
         static const struct ttun_vnet done;
@@ -109,15 +110,18 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
 }
 
 /* Looks, before the first packet of a slot is taken, whether one has to be dropped. Who sends
- * faster than the link takes it has to be told, or the queues of the socket, the lane and the
+ * faster than a near peer takes it has to be told, or the queues of the socket, the lane and the
  * device grow to seconds. It must be now: what is in a slot has its place among the nonces. */
-static void watch_queue(struct ttun_session *s) {
+static void watch_device(struct ttun_session *s) {
+    static const struct ttun_codel_pace pace = {.target = 2000, .interval = 100000};
     uint64_t now = now_us(), delay = 0, oldest = lane_waits_since(&s->uplink);
-    if (oldest > 0)
+    if (s->connection.limited)
+        delay = 0; /* they wait in the queue */
+    else if (oldest > 0)
         delay = now - oldest;
-    else if (now - atomic_load(&s->send_end) < TTUN_CODEL_TARGET)
+    else if (now - atomic_load(&s->send_end) < pace.target)
         delay = atomic_load(&s->waited);
-    ttun_codel_watch(&s->codel, now, delay);
+    ttun_codel_watch(&s->codel, now, delay, &pace);
 }
 
 /* Reads the next packet of the device into the scratch and starts on it. Returns false when there
@@ -138,7 +142,7 @@ static bool read_packet(struct ttun_session *s, bool wait) {
             session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
             if (wait)
-                watch_queue(s);
+                watch_device(s);
             if (ttun_codel_drops(&s->codel, (size_t)size)) {
                 count(&s->congested, 1);
                 continue;
@@ -149,6 +153,61 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         }
     }
     return false;
+}
+
+/* Is it a packet as the kernel left it, with what that takes in front? */
+static bool is_offloaded(const struct ttun_session *s, const uint8_t *packet) {
+    return s->wire != 0 && packet[0] == TTUN_OFFLOADED;
+}
+
+/* Puts what is left of the packet in the scratch into the queue. */
+static void queue_segments(struct ttun_session *s, uint64_t now) {
+    uint64_t dropped = s->queue.dropped;
+    const uint8_t *packet;
+    size_t size;
+    while ((packet = ttun_next_segment(&s->segmenter, &size)) != NULL)
+        ttun_fq_put(&s->queue, packet, size, is_offloaded(s, packet) ? WHOLE : 0, now);
+    count(&s->congested, s->queue.dropped - dropped);
+}
+
+/* Moves what the device has into the queue. */
+static void queue_arrivals(struct ttun_session *s) {
+    uint64_t now = now_us();
+    queue_segments(s, now);
+    for (unsigned i = 0; i < ARRIVALS && read_packet(s, false); i++)
+        queue_segments(s, now);
+}
+
+/* The next packet to seal, or NULL as read_packet says. What waits in the queue comes first. */
+static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *size) {
+    for (;;) {
+        if (s->queue.packets > 0) {
+            if (wait && s->connection.limited)
+                queue_arrivals(s);
+            uint64_t dropped = s->queue.dropped;
+            *size = ttun_fq_take(&s->queue, s->taken, now_us(), &s->connection.pace);
+            count(&s->congested, s->queue.dropped - dropped);
+            if (*size > 0)
+                return s->taken;
+        }
+        const uint8_t *packet = ttun_next_segment(&s->segmenter, size);
+        if (packet != NULL || !read_packet(s, wait))
+            return packet;
+        if (s->segmenter.size > s->connection.batch)
+            queue_segments(s, now_us()); /* something small may come before it is through */
+    }
+}
+
+/* Waits until the connection is not too far behind. Meanwhile packets go into the queue. */
+static void await_room(struct ttun_session *s) {
+    connection_look(&s->connection, now_us(), s->uplink.count);
+    while (s->connection.limited && !is_over(s)) {
+        atomic_store(&s->wants_room, true);
+        if (lane_filled(&s->uplink) < s->connection.slots)
+            return;
+        queue_arrivals(s);
+        await_device(s);
+    }
 }
 
 /* Seals what Python wants to be sent. The slot is empty. */
@@ -169,15 +228,15 @@ static void seal_control(struct ttun_session *s, struct slot *slot) {
 static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     uint64_t packets = 0, bytes = 0;
     slot->begin = slot->end = 0;
-    while (SLOT_SIZE - slot->end >= FRAME_MAX && !is_over(s)) {
+    while (SLOT_SIZE - slot->end >= FRAME_MAX && slot->end < s->connection.batch && !is_over(s)) {
         if (slot->end == 0)
             slot->since = now_us();
         if (slot->end == 0 && mailbox_has(&s->outbox))
             seal_control(s, slot);
         size_t size;
-        const uint8_t *packet = ttun_next_segment(&s->segmenter, &size);
+        const uint8_t *packet = next_packet(s, slot->end == 0, &size);
         if (packet == NULL) {
-            if (!read_packet(s, slot->end == 0) && slot->end > 0)
+            if (slot->end > 0)
                 break;
             continue;
         }
@@ -192,7 +251,7 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
         }
         slot->end += framed;
         packets++;
-        bytes += size - (s->wire != 0 && packet[0] == TTUN_OFFLOADED ? WHOLE : 0);
+        bytes += size - (is_offloaded(s, packet) ? WHOLE : 0);
     }
     count(&s->uplink_packets, packets);
     count(&s->uplink_bytes, bytes);
@@ -225,7 +284,7 @@ static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
 void ttun_uplink_seal(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-up-seal");
     struct slot *slot;
-    while ((slot = lane_free_slot(&s->uplink)) != NULL && seal_batch(s, slot))
+    while (await_room(s), (slot = lane_free_slot(&s->uplink)) != NULL && seal_batch(s, slot))
         if (lane_push(&s->uplink, s->direct))
             lane_return(&s->uplink, send_slot(s, slot, MSG_DONTWAIT));
 }
@@ -236,6 +295,8 @@ void ttun_uplink_send(struct ttun_session *s) {
     while ((slot = lane_take(&s->uplink)) != NULL) {
         send_slot(s, slot, 0);
         lane_release(&s->uplink);
+        if (atomic_exchange(&s->wants_room, false))
+            wake_uplink(s);
     }
 }
 

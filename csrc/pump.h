@@ -50,11 +50,13 @@ enum ttun_offload {
  * ttun_offload bits of the device. wire: 0 for v1, or TTUN_X1 with the bits of what the peer's
  * device takes. uplink, downlink: copied. direct: let the first thread of a direction do the
  * second one's work while that one is idle (right where cores are scarce). slots: of each
- * direction, 1 to SLOTS of lane.h. Returns NULL with errno set. */
+ * direction, 1 to SLOTS of lane.h. queue: bytes of memory for packets that wait while the
+ * connection is busy, a multiple of FQ_CELL of fq.h, at least for two of the largest. Returns NULL
+ * with errno set. */
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct,
-                                      unsigned slots);
+                                      unsigned slots, size_t queue);
 
 /* The four thread bodies. Each is called once, on a thread of its own, and returns when the
  * session is over. */

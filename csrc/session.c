@@ -30,8 +30,9 @@ uint64_t now_us(void) {
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct,
-                                      unsigned slots) {
-    if (slots < 1 || slots > SLOTS) {
+                                      unsigned slots, size_t queue) {
+    if (slots < 1 || slots > SLOTS || queue % FQ_CELL != 0 || queue < 2 * SCRATCH_SIZE ||
+        queue / FQ_CELL > FQ_CELLS_MAX) {
         errno = EINVAL;
         return NULL;
     }
@@ -46,8 +47,8 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
     size_t lane_size = (size_t)slots * SLOT_SIZE;
-    s->memory_size = 2 * lane_size + SCRATCH_SIZE;
-    s->memory = malloc(s->memory_size);
+    s->memory_size = 2 * lane_size + 2 * SCRATCH_SIZE;
+    s->memory = malloc(s->memory_size + queue); /* only what is used of it becomes real */
     if (s->memory == NULL)
         goto no_memory;
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -62,6 +63,9 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     if (mailbox_init(&s->outbox) < 0)
         goto no_outbox;
     s->scratch = s->memory + 2 * lane_size;
+    s->taken = s->scratch + SCRATCH_SIZE;
+    ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, now_us() * 0x9E3779B97F4A7C15u);
+    connection_init(&s->connection, socket, slots);
     pthread_mutex_init(&s->delivery_lock, NULL);
     pthread_cond_init(&s->delivered, NULL);
     pthread_mutex_init(&s->keys_lock, NULL);
@@ -99,11 +103,12 @@ void ttun_session_free(struct ttun_session *s) {
     pthread_mutex_destroy(&s->delivery_lock);
     close(s->wake);
     explicit_bzero(s->memory, s->memory_size); /* packets are secrets too */
+    ttun_fq_wipe(&s->queue);
     free(s->memory);
     free(s);
 }
 
-static void wake_uplink(struct ttun_session *s) {
+void wake_uplink(struct ttun_session *s) {
     if (eventfd_write(s->wake, 1) < 0)
         assert(errno == EAGAIN); /* full is as good as written */
 }

@@ -7,6 +7,8 @@
 #include <stdbool.h>
 
 #include "codel.h"
+#include "connection.h"
+#include "fq.h"
 #include "lane.h"
 #include "offload.h"
 #include "pump.h"
@@ -37,7 +39,10 @@ struct ttun_session {
     struct ttun_segmenter segmenter;
     struct ttun_coalescer coalescer;
     struct lane uplink, downlink;
-    struct ttun_codel codel;           /* of the uplink */
+    struct connection connection;      /* the uplink's side of it */
+    struct ttun_fq queue;              /* of the uplink */
+    atomic_bool wants_room;            /* the uplink waits for one slot less in its lane */
+    struct ttun_codel codel;           /* of the device */
     _Atomic uint64_t send_end, waited; /* of the slot sent last: when, and since its first frame */
     pthread_mutex_t delivery_lock;
     pthread_cond_t delivered;
@@ -46,9 +51,10 @@ struct ttun_session {
     atomic_int end, end_detail;
     _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
     _Atomic uint64_t refused, empty, unsendable, congested, ignored, forged, sent;
-    uint8_t *memory; /* of all slots, then the scratch */
-    size_t memory_size;
-    uint8_t *scratch; /* where the uplink reads to */
+    uint8_t *memory;    /* of all slots, two scratches, the queue */
+    size_t memory_size; /* without the queue */
+    uint8_t *scratch;   /* where the uplink reads to */
+    uint8_t *taken;     /* where it takes packets from the queue to */
 };
 
 /* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
@@ -63,6 +69,9 @@ void session_end(struct ttun_session *s, enum ttun_end why, int detail);
 static inline bool is_over(struct ttun_session *s) {
     return atomic_load(&s->end) != TTUN_RUNNING;
 }
+
+/* Has the uplink look up from where it waits. */
+void wake_uplink(struct ttun_session *s);
 
 /* Puts the next key of a direction in the place of the one that saw its last frame. Returns false
  * when there is no next one. */

@@ -21,13 +21,14 @@ class Codel:
 
     def __init__(self) -> None:
         self.state = ffi.new("struct ttun_codel *")
+        self.pace = ffi.new("struct ttun_codel_pace *", {"target": TARGET, "interval": INTERVAL})
         self.now = 0
 
     def drops(self, delay: int, during: int) -> list[int]:
         """When it drops, in microseconds from now, while the delay is the same all the time."""
         start, dropped = self.now, []
         while self.now < start + during:
-            lib.ttun_codel_watch(self.state, self.now, delay)
+            lib.ttun_codel_watch(self.state, self.now, delay, self.pace)
             if lib.ttun_codel_drops(self.state, LARGE):
                 dropped.append(self.now - start)
             self.now += STEP
@@ -88,7 +89,7 @@ def test_soon_after_it_goes_on_where_it_was(rest: int, resumed: bool) -> None:
 def test_a_small_packet_is_spared_and_the_next_large_one_is_not() -> None:
     codel = Codel()
     codel.drops(TARGET, INTERVAL)
-    lib.ttun_codel_watch(codel.state, codel.now, TARGET)
+    lib.ttun_codel_watch(codel.state, codel.now, TARGET, codel.pace)
     sizes = (SMALL, 84, LARGE, LARGE)
     assert [lib.ttun_codel_drops(codel.state, size) for size in sizes] == [0, 0, 1, 0]
 
@@ -97,7 +98,7 @@ def test_a_drop_that_met_no_large_packet_is_forgotten_with_the_queue() -> None:
     codel = Codel()
     codel.drops(TARGET, INTERVAL)
     for delay in (TARGET, 0):
-        lib.ttun_codel_watch(codel.state, codel.now, delay)
+        lib.ttun_codel_watch(codel.state, codel.now, delay, codel.pace)
     assert not lib.ttun_codel_drops(codel.state, LARGE)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench
 
-from ttun import doctor, hosts, path_mtu, sodium, tox
+from ttun import congestion, doctor, doctor_connection, hosts, path_mtu, sodium, tox
 from ttun.doctor import LESS, NO, OK, UNSEEN, Route
 
 hosts_only = pytest.mark.hosts
@@ -297,3 +297,52 @@ def test_the_most_specific_network_around_is_named() -> None:
     routes = [Route(ipaddress.ip_network(text), "eth0") for text in ("10.0.0.0/8", "10.1.0.0/16")]
     assert "inside 10.1.0.0/16" in doctor.look_at_addresses("x", wanted, routes).found
     assert doctor.look_at_addresses("x", wanted, []).mark == OK
+
+
+@pytest.mark.parametrize(
+    ("rtt", "wmem", "rmem", "mark", "found"),
+    [
+        (0.1, 4 << 20, 6 << 20, LESS, "168 Mbit/s at 100.0 ms (tcp_wmem: 4194304)"),
+        (0.04, 4 << 20, 6 << 20, OK, "419 Mbit/s at 40.0 ms"),
+        (0.1, 64 << 20, 128 << 10, LESS, "5 Mbit/s at 100.0 ms (tcp_rmem: 131072)"),
+        (0.00001, 4 << 20, 6 << 20, OK, "at 0.0 ms"),
+    ],
+)
+def test_windows_that_bound_a_long_path_are_named_with_what_opens_them(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rtt: float,
+    wmem: int,
+    rmem: int,
+    mark: str,
+    found: str,
+) -> None:
+    monkeypatch.setattr(doctor_connection, "SYSCTL", tmp_path)
+    for name, most in (("tcp_wmem", wmem), ("tcp_rmem", rmem)):
+        (tmp_path / name).write_text(f"4096\t16384\t{most}\n")
+    finding = doctor_connection.look_at_windows(rtt)
+    assert finding.mark == mark and found in finding.found
+    if mark == LESS:
+        needed = int(finding.fix.split('"')[1].split()[2])
+        (tmp_path / finding.found.partition("(")[2].partition(":")[0]).write_text(
+            f"4096 16384 {needed}"
+        )
+        assert doctor_connection.look_at_windows(rtt).mark == OK, "the fix mends it"
+
+
+def test_a_machine_whose_list_forbids_bbr_is_told_what_to_add(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor_connection, "SYSCTL", tmp_path)
+    (tmp_path / "tcp_congestion_control").write_text("cubic\n")
+    (tmp_path / "tcp_allowed_congestion_control").write_text("reno cubic\n")
+    finding = doctor_connection.look_at_congestion_control()
+    assert finding.mark == LESS and finding.cost.startswith("cubic takes each lost segment")
+    if "only for root" in finding.found:
+        assert finding.fix == 'sysctl net.ipv4.tcp_allowed_congestion_control="reno cubic bbr"'
+
+
+def test_a_kernel_without_bbr_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(congestion, "FAR", "nosuch")
+    finding = doctor_connection.look_at_congestion_control()
+    assert finding.mark == LESS and "kmod-tcp-bbr" in finding.fix

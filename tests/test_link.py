@@ -6,9 +6,9 @@ import contextlib
 import errno
 import socket
 import threading
-from collections.abc import Iterator
 
 import pytest
+from connections import KINDS, connected, need_mptcp
 
 from ttun import link
 from ttun.client import Backoff
@@ -104,35 +104,6 @@ def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
         link.dial(Address("127.0.0.1", listener.getsockname()[1]), None, stop).close()
 
 
-@contextlib.contextmanager
-def connected(
-    stop: StopFlag, listener_mptcp: bool | None = False, dial_mptcp: bool | None = None
-) -> Iterator[list[socket.socket]]:
-    """Both ends of a connection over which a byte went."""
-    with link.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:
-        address = Address("127.0.0.1", listener.getsockname()[1])
-        with link.dial(address, dial_mptcp, stop) as sock:
-            listener.setblocking(True)
-            with listener.accept()[0] as accepted:
-                sock.setblocking(True)
-                sock.send(b"1")
-                assert accepted.recv(1) == b"1"
-                yield [sock, accepted]
-
-
-KINDS = pytest.mark.parametrize(
-    ("listener_mptcp", "dial_mptcp", "expected"),
-    [(None, True, "mptcp"), (None, None, "tcp"), (False, True, "tcp"), (True, True, "mptcp")],
-)
-
-
-def need_mptcp() -> None:
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no Multipath TCP in this kernel")
-
-
 @KINDS
 def test_what_a_connection_really_is(
     listener_mptcp: bool | None, dial_mptcp: bool | None, expected: str, stop: StopFlag
@@ -140,72 +111,6 @@ def test_what_a_connection_really_is(
     need_mptcp()
     with connected(stop, listener_mptcp, dial_mptcp) as ends:
         assert [link.transport(end) for end in ends] == [expected] * 2
-
-
-def congestion_control(sock: socket.socket) -> str:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).strip(b"\0").decode()
-
-
-@pytest.fixture
-def system() -> str:
-    """The congestion control that this machine gives to every connection."""
-    with socket.socket() as fresh:
-        name = congestion_control(fresh)
-    if name == link.UNPACED:
-        pytest.skip("the system's congestion control is the one that is chosen here")
-    return name
-
-
-@KINDS
-@pytest.mark.parametrize("near", [True, False])
-def test_only_a_near_peer_over_one_path_goes_unpaced(
-    near: bool,
-    listener_mptcp: bool | None,
-    dial_mptcp: bool | None,
-    expected: str,
-    system: str,
-    stop: StopFlag,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    need_mptcp()
-    monkeypatch.setattr(link, "PACING", system)  # whichever it is here
-    monkeypatch.setattr(link, "NEAR", 10_000_000 if near else 1)
-    with connected(stop, listener_mptcp, dial_mptcp) as ends:
-        # Pacing that was asked for once stays: it must not be there from the beginning.
-        assert [congestion_control(end) for end in ends] == [link.UNPACED] * 2
-        for end in ends:
-            link.choose_congestion_control(end)
-        after = link.UNPACED if near and expected == "tcp" else system
-        assert [congestion_control(end) for end in ends] == [after] * 2
-
-
-def test_a_congestion_control_that_does_not_pace_is_left_alone(
-    system: str, stop: StopFlag, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(link, "PACING", "no such")
-    with connected(stop) as ends:
-        for end in ends:
-            assert congestion_control(end) == system
-            link.choose_congestion_control(end)
-            assert congestion_control(end) == system
-
-
-def test_one_that_somebody_else_chose_is_left_alone(
-    system: str, stop: StopFlag, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the kernel does for a route with congctl: while it connects."""
-    monkeypatch.setattr(link, "PACING", system)
-    with connected(stop) as ends:
-        for end in ends:
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, system.encode())
-            link.choose_congestion_control(end)
-            assert congestion_control(end) == system
-
-
-def test_what_has_no_congestion_control_is_no_trouble() -> None:
-    for end in socket.socketpair():
-        with end:
-            link.choose_congestion_control(end)
 
 
 def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:

@@ -66,6 +66,10 @@ def _seconds(value: object) -> bool:
     return (type(value) is int or type(value) is float) and 0 <= value < 1e12
 
 
+def _share(value: object) -> bool:
+    return _seconds(value) and value <= 1  # type: ignore[operator]
+
+
 def _counters(value: object) -> bool:
     return isinstance(value, dict) and all(_count(value.get(name)) for name in Counters._fields)
 
@@ -87,6 +91,8 @@ FIELDS: dict[str, Check] = {
     "cipher": _or_none(_text),
     "round_trip": _or_none(_seconds),
     "rekeys": _or_none(_count),
+    "congestion_control": _or_none(_text),
+    "retransmitted": _or_none(_share),
     "connected_for": _or_none(_seconds),
     "silent_for": _or_none(_seconds),
     "sessions": _count,
@@ -96,5 +102,6 @@ FIELDS: dict[str, Check] = {
     "pid": _or_none(_count),
     "netns": _or_none(_count),
 }
-NEW = {"missing", "pid", "netns"}  # a tunnel that has run since before there were these has none
+# A tunnel that has run since before there were these has none of them.
+NEW = {"missing", "pid", "netns", "congestion_control", "retransmitted"}
 OF_A_PEER = ("transport", "wire", "cipher", "connected_for")

@@ -254,7 +254,7 @@ def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
 
     networks = [routes.parse(text) for text in options.route]
     check_routes(networks, options.mtu)
-    names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers")
+    names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers", "congestion_control")
     usual = SERVER if options.command == "server" else CLIENT
     given = (options.local4, options.local6, options.peer4, options.peer6)
     return {

@@ -240,7 +240,7 @@ class Client(Endpoint):
         assert target is not None
         if why := self._caught(target.sockaddr[0]):
             raise OSError(why)
-        return link.connect(target, self._mptcp, self._stop)
+        return link.connect(target, self._mptcp, self._stop, self._control)
 
     def _shake_hands(
         self, sock: socket.socket, target: Target | None

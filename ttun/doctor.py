@@ -1,12 +1,12 @@
 """``ttun doctor``: what of this machine a tunnel can use, what a lack costs, how to mend it.
 
 It looks, in this order, at what ttun itself needs, another project of its name, the rights of this
-process, the device and its offloads, IPv6, the processor, Multipath TCP, toxcore, the clock, and
-the tunnel's addresses; with a peer named, at whether that answers and how large a packet gets
-there. It changes nothing: for the offloads a device is made and removed again, never up. Without
-root it says what it could not see.
+process, the device and its offloads, IPv6, the processor, Multipath TCP, congestion control,
+toxcore, the clock, and the tunnel's addresses; with a peer named, at whether that answers, what the
+windows let through and how large a packet gets there. It changes nothing: for the offloads a device
+is made and removed again, never up. Without root it says what it could not see.
 
-Sources: linux/if_tun.h, proc(5), netdevice(7), Documentation/networking/mptcp.rst.
+Sources: linux/if_tun.h, proc(5), netdevice(7).
 """
 
 from __future__ import annotations
@@ -28,17 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import link, path_mtu, privileges, tox
+from ttun import link, privileges, tox
+from ttun.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
 from ttun.errors import TtunError, printable
-from ttun.stop import StopFlag
+from ttun.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
-OK = "ok"
-LESS = "less"  # a tunnel runs, at a cost
-NO = "no"  # no tunnel runs
-UNSEEN = "?"  # could not be looked at
-UNREACHED = "no tunnel to this peer"  # what it costs
 
 DISTRIBUTION, NAMESAKE = "ttun-tunnel", "ttun"  # ours, and another project's on PyPI
 NODE = Path("/dev/net/tun")
@@ -49,26 +44,6 @@ SIOCGIFCONF = 0x8912  # linux/sockios.h
 IFREQ_SIZE = struct.calcsize("16sP") + (16 if struct.calcsize("P") == 8 else 12)
 MANY_ADDRESSES = 1000
 WRITTEN = datetime.date(2026, 1, 1)  # no clock that is right shows a day before this program
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: what was found, what it costs, how to mend it."""
-
-    mark: str
-    subject: str
-    found: str
-    cost: str = ""
-    fix: str = ""
-
-    def __str__(self) -> str:
-        """Return it as it is printed; cost and fix stand below."""
-        lines = [f"{self.mark:<5} {self.subject:<14} {self.found}"]
-        if self.cost:
-            lines.append(f"{'':<21}costs: {self.cost}")
-        if self.fix:
-            lines.append(f"{'':<21}fix: {self.fix}")
-        return "\n".join(lines)
 
 
 def run(peer: link.Address | None) -> int:
@@ -109,6 +84,7 @@ def look(peer: link.Address | None) -> Iterator[Finding]:
     if packages.mark == OK:
         yield look_at_aes()
     yield look_at_mptcp()
+    yield look_at_congestion_control()
     yield look_at_toxcore()
     yield look_at_clock(datetime.datetime.now().date())
     if packages.mark == OK:
@@ -257,22 +233,6 @@ def look_at_aes() -> Finding:
     return Finding(LESS, "AES", "not in this processor", cost, fix)
 
 
-def look_at_mptcp() -> Finding:
-    """Does the kernel open a Multipath TCP socket?"""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
-    except OSError as error:
-        off = Path("/proc/sys/net/mptcp/enabled").exists()
-        return Finding(
-            LESS,
-            "Multipath TCP",
-            "switched off" if off else f"not in this kernel ({error.strerror})",
-            "-mptcp is plain TCP: the connection ends with its path",
-            "sysctl net.mptcp.enabled=1" if off else "a Linux from 5.6 on, with CONFIG_MPTCP",
-        )
-    return Finding(OK, "Multipath TCP", "in this kernel")
-
-
 def look_at_toxcore() -> Finding:
     """Is toxcore's library installed?"""
     try:
@@ -376,43 +336,3 @@ def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) ->
             "--local4, --peer4, --local6 and --peer6, with other addresses on both ends",
         )
     return Finding(OK, subject, f"{wanted}: free")
-
-
-def look_at_peer(peer: link.Address) -> Iterator[Finding]:
-    """Does a server answer there, and how large a packet gets through?"""
-    subject = "server"
-    try:
-        sock = link.dial(peer, None, StopFlag())
-    except (OSError, UnicodeError) as error:
-        fix = "start ttun server there, and let its port through the firewalls in between"
-        yield Finding(NO, subject, str(error), UNREACHED, fix)
-    else:
-        with sock:
-            name = link.show(sock.getpeername())
-            yield Finding(OK, subject, f"{name} takes connections")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_DGRAM)[
-            0
-        ]
-        yield look_at_path(family, address)
-    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
-        why = getattr(error, "strerror", None) or error
-        yield Finding(UNSEEN, "path MTU", f"not looked at: {why}")
-
-
-def look_at_path(family: int, address: tuple[object, ...]) -> Finding:
-    """How large a packet gets to the peer?"""
-    with path_mtu.Probe(family, address) as probe:
-        passes, known = path_mtu.find(probe)
-    if passes == 0:
-        found = f"{known} bytes as far as this kernel knows: the peer answers no probe"
-        return Finding(UNSEEN, "path MTU", found)
-    if passes == known:
-        return Finding(OK, "path MTU", f"{known} bytes get there")
-    return Finding(
-        LESS,
-        "path MTU",
-        f"{passes} bytes get there, {known} are lost without a word",
-        "connections hang once they send full packets",
-        "sysctl net.ipv4.tcp_mtu_probing=1 on both ends",
-    )

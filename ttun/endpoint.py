@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, replace
 from typing import Callable, ClassVar
 
 from ttun import cipher as ciphers
-from ttun import link
+from ttun import congestion, link
 from ttun._codec import lib
 from ttun.buffers import find as find_buffers
 from ttun.control import DEFAULT_LIMITS, Limits
@@ -76,6 +76,8 @@ class Status:
     cipher: str | None  # of the session
     round_trip: float | None  # seconds, when it was measured last; on wire x1
     rekeys: int | None  # how often this session got fresh keys; on wire x1
+    congestion_control: str | None  # "bbr", of the tunnel's connection
+    retransmitted: float | None  # 0 to 1, of the segments that this end sent on it
     connected_for: float | None  # seconds
     silent_for: float | None  # seconds since a frame of the peer was opened
     sessions: int  # how many there have been, this one included
@@ -108,7 +110,8 @@ class Endpoint(abc.ABC):
     the device. wire: "v1", "x1", or "auto" for x1 with a peer that has it. limits: how long keys of
     wire x1 live. device: its name, with %d for the first free number. addresses: in the tunnel, if
     not the usual ones. routes: networks to be reached through it. buffers: "normal", or "small"
-    where memory is scarce. on_connected is called with the peer's address, on_disconnected with
+    where memory is scarce. congestion_control: of the tunnel's connection, as congestion.choose()
+    takes it. on_connected is called with the peer's address, on_disconnected with
     that and the reason, both on the endpoint's thread. Raises UsageError for a bad value, TtunError
     for what this machine lacks.
     """
@@ -130,6 +133,7 @@ class Endpoint(abc.ABC):
         addresses: Addresses | None = None,
         routes: Sequence[Network] = (),
         buffers: str = "normal",
+        congestion_control: str = congestion.AUTO,
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -146,6 +150,8 @@ class Endpoint(abc.ABC):
         self._addresses = addresses or self.addresses
         self._routes = list(routes)
         self._buffers = find_buffers(buffers)
+        self._control = congestion.checked(congestion_control)
+        self._control_lacking: str | None = None  # what was said of it
         self._mptcp = mptcp
         self._offload = offload
         self.on_connected = on_connected
@@ -172,6 +178,7 @@ class Endpoint(abc.ABC):
         try:
             log.info("ttun %s %s", __version__, self.role)
             self._prepare()
+            congestion.prepare(self._control)
             self._device = Device(
                 self._addresses,
                 self._mtu,
@@ -260,6 +267,7 @@ class Endpoint(abc.ABC):
         session, connected = last.session, last.connected
         control = session.control if session and connected else None
         counters = session.counters() if session else Counters()
+        way = session.way() if session and connected else None
         return Status(
             role=self.role,
             device=self._device_name_shown,
@@ -269,6 +277,8 @@ class Endpoint(abc.ABC):
             cipher=last.cipher if connected else None,
             round_trip=control.rtt if control else None,
             rekeys=control.rekeys if control else None,
+            congestion_control=way.control if way else None,
+            retransmitted=way.retransmitted if way else None,
             connected_for=time.monotonic() - last.since if connected else None,
             silent_for=session.silence() if session and connected else None,
             sessions=last.sessions,
@@ -404,7 +414,7 @@ class Endpoint(abc.ABC):
         assert self._device is not None
         try:
             transport = link.transport(peer.sock)
-            link.choose_congestion_control(peer.sock)
+            self._choose_congestion_control(peer.sock)
             session = Session(peer.sock, self._device, peer.keys, self._limits, self._buffers)
         except LACKS as error:
             peer.close()
@@ -432,16 +442,27 @@ class Endpoint(abc.ABC):
             reason = session.wait()
             self._last = replace(self._last, connected=False)
             log.info(
-                "peer %s disconnected after %.0f s: %s; %s",
+                "peer %s disconnected after %.0f s: %s; %s%s",
                 peer.name,
                 session.duration,
                 reason,
                 describe(session.counters()),
+                in_words(session.way()),
             )
             self._tell(self.on_disconnected, peer.name, reason)
         if session.device_lost:
             raise TtunError(f"{reason}: was {self._device.name} removed?")
         return session.duration
+
+    def _choose_congestion_control(self, sock: socket.socket) -> None:
+        """Choose that, and say once for each reason why it cannot be had."""
+        why = congestion.choose(sock, self._control)
+        if why is not None and why != self._control_lacking:
+            log.warning("no congestion control %s; slow where segments get lost: see doctor", why)
+        self._control_lacking = why
+        if (way := congestion.way(sock)) is not None:
+            rtt = "" if way.min_rtt is None else f", round trip {1000 * way.min_rtt:.1f} ms"
+            log.info("congestion control %s%s", way.control, rtt)
 
     def _attend(self, session: Session, sock: socket.socket) -> None:
         """Look after everything around a session until it is over."""
@@ -558,6 +579,13 @@ def describe(counters: Counters) -> str:
     if counters.forged:
         text += f"; {counters.forged} of the peer's packets did not add up"
     return text
+
+
+def in_words(way: congestion.Way | None) -> str:
+    """Return what became of the segments of a connection, to follow describe()."""
+    if way is None or way.retransmitted is None:
+        return ""
+    return f"; {100 * way.retransmitted:.1f} % retransmitted, {way.control}"
 
 
 def size_in_words(size: float) -> str:

@@ -11,11 +11,10 @@ import logging
 import os
 import select
 import socket
-import sys
 import time
 from typing import NamedTuple
 
-from ttun import resolver
+from ttun import congestion, resolver
 from ttun.errors import TtunError, UsageError
 from ttun.resolver import SocketAddress, Target, reason
 from ttun.stop import StopFlag
@@ -30,13 +29,7 @@ USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive tak
 
 NOTSENT_LOWAT = 32768  # bytes that wait in the socket before the device has to
 
-# Pacing takes a timer for each 64 KiB: at 20 Gbit/s a tenth of two cores.
-PACING = "bbr"  # how the names of the congestion controls that pace begin
-UNPACED = "reno"  # in every kernel, and anybody's to choose
-NEAR = 1000  # microseconds of round trip below which pacing is no use
 LACKING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
-
-TCP_INFO_MIN_RTT = 148  # offset in struct tcp_info of linux/tcp.h, a u32 of microseconds
 
 IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
 SOL_MPTCP, MPTCP_INFO = 284, 1
@@ -76,8 +69,14 @@ def parse_address(text: str, *, listening: bool) -> Address:
     return Address(host, int(port))
 
 
-def listen(address: Address, mptcp: bool | None, stop: StopFlag | None = None) -> socket.socket:
+def listen(
+    address: Address,
+    mptcp: bool | None,
+    stop: StopFlag | None = None,
+    control: str = congestion.AUTO,
+) -> socket.socket:
     """Return a listening socket. mptcp: True or None take both kinds of peer where they can.
+    control: of congestion, for its connections once their handshakes are done.
 
     Raises TtunError, InterruptedError when stop was set while a name was looked up.
     """
@@ -89,7 +88,7 @@ def listen(address: Address, mptcp: bool | None, stop: StopFlag | None = None) -
         else:
             host = address.host or "0.0.0.0"
             target = resolver.look_up(host, address.port, stop, socket.AI_PASSIVE)[0]
-        listener = _open(target.family, mptcp is not False, quietly=mptcp is None)
+        listener = _open(target.family, mptcp is not False, control, quietly=mptcp is None)
     except InterruptedError:
         raise
     except OSError as error:
@@ -138,13 +137,15 @@ def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
     raise OSError("; ".join(failures) or f"{address.host} has no address")
 
 
-def connect(target: Target, mptcp: bool | None, stop: StopFlag) -> socket.socket:
-    """Return a non-blocking socket connected to an address.
+def connect(
+    target: Target, mptcp: bool | None, stop: StopFlag, control: str = congestion.AUTO
+) -> socket.socket:
+    """Return a non-blocking socket connected to an address. control: of congestion, to come.
 
     Raises OSError with a line that names the address; InterruptedError when stop was set.
     """
     try:
-        return _connect(target, mptcp is True, stop)
+        return _connect(target, mptcp is True, stop, control)
     except InterruptedError:
         raise
     except OSError as error:
@@ -174,8 +175,8 @@ def is_lack(error: BaseException) -> bool:
     return True
 
 
-def _connect(target: Target, mptcp: bool, stop: StopFlag) -> socket.socket:
-    sock = _open(target.family, mptcp, quietly=False)
+def _connect(target: Target, mptcp: bool, stop: StopFlag, control: str) -> socket.socket:
+    sock = _open(target.family, mptcp, control, quietly=False)
     try:
         sock.setblocking(False)
         error = sock.connect_ex(target.sockaddr)
@@ -205,7 +206,7 @@ def _await_connection(sock: socket.socket, stop: StopFlag) -> int:
     return errno.ETIMEDOUT
 
 
-def _open(family: int, mptcp: bool, *, quietly: bool) -> socket.socket:
+def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.socket:
     """Open a stream socket: Multipath TCP if wanted and in this kernel, else plain TCP."""
     sock = None
     if mptcp:
@@ -217,10 +218,7 @@ def _open(family: int, mptcp: bool, *, quietly: bool) -> socket.socket:
             if not quietly:
                 log.info("no Multipath TCP in this kernel (%s): plain TCP", reason(error))
     sock = sock or socket.socket(family, socket.SOCK_STREAM)
-    # Where a congestion control asked for pacing once, the kernel paces until the socket's end.
-    with contextlib.suppress(OSError):
-        if _congestion_control(sock).startswith(PACING):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED.encode())
+    congestion.start(sock, control)
     return sock
 
 
@@ -239,33 +237,6 @@ def tune(sock: socket.socket) -> None:
         # MPTCP sockets lack some of them (ENOPROTOOPT); a socketpair has none.
         with contextlib.suppress(OSError):
             sock.setsockopt(level, option, value)
-
-
-def choose_congestion_control(sock: socket.socket) -> None:
-    """Give a connection the system's congestion control, now that a handshake measured the way.
-
-    Only where that one paces and the peer is nearer than NEAR, the connection stays unpaced. What
-    a route says (``congctl`` of ip-route(8)) stays too.
-    """
-    with contextlib.suppress(OSError):  # a kernel without the option; a socketpair
-        if _congestion_control(sock) != UNPACED:
-            return
-        with socket.socket(sock.family, socket.SOCK_STREAM) as fresh:
-            system = _congestion_control(fresh)
-        if system.startswith(PACING) and not (transport(sock) == "tcp" and _min_rtt(sock) < NEAR):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, system.encode())
-
-
-def _congestion_control(sock: socket.socket) -> str:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
-
-
-def _min_rtt(sock: socket.socket) -> int:
-    """Return the shortest round trip so far in microseconds; NEAR where the kernel is too old."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_MIN_RTT + 4)
-    if len(info) < TCP_INFO_MIN_RTT + 4:
-        return NEAR
-    return int.from_bytes(info[TCP_INFO_MIN_RTT:], sys.byteorder)
 
 
 def transport(sock: socket.socket) -> str:

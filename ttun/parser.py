@@ -195,6 +195,13 @@ def _tunnel_options(command: Parser) -> None:
         help="large packets at the device where the kernel has them (default: true)",
     )
     command.add_argument(
+        "--congestion-control",
+        default="auto",
+        metavar="NAME",
+        help="of the tunnel's connection: cubic, bbr, ..., or system for the system's (default: "
+        "auto, which is bbr unless the peer is nearer than 1 ms)",
+    )
+    command.add_argument(
         "--buffers",
         default="normal",
         metavar="normal|small",

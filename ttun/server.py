@@ -76,7 +76,7 @@ class Server(Endpoint):
         if self._tox is not None:
             log.info("listening on %s", self._tox.address)
             return
-        self._listener = link.listen(self._listen, self._mptcp, self._stop)
+        self._listener = link.listen(self._listen, self._mptcp, self._stop, self._control)
         name = self._listener.getsockname()
         self._port = name[1]
         log.info("listening on %s (%s)", link.show(name), self._kinds())

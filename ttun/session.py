@@ -15,6 +15,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from ttun import congestion
 from ttun._codec import ffi, lib
 from ttun.buffers import NORMAL, Buffers
 from ttun.control import DEFAULT_LIMITS, NAMES, Control, Limits
@@ -61,7 +62,6 @@ class Session:
         self._sock = sock
         self._started = time.monotonic()
         sock.setblocking(True)
-        buffers.apply(sock)
         device.drain()
         session = lib.ttun_session_new(
             device.fileno(),
@@ -72,6 +72,7 @@ class Session:
             keys.receiving.c,
             len(os.sched_getaffinity(0)) <= FEW_CORES,
             buffers.slots,
+            buffers.waiting,
         )
         keys.wipe()
         if session == ffi.NULL:
@@ -82,6 +83,7 @@ class Session:
         session = ffi.gc(session, lib.ttun_session_free)
         self._c = session
         self._counters = Counters()
+        self._way: congestion.Way | None = None  # at its end
         self._why: str | None = None  # why it was ended, if not by itself
         self.control: Control | None = None
         if keys.agreement is not None:
@@ -138,6 +140,7 @@ class Session:
         end = lib.ttun_session_end(self._c, detail)
         self._counters = _read_counters(self._c)
         self._c = None  # its keys are wiped now
+        self._way = congestion.way(self._sock)
         self._sock.close()
         self.duration = time.monotonic() - self._started
         self.device_lost = end == lib.TTUN_END_DEVICE
@@ -150,6 +153,10 @@ class Session:
         """Return what it carried so far, from any thread, also afterwards."""
         session = self._c
         return self._counters if session is None else _read_counters(session)
+
+    def way(self) -> congestion.Way | None:
+        """Return what the kernel knows of its connection, from any thread, also afterwards."""
+        return congestion.way(self._sock) or self._way
 
     def silence(self) -> float | None:
         """Return for how many seconds no frame of the peer was opened; None when it is over."""

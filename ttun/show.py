@@ -151,6 +151,10 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
         ]
         if tunnel["round_trip"] is not None:
             lines.append(f"  round trip: {tunnel['round_trip'] * 1000:.2f} ms")
+        if tunnel["congestion_control"] is not None:
+            lost = tunnel["retransmitted"]
+            share = "" if lost is None else f", {100 * lost:.1f} % retransmitted"
+            lines.append(f"  congestion control: {printable(tunnel['congestion_control'])}{share}")
     total = tunnel["totals"]
     lines += [
         f"  sent: {size_in_words(total['uplink_bytes'])}, {total['uplink_packets']} packets",
@@ -181,6 +185,12 @@ def prometheus(tunnels: list[Tunnel]) -> list[str]:
     for name, kind, text, field in (
         ("ttun_sessions_total", "counter", "Sessions so far", "sessions"),
         ("ttun_round_trip_seconds", "gauge", "The last measured round trip", "round_trip"),
+        (
+            "ttun_retransmitted_ratio",
+            "gauge",
+            "Retransmitted share of what was sent",
+            "retransmitted",
+        ),
         ("ttun_silence_seconds", "gauge", "Time since the peer was last heard of", "silent_for"),
     ):
         metric(name, kind, text, [t[field] for t in tunnels])

@@ -1,0 +1,42 @@
+"""Both ends of a real connection in this process, of each kind that there is."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from ttun import link
+from ttun.link import Address
+from ttun.stop import StopFlag
+
+
+@contextlib.contextmanager
+def connected(
+    stop: StopFlag, listener_mptcp: bool | None = False, dial_mptcp: bool | None = None
+) -> Iterator[list[socket.socket]]:
+    """Both ends of a connection over which a byte went."""
+    with link.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        with link.dial(address, dial_mptcp, stop) as sock:
+            listener.setblocking(True)
+            with listener.accept()[0] as accepted:
+                sock.setblocking(True)
+                sock.send(b"1")
+                assert accepted.recv(1) == b"1"
+                yield [sock, accepted]
+
+
+KINDS = pytest.mark.parametrize(
+    ("listener_mptcp", "dial_mptcp", "expected"),
+    [(None, True, "mptcp"), (None, None, "tcp"), (False, True, "tcp"), (True, True, "mptcp")],
+)
+
+
+def need_mptcp() -> None:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no Multipath TCP in this kernel")
