@@ -40,3 +40,14 @@ def need_mptcp() -> None:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
     except OSError:
         pytest.skip("no Multipath TCP in this kernel")
+
+
+SO_MAX_PACING_RATE = 47  # asm-generic/socket.h
+
+
+def paced(rate: int) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection; the first one sends so many bytes a second at most."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, rate)
+        return sock, listener.accept()[0]

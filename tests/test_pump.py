@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from connections import paced
 from known_answers import SESSIONS, frames, plaintext
 from peer import Peer
 from socket_device import RunningSession, SocketDevice
@@ -37,9 +38,11 @@ class Rig(RunningSession):
         cipher: str = "chacha20-poly1305",
         sk: bytes | None = None,
         buffers: Buffers = NORMAL,
+        rate: int | None = None,
     ) -> None:
+        """rate: bytes per second of a TCP connection; None for a socketpair."""
         self.device = SocketDevice()
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair() if rate is None else paced(rate)
         self.peer = Peer(theirs, b"secret", cipher)
         self.peer.key(*NONCES, sends=0)
         sk = sk or session_key(self.peer.k, *NONCES)
@@ -238,3 +241,51 @@ def test_a_session_that_cannot_have_all_its_threads_has_none(
     with pytest.raises((MemoryError, OSError)):
         Rig()
     assert not any(thread.is_alive() for thread in pumps)
+
+
+def udp(port: int, number: int, size: int) -> bytes:
+    """A packet of a flow, with its number."""
+    ip = bytes([0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 1, 1, 1, 10, 1, 1, 2])
+    body = port.to_bytes(2, "big") + bytes(6) + number.to_bytes(4, "big")
+    return ip + body + bytes(size - len(ip) - len(body))
+
+
+@pytest.mark.parametrize("buffers", [NORMAL, SMALL], ids=["normal", "small"])
+@pytest.mark.parametrize("cores", [2, 4])
+def test_on_a_slow_connection_a_ping_overtakes_a_transfer(
+    cores: int, buffers: Buffers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Usually behind 10 of 300 packets; behind all of them where the order is that of arrival."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    rig = Rig(buffers=buffers, rate=400_000)
+    rig.peer.sock.settimeout(20)
+    bulk = [udp(1, number, 1200) for number in range(300)]  # the last one is never dropped
+    ping = udp(2, 0, 84)
+    try:
+        for packet in [*bulk, ping]:
+            rig.device.outside.send(packet)
+        received: list[bytes] = []
+        while ping not in received or bulk[-1] not in received:
+            received.append(rig.peer.receive())
+    finally:
+        rig.end()
+    assert received.index(ping) < 150
+    received.remove(ping)
+    assert received == [packet for packet in bulk if packet in received], "each flow in its order"
+
+
+def test_what_a_slow_connection_cannot_take_is_dropped_and_counted() -> None:
+    rig = Rig(buffers=SMALL, rate=200_000)
+    rig.peer.sock.settimeout(20)
+    sent = [udp(1, number, 1200) for number in range(1500)]  # the queue has room for 400
+    try:
+        for packet in sent:
+            rig.device.outside.send(packet)
+        received = []
+        while not received or received[-1] != sent[-1]:
+            received.append(rig.peer.receive())
+    finally:
+        rig.end()
+    counters = rig.session.counters()
+    assert len(received) + counters.congested == len(sent) and counters.congested > 500
+    assert received == [packet for packet in sent if packet in set(received)]

@@ -249,19 +249,24 @@ class Client(Endpoint):
         name = self._server if target is None else link.show(target.sockaddr)
         began = time.monotonic()
         attempt = self._pending.add(sock, name, handshake.client(self._k, self._terms))
-        self._watch_connection(sock)
-        silent_for: float | None = None  # until it answered
-        while not self._stop.is_set():
-            why = self._why_dead()
-            if why is not None and self._pending.is_pending(attempt):
-                self._pending.give_up(attempt, why)
-                self._moved = True
-            if silent_for is None and attempt.spoke:
-                silent_for = time.monotonic() - began
-            if not self._pending.is_pending(attempt):
-                waited = silent_for is None or silent_for > WAITED
-                return None, time.monotonic() - began if waited else None
-            peer = self._turn()
-            if peer is not None:
-                return replace(peer, name=self._server), None
+        try:
+            self._watch_connection(sock)
+            silent_for: float | None = None  # until it answered
+            while not self._stop.is_set():
+                why = self._why_dead()
+                if why is not None and self._pending.is_pending(attempt):
+                    self._pending.give_up(attempt, why)
+                    self._moved = True
+                if silent_for is None and attempt.spoke:
+                    silent_for = time.monotonic() - began
+                if not self._pending.is_pending(attempt):
+                    waited = silent_for is None or silent_for > WAITED
+                    return None, time.monotonic() - began if waited else None
+                peer = self._turn()
+                if peer is not None:
+                    return replace(peer, name=self._server), None
+        except BaseException as error:  # else it would be served beside the next one
+            if self._pending.is_pending(attempt):
+                self._pending.give_up(attempt, str(error))
+            raise
         raise InterruptedError

@@ -421,19 +421,19 @@ class Endpoint(abc.ABC):
             log.warning("no session with %s: %s", peer.name, _words(error))
             return 0.0
         last, keys = self._last, peer.keys
-        self._last = _Last(
-            session=session,
-            connected=True,
-            peer=peer.name,
-            transport=transport,
-            wire=keys.wire,
-            cipher=keys.sending.cipher.name,
-            since=time.monotonic(),
-            sessions=last.sessions + 1,
-            earlier=last.earlier.plus(last.session.counters() if last.session else Counters()),
-        )
-        self._tell(self.on_connected, peer.name)
         try:
+            self._last = _Last(
+                session=session,
+                connected=True,
+                peer=peer.name,
+                transport=transport,
+                wire=keys.wire,
+                cipher=keys.sending.cipher.name,
+                since=time.monotonic(),
+                sessions=last.sessions + 1,
+                earlier=last.earlier.plus(last.session.counters() if last.session else Counters()),
+            )
+            self._tell(self.on_connected, peer.name)
             self._attend(session, peer.sock)
         except BaseException as error:  # no thread of a session may outlive the device
             session.end(_words(error))
@@ -471,7 +471,7 @@ class Endpoint(abc.ABC):
         descriptor = session.fileno()
         self._pending.watch(descriptor)
         self._watch_connection(sock)
-        self._moved = False
+        self._moved = lacking = False
         try:
             while not session.is_over:
                 if self._stop.is_set():
@@ -487,9 +487,12 @@ class Endpoint(abc.ABC):
                 try:
                     newcomer = self._turn()
                 except LACKS as error:  # it is for those outside, not for this session
-                    log.warning("%s: not looking after new connections for 1 s", _words(error))
+                    if not lacking:
+                        log.warning("%s: new connections have to wait", _words(error))
+                    lacking = True
                     self._stop.wait(1.0)
                     continue
+                lacking = False
                 if newcomer is not None:
                     self._newcomer(session, newcomer)
         finally:
