@@ -9,7 +9,6 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -27,37 +26,11 @@ from packets import (
     TIMESTAMPS,
     URG,
     Packet,
-    Vnet,
+    coalesce,
     segment,
 )
 from peer import checksum
 from ttun._codec import ffi, lib
-
-
-def coalesce(
-    packets: Iterable[bytes], tcp: bool = True, udp: bool = True
-) -> list[tuple[Vnet, bytes]]:
-    """What the downlink writes to the device for a batch of packets."""
-    state = ffi.new("struct ttun_coalescer *")
-    lib.ttun_coalescer_init(state, tcp, udp)
-    buffers, written = [], []
-
-    def flush() -> None:
-        count = lib.ttun_flush(state)
-        if count:
-            parts = [
-                bytes(ffi.buffer(state.parts[i].iov_base, state.parts[i].iov_len))
-                for i in range(count)
-            ]
-            written.append((struct.unpack("=BBHHHH", parts[0]), b"".join(parts[1:])))
-
-    for packet in packets:
-        buffers.append(ffi.new("uint8_t[]", packet))
-        if not lib.ttun_coalesce(state, buffers[-1], len(packet)):
-            flush()
-            assert lib.ttun_coalesce(state, buffers[-1], len(packet))
-    flush()
-    return written
 
 
 def there_and_back(packets: list[bytes]) -> list[bytes]:
@@ -91,9 +64,34 @@ def test_a_large_packet_of_the_kernel_is_cut(v6: bool, udp: bool) -> None:
         assert segment(packet.vnet(gso), packet.partial()) == packet.cut(gso)
 
 
-def test_ip_options_and_extension_headers_are_in_every_segment() -> None:
-    packet = Packet(payload=os.urandom(5000), ip_options=b"\x94\x04\0\0")
-    assert segment(packet.vnet(1000), packet.partial()) == packet.cut(1000)
+HOP = (0, b"\x1e\x04" + bytes(4))
+OPTIONS = (60, b"\x1e\xec" + bytes(236))
+LONGEST = (60, (b"\x1e\xfd" + bytes(253)) * 8 + b"\x1e\x04" + bytes(4))
+ROUTE = (43, b"\x04\x01\x01\0\0\0" + bytes(range(32)))
+EXTENDED = {
+    "an option": [HOP],
+    "240 bytes of options": [OPTIONS],
+    "all that an extension header may have, and more": [HOP, LONGEST, LONGEST, OPTIONS],
+    "a routing header": [ROUTE, HOP],
+}
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("name", EXTENDED)
+def test_extension_headers_are_in_every_segment(name: str, udp: bool) -> None:
+    packet = Packet(v6=True, udp=udp, payload=os.urandom(5000), extensions=tuple(EXTENDED[name]))
+    for final in (b"", os.urandom(32)):
+        packet.final = final
+        for gso_size in (100, 1000):
+            assert segment(packet.vnet(gso_size), packet.partial()) == packet.cut(gso_size)
+
+
+@PROTOCOLS
+def test_ip_options_are_in_every_segment(udp: bool) -> None:
+    route = b"\x83\x07\x04" + bytes([10, 1, 1, 7]) + b"\0"
+    for options, final in [(b"\x94\x04\0\0", b""), (route, bytes([10, 1, 1, 1, 10, 1, 1, 7]))]:
+        packet = Packet(udp=udp, payload=os.urandom(5000), ip_options=options, final=final)
+        assert segment(packet.vnet(1000), packet.partial()) == packet.cut(1000)
 
 
 @FAMILIES
