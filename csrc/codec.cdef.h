@@ -136,7 +136,7 @@ struct ttun_segmenter {
     ...;
 };
 bool ttun_segment(struct ttun_segmenter *, const struct ttun_vnet *, uint8_t *packet, size_t size);
-uint8_t *ttun_next_segment(struct ttun_segmenter *, size_t *size);
+const uint8_t *ttun_next_segment(struct ttun_segmenter *, size_t *size);
 
 struct ttun_coalescer {
     unsigned segments;
@@ -146,7 +146,8 @@ struct ttun_coalescer {
 void ttun_coalescer_init(struct ttun_coalescer *, bool tcp, bool udp);
 bool ttun_coalesce(struct ttun_coalescer *, uint8_t *packet, size_t size);
 unsigned ttun_flush(struct ttun_coalescer *);
-bool ttun_stays_whole(const struct ttun_vnet *, uint8_t *packet, size_t size, bool tcp, bool udp);
+bool ttun_stays_whole(const struct ttun_vnet *, const uint8_t *packet, size_t size, bool tcp,
+                      bool udp);
 bool ttun_restore_vnet(struct ttun_vnet *, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp);
 

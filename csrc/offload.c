@@ -1,8 +1,10 @@
 /* The flow, on the way in:
  *
- *  1. ttun_segment checks the kernel's header against the packet and keeps a copy of the headers.
- *  2. ttun_next_segment writes the headers in front of each part of the payload, where the payload
- *     of the segment before was, so that nothing is copied but headers.
+ *  1. ttun_segment checks the kernel's header against the packet.
+ *  2. ttun_next_segment moves the headers in front of each part of the payload, where the payload
+ *     of the segment before was, so that nothing is copied but headers. As in the kernel, each
+ *     checksum comes from the sum that the field held, with the length exchanged. The addresses
+ *     are not looked at: with a routing header or a source route the final one is elsewhere.
  *
  * and on the way out:
  *
@@ -67,14 +69,25 @@ static void store_sum(uint8_t *field, uint16_t sum) {
     memcpy(field, &sum, sizeof sum);
 }
 
+static uint16_t load_sum(const uint8_t *field) {
+    uint16_t sum;
+    memcpy(&sum, field, sizeof sum);
+    return sum;
+}
+
+/* What the length of the transport's packet adds to the sum over the pseudo-header. */
+static uint64_t length_sum(size_t size) {
+    uint8_t length[4];
+    put32(length, (uint32_t)size);
+    return ttun_sum(0, length, sizeof length);
+}
+
 /* The sum over the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1). size: of the transport's packet.
  */
 static uint64_t pseudo_sum(const uint8_t *packet, uint8_t protocol, size_t size) {
     bool v6 = packet[0] >> 4 == 6;
-    uint8_t tail[8] = {0};
-    put32(tail, (uint32_t)size);
-    tail[7] = protocol;
-    uint64_t sum = ttun_sum(0, tail, sizeof tail);
+    const uint8_t next[2] = {0, protocol};
+    uint64_t sum = ttun_sum(length_sum(size), next, sizeof next);
     return v6 ? ttun_sum(sum, packet + 8, 32) : ttun_sum(sum, packet + 12, 8);
 }
 
@@ -108,7 +121,6 @@ bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_
     g->size = size;
     g->next = size; /* nothing left, until all is checked */
     g->gso_size = 0;
-    g->index = 0;
     if (size == 0 || size > TTUN_PACKET_MAX)
         return false;
     if (vnet->gso_type == TTUN_GSO_NONE) {
@@ -130,18 +142,21 @@ bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_
         start + (udp ? UDP_HEADER : TCP_HEADER) > size)
         return false;
     size_t headers = start + (udp ? UDP_HEADER : (packet[start + 12] >> 4) * 4u);
-    if (headers < start + (udp ? UDP_HEADER : TCP_HEADER) || headers >= size ||
-        headers > TTUN_HEADERS_MAX || vnet->gso_size == 0)
+    if (headers < start + (udp ? UDP_HEADER : TCP_HEADER) || headers >= size || vnet->gso_size == 0)
         return false;
+    g->udp = udp;
     g->headers_size = headers;
     g->transport = start;
     g->gso_size = vnet->gso_size;
     g->next = headers;
-    memcpy(g->headers, packet, headers);
+    g->flags = udp ? 0 : packet[start + 13];
+    /* The kernel's sum over the pseudo-header, without the length: each segment has its own. */
+    g->partial = load_sum(packet + start + (udp ? UDP_CHECKSUM : TCP_CHECKSUM)) +
+                 (uint64_t)(uint16_t)~ttun_fold(length_sum(size - start));
     return true;
 }
 
-uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
+const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
     if (g->next >= g->size)
         return NULL;
     if (g->gso_size == 0) {
@@ -151,37 +166,32 @@ uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
     }
     size_t left = g->size - g->next;
     size_t payload = left < g->gso_size ? left : g->gso_size;
-    bool last = payload == left;
+    bool first = g->next == g->headers_size, last = payload == left;
     uint8_t *segment = g->packet + g->next - g->headers_size;
     uint8_t *transport = segment + g->transport;
     size_t whole = g->headers_size + payload;
     size_t transport_size = whole - g->transport;
-    memcpy(segment, g->headers, g->headers_size);
+    if (!first) /* they may be longer than a payload */
+        memmove(segment, segment - g->gso_size, g->headers_size);
 
-    if (segment[0] >> 4 == 4) /* each segment is a packet of its own (RFC 6864) */
-        put16(segment + 4, (uint16_t)(get16(segment + 4) + g->index));
+    if (!first && segment[0] >> 4 == 4) /* each segment is a packet of its own (RFC 6864) */
+        put16(segment + 4, (uint16_t)(get16(segment + 4) + 1));
     set_ip_length(segment, whole);
-    /* The pseudo-header counts this segment's size, so the kernel's sum over it is of no use. */
-    uint8_t protocol;
-    size_t field;
-    if (g->headers_size - g->transport == UDP_HEADER) {
-        protocol = PROTO_UDP;
-        field = UDP_CHECKSUM;
+    size_t field = g->udp ? UDP_CHECKSUM : TCP_CHECKSUM;
+    if (g->udp) {
         put16(transport + 4, (uint16_t)transport_size);
     } else {
-        protocol = PROTO_TCP;
-        field = TCP_CHECKSUM;
-        put32(transport + 4, get32(transport + 4) + (uint32_t)(g->next - g->headers_size));
+        if (!first)
+            put32(transport + 4, get32(transport + 4) + (uint32_t)g->gso_size);
+        transport[13] = g->flags;
         if (!last)
             transport[13] &= (uint8_t)~(FIN | PSH);
-        if (g->index > 0)
+        if (!first)
             transport[13] &= (uint8_t)~CWR; /* RFC 3168, 6.1.2: once */
     }
-    put16(transport + field, 0);
-    store_sum(transport + field, ttun_fold(pseudo_sum(segment, protocol, transport_size)));
+    store_sum(transport + field, ttun_fold(g->partial + length_sum(transport_size)));
     complete_checksum(segment, whole, g->transport, field);
     g->next += payload;
-    g->index++;
     *size = whole;
     return segment;
 }
@@ -323,12 +333,11 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
     return true;
 }
 
-/* The header of a packet whose checksum the kernel is to complete: the field then holds the sum
- * over the pseudo-header. gso_size: 0, or what to cut it into. */
-static void describe(struct ttun_vnet *vnet, uint8_t *packet, size_t size, const struct layout *l,
-                     uint16_t gso_size) {
+/* The header of a packet whose checksum the kernel is to complete. gso_size: 0, or what to cut it
+ * into. */
+static struct ttun_vnet describe(const struct layout *l, uint16_t gso_size) {
     bool udp = l->protocol == PROTO_UDP;
-    *vnet = (struct ttun_vnet){
+    return (struct ttun_vnet){
         .flags = TTUN_NEEDS_CHECKSUM,
         .gso_type = gso_size == 0                 ? TTUN_GSO_NONE
                     : udp                         ? TTUN_GSO_UDP
@@ -339,8 +348,11 @@ static void describe(struct ttun_vnet *vnet, uint8_t *packet, size_t size, const
         .checksum_start = (uint16_t)l->transport,
         .checksum_offset = udp ? UDP_CHECKSUM : TCP_CHECKSUM,
     };
-    store_sum(packet + l->transport + vnet->checksum_offset,
-              ttun_fold(pseudo_sum(packet, l->protocol, size - l->transport)));
+}
+
+/* What the kernel wants in the checksum's field of such a packet. */
+static uint16_t partial_sum(const uint8_t *packet, size_t size, const struct layout *l) {
+    return ttun_fold(pseudo_sum(packet, l->protocol, size - l->transport));
 }
 
 unsigned ttun_flush(struct ttun_coalescer *c) {
@@ -356,37 +368,50 @@ unsigned ttun_flush(struct ttun_coalescer *c) {
     set_ip_length(first, c->size);
     if (l.protocol == PROTO_UDP)
         put16(first + c->transport + 4, (uint16_t)(c->size - c->transport));
-    describe(&c->vnet, first, c->size, &l, c->vnet.gso_size);
+    c->vnet = describe(&l, c->vnet.gso_size);
+    store_sum(first + l.transport + c->vnet.checksum_offset, partial_sum(first, c->size, &l));
     return 1 + segments;
 }
 
 /* ---- whole packets -------------------------------------------------------------------------- */
 
+/* May this packet travel whole? Then l is where things are in it. */
+static bool is_whole(const uint8_t *packet, size_t size, uint16_t gso_size, bool tcp, bool udp,
+                     struct layout *l) {
+    if (size > TTUN_PACKET_MAX || !find_transport(packet, size, l) ||
+        !(l->protocol == PROTO_TCP ? tcp : udp))
+        return false;
+    if (gso_size == 0)
+        return true;
+    size_t payload = size - l->headers_size;
+    if (gso_size < TTUN_GSO_MIN || payload <= gso_size)
+        return false;
+    return l->protocol == PROTO_TCP ? (packet[l->transport + 13] & (SYN | RST | URG | CWR)) == 0
+                                    : payload <= (size_t)gso_size * UDP_SEGMENTS_MAX;
+}
+
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp) {
     struct layout l = {0};
-    if (size > TTUN_PACKET_MAX || !find_transport(packet, size, &l) ||
-        !(l.protocol == PROTO_TCP ? tcp : udp))
+    if (!is_whole(packet, size, gso_size, tcp, udp, &l))
         return false;
-    if (gso_size > 0 && (gso_size < TTUN_GSO_MIN || size - l.headers_size <= gso_size))
-        return false;
-    if (gso_size > 0 &&
-        (l.protocol == PROTO_TCP ? (packet[l.transport + 13] & (SYN | RST | URG | CWR)) != 0
-                                 : size - l.headers_size > (size_t)gso_size * UDP_SEGMENTS_MAX))
-        return false;
-    describe(vnet, packet, size, &l, gso_size);
+    *vnet = describe(&l, gso_size);
+    store_sum(packet + l.transport + vnet->checksum_offset, partial_sum(packet, size, &l));
     return true;
 }
 
-bool ttun_stays_whole(const struct ttun_vnet *vnet, uint8_t *packet, size_t size, bool tcp,
+bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_t size, bool tcp,
                       bool udp) {
-    struct ttun_vnet same;
+    struct layout l = {0};
     uint16_t gso_size = vnet->gso_type == TTUN_GSO_NONE ? 0 : vnet->gso_size;
     /* Two that may be merged with others are worth more to the receiver than a checksum. */
     bool mergeable = gso_size == 0 && size <= TTUN_MERGED_MAX / 2;
-    return vnet->flags & TTUN_NEEDS_CHECKSUM && !mergeable &&
-           (vnet->gso_type == TTUN_GSO_NONE || gso_size > 0) &&
-           ttun_restore_vnet(&same, packet, size, gso_size, tcp, udp) &&
-           same.gso_type == vnet->gso_type && same.checksum_start == vnet->checksum_start &&
-           same.checksum_offset == vnet->checksum_offset;
+    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || mergeable ||
+        (vnet->gso_type != TTUN_GSO_NONE && gso_size == 0) ||
+        !is_whole(packet, size, gso_size, tcp, udp, &l))
+        return false;
+    struct ttun_vnet same = describe(&l, gso_size);
+    return same.gso_type == vnet->gso_type && same.checksum_start == vnet->checksum_start &&
+           same.checksum_offset == vnet->checksum_offset &&
+           load_sum(packet + l.transport + same.checksum_offset) == partial_sum(packet, size, &l);
 }

@@ -19,7 +19,6 @@
 
 enum {
     TTUN_PACKET_MAX = 40 + 65535, /* an IPv6 header and what its length field can say */
-    TTUN_HEADERS_MAX = 256,       /* IP, its options or extensions, and TCP or UDP */
     TTUN_SEGMENTS_MAX = 64,       /* merged into one; the kernel's least limit for UDP */
     TTUN_MERGED_MAX = 65535       /* bytes of a merged packet, the IPv6 header included */
 };
@@ -41,10 +40,11 @@ enum ttun_gso { TTUN_GSO_NONE = 0, TTUN_GSO_TCP4 = 1, TTUN_GSO_TCP6 = 4, TTUN_GS
 struct ttun_segmenter {
     uint8_t *packet; /* the rest of it: what comes next is payload at `next` */
     size_t size, next;
-    size_t headers_size, transport;
-    size_t gso_size; /* 0: one packet, as it is */
-    uint16_t index;
-    uint8_t headers[TTUN_HEADERS_MAX];
+    size_t headers_size, transport; /* IP, its options or extensions, and TCP or UDP */
+    size_t gso_size;                /* 0: one packet, as it is */
+    uint64_t partial;               /* sum over the pseudo-header, but for the length */
+    bool udp;
+    uint8_t flags; /* of TCP, in the whole packet */
 };
 
 /* Starts on a packet of size bytes, which is written to. Returns false, and there are no segments,
@@ -53,8 +53,8 @@ bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_
                   size_t size);
 
 /* The next segment, with its checksums; NULL when there is none left. It stays until the next call,
- * which may write over it. */
-uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size);
+ * which writes over it, and takes its headers from there. */
+const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size);
 
 /* ---- coalesce ---- */
 
@@ -91,9 +91,9 @@ unsigned ttun_flush(struct ttun_coalescer *c);
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp);
 
-/* Would ttun_restore_vnet give this very header at an end that takes tcp, udp, and is it worth it?
- */
-bool ttun_stays_whole(const struct ttun_vnet *vnet, uint8_t *packet, size_t size, bool tcp,
+/* Would ttun_restore_vnet give this very header, and this very packet, at an end that takes tcp,
+ * udp, and is it worth it? */
+bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_t size, bool tcp,
                       bool udp);
 
 #endif

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -41,6 +42,8 @@ class Packet:
     fragment: int = 0x4000  # do not fragment
     source: int = 1
     ip_options: bytes = b""
+    extensions: tuple[tuple[int, bytes], ...] = ()  # of IPv6: type, what is behind next and length
+    final: bytes = b""  # addresses of the pseudo-header where they are not those of the header
 
     def transport(self) -> bytes:
         if self.udp:
@@ -63,13 +66,21 @@ class Packet:
         return bytes([10, 1, 1, self.source, 10, 1, 1, 9])
 
     def pseudo_header(self, size: int) -> bytes:
-        return self.addresses() + struct.pack(">IHBB", size, 0, 0, 17 if self.udp else 6)
+        return (self.final or self.addresses()) + struct.pack(
+            ">IHBB", size, 0, 0, 17 if self.udp else 6
+        )
 
     def header(self, size: int) -> bytes:
         protocol = 17 if self.udp else 6
         if self.v6:
-            first = struct.pack(">IHBB", 6 << 28 | self.service << 20, size, protocol, 64)
-            return first + self.addresses()
+            kinds = [kind for kind, _ in self.extensions] + [protocol]
+            extensions = b"".join(
+                struct.pack(">BB", following, (len(body) - 6) // 8) + body
+                for following, (_, body) in zip(kinds[1:], self.extensions)
+            )
+            size += len(extensions)
+            first = struct.pack(">IHBB", 6 << 28 | self.service << 20, size, kinds[0], 64)
+            return first + self.addresses() + extensions
         header = struct.pack(
             ">BBHHHBBH",
             0x45 + len(self.ip_options) // 4,
@@ -103,7 +114,7 @@ class Packet:
         return self.header(len(data)) + data
 
     def vnet(self, gso_size: int) -> Vnet:
-        start = (40 if self.v6 else 20) + len(self.ip_options)
+        start = len(self.header(0))
         kind = UDP if self.udp else TCP6 if self.v6 else TCP4
         headers = start + (8 if self.udp else 20 + len(self.options))
         offset = 6 if self.udp else 16
@@ -138,6 +149,32 @@ def segment(vnet: Vnet, packet: bytes) -> list[bytes] | None:
     while (found := lib.ttun_next_segment(state, size)) != ffi.NULL:
         segments.append(bytes(ffi.buffer(found, size[0])))
     return segments
+
+
+def coalesce(
+    packets: Iterable[bytes], tcp: bool = True, udp: bool = True
+) -> list[tuple[Vnet, bytes]]:
+    """What the downlink writes to the device for a batch of packets."""
+    state = ffi.new("struct ttun_coalescer *")
+    lib.ttun_coalescer_init(state, tcp, udp)
+    buffers, written = [], []
+
+    def flush() -> None:
+        count = lib.ttun_flush(state)
+        if count:
+            parts = [
+                bytes(ffi.buffer(state.parts[i].iov_base, state.parts[i].iov_len))
+                for i in range(count)
+            ]
+            written.append((struct.unpack("=BBHHHH", parts[0]), b"".join(parts[1:])))
+
+    for packet in packets:
+        buffers.append(ffi.new("uint8_t[]", packet))
+        if not lib.ttun_coalesce(state, buffers[-1], len(packet)):
+            flush()
+            assert lib.ttun_coalesce(state, buffers[-1], len(packet))
+    flush()
+    return written
 
 
 FAMILIES = pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])

@@ -9,7 +9,6 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -27,37 +26,11 @@ from packets import (
     TIMESTAMPS,
     URG,
     Packet,
-    Vnet,
+    coalesce,
     segment,
 )
 from peer import checksum
 from ttun._codec import ffi, lib
-
-
-def coalesce(
-    packets: Iterable[bytes], tcp: bool = True, udp: bool = True
-) -> list[tuple[Vnet, bytes]]:
-    """What the downlink writes to the device for a batch of packets."""
-    state = ffi.new("struct ttun_coalescer *")
-    lib.ttun_coalescer_init(state, tcp, udp)
-    buffers, written = [], []
-
-    def flush() -> None:
-        count = lib.ttun_flush(state)
-        if count:
-            parts = [
-                bytes(ffi.buffer(state.parts[i].iov_base, state.parts[i].iov_len))
-                for i in range(count)
-            ]
-            written.append((struct.unpack("=BBHHHH", parts[0]), b"".join(parts[1:])))
-
-    for packet in packets:
-        buffers.append(ffi.new("uint8_t[]", packet))
-        if not lib.ttun_coalesce(state, buffers[-1], len(packet)):
-            flush()
-            assert lib.ttun_coalesce(state, buffers[-1], len(packet))
-    flush()
-    return written
 
 
 def there_and_back(packets: list[bytes]) -> list[bytes]:
@@ -91,9 +64,34 @@ def test_a_large_packet_of_the_kernel_is_cut(v6: bool, udp: bool) -> None:
         assert segment(packet.vnet(gso), packet.partial()) == packet.cut(gso)
 
 
-def test_ip_options_and_extension_headers_are_in_every_segment() -> None:
-    packet = Packet(payload=os.urandom(5000), ip_options=b"\x94\x04\0\0")
-    assert segment(packet.vnet(1000), packet.partial()) == packet.cut(1000)
+HOP = (0, b"\x1e\x04" + bytes(4))
+OPTIONS = (60, b"\x1e\xec" + bytes(236))
+LONGEST = (60, (b"\x1e\xfd" + bytes(253)) * 8 + b"\x1e\x04" + bytes(4))
+ROUTE = (43, b"\x04\x01\x01\0\0\0" + bytes(range(32)))
+EXTENDED = {
+    "an option": [HOP],
+    "240 bytes of options": [OPTIONS],
+    "all that an extension header may have, and more": [HOP, LONGEST, LONGEST, OPTIONS],
+    "a routing header": [ROUTE, HOP],
+}
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("name", EXTENDED)
+def test_extension_headers_are_in_every_segment(name: str, udp: bool) -> None:
+    packet = Packet(v6=True, udp=udp, payload=os.urandom(5000), extensions=tuple(EXTENDED[name]))
+    for final in (b"", os.urandom(32)):
+        packet.final = final
+        for gso_size in (100, 1000):
+            assert segment(packet.vnet(gso_size), packet.partial()) == packet.cut(gso_size)
+
+
+@PROTOCOLS
+def test_ip_options_are_in_every_segment(udp: bool) -> None:
+    route = b"\x83\x07\x04" + bytes([10, 1, 1, 7]) + b"\0"
+    for options, final in [(b"\x94\x04\0\0", b""), (route, bytes([10, 1, 1, 1, 10, 1, 1, 7]))]:
+        packet = Packet(udp=udp, payload=os.urandom(5000), ip_options=options, final=final)
+        assert segment(packet.vnet(1000), packet.partial()) == packet.cut(1000)
 
 
 @FAMILIES
@@ -104,15 +102,29 @@ def test_a_checksum_is_completed(v6: bool, udp: bool) -> None:
         assert segment(packet.vnet(0), packet.partial()) == [packet.whole()]
 
 
-def test_a_udp_checksum_of_zero_is_sent_as_ffff() -> None:
-    for value in range(65536):
-        packet = Packet(udp=True, payload=value.to_bytes(2, "big"))
-        if checksum(packet.pseudo_header(10) + packet.transport()) == 0:
-            break
-    else:
-        pytest.fail("no such packet")
-    (sent,) = segment(packet.vnet(0), packet.partial())
-    assert sent[26:28] == b"\xff\xff"
+def summing_to_zero(packet: Packet) -> Packet:
+    """The same with a payload that gives it a checksum of zero."""
+    rest = packet.payload[2:]
+    packet = replace(packet, payload=bytes(2) + rest)
+    transport = packet.transport()
+    missing = checksum(packet.pseudo_header(len(transport)) + transport)
+    return replace(packet, payload=missing.to_bytes(2, "big") + rest)
+
+
+@FAMILIES
+@PROTOCOLS
+def test_a_checksum_of_zero_is_sent_as_ffff_with_udp_alone(v6: bool, udp: bool) -> None:
+    """There zero means that there is none (RFC 768); TCP has no second zero."""
+    one = summing_to_zero(Packet(v6, udp, payload=bytes(1000)))
+    start, offset = one.vnet(0)[4:]
+    expected = b"\xff\xff" if udp else b"\0\0"
+    (sent,) = segment(one.vnet(0), one.partial()) or [b""]
+    assert sent[start + offset :][:2] == expected
+    more = replace(one, payload=one.payload * 3)
+    segments = segment(more.vnet(1000), more.partial()) or []
+    if not udp:
+        segments = segments[:1]  # the others have other sequence numbers
+    assert [part[start + offset :][:2] for part in segments] == [expected] * len(segments) != []
 
 
 def test_a_packet_that_needs_nothing_is_left_alone() -> None:
@@ -187,6 +199,23 @@ def test_no_more_is_merged_than_the_kernel_takes() -> None:
         assert there_and_back(packets) == packets
 
 
+@PROTOCOLS
+def test_as_many_segments_are_merged_as_every_kernel_takes(udp: bool) -> None:
+    """64: that was UDP_MAX_SEGMENTS of linux/udp.h for long."""
+    packets = Packet(udp=udp, payload=bytes(100 * 200)).cut(100)
+    assert [len(segment(*each) or []) for each in coalesce(packets)] == [64, 64, 64, 8]
+
+
+@FAMILIES
+@pytest.mark.parametrize(("total", "written"), [(65535, 1), (65536, 2)])
+def test_a_merged_packet_has_65535_bytes_at_most(v6: bool, total: int, written: int) -> None:
+    payload = total - (60 if v6 else 40)
+    size = next(size for size in range(2000, payload) if payload % size == 0)
+    packets = Packet(v6, payload=bytes(payload)).cut(size)
+    assert len(coalesce(packets)) == written
+    assert there_and_back(packets) == packets
+
+
 FIRST, SECOND = (Packet(payload=bytes(2000)).cut(1000)[i] for i in (0, 1))
 
 
@@ -249,6 +278,40 @@ def test_udp_without_a_checksum_passes_unchanged() -> None:
     bare = [packet[:26] + b"\0\0" + packet[28:] for packet in packets]
     assert len(coalesce(packets)) == 1
     assert coalesce(bare) == [(PLAIN, packet) for packet in bare]
+
+
+@FAMILIES
+def test_udp_without_a_checksum_passes_unchanged_also_where_zero_is_right(v6: bool) -> None:
+    """Segmenting would give it one."""
+    packets = summing_to_zero(Packet(v6, udp=True, payload=bytes(1000))).cut(1000) * 2
+    at = (40 if v6 else 20) + 6
+    bare = [packet[:at] + b"\0\0" + packet[at + 2 :] for packet in packets]
+    ids = [packet if v6 else renumbered(packet, n) for n, packet in enumerate(packets)]
+    assert len(coalesce(ids)) == 1, "with a checksum they are merged"
+    bare = [packet if v6 else renumbered(packet, n) for n, packet in enumerate(bare)]
+    assert coalesce(bare) == [(PLAIN, packet) for packet in bare]
+
+
+def renumbered(packet: bytes, identification: int) -> bytes:
+    """An IPv4 packet with another identification."""
+    header = packet[:4] + struct.pack(">H", identification) + packet[6:10] + b"\0\0" + packet[12:20]
+    return header[:10] + struct.pack(">H", checksum(header)) + header[12:] + packet[20:]
+
+
+def test_the_second_zero_of_a_checksum_passes_unchanged() -> None:
+    """ffff in place of 0000 is right too, but segmenting would not give it back."""
+    second = summing_to_zero(Packet(payload=bytes(1000), sequence=2000, identification=2)).whole()
+    assert second[36:38] == b"\0\0"
+    assert len(coalesce([FIRST, second])) == 1
+    odd = second[:36] + b"\xff\xff" + second[38:]
+    assert coalesce([FIRST, odd]) == [(PLAIN, FIRST), (PLAIN, odd)]
+    number = checksum(Packet(identification=0, payload=bytes(1000)).header(1020)[:10] + b"\0\0"
+                      + Packet().addresses())  # fmt: skip
+    packets = Packet(identification=number - 1, payload=bytes(2000)).cut(1000)
+    assert packets[1][10:12] == b"\0\0"
+    assert len(coalesce(packets)) == 1
+    odd = packets[1][:10] + b"\xff\xff" + packets[1][12:]
+    assert coalesce([packets[0], odd]) == [(PLAIN, packets[0]), (PLAIN, odd)]
 
 
 def test_ipv6_extension_headers_pass_unchanged() -> None:

@@ -140,6 +140,14 @@ def test_an_empty_frame_is_ignored(rig: Rig) -> None:
     assert rig.session.counters().empty == 1
 
 
+def test_a_packet_that_fits_no_frame_is_dropped_and_counted(rig: Rig) -> None:
+    for packet in (bytes(65520), b"next", bytes(65535), b"last"):
+        rig.device.outside.send(packet)
+    assert [rig.peer.receive(), rig.peer.receive()] == [b"next", b"last"]
+    rig.end()
+    assert rig.session.counters().unsendable == 2
+
+
 @pytest.mark.parametrize("length", [0, 1, 15])
 def test_a_length_below_the_tag_ends_it_after_what_came_before(rig: Rig, length: int) -> None:
     rig.peer.sock.sendall(rig.peer.sending.seal(b"last") + struct.pack(">H", length) + bytes(100))

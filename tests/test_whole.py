@@ -49,7 +49,9 @@ def restore(
 def stays_whole(vnet: Vnet, packet: bytes, tcp: bool = True, udp: bool = True) -> bool:
     buffer = ffi.new("uint8_t[]", packet)
     header = ffi.new("struct ttun_vnet *", vnet)
-    return bool(lib.ttun_stays_whole(header, buffer, len(packet), tcp, udp))
+    answer = bool(lib.ttun_stays_whole(header, buffer, len(packet), tcp, udp))
+    assert bytes(ffi.buffer(buffer, len(packet))) == packet, "a question does not write"
+    return answer
 
 
 @FAMILIES
@@ -85,6 +87,28 @@ def test_a_small_packet_goes_as_packets_do(v6: bool, udp: bool) -> None:
     assert not stays_whole(small.vnet(0), small.partial())
     assert stays_whole(large.vnet(0), large.partial())
     assert restore(large.partial(), 0) == (large.vnet(0), large.partial())
+
+
+@FAMILIES
+def test_a_packet_in_a_packet_stays_as_it_is(v6: bool) -> None:
+    """As of VXLAN: the outer checksum is complete, or there is none; the inner one is not."""
+    inner = Packet(v6=v6, udp=True, payload=bytes(40_000))
+    outer = Packet(v6=v6, udp=True, payload=bytes(22) + inner.partial())
+    for data in (outer.whole(), outer.partial()):
+        start = len(data) - len(inner.transport())
+        assert not stays_whole((NEEDS_CHECKSUM, NONE, 0, 0, start, 6), data)
+        (sent,) = segment((NEEDS_CHECKSUM, NONE, 0, 0, start, 6), data)
+        assert sent == data[: start - len(inner.header(0))] + inner.whole()
+
+
+@FAMILIES
+@PROTOCOLS
+def test_a_sum_over_other_addresses_is_completed_by_the_sender(v6: bool, udp: bool) -> None:
+    """The receiver makes that sum from the addresses in the header, so it would be another."""
+    packet = Packet(v6=v6, udp=udp, payload=bytes(40_000), final=bytes(range(32 if v6 else 8)))
+    for gso_size in (0, 1000):
+        assert not stays_whole(packet.vnet(gso_size), packet.partial())
+    assert segment(packet.vnet(1000), packet.partial()) == packet.cut(1000)
 
 
 UNFIT = {

@@ -192,7 +192,8 @@ def _tunnel_options(command: Parser) -> None:
         const=True,
         default=True,
         metavar="true|false",
-        help="large packets at the device where the kernel has them (default: true)",
+        help="large packets at the device where the kernel has them (default: true); "
+        "with false, raw sockets and captures show each packet, not coalesced ones",
     )
     command.add_argument(
         "--congestion-control",

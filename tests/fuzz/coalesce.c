@@ -121,7 +121,8 @@ static size_t expect(struct ttun_coalescer *c, unsigned parts, const struct pack
     memcpy(&vnet, c->parts[0].iov_base, sizeof vnet);
     for (unsigned i = 1; i < parts; i++)
         size += c->parts[i].iov_len;
-    uint8_t *merged = malloc(size), *segment;
+    uint8_t *merged = malloc(size);
+    const uint8_t *segment;
     MUST(merged != NULL && size <= TTUN_PACKET_MAX);
     for (unsigned i = 1, at = 0; i < parts; at += (unsigned)c->parts[i].iov_len, i++)
         memcpy(merged + at, c->parts[i].iov_base, c->parts[i].iov_len);

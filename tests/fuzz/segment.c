@@ -10,7 +10,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memcpy(&vnet, data, sizeof vnet);
     data += sizeof vnet;
     size -= sizeof vnet;
-    uint8_t *packet = copy_of(data, size), *found;
+    uint8_t *packet = copy_of(data, size);
+    const uint8_t *found;
     struct ttun_segmenter g;
     size_t length, segments = 0, payload = 0;
     bool taken = ttun_segment(&g, &vnet, packet, size);

@@ -9,7 +9,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint16_t gso_size = take16(&in);
     uint8_t takes = take(&in);
     bool tcp = takes & 1, udp = takes & 2;
-    uint8_t *packet = copy_of(in.bytes, in.left), *found;
+    uint8_t *packet = copy_of(in.bytes, in.left);
+    const uint8_t *found;
     struct ttun_vnet vnet;
     if (!ttun_restore_vnet(&vnet, packet, in.left, gso_size, tcp, udp)) {
         MUST(in.left == 0 || memcmp(packet, in.bytes, in.left) == 0);

@@ -1,0 +1,76 @@
+"""What a session leaves in the memory that it gives back: neither its keys nor its packets.
+
+A program of its own runs one, with a library that looks into each block that is freed: freed.c.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tunnel import ROOT
+
+SECRETS = ["uplink key", "downlink key", "next uplink key", "next downlink key", "packet sent",
+           "packet received", "nothing wiped"]  # fmt: skip
+
+# Patterns are in the environment with all bits inverted: there they are not to be found.
+# Short bytes of Python's are in arenas of its own, which are not freed one by one.
+SCRIPT = """
+import ctypes, os, socket, threading, time
+from ttun._codec import ffi, lib
+from ttun.cipher import CIPHERS, CipherState
+
+*keys, sent, received, unwiped = (
+    bytes(255 - byte for byte in bytes.fromhex(text))
+    for text in os.environ["TTUN_TEST_FREED"].split(",")
+)
+cipher = CIPHERS["chacha20-poly1305"]
+states = [CipherState(cipher, number % 2, key) for number, key in enumerate(keys)]
+(inside, outside), (ours, theirs) = socket.socketpair(type=socket.SOCK_DGRAM), socket.socketpair()
+inside.setblocking(False)
+uplink, downlink, *following = [state.c for state in states]
+session = lib.ttun_session_new(inside.fileno(), ours.fileno(), 0, 0, uplink, downlink, 1, 2)
+assert lib.ttun_session_rekey(session, *following) == 0
+names = "uplink_seal", "uplink_send", "downlink_receive", "downlink_open"
+bodies = [getattr(lib, f"ttun_{name}") for name in names]
+threads = [threading.Thread(target=body, args=(session,)) for body in bodies]
+for thread in threads:
+    thread.start()
+outside.send(sent)
+theirs.sendall(CipherState(cipher, 1, keys[1]).seal(received))
+counters, end = ffi.new("struct ttun_counters *"), time.monotonic() + 20
+while not (counters.uplink_packets and counters.downlink_packets) and time.monotonic() < end:
+    lib.ttun_session_counters(session, counters)
+    time.sleep(0.01)
+lib.ttun_session_stop(session)
+for thread in threads:
+    thread.join()
+lib.ttun_session_free(session)
+print(counters.uplink_packets, counters.downlink_packets)
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+block = ctypes.c_void_p(libc.malloc(1000))
+ctypes.memmove(block, unwiped, len(unwiped))
+libc.free(block)
+"""
+
+
+@pytest.mark.skipif("TTUN_TEST_PROGRAM" in os.environ, reason="a sanitizer has its own free()")
+def test_a_session_leaves_neither_keys_nor_packets_in_memory(tmp_path: Path) -> None:
+    library = tmp_path / "freed.so"
+    source = Path(__file__).with_name("freed.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
+    patterns = ",".join(os.urandom(32).hex() for _ in SECRETS)
+    environment = {"LD_PRELOAD": str(library), "TTUN_TEST_FREED": patterns, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["1", "1"], "a packet went each way"
+    found = [SECRETS[int(number)] for number in re.findall(r"freed with pattern (\d)", done.stderr)]
+    assert found == ["nothing wiped"], "else what was freed is not looked at"
