@@ -17,13 +17,14 @@ SOURCES = [
     "codec.c",
     "codel.c",
     "connection.c",
+    "downlink.c",
     "fq.c",
     "lane.c",
     "mailbox.c",
     "offload.c",
     "process.c",
-    "pump.c",
     "session.c",
+    "uplink.c",
 ]
 # No tables for debuggers, no names but the module's, and no tables to unwind a stack with: a
 # process that holds keys leaves no core file to look at.

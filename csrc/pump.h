@@ -1,5 +1,25 @@
 /* One session: four threads that carry packets between a TUN device and a stream socket.
- * The flow is told at the head of pump.c. */
+ *
+ *     TUN --read--> [uplink seal] --lane--> [uplink send] --> TCP
+ *     TUN <--write-- [downlink open] <--lane-- [downlink receive] <-- TCP
+ *
+ *  1. uplink seal: reads packets until the device has no more or the slot is full, cuts large ones
+ *     into segments, and seals each into the slot, frame behind frame. While the connection is busy
+ *     they wait in a queue, where what is small overtakes (connection.h, fq.h).
+ *  2. uplink send: writes a slot to the socket, many frames per system call.
+ *  3. downlink receive: reads as much as there is, and cuts it behind the last whole frame; the
+ *     rest moves to the next slot.
+ *  4. downlink open: opens each frame of a slot in place, merges packets that follow each other,
+ *     and writes them to the device.
+ *
+ * Between the two threads of a direction lies a lane (lane.h). With `direct` the first one empties
+ * a slot by itself whenever the second has nothing to do; a send that would block goes to the
+ * second.
+ *
+ * On wire x1 a packet that the kernel left whole travels whole, and there are control frames. What
+ * the peer sends goes to an inbox, what Python answers comes from an outbox: the uplink looks there
+ * before each batch. The keys change with SWITCH, the last frame under the old key of its
+ * direction; the next keys are there before, so nobody waits for them. */
 #ifndef TTUN_PUMP_H
 #define TTUN_PUMP_H
 

@@ -1,4 +1,4 @@
-/* The inside of a session, for pump.c and session.c; pump.h is what others see. */
+/* The inside of a session, for uplink.c, downlink.c and session.c; pump.h is what others see. */
 #ifndef TTUN_SESSION_H
 #define TTUN_SESSION_H
 
@@ -14,6 +14,8 @@
 #include "pump.h"
 
 enum {
+    FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
+    WHOLE = 3, /* bytes in front of an offloaded packet: its type and its gso_size */
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
     SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX
@@ -65,6 +67,10 @@ static inline void count(_Atomic uint64_t *counter, uint64_t n) {
 
 /* Ends the session: the first reason stays. Every thread comes back from wherever it waits. */
 void session_end(struct ttun_session *s, enum ttun_end why, int detail);
+
+static inline bool is_ip(const uint8_t *packet) {
+    return packet[0] >> 4 == 4 || packet[0] >> 4 == 6;
+}
 
 static inline bool is_over(struct ttun_session *s) {
     return atomic_load(&s->end) != TTUN_RUNNING;

@@ -91,7 +91,7 @@ def test_the_sdist_has_every_file(unpacked: Path) -> None:
         if ".egg-info/" not in name and "__pycache__/" not in name
     }
     assert whole - files(unpacked) == set()
-    assert {"csrc/pump.c", "tests/fuzz/fuzz.h", "tests/vectors/wire-v1.json"} < whole
+    assert {"csrc/uplink.c", "tests/fuzz/fuzz.h", "tests/vectors/wire-v1.json"} < whole
 
 
 def test_the_wheel_is_small_and_stripped(wheel: Path) -> None:

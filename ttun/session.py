@@ -1,7 +1,7 @@
 """One authenticated peer: the codec's session, its four threads, and why it ended.
 
 1. Drop what waits in the device: stale packets do not go into a new session.
-2. Start two threads per direction, each inside one long C call (csrc/pump.c) without the GIL.
+2. Start two threads per direction, each inside one long C call (csrc/pump.h) without the GIL.
    On wire x1 a fifth one handles control frames (control.py).
 3. Wait for all of them. The first thing that goes wrong ends all of them.
 4. Wipe the keys and say why it ended and what went through.
@@ -22,7 +22,7 @@ from ttun.control import DEFAULT_LIMITS, NAMES, Control, Limits
 from ttun.device import Device
 from ttun.handshake import Keys
 
-FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/pump.c
+FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/pump.h
 
 
 class Counters(NamedTuple):

@@ -1,0 +1,190 @@
+/* From the connection to the device; pump.h has the whole way. */
+#define _GNU_SOURCE
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "session.h"
+
+enum { LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */ };
+
+static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
+              "a slot has room for the rest of a frame and a whole one");
+
+/* The uplink waits for the end of a large batch: see await_delivery. */
+static void set_delivering(struct ttun_session *s, bool delivering) {
+    pthread_mutex_lock(&s->delivery_lock);
+    s->delivering = delivering;
+    if (!delivering) {
+        s->deliveries++;
+        pthread_cond_signal(&s->delivered);
+    }
+    pthread_mutex_unlock(&s->delivery_lock);
+}
+
+/* Writes one packet, its vnet header in parts[0], to the device. Returns false when the device is
+ * gone. packets, bytes: what it stands for. */
+static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsigned n,
+                         uint64_t packets, uint64_t bytes) {
+    unsigned skip = s->vnet_size == 0; /* the vnet header */
+    ssize_t written;
+    do
+        written = writev(s->tun, parts + skip, (int)(n - skip));
+    while (written < 0 && errno == EINTR);
+    if (written >= 0) {
+        count(&s->downlink_packets, packets);
+        count(&s->downlink_bytes, bytes);
+    } else if (errno == EBADFD) { /* the device was removed */
+        session_end(s, TTUN_END_DEVICE, errno);
+        return false;
+    } else {
+        count(&s->refused, packets);
+    }
+    return true;
+}
+
+/* Writes what the coalescer holds to the device. Returns false when the device is gone. */
+static bool write_merged(struct ttun_session *s) {
+    uint64_t packets = s->coalescer.segments, bytes = 0;
+    unsigned parts = ttun_flush(&s->coalescer);
+    if (parts == 0)
+        return true;
+    for (unsigned i = 1; i < parts; i++)
+        bytes += s->coalescer.parts[i].iov_len;
+    bytes += (packets - 1) * s->coalescer.headers_size; /* as many as came in frames */
+    return write_packet(s, s->coalescer.parts, parts, packets, bytes);
+}
+
+/* Writes a packet that came whole, once its vnet header is restored. */
+static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size) {
+    struct ttun_vnet vnet;
+    if (size <= WHOLE || !ttun_restore_vnet(&vnet, plaintext + WHOLE, size - WHOLE,
+                                            (uint16_t)(plaintext[1] << 8 | plaintext[2]),
+                                            s->coalescer.tcp, s->coalescer.udp)) {
+        count(&s->forged, 1);
+        return true;
+    }
+    const struct iovec parts[] = {{.iov_base = &vnet, .iov_len = sizeof vnet},
+                                  {.iov_base = plaintext + WHOLE, .iov_len = size - WHOLE}};
+    return write_packet(s, parts, 2, 1, size - WHOLE);
+}
+
+/* Leaves a control frame to Python. Returns false when that ended the session. */
+static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, size_t size) {
+    struct ttun_control frame = {.type = plaintext[0]};
+    int body_size = ttun_body_size(frame.type);
+    if (body_size < 0) {
+        count(&s->ignored, 1);
+        return true;
+    }
+    bool fine = size == 1 + (size_t)body_size;
+    if (fine && frame.type == TTUN_SWITCH)
+        fine = next_key(s, &s->rx);
+    if (fine) {
+        memcpy(frame.body, plaintext + 1, (size_t)body_size);
+        /* Of pings the last one counts, but no key may get lost. */
+        fine = mailbox_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
+    }
+    if (!fine)
+        session_end(s, TTUN_END_CONTROL, frame.type);
+    return fine;
+}
+
+/* Brings one packet, or what else a frame may hold, where it belongs. Returns false when the
+ * session is over. */
+static bool deliver(struct ttun_session *s, uint8_t *plaintext, size_t size) {
+    if (s->wire != 0 && !is_ip(plaintext)) {
+        if (plaintext[0] == TTUN_OFFLOADED)
+            return write_merged(s) && write_whole(s, plaintext, size);
+        return receive_control(s, plaintext, size);
+    }
+    if (ttun_coalesce(&s->coalescer, plaintext, size))
+        return true;
+    return write_merged(s) && ttun_coalesce(&s->coalescer, plaintext, size);
+}
+
+/* Opens each frame of a slot and delivers what is in it. Packets are merged with those before them
+ * where they can be. */
+static void open_frames(struct ttun_session *s, struct slot *slot) {
+    while (slot->begin < slot->end && !is_over(s)) {
+        uint8_t *plaintext = slot->bytes + slot->begin + TTUN_PREFIX;
+        size_t length = ttun_frame_length(slot->bytes + slot->begin);
+        slot->begin += TTUN_PREFIX + length;
+        assert(slot->begin <= slot->end); /* a slot holds whole frames */
+        ptrdiff_t size = ttun_open(&s->rx.now, plaintext, length);
+        if (size < 0) {
+            write_merged(s); /* what came before it counts */
+            session_end(s, TTUN_END_TAG, (int)length);
+            return;
+        }
+        if (size == 0)
+            count(&s->empty, 1);
+        else if (!deliver(s, plaintext, (size_t)size))
+            break;
+    }
+    write_merged(s); /* nothing waits for what may come later */
+    atomic_store_explicit(&s->heard, now_ms(), memory_order_relaxed);
+}
+
+static void open_slot(struct ttun_session *s, struct slot *slot) {
+    bool large = slot->end - slot->begin >= LARGE_BATCH;
+    if (large)
+        set_delivering(s, true);
+    open_frames(s, slot);
+    if (large)
+        set_delivering(s, false);
+}
+
+void ttun_downlink_receive(struct ttun_session *s) {
+    prctl(PR_SET_NAME, "ttun-down-recv");
+    const uint8_t *rest = NULL; /* the beginning of a frame, in the slot before */
+    size_t rest_size = 0;
+    long bad = -1;
+    struct slot *slot;
+    while ((slot = lane_free_slot(&s->downlink)) != NULL) {
+        if (rest_size > 0)
+            memmove(slot->bytes, rest, rest_size);
+        size_t size = rest_size, whole = 0;
+        while (whole == 0 && bad < 0) {
+            ssize_t got = recv(s->socket, slot->bytes + size, SLOT_SIZE - size, 0);
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got <= 0) {
+                int error = errno;
+                lane_finish(&s->downlink); /* what came before the end still counts */
+                if (got < 0)
+                    session_end(s, TTUN_END_SOCKET, error);
+                else
+                    session_end(s, size > 0 ? TTUN_END_TRUNCATED : TTUN_END_CLOSED, (int)size);
+                return;
+            }
+            size += (size_t)got;
+            whole = ttun_whole_frames(slot->bytes, size, s->tag_size, &bad);
+        }
+        slot->begin = 0;
+        slot->end = whole;
+        rest = slot->bytes + whole;
+        rest_size = size - whole;
+        if (whole > 0 && lane_push(&s->downlink, s->direct)) {
+            open_slot(s, slot);
+            lane_return(&s->downlink, false);
+        }
+        if (bad >= 0) { /* nothing behind it can be read; what came before it counts */
+            lane_finish(&s->downlink);
+            session_end(s, TTUN_END_LENGTH, (int)bad);
+            return;
+        }
+    }
+}
+
+void ttun_downlink_open(struct ttun_session *s) {
+    prctl(PR_SET_NAME, "ttun-down-open");
+    struct slot *slot;
+    while ((slot = lane_take(&s->downlink)) != NULL) {
+        open_slot(s, slot);
+        lane_release(&s->downlink);
+    }
+}
