@@ -9,13 +9,15 @@
 
 enum {
     EVERY = 10000, /* microseconds between two looks */
-    /* Microseconds. A sender is woken when half of what may wait unsent is left. Measured
+    /* Microseconds. The socket takes more when half of what may wait unsent is left. Measured
      * (docs/performance.md): less of it runs dry, more of it is only waited for. */
     UNSENT = 4000,
     SEALED = 2000,
     UNSENT_LEAST = 4096, /* bytes */
     UNSENT_MOST = 256 * 1024,
-    SEALED_LEAST = 4096,
+    SEALED_LEAST = 1024, /* one packet of the usual MTU is more */
+    WHOLE = 4000,        /* microseconds */
+    WHOLE_LEAST = 1500,
     /* Microseconds. A bulk flow whose congestion control halves its window needs a queue of about
      * its round trip to keep the link busy; what is small does not wait behind it. */
     TARGET_LEAST = 5000, /* RFC 8289, 4.3 */
@@ -40,6 +42,7 @@ static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most) {
 void connection_init(struct connection *c, int socket, unsigned slots) {
     *c = (struct connection){.socket = socket,
                              .batch = SLOT_SIZE,
+                             .whole = SLOT_SIZE,
                              .slots = slots,
                              .pace = {.target = TARGET_LEAST, .interval = INTERVAL_LEAST}};
     int protocol = 0;
@@ -67,6 +70,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint64_t sealed = rate * SEALED / 1000000;
     c->limited = sealed < (uint64_t)slots * SLOT_SIZE;
     c->batch = (size_t)clamp(sealed, SEALED_LEAST, SLOT_SIZE);
+    c->whole = (size_t)clamp(rate * WHOLE / 1000000, WHOLE_LEAST, SLOT_SIZE);
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
     c->pace.target = clamp(rtt, TARGET_LEAST, TARGET_MOST);
     c->pace.interval = clamp(2 * (uint64_t)rtt, INTERVAL_LEAST, INTERVAL_MOST);

@@ -14,6 +14,7 @@
 #ifndef TTUN_CONNECTION_H
 #define TTUN_CONNECTION_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -22,9 +23,10 @@
 
 struct connection {
     int socket;
-    uint64_t look_at; /* when the kernel is asked next; microseconds */
-    uint32_t unsent;  /* bytes of TCP_NOTSENT_LOWAT, as they were set last; 0: not yet */
-    bool limited;
+    uint64_t look_at;            /* when the kernel is asked next; microseconds */
+    uint32_t unsent;             /* bytes of TCP_NOTSENT_LOWAT, as they were set last; 0: not yet */
+    atomic_bool limited;         /* read by the thread that sends, too */
+    size_t whole;                /* bytes of a packet that is not cut */
     size_t batch;                /* bytes to seal at once, about */
     unsigned slots;              /* sealed ones that may wait for the socket */
     struct ttun_codel_pace pace; /* of each flow in the queue */

@@ -53,7 +53,7 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
     if (s->wire != 0 && (size == 0 || !is_ip(packet)))
         return false; /* its first byte would be taken for a type */
-    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX && size <= s->connection.batch &&
+    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX && size <= s->connection.whole &&
         ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
                          s->wire & TTUN_OFFLOAD_UDP)) {
         static const struct ttun_vnet done;
@@ -216,10 +216,26 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     return !is_over(s);
 }
 
+/* Looks, or waits, until less than half of TCP_NOTSENT_LOWAT is unsent. send() does not: it fills
+ * the last buffer of the socket, up to 64 KiB, whatever is unsent (tcp_sendmsg_locked() of Linux).
+ */
+static bool has_room(struct ttun_session *s, bool wait) {
+    if (!atomic_load(&s->connection.limited))
+        return true;
+    struct pollfd fd = {.fd = s->socket, .events = POLLOUT};
+    int ready;
+    do
+        ready = poll(&fd, 1, wait ? -1 : 0);
+    while (ready < 0 && errno == EINTR);
+    return ready != 0; /* send() says what an error is */
+}
+
 /* Sends what is left of a slot. flags: MSG_DONTWAIT to stop when the socket is full. Returns
  * whether something is left. */
 static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
     while (slot->begin < slot->end && !is_over(s)) {
+        if (!has_room(s, (flags & MSG_DONTWAIT) == 0))
+            return true;
         ssize_t sent = send(s->socket, slot->bytes + slot->begin, slot->end - slot->begin,
                             flags | MSG_NOSIGNAL);
         if (sent < 0 && errno == EINTR)
