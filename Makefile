@@ -8,7 +8,7 @@ WHEELS := $(VENV)/wheels
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 MADE := $(VENV) build dist *.egg-info ttun/_codec*.so ttun/__pycache__ ttun/tox/__pycache__ \
   .mypy_cache .ruff_cache .pytest_cache .hypothesis
-C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] tests/*.c tests/fuzz/*.[ch]))
+C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] ttun/*.c tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # $(LISTED) NAME: the strings of that list in pyproject.toml.
 LISTED := $(BIN)/python -c "import re, sys; text = open('pyproject.toml').read(); \

@@ -16,7 +16,8 @@ sys.path.append("packaging")
 from compact import compact
 
 PUBLIC = {"__init__", "client", "endpoint", "errors", "server"}  # help(ttun.Server) shows them
-COMMANDS, THEIRS = {"bench", "demo"}, {"hosts", "plot", "subjects", "traffic"}
+COMMANDS = {"bench": "bench", "bench_link": "bench", "demo": "demo"}  # module -> command
+THEIRS = {"hosts", "link_emulator", "link_report", "link_traffic", "plot", "subjects", "traffic"}
 INSTEAD = """\
 from ttun.errors import TtunError
 raise TtunError("a wheel has no {0}: run ./ttun.py {0} in the source directory, after make")
@@ -31,11 +32,16 @@ class BuildPython(build_py):  # type: ignore[misc]
         found = super().find_package_modules(package, package_dir)
         return [module for module in found if package != "ttun" or module[1] not in THEIRS]
 
+    def find_data_files(self, package: str, src_dir: str) -> list[str]:
+        """Return the other files of a package."""
+        found: list[str] = super().find_data_files(package, src_dir)
+        return [name for name in found if Path(name).stem not in THEIRS]
+
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
         """Copy one."""
         outfile, copied = super().build_module(module, module_file, package)
         if package == "ttun" and module in COMMANDS:
-            text = INSTEAD.format(module)
+            text = INSTEAD.format(COMMANDS[module])
         else:
             source = Path(module_file).read_text(encoding="utf-8")
             text = compact(source, package == "ttun" and module in PUBLIC)

@@ -228,6 +228,7 @@ def test_the_options_of_go_ttun_stay_with_one_dash_and_values_may_be_joined() ->
         "show ttun0 --json",
         "doctor host:1",
         "bench tunnel --rounds 3 --against openvpn",
+        "bench link --rate 50/10 --rtt 40 --loss 0,1 --queue 100 --congestion-control cubic",
         "genkey",
         "demo --size 3",
     ],

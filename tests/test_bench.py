@@ -7,12 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench
+from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
-from ttun import subjects
+from ttun import bench_link, cli, hosts, link_report, subjects
 from ttun.bench import COLUMNS
 from ttun.cipher import CIPHERS, fast
+from ttun.demo import end
 from ttun.errors import TtunError, UsageError
+from ttun.link_emulator import Link, LinkedHosts
 
 PORT = "5001"
 
@@ -61,6 +63,109 @@ def test_traffic_counts_what_arrives(bench: Bench) -> None:
     assert 0 < counted["arrived"] <= counted["sent"]
     flooded = bench.traffic(CLIENT, "datagrams", address, PORT, "1200", "0", "0.3")
     assert flooded["sent"] > counted["sent"]
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_link_measures_everything_of_every_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_link, "PINGS", 50)
+    monkeypatch.setattr(bench_link, "PAUSE", 0.1)
+    report = tmp_path / "report.json"
+    me = " ".join(PROGRAM)
+    other = f"other={me} server -k x :: {me} client -k x -s {{peer}}"
+    line = ["bench", "link", "--rate", "20/5", "--rtt", "20", "--rounds", "1",
+            "--seconds", "0.5", "--json", str(report), "--against", other]  # fmt: skip
+    assert cli.main(line) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    told = json.loads(report.read_text())
+    assert (told["link"]["rate"], told["link"]["rate_up"], told["failures"]) == (20, 5, [])
+    (result,) = told["results"]
+    assert list(result["summary"]) == ["no tunnel, cubic", "no tunnel, bbr", "ttun", "other"]
+    for name, found in result["summary"].items():
+        assert 0.2 < found["goodput"]["up_1"] <= 5
+        assert 0.5 < found["goodput"]["down_8"] <= 21
+        for beside in ("idle", "down", "up"):
+            assert found[f"ping_{beside}"]["number"] == 50
+            assert 20 <= found[f"ping_{beside}"]["median"] <= found[f"ping_{beside}"]["p99"]
+        assert found["fetch_idle"]["median"] > 60, "20 ms to dial, 20 for the first byte, and more"
+        assert name in shown
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_link_with_several_losses_measures_goodput_over_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    plan = bench_link.Plan(Link(20, None, 40), bench_link.parse_losses("0,5"), 1, 0.4, "cubic")
+    assert bench_link.run(plan, [], str(report)) == 0
+    clean, lossy = json.loads(report.read_text())["results"]
+    for name in ("no tunnel, cubic", "ttun"):
+        better, worse = (each["summary"][name]["goodput"]["down_1"] for each in (clean, lossy))
+        assert better > 2 * worse
+        assert set(clean["summary"][name]) == {"goodput"}
+    assert "0 %      5 %" in capsys.readouterr().out
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("way", ["default", "route"])
+def test_connections_of_other_tunnels_have_the_hosts_congestion_control(way: str) -> None:
+    with LinkedHosts(Link()) as pair:
+        if way == "default":
+            assert bench_link._set_default(pair, "reno"), "every machine allows that"
+        else:
+            bench_link._set_on_route(pair, "reno")
+        server = pair.start(
+            SERVER, hosts.python("ttun.link_traffic", "serve", hosts.IPV4[SERVER], PORT),
+            environment=hosts.environment(), stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        load = hosts.python("ttun.link_traffic", "down", hosts.IPV4[SERVER], PORT, "1", "30")
+        client = pair.start(
+            CLIENT, load, environment=hosts.environment(), stdout=subprocess.DEVNULL
+        )
+        try:
+            for host in (SERVER, CLIENT):
+                command = pair.command(host, ["ss", "-tinH", "state", "established"])
+                eventually(
+                    lambda command=command: " reno " in subprocess.run(
+                        command, capture_output=True, text=True, check=True
+                    ).stdout,
+                    f"reno on the {host}",
+                )  # fmt: skip
+        finally:
+            end(client)
+            end(server)
+            server.stdout.close()
+
+
+def test_percentiles_are_of_what_was_answered() -> None:
+    times = [*(number / 1000 for number in range(1, 101)), *[None] * 25]
+    figures = bench_link.Figures({"up_1": 5e6}, {"idle": times}, {"idle": [None]})
+    found = link_report.summary([figures, bench_link.Figures({"up_1": 7e6}, {"idle": times[:50]},
+                                                             {"idle": [None]})])  # fmt: skip
+    assert found["goodput"]["up_1"] == 6
+    assert found["ping_idle"]["median"] == 38
+    assert found["ping_idle"]["p99"] == 99
+    assert found["ping_idle"]["lost"] == pytest.approx(100 * 25 / 175)
+    assert found["fetch_idle"]["median"] == float("inf")
+
+
+def test_tables_fit_80_columns_whatever_the_names() -> None:
+    figures = bench_link.Figures(dict.fromkeys(link_report.GOODPUT, 1e6))
+    summary = {90 * "n": link_report.summary([figures])}
+    for losses in ([0.0], [0, 0.03, 0.1, 0.3, 1, 3]):
+        shown = link_report.table("a link", losses, [summary] * len(losses))
+        assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_a_target_has_the_name_that_it_is_given() -> None:
+    named = subjects.against("Go-ttun=sh server :: sh client -s {peer}:1")
+    assert (named.name, subjects.against("sh a=b :: sh").name) == ("Go-ttun", "sh")
 
 
 def test_bad_subjects_are_a_line() -> None:

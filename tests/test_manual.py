@@ -44,7 +44,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_tree_is_the_parsers_own() -> None:
     paths = {command.path for command in TREE.all()}
-    assert {"", "server", "client", "bench", "bench codec", "bench tunnel", "doctor"} <= paths
+    assert {
+        "",
+        "server",
+        "client",
+        "bench",
+        "bench codec",
+        "bench tunnel",
+        "bench link",
+        "doctor",
+    } <= paths
     assert {"-mtu", "--mtu", "-k", "--psk-file", "--against", "--version"} <= set(NAMES)
 
 
@@ -92,7 +101,9 @@ COMPLETIONS = [
     (["server", "--lis"], {"--listen"}),
     (["server", "-mt"], {"-mtu"}),
     (["server", "-l", ":1", "--mt"], {"--mtu"}),
-    (["bench", ""], {"codec", "tunnel"}),
+    (["bench", ""], {"codec", "tunnel", "link"}),
+    (["bench", "link", "--congestion-c"], {"--congestion-control"}),
+    (["bench", "link", "--emulator", ""], {"auto", "relay", "netem"}),
     (["bench", "tunnel", "--ag"], {"--against"}),
     (["client", "-m", "ae"], {"aes-256-gcm", "aegis-256"}),
     (["client", "--wire", ""], {"auto", "v1", "x1"}),

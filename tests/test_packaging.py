@@ -23,7 +23,10 @@ MADE = shutil.ignore_patterns(
     ".hypothesis", "slow.log", "PKG-INFO", "setup.cfg",
 )  # fmt: skip
 USER = 12345  # who owns a tree that root builds in
-SOURCE_ONLY = {"bench.py", "demo.py", "hosts.py", "plot.py", "subjects.py", "traffic.py"}
+SOURCE_ONLY = {
+    "bench.py", "bench_link.py", "demo.py", "hosts.py", "link_emulator.py", "link_report.py",
+    "link_traffic.py", "plot.py", "subjects.py", "traffic.py",
+}  # fmt: skip
 NOWHERE = "https://127.0.0.1:9/simple"  # the port discard, where nobody listens
 
 pytestmark = pytest.mark.skipif(

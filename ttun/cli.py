@@ -165,11 +165,32 @@ def run_bench_tunnel(options: argparse.Namespace) -> int:
     """``ttun bench tunnel``."""
     from ttun import bench
 
-    if options.rounds < 1 or not 0 < options.seconds < 3600:
-        raise UsageError("at least one round and less than an hour")
+    _check_amount(options)
     return bench.tunnel(
         options.rounds, options.seconds, options.against, options.json, options.plot
     )
+
+
+def run_bench_link(options: argparse.Namespace) -> int:
+    """``ttun bench link``."""
+    from ttun import bench_link
+
+    _check_amount(options)
+    plan = bench_link.Plan(
+        bench_link.parse_link(options.rate, options.rtt, options.queue),
+        bench_link.parse_losses(options.loss),
+        options.rounds,
+        options.seconds,
+        options.congestion_control,
+        options.emulator,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the hosts are removed then too
+    return bench_link.run(plan, options.against, options.json, options.plot)
+
+
+def _check_amount(options: argparse.Namespace) -> None:
+    if options.rounds < 1 or not 0 < options.seconds < 3600:
+        raise UsageError("at least one round and less than an hour")
 
 
 def run_show(options: argparse.Namespace) -> int:
@@ -339,6 +360,7 @@ COMMANDS = {
     "demo": run_demo,
     "bench_codec": run_bench_codec,
     "bench_tunnel": run_bench_tunnel,
+    "bench_link": run_bench_link,
     "show": run_show,
     "tox": run_tox,
     "server": run_server,

@@ -118,20 +118,66 @@ def _bench_commands(bench: Parser) -> None:
     codec.set_defaults(run="bench_codec")
     tunnel = _command(kinds, "tunnel", "both ends on this machine, beside the bare link and others")
     tunnel.set_defaults(run="bench_tunnel")
-    tunnel.add_argument("--rounds", type=_number, default=5, help="default: %(default)s")
-    tunnel.add_argument(
-        "--seconds", type=float, default=2.0, help="of each transfer (default: %(default)s)"
+    _bench_options(tunnel, seconds=2.0)
+    link = _command(kinds, "link", "both ends on this machine, over a link with delay and loss")
+    link.set_defaults(run="bench_link")
+    link.add_argument(
+        "--rate",
+        default="50",
+        metavar="DOWN[/UP]",
+        help="Mbit/s to the client, and from it if not the same (default: %(default)s)",
     )
-    tunnel.add_argument(
+    link.add_argument(
+        "--rtt",
+        type=float,
+        default=40.0,
+        metavar="MS",
+        help="round-trip time of the idle link (default: %(default)g)",
+    )
+    link.add_argument(
+        "--loss",
+        default="0",
+        metavar="PERCENT[,PERCENT...]",
+        help="lost each way (default: %(default)s); with several, measure goodput over loss",
+    )
+    link.add_argument(
+        "--queue",
+        type=float,
+        default=100.0,
+        metavar="MS",
+        help="longest wait in the link's queue before packets are dropped (default: %(default)g)",
+    )
+    link.add_argument(
+        "--congestion-control",
+        default="cubic",
+        metavar="NAME",
+        help="default of both hosts (default: %(default)s)",
+    )
+    link.add_argument(
+        "--emulator",
+        default="auto",
+        metavar="auto|relay|netem",
+        help="what makes the link: a program that needs a C compiler, or the kernel's netem "
+        "(default: auto, the first that can be had)",
+    )
+    _bench_options(link, seconds=10.0)
+
+
+def _bench_options(command: Parser, seconds: float) -> None:
+    command.add_argument("--rounds", type=_number, default=5, help="default: %(default)s")
+    command.add_argument(
+        "--seconds", type=float, default=seconds, help="of each transfer (default: %(default)s)"
+    )
+    command.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="OTHER",
         help="openvpn, wireguard-go (or its path), or 'SERVER COMMAND :: CLIENT COMMAND' with "
-        "{peer} for the server's address; repeatable",
+        "{peer} for the server's address; with NAME= in front, under that name; repeatable",
     )
-    tunnel.add_argument("--json", metavar="FILE", help="write all figures")
-    tunnel.add_argument("--plot", metavar="FILE.svg", help="draw them; needs matplotlib")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.add_argument("--plot", metavar="FILE.svg", help="draw them; needs matplotlib")
 
 
 def _command(

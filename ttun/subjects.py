@@ -6,13 +6,14 @@ address that traffic goes to.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ttun import hosts, key
@@ -53,9 +54,12 @@ def ours(*options: str) -> Subject:
 def against(text: str) -> Subject:
     """Return what --against names: openvpn, wireguard-go, or 'SERVER COMMAND :: CLIENT COMMAND'.
 
-    {peer} in a command stands for the server's address. Raises UsageError for something else,
-    TtunError for a program that is not installed.
+    {peer} in a command stands for the server's address. NAME= in front of it is what tables call
+    it. Raises UsageError for something else, TtunError for a program that is not installed.
     """
+    named = re.match(r"([\w.+-]+)=", text)
+    if named:
+        return replace(against(text[named.end() :]), name=named[1])
     if text == "openvpn":
         _need("openvpn", "openssl")
         return Subject("openvpn (tcp, aes-256-gcm)", TUNNEL, _start_openvpn)
@@ -65,7 +69,8 @@ def against(text: str) -> Subject:
     server, separator, client = text.partition("::")
     if not separator:
         raise UsageError(
-            f"--against {text!r}: openvpn, wireguard-go or 'SERVER COMMAND :: CLIENT COMMAND'"
+            f"--against {text!r}: openvpn, wireguard-go or 'SERVER COMMAND :: CLIENT COMMAND', "
+            "with NAME= in front of it or not"
         )
     try:
         commands = [shlex.split(end.format(peer=hosts.IPV4[SERVER])) for end in (server, client)]

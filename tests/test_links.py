@@ -1,0 +1,244 @@
+"""Links that change under a tunnel: slower, longer, lossy, silent for a while, or with a queue of
+seconds. The session lives through all of it, and carries again what the link can.
+
+TTUN_TEST_LONG=1 runs what takes longest too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually, in_namespace
+
+from ttun import control, hosts
+from ttun.link_emulator import UP, Link, LinkedHosts
+
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+
+ADDRESS, PORT = TUNNEL4[SERVER], "5001"
+DATAGRAM = 1000  # bytes; its frame has 42 more
+BOTH_WIRES = pytest.mark.parametrize("wire", ["x1", "v1"])
+long = pytest.mark.skipif(not os.environ.get("TTUN_TEST_LONG"), reason="TTUN_TEST_LONG=1 runs it")
+
+
+class Far(Bench):
+    """Both ends of a tunnel, joined by a link that can change."""
+
+    pair: LinkedHosts
+
+    def connect(self) -> None:
+        self.server_end, self.client_end = self.tunnel()
+        self.answers()
+        self.helper(SERVER, *hosts.python("ttun.link_traffic", "serve", ADDRESS, PORT))
+
+    @contextlib.contextmanager
+    def stream(self, action: str) -> Iterator[None]:
+        """A stream through the tunnel, which is on its way and goes on in the background."""
+        command = hosts.python("ttun.link_traffic", action, ADDRESS, PORT, "1", "300")
+        process = self.pair.start(CLIENT, command, environment=hosts.environment(),
+                                  stdout=subprocess.DEVNULL)  # fmt: skip
+        try:
+            self.carries(action)
+            yield
+            assert process.poll() is None, "the stream broke"
+        finally:
+            process.kill()
+            process.wait()
+
+    def carried(self, action: str) -> int:
+        """Bytes of packets that have arrived."""
+        end = self.server_end if action == "up" else self.client_end
+        return int(end.status()["counters"]["downlink_bytes"])
+
+    def carries(self, action: str, seconds: float = 30) -> None:
+        """Wait until more of a stream arrives."""
+        before = self.carried(action)
+        eventually(lambda: self.carried(action) > before + 20_000, "more arrives", seconds)
+
+    def goodput(self, action: str, seconds: float = 1.5) -> float:
+        """What one stream through the tunnel carries, in Mbit/s."""
+        command = hosts.python("ttun.link_traffic", action, ADDRESS, PORT, "1", str(seconds))
+        return float(self.run(CLIENT, *command)) / 1e6
+
+    def pings(self, times: int = 20) -> list[float]:
+        """Round trips through the tunnel in ms; those that were lost are left out."""
+        command = hosts.python("ttun.link_traffic", "ping", ADDRESS, str(times), "0.05")
+        found = json.loads(self.run(CLIENT, *command))
+        return [seconds * 1000 for seconds in found if seconds is not None]
+
+    def is_one_session(self) -> None:
+        for end in (self.server_end, self.client_end):
+            status = end.status()
+            assert (status["sessions"], status["peer"] is not None) == (1, True), end.log()
+
+
+@contextlib.contextmanager
+def far(directory: Path, link: Link, wire: str = "x1") -> Iterator[Far]:
+    with LinkedHosts(link) as pair:
+        made = Far(pair, directory, wire, [])
+        for host in (SERVER, CLIENT):  # no packets of the kernel's own: idle ends are idle
+            made.run(
+                host, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/default/router_solicitations"
+            )
+        try:
+            made.connect()
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Iterator[Far]:
+    with far(tmp_path, Link(rate=20, rtt=40)) as made:
+        yield made
+
+
+def test_a_rate_of_a_tenth_and_the_whole_one_again(linked: Far) -> None:
+    with linked.stream("down"):
+        linked.pair.change(rate=2)
+        time.sleep(3)
+        linked.carries("down")
+        assert len(linked.pings()) >= 10
+        linked.pair.change(rate=20)
+        linked.carries("down")
+    assert linked.goodput("down") > 2
+    linked.is_one_session()
+
+
+def test_a_delay_that_doubles(linked: Far) -> None:
+    with linked.stream("up"):
+        linked.pair.change(rtt=80)
+        linked.carries("up")
+    time.sleep(0.5)
+    assert 80 <= min(linked.pings()) < 400
+    assert linked.goodput("up") > 2
+    linked.is_one_session()
+
+
+def test_a_while_of_loss(linked: Far) -> None:
+    """One in twenty, each way."""
+    with linked.stream("down"):
+        linked.pair.change(loss=5)
+        for _ in range(3):
+            time.sleep(1)
+            linked.carries("down")
+        assert len(linked.pings()) >= 10
+        linked.pair.change(loss=0)
+        linked.carries("down")
+    assert linked.goodput("down") > 2
+    linked.is_one_session()
+
+
+@pytest.mark.parametrize(
+    ("wire", "seconds"),
+    [("x1", 2), ("x1", 10), pytest.param("v1", 2, marks=long), pytest.param("v1", 10, marks=long)],
+)
+def test_a_while_of_nothing_at_all_under_load(tmp_path: Path, wire: str, seconds: int) -> None:
+    with far(tmp_path, Link(rate=20, rtt=40), wire) as linked:
+        with linked.stream("down"):
+            with linked.pair.cut():
+                time.sleep(seconds)
+            linked.carries("down")
+        assert linked.goodput("down") > 2
+        linked.is_one_session()
+
+
+def test_ten_seconds_of_nothing_at_all_between_two_idle_ends(linked: Far) -> None:
+    """The cut begins just when each end is about to ask whether the other one is there."""
+    about_to_ask = control.PING_AFTER - 0.3
+    eventually(lambda: linked.client_end.status()["silent_for"] > about_to_ask, "it is silent")
+    with linked.pair.cut():
+        time.sleep(10)
+    linked.answers()
+    assert len(linked.pings()) >= 10
+    linked.is_one_session()
+
+
+def test_less_up_than_down(tmp_path: Path) -> None:
+    with far(tmp_path, Link(rate=10, rate_up=1, rtt=30)) as linked:
+        assert linked.goodput("down") > 1
+        assert 0.1 < linked.goodput("up", 3) <= 1
+        with linked.stream("up"):
+            assert len(linked.pings(40)) >= 20
+        linked.is_one_session()
+
+
+def test_a_satellite(tmp_path: Path) -> None:
+    with far(tmp_path, Link(rate=20, rtt=600, queue=300)) as linked:
+        assert 600 <= statistics.median(linked.pings()) < 900
+        with linked.stream("down"):
+            linked.pair.change(loss=1)
+            linked.carries("down")
+        linked.is_one_session()
+
+
+@contextlib.contextmanager
+def full_queue(pair: LinkedHosts, seconds: float) -> Iterator[None]:
+    """Have others fill the queue of the way up with so many seconds of traffic, and keep it so."""
+    over = threading.Event()
+    wanted = seconds * pair.link_now.up * 1e6 / 8
+
+    def fill() -> None:
+        with in_namespace(
+            pair.names[CLIENT], lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        ) as sock:
+            while not over.wait(0.02):
+                missing = int(wanted - pair.counters()[UP].waiting) // DATAGRAM
+                for _ in range(min(missing, 200)):
+                    sock.sendto(bytes(DATAGRAM), (SERVER_ADDRESS, 9))
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        eventually(lambda: pair.counters()[UP].waiting > 0.9 * wanted, "a full queue")
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("load", ["idle", pytest.param("up", marks=long)])
+def test_a_queue_of_ten_seconds_on_a_slow_link_is_no_death(tmp_path: Path, load: str) -> None:
+    """Idle, the queue comes when each end has just heard from the other one."""
+    with far(tmp_path, Link(rate=1, rtt=40, queue=14_000)) as linked, contextlib.ExitStack() as on:
+        if load == "up":
+            on.enter_context(linked.stream("up"))
+        else:
+            for heard in (False, True):
+                eventually(
+                    lambda heard=heard: (linked.server_end.status()["silent_for"] < 0.5) == heard,
+                    "it has just heard from the other end",
+                )
+        with full_queue(linked.pair, 12):
+            time.sleep(20)
+        linked.is_one_session()
+
+
+@long
+@BOTH_WIRES
+def test_twenty_seconds_of_nothing_at_all(tmp_path: Path, wire: str) -> None:
+    """The session may end; the tunnel carries again."""
+    with far(tmp_path, Link(rate=20, rtt=40), wire) as linked, linked.stream("down"):
+        with linked.pair.cut():
+            time.sleep(20)
+        linked.carries("down", 60)
+
+
+@long
+def test_a_minute_of_loss(linked: Far) -> None:
+    with linked.stream("down"):
+        linked.pair.change(loss=5)
+        for _ in range(60):
+            time.sleep(1)
+            linked.carries("down")
+    linked.is_one_session()

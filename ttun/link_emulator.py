@@ -1,0 +1,311 @@
+"""Two hosts on this machine, joined by a link with a rate, a delay, random loss and a queue.
+
+    server's host 192.0.2.1 ---- link_emulator.c, or netem ---- 192.0.2.2 client's host
+
+For ``ttun bench link`` and the tests. What the link is can change while traffic runs.
+
+Two ways to make it. The relay (link_emulator.c, compiled when it is first needed) takes frames from
+a TAP device on each host. netem is the kernel's (tc-netem(8)); not every kernel has it. The relay
+is taken where there is a C compiler, because then figures of different machines come from the same
+link: netem counts what is in flight as part of its queue, and shares the sender's device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import itertools
+import json
+import os
+import select
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from ttun import hosts
+from ttun.errors import TtunError, UsageError
+from ttun.hosts import CLIENT, SERVER, Hosts, LinkEnd
+
+SOURCE = Path(__file__).with_suffix(".c")
+_numbers = itertools.count(1)
+MACS = {SERVER: "02:00:00:00:00:01", CLIENT: "02:00:00:00:00:02"}  # locally administered
+DEVICE_QUEUE = 10_000  # packets: what is dropped is dropped by the link
+ANSWER_TIMEOUT = 10.0  # seconds
+FRAME = 1514  # bytes of a full-size Ethernet frame
+DOWN, UP = "down", "up"  # to the client, from the client
+# name -> least, most
+BOUNDS = {"rate": (0.01, 10_000.0), "rtt": (0.0, 60_000.0), "loss": (0.0, 100.0),
+          "queue": (0.0, 60_000.0)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a link is like. Raises UsageError for a value out of range."""
+
+    rate: float = 100.0  # Mbit/s to the client
+    rate_up: float | None = None  # Mbit/s from the client; None: the same
+    rtt: float = 0.0  # ms, half of it each way
+    loss: float = 0.0  # per cent of the frames, each way
+    queue: float = 100.0  # ms of waiting at the rate, then frames are dropped
+
+    def __post_init__(self) -> None:
+        """Check it."""
+        values = (("rate", self.rate), ("rate", self.up), ("rtt", self.rtt), ("loss", self.loss),
+                  ("queue", self.queue))  # fmt: skip
+        for name, value in values:
+            least, most = BOUNDS[name]
+            if not least <= value <= most:
+                raise UsageError(f"{name} {value:g} is out of range ({least:g} to {most:g})")
+
+    @property
+    def up(self) -> float:
+        """Mbit/s from the client."""
+        return self.rate if self.rate_up is None else self.rate_up
+
+    def __str__(self) -> str:
+        """Describe it in one line, but for the loss."""
+        rate = f"{self.rate:g}" if self.up == self.rate else f"{self.rate:g}/{self.up:g}"
+        return f"{rate} Mbit/s, round trip {self.rtt:g} ms, queue {self.queue:g} ms"
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What one direction did so far, in frames and bytes."""
+
+    passed: int
+    bytes: int
+    lost: int
+    dropped: int  # because the queue was full
+    waiting: int  # bytes in the queue now
+
+
+class LinkedHosts(Hosts):
+    """The two hosts, joined by such a link. A context manager."""
+
+    def __init__(self, link: Link, *, seed: int = 1, emulator: str = "auto") -> None:
+        """Choose names. seed: the same one loses the same frames. emulator: auto, relay, netem."""
+        super().__init__()
+        number = next(_numbers)  # a process may have other hosts of these names
+        self.names = {host: f"{name}_{number}" for host, name in self.names.items()}
+        self.link_now = link
+        self._is_cut = False
+        self._emulator: _Relay | _Netem = choose(emulator)(self, seed)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove them."""
+        super().__exit__(kind, error, traceback)
+        self._emulator.close()
+
+    def change(self, **changes: float) -> None:
+        """Change the link from now on: rate, rate_up, rtt, loss, queue, as of Link."""
+        self.link_now = replace(self.link_now, **changes)
+        self._emulator.set(self.link_now, self._is_cut)
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Let nothing through for a while; both ends' devices stay up."""
+        self._is_cut = True
+        self._emulator.set(self.link_now, True)
+        try:
+            yield
+        finally:
+            self._is_cut = False
+            self._emulator.set(self.link_now, False)
+
+    def counters(self) -> dict[str, Counters]:
+        """Return what each direction did."""
+        return self._emulator.counters()
+
+    def _join(self) -> None:
+        self._emulator.start(self.link_now)
+        for host, other in ((SERVER, CLIENT), (CLIENT, SERVER)):
+            name, device = self.names[host], self.links[host]
+            hosts.ip("-n", name, "link", "set", device, "address", MACS[host],
+                     "txqueuelen", str(DEVICE_QUEUE), "up")  # fmt: skip
+            for family, prefix, more in ((hosts.IPV4, 24, []), (hosts.IPV6, 64, ["nodad"])):
+                hosts.ip("-n", name, "address", "replace", f"{family[host]}/{prefix}", "dev",
+                         device, *more)  # fmt: skip
+                # Behind a real link is a router, whose address nobody has to ask for over it.
+                hosts.ip("-n", name, "neighbour", "replace", family[other], "lladdr", MACS[other],
+                         "dev", device, "nud", "permanent")  # fmt: skip
+
+
+class _Relay:
+    """link_emulator.c, at work between the two."""
+
+    def __init__(self, pair: Hosts, seed: int) -> None:
+        self._pair, self._seed = pair, seed
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # between a question and its answer
+
+    def start(self, link: Link) -> None:
+        ends = [(self._pair.names[host], self._pair.links[host]) for host in (SERVER, CLIENT)]
+        self._process = subprocess.Popen(
+            [_compiled(), *ends[0], *ends[1], *" ".join(_commands(link)).split(), "seed",
+             str(self._seed)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            bufsize=1,
+        )  # fmt: skip
+        self._answer("ready")
+
+    def set(self, link: Link, is_cut: bool) -> None:
+        for command in [*_commands(link), "cut" if is_cut else "join"]:
+            self._ask(command, "ok")
+
+    def counters(self) -> dict[str, Counters]:
+        numbers = [int(word) for word in self._ask("counters").split()]
+        half = len(numbers) // 2
+        return {DOWN: Counters(*numbers[:half]), UP: Counters(*numbers[half:])}
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with process:  # closes its pipes, of which the first one ends it
+            with contextlib.suppress(OSError):
+                process.communicate(timeout=ANSWER_TIMEOUT)
+            process.kill()
+
+    def _ask(self, command: str, expected: str | None = None) -> str:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with self._lock:
+            try:
+                self._process.stdin.write(command + "\n")
+            except OSError as error:
+                raise TtunError(f"the emulated link ended: {error}") from None
+            return self._answer(expected)
+
+    def _answer(self, expected: str | None = None) -> str:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)[0]:
+            raise TtunError(f"the emulated link does not answer within {ANSWER_TIMEOUT:.0f} s")
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().strip() or "without a word"
+            raise TtunError(f"the emulated link ended: {said}")
+        if expected is not None and answer != expected:
+            raise TtunError(f"the emulated link does not do that: {answer}")
+        return answer
+
+
+def _commands(link: Link) -> list[str]:
+    return [f"rate {link.rate!r}/{link.up!r}", f"rtt {link.rtt!r}", f"loss {link.loss!r}",
+            f"queue {link.queue!r}"]  # fmt: skip
+
+
+class _Netem:
+    """The kernel's netem on both ends of a veth pair."""
+
+    def __init__(self, pair: Hosts, seed: int) -> None:
+        self._pair, self._seed = pair, seed
+
+    def start(self, link: Link) -> None:
+        ends = [LinkEnd(host, self._pair.links[host], []) for host in (SERVER, CLIENT)]
+        self._pair.link(ends[0], ends[1])
+        for host in (SERVER, CLIENT):
+            # Else 64 KiB would be lost, and be under way, as one.
+            hosts.ip("-n", self._pair.names[host], "link", "set", self._pair.links[host],
+                     "gso_max_segs", "1")  # fmt: skip
+            self._tc(host, "qdisc", "add", *self._qdisc(host, link, False))
+
+    def set(self, link: Link, is_cut: bool) -> None:
+        for host in (SERVER, CLIENT):
+            self._tc(host, "qdisc", "change", *self._qdisc(host, link, is_cut))
+
+    def counters(self) -> dict[str, Counters]:
+        return {way: self._counted(host) for host, way in ((SERVER, DOWN), (CLIENT, UP))}
+
+    def close(self) -> None:
+        """It goes with the devices."""
+
+    def _qdisc(self, host: str, link: Link, is_cut: bool) -> list[str]:
+        rate = link.rate if host == SERVER else link.up
+        # Its limit is in packets, and counts those in flight too.
+        limit = max(2, int(rate * 1e3 / 8 * (link.queue + link.rtt / 2) / FRAME))
+        return ["dev", self._pair.links[host], "root", "netem", "limit", str(limit), "delay",
+                f"{link.rtt / 2}ms", "rate", f"{rate}mbit", "loss",
+                f"{100.0 if is_cut else link.loss}%"]  # fmt: skip
+
+    def _counted(self, host: str) -> Counters:
+        shown = self._tc(host, "-s", "-json", "qdisc", "show", "dev", self._pair.links[host])
+        one = json.loads(shown)[0]
+        # netem does not tell what it lost from what found the queue full.
+        return Counters(one["packets"], one["bytes"], one["drops"], 0, one["backlog"])
+
+    def _tc(self, host: str, *arguments: str) -> str:
+        done = _tc(self._pair.names[host], *arguments)
+        if done.returncode != 0:
+            raise TtunError(f"tc {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+
+def _tc(namespace: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["tc", "-n", namespace, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def choose(emulator: str) -> type[_Relay] | type[_Netem]:
+    """Return what makes links here. emulator: auto, relay or netem.
+
+    Raises TtunError where it cannot be had, UsageError for another name.
+    """
+    if emulator not in ("auto", "relay", "netem"):
+        raise UsageError(f"emulator {emulator}: auto, relay or netem")
+    if emulator != "netem" and _compiler() is not None:
+        return _Relay
+    if emulator != "relay" and _has_netem():
+        return _Netem
+    lacks = {
+        "auto": "an emulated link needs a C compiler, or netem in the kernel",
+        "relay": "the relay needs a C compiler",
+        "netem": "this kernel has no netem (modprobe sch_netem), or tc is missing",
+    }
+    raise TtunError(lacks[emulator] + ("" if emulator == "netem" else ": apt install gcc"))
+
+
+def _has_netem() -> bool:
+    """Try it in a namespace of its own."""
+    if not shutil.which("tc") or not hosts.may_make_hosts():
+        return False
+    with hosts.Namespaces("netem") as place:
+        done = _tc(place.names["netem"], "qdisc", "add", "dev", "lo", "root", "netem", "delay",
+                   "1ms")  # fmt: skip
+        return done.returncode == 0
+
+
+def _compiler() -> list[str] | None:
+    """Return the C compiler's command, or None where there is none."""
+    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    return command if shutil.which(command[0]) else None
+
+
+@functools.cache
+def _compiled() -> str:
+    """Compile the relay, once in the life of this process; return the program's path.
+
+    In a directory of this process's own: root runs it, so nobody else may have written it.
+    """
+    directory = tempfile.mkdtemp(prefix="ttun-link-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    program = f"{directory}/link_emulator"
+    command = [*(_compiler() or ["cc"]), "-std=c11", "-O2", "-o", program, str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise TtunError(f"cannot compile {SOURCE.name}: {lines[0]} (apt install gcc libc6-dev)")
+    return program
