@@ -72,7 +72,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def open_tox(
-    savedata: bytes | None,
+    directory: Path | None,
     relay_port: int | None,
     udp_ports: tuple[int, int] | None,
     proxy: toxcore.Proxy | None = None,
@@ -82,25 +82,34 @@ def open_tox(
 ) -> toxcore.Tox:
     """Open a Tox at the ports that were asked for, None for any. Raises TtunError.
 
+    directory: where its identity is kept, and is put if there is none; None for one that is not.
     A server is where others on its network look. A client looks itself, and may be anywhere: with
     one of ten ports it would have that of the last client sooner or later, whom a server may still
     be looking for: the original's does as long as it runs.
     """
+    saved = None if directory is None else identity.load(directory)
     attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
     for attempt in range(attempts):
         anywhere = not server or attempt > 1
         for ipv6 in (True, False):
             try:
-                return toxcore.Tox(
-                    savedata=savedata,
+                tox = toxcore.Tox(
+                    savedata=saved,
                     tcp_port=options.any_relay_port() if relay_port is None else relay_port,
                     udp_ports=udp_ports or options.any_udp_ports(anywhere=anywhere),
                     proxy=proxy,
                     ipv6=ipv6,
                     verbose=verbose,
                 )
-            except TtunError:
-                if attempt == attempts - 1 and not ipv6:
+                if directory is not None:
+                    identity.keep(tox, directory, saved)
+                return tox
+            except toxcore.BadIdentity as error:
+                assert directory is not None
+                raise TtunError(f"cannot use {directory / identity.SAVE}: {error}") from None
+            except TtunError as error:  # without IPv6 it may be another one
+                is_last = attempt == attempts - 1 or not isinstance(error, toxcore.NoPort)
+                if is_last and not ipv6:
                     raise
     raise AssertionError
 
@@ -108,13 +117,13 @@ def open_tox(
 def _open(asked: Options) -> toxcore.Tox:
     """Open our Tox, with the identity that was kept, and say who we are."""
     keep = not asked.client or asked.keep_identity
-    saved = identity.load(asked.directory) if keep else None
-    ports = asked.relay_port, asked.udp_ports
-    tox = open_tox(saved, *ports, asked.proxy, server=not asked.client, verbose=asked.debug > 1)
-    if keep:
-        if asked.keep_identity:
-            _make_directory(asked.directory)
-        identity.keep(tox, asked.directory, saved)
+    if asked.keep_identity:
+        _make_directory(asked.directory)
+    tox = open_tox(
+        asked.directory if keep else None, asked.relay_port, asked.udp_ports, asked.proxy,
+        server=not asked.client, verbose=asked.debug > 1,
+    )  # fmt: skip
+    log.info("ttun %s tox, toxcore %s", __version__, toxcore.version())
     text = tox.address().hex().upper()
     log.log(logging.DEBUG if asked.client else logging.INFO, "Using Tox ID: %s", text)
     if not asked.client and asked.secret is None and not asked.ids:
@@ -149,7 +158,6 @@ def _set_log_level(asked: Options) -> None:
         log.setLevel(logging.DEBUG)
     elif asked.pipe:
         log.setLevel(logging.WARNING)
-    log.info("ttun %s tox, toxcore %s", __version__, toxcore.version())
 
 
 def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str, int] | None]]:

@@ -110,11 +110,20 @@ def load(directory: Path) -> bytes | None:
     """Return the identity saved in a directory, None if there is none. Raises TtunError."""
     path = directory / SAVE
     try:
-        return files.read(path, MAX_SIZE, lambda found: files.check_owner(path, found, "identity"))
+        return files.read(path, MAX_SIZE, functools.partial(_check, path))
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise TtunError(f"cannot read {path}: it is a link to a file that is missing") from None
         return None
     except OSError as error:
         raise TtunError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check(path: Path, found: os.stat_result) -> None:
+    """Raise TtunError for what cannot be our identity."""
+    if not stat.S_ISREG(found.st_mode):
+        raise TtunError(f"cannot read {path}: it is not a file")
+    files.check_owner(path, found, "identity")
 
 
 def save(directory: Path, data: bytes) -> None:
@@ -140,21 +149,23 @@ def save(directory: Path, data: bytes) -> None:
 
 
 def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
-    """Save who tox is, unless that is saved already, without friends.
+    """Save who tox is, unless that is what was saved: then that file is never written to.
 
-    Friends in a saved identity would come in without being asked for the secret: they are deleted.
+    Others may not read it from now on. Friends in a saved identity would come in without being
+    asked for the secret: tox forgets them.
     """
-    friends = tox.friends()
-    for friend in friends:
+    for friend in tox.friends():
         tox.delete_friend(friend)
     path = directory / SAVE
+    if saved is None:
+        try:
+            save(directory, tox.savedata())
+        except OSError as error:
+            why = error.strerror
+            log.warning("cannot save this Tox ID in %s: %s; the next start has another", path, why)
+        return
     try:
-        if saved is not None and not friends and stat.S_IMODE(path.stat().st_mode) == 0o600:
-            return
-        save(directory, tox.savedata())
+        if stat.S_IMODE(path.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+            path.chmod(0o600)
     except OSError as error:
-        log.warning(
-            "cannot save this Tox ID in %s: %s; the next start has another",
-            directory,
-            error.strerror,
-        )
+        log.warning("others may read the identity %s: %s (chmod 600)", path, error.strerror)

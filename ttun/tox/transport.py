@@ -94,12 +94,10 @@ class Listener:
     def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
         """Open Tox with the identity in directory; nobody is served before start()."""
         known = nodes.find(node_file)
-        saved = identity.load(directory)
         secret = _secret()
-        tox = open_tox(saved, 0, None, server=True)
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        identity.keep(tox, directory, saved)
+        tox = open_tox(directory, 0, None, server=True)
         self.address = SCHEME + tox.address().hex().upper()
         self._loop = Loop(tox)
         self._server = Server(self._loop, secret=secret, targets={TARGET: self._take})
