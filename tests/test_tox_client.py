@@ -200,6 +200,26 @@ def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) ->
     assert len(server.streams()) == 1, "the other's was cancelled"
 
 
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        (b"\4\1\0\x50\1\2\3\4me\0", b"\0\x5b" + bytes(6)),
+        (b"\5\1\2and what it sends without waiting", b"\5\xff"),
+    ],
+)
+def test_a_socks_client_that_is_refused_reads_why(
+    server: Server, request_: bytes, answer: bytes
+) -> None:
+    """All that it sent is read first: else the kernel resets the connection, answer or not."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        on_loop(server.client.loop, lambda: server.client.listen(listener, None))
+        with socket.create_connection(listener.getsockname()) as app:
+            app.settimeout(20)
+            app.sendall(request_)
+            assert app.recv(100) == answer
+            assert app.recv(1) == b"", "an end, no reset"
+
+
 def test_a_client_takes_any_port_and_a_server_one_that_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

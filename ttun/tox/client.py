@@ -31,6 +31,7 @@ WAIT_ONLINE = 60.0  # seconds that a connection waits for the server to come onl
 WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; the original refuses by silence
 WAIT_MOST = 120.0  # seconds for both together, also if the server comes and goes
 MAX_WAITING = 1024
+MAX_REQUEST = 1024  # bytes; more than SOCKS has in one
 SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
 
 GREETING = b"ttun\0"
@@ -272,6 +273,8 @@ class _SocksTalk:
             log.info("SOCKS5: %s", refusal)
             with contextlib.suppress(OSError):
                 self._sock.send(refusal.reply)
+                # What is not read when a socket is closed resets it, and may cost the answer.
+                self._sock.recv(MAX_REQUEST)
             self.close()
         except (ProtocolError, OSError) as error:
             log.debug("SOCKS5: %s", error)
