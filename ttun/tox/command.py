@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 from ttun import link, log_writer, privileges
 from ttun.errors import TtunError
@@ -68,7 +69,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     elif isinstance(forwarder, Client) and asked.pipe:
         _pipe(forwarder, asked.pipe, end)
     loop.start(forwarder)
-    return end.wait()
+    return end.wait(forwarder.log_status)
 
 
 def open_tox(
@@ -202,7 +203,7 @@ class _End:
         self._loop = loop
         self._code = 0
         self._stopping = False
-        self._signals = Signals(*ENDING)
+        self._signals = Signals(*ENDING, signal.SIGUSR1)
 
     def is_over(self, code: int, message: str | None = None) -> None:
         """End with an exit code, from any thread. What ends because we stop says nothing."""
@@ -213,15 +214,16 @@ class _End:
             log.error("%s", message)
         self._signals.wake()
 
-    def wait(self) -> int:
-        """Return the exit code when it is over."""
+    def wait(self, on_question: Callable[[], None]) -> int:
+        """Return the exit code when it is over. on_question: what SIGUSR1 does, on the loop."""
 
         def watch() -> None:
             self._loop.over.wait()
             self._signals.wake()
 
         threading.Thread(target=watch, name="ttun-over", daemon=True).start()
-        received = self._signals.wait()
+        while (received := self._signals.wait()) == signal.SIGUSR1:
+            self._loop.call(on_question)
         self._stopping = True
         if received:
             log.info("%s: stopping", signal.Signals(received).name)

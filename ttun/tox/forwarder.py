@@ -35,6 +35,7 @@ log = logging.getLogger("ttun")
 PING_INTERVAL = 5.0  # seconds
 MAX_ROUND_TRIP = 60.0  # seconds
 BOOTSTRAP_INTERVAL, BOOTSTRAP_NODES = 10.0, 8
+SHOWN_PEERS = 10  # in the line of log_status()
 COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
 
 
@@ -44,6 +45,7 @@ class Link:
     def __init__(self, forwarder: Forwarder, friend: int, name: str) -> None:
         """Greet it."""
         self.forwarder, self.friend, self.name = forwarder, friend, name
+        self.way = "?"  # one of toxcore.TRANSPORTS
         first_id = int.from_bytes(os.urandom(4), "big")
         self.peer = Peer(server=forwarder.is_server, first_id=first_id, growth=forwarder.growth)
         self.streams: set[Stream] = set()
@@ -115,6 +117,7 @@ class Forwarder:
         self.growth = protocol.Growth()
         self.nodes: Sequence[Node] = ()  # to bootstrap from
         self.online = False
+        self._way = toxcore.TRANSPORTS[toxcore.OFFLINE]  # over which we are on the network
         self._next_bootstrap = 0.0
         self._bootstrapping = False
 
@@ -128,12 +131,27 @@ class Forwarder:
             self._friend_status(event)
         elif isinstance(event, toxcore.SelfStatus):
             self.online = event.connection != toxcore.OFFLINE
-            way = toxcore.TRANSPORTS.get(event.connection, "?")
-            log.info(
-                "on the Tox network over %s" if self.online else "off the Tox network: %s", way
-            )
+            self._way = toxcore.TRANSPORTS.get(event.connection, "?")
+            log.info("%s", self._network())
         else:
             self.on_request(event)
+
+    def _network(self) -> str:
+        """Return whether and how we are on the Tox network."""
+        return f"{'on the Tox network over' if self.online else 'off the Tox network:'} {self._way}"
+
+    def log_status(self) -> None:
+        """Log one line that says what we are doing."""
+        links = list(self.links.values())
+        peers = [
+            f"peer {link.name} over {link.way}, {len(link.streams)} connections"
+            for link in links[:SHOWN_PEERS]
+        ]
+        if len(links) > SHOWN_PEERS:
+            rest = links[SHOWN_PEERS:]
+            count = sum(len(link.streams) for link in rest)
+            peers.append(f"{len(rest)} more peers, {count} connections")
+        log.info("status: %s", "; ".join([self._network(), *(peers or ["no peer"])]))
 
     def _friend_status(self, event: FriendStatus) -> None:
         link = self.links.get(event.friend)
@@ -143,10 +161,12 @@ class Forwarder:
             return
         way = toxcore.TRANSPORTS.get(event.connection, "?")
         if link is not None:
+            link.way = way
             log.info("peer %s: now over %s", link.name, way)
             return
         name = self.loop.tox.friend_key(event.friend).hex()[:8].upper()
         link = self.links[event.friend] = Link(self, event.friend, name)
+        link.way = way
         log.info("peer %s connected over %s", name, way)
         self.on_link(link)
 
