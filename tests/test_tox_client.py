@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any, Callable, TypeVar
 
@@ -19,7 +20,7 @@ from tunnel import eventually
 from ttun.tox import client as tox_client
 from ttun.tox import command, packet, protocol, toxcore
 from ttun.tox.client import Client
-from ttun.tox.loop import Loop
+from ttun.tox.loop import TICK, Loop
 from ttun.tox.protocol import Growth, Peer, Requested
 from ttun.tox.stream import Stream
 from ttun.tox.toxcore import FriendStatus, Packet, Tox
@@ -121,6 +122,21 @@ def test_what_was_asked_for_waits_for_a_server_that_starts_afresh(server: Server
     server.accepts(request)
 
 
+def test_what_comes_before_toxcore_tells_of_the_server_is_heard(server: Server) -> None:
+    """Its HELLO: else this client takes it for the original, and the end of its input ends all."""
+    (friend,) = on_loop(server.client.loop, server.client.loop.tox.friends)
+    hello = server.peer.control.popleft()
+    on_loop(server.client.loop, lambda: server.client.on_event(Packet(friend, hello)))
+    server.is_now(toxcore.UDP)
+    (request,) = server.hears()
+    server.accepts(request)
+    (stream,) = server.streams()
+    assert stream.tunnel.extended
+    server.app.shutdown(socket.SHUT_WR)
+    time.sleep(3 * TICK)
+    assert server.streams() == {stream}, "the other half is still open"
+
+
 def test_what_was_asked_for_waits_for_a_server_that_was_lost(server: Server) -> None:
     server.is_now(toxcore.UDP)
     assert len(server.hears()) == 1
@@ -184,6 +200,17 @@ def test_a_server_that_comes_and_goes_is_not_waited_for_without_end(
 
     eventually(refused, "a refusal", 20)
     assert server.answers.get() in (packet.SILENT, packet.OFFLINE)
+
+
+def test_a_server_that_is_silent_is_given_up_after_toxcore_would_have(server: Server) -> None:
+    """FRIEND_CONNECTION_TIMEOUT of toxcore (friend_connection.h) is 32 seconds."""
+    server.is_now(toxcore.UDP)
+    link = server.client.link
+    assert link is not None
+    for seconds, is_there in ((33, True), (60, False)):
+        link.heard = time.monotonic() - seconds
+        time.sleep(3 * TICK)
+        assert (server.client.link is link) == is_there
 
 
 def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) -> None:

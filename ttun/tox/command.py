@@ -260,8 +260,24 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
         if reason is not None:
             end.is_over(1, f"{name}: {packet.REASONS.get(reason, reason)}")
             return
-        threading.Thread(target=_send_stdin, args=(ours,), daemon=True).start()
+        threading.Thread(target=send_stdin, daemon=True).start()
         threading.Thread(target=write_stdout, daemon=True).start()
+
+    def send_stdin() -> None:
+        while True:
+            try:
+                data = _read_stdin()
+            except OSError as error:  # not its end: the target must not take it for one
+                end.is_over(1, f"cannot read the input: {error.strerror}")
+                return
+            try:
+                if not data:
+                    ours.shutdown(socket.SHUT_WR)
+                    return
+                ours.sendall(data)
+            except OSError as error:
+                log.debug("stdin: %s", error)
+                return
 
     def receive() -> bytes:
         with contextlib.suppress(ConnectionResetError):  # closed, with some of stdin not read
@@ -287,10 +303,9 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
     client.open(theirs, target.host, target.port, answer, reset.set)
 
 
-def _send_stdin(sock: socket.socket) -> None:
-    try:
-        while select.select([0], [], []) and (data := os.read(0, 65536)):
-            sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-    except OSError as error:
-        log.debug("stdin: %s", error)
+def _read_stdin() -> bytes:
+    """Return what comes next, nothing at the end. Raises OSError."""
+    while True:
+        select.select([0], [], [])
+        with contextlib.suppress(BlockingIOError):  # somebody else who has it open was faster
+            return os.read(0, 65536)
