@@ -17,7 +17,7 @@ if __name__ == "__main__":
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # nor do the Pythons that this one starts
     if os.path.realpath(sys.prefix) != os.path.realpath(VENV) and os.path.exists(PYTHON):
-        os.execv(PYTHON, [PYTHON, os.path.realpath(__file__), *sys.argv[1:]])
+        os.execv(PYTHON, [PYTHON, os.path.abspath(__file__), *sys.argv[1:]])  # a link has its name
     sys.path.insert(0, HERE)
     from ttun.__main__ import main
     from ttun.signals import end_while_loading

@@ -33,7 +33,7 @@ SIGNALS = [
         "End a server, a client or ttun tox with exit status 0. SIGINT and SIGHUP stay ignored if "
         "they were ignored when the program was started, as nohup does.",
     ),
-    ("SIGUSR1", "Log one line that says what a server or a client is doing."),
+    ("SIGUSR1", "Log one line that says what a server, a client or ttun tox is doing."),
 ]
 PROGRAMS = "ttun ttun.py"  # as installed, and in its source directory
 

@@ -88,6 +88,14 @@ def test_a_key_is_hidden_in_the_process_list_however_it_is_written(line: str) ->
         assert process.poll() is None, "it is there to be seen"
 
 
+def test_a_secret_is_hidden_behind_the_name_of_tuntox(tmp_path: Path) -> None:
+    link = tmp_path / "tuntox"
+    link.symlink_to(PROGRAM[1])
+    with blocked(PROGRAM[0], str(link), "-d", "-s", KEY, "-x") as process:
+        wanted = [str(link), "-d", "-s", FIELDS, "-*"]
+        eventually(lambda: shown(process.pid)[-5:] == wanted, "it is hidden", 10)
+
+
 def test_arguments_of_any_bytes_are_hidden_to_the_byte() -> None:
     key = os.fsdecode("schlüssel €".encode() + b"\xff\xfe \n")
     with blocked(*PROGRAM, "server", "--psk", key, "--user", "ä", "-m", "none") as process:

@@ -275,6 +275,29 @@ def test_tox_ends_the_same_way(
     assert f"{number.name}: stopping" in last or f"stopped by {number.name}" in last
 
 
+@pytest.mark.hosts
+@pytest.mark.tox
+def test_tox_answers_sigusr1_with_a_line_and_goes_on(plain: Bench, tmp_path: Path) -> None:
+    tox = Program(
+        plain.pair.start(
+            SERVER, [*PROGRAM, "tox", "-s", "secret", "-C", str(tmp_path)],
+            stderr=(tmp_path / "log").open("w"), environment=hosts.environment(),
+        ),
+        tmp_path / "log",
+    )  # fmt: skip
+    plain.ends.append(tox)
+    tox.says("Using Tox ID")
+
+    def answers() -> bool:  # the first ones may come before it waits for them
+        tox.process.send_signal(signal.SIGUSR1)
+        return tox.log().count("status: off the Tox network: offline; no peer") >= 3
+
+    eventually(answers, "three lines")
+    tox.process.send_signal(signal.SIGTERM)
+    assert tox.ended() == 0
+    assert "SIGTERM: stopping" in tox.log().splitlines()[-1]
+
+
 AS_FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 

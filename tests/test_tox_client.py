@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any, Callable, TypeVar
 
@@ -19,7 +20,7 @@ from tunnel import eventually
 from ttun.tox import client as tox_client
 from ttun.tox import command, packet, protocol, toxcore
 from ttun.tox.client import Client
-from ttun.tox.loop import Loop
+from ttun.tox.loop import TICK, Loop
 from ttun.tox.protocol import Growth, Peer, Requested
 from ttun.tox.stream import Stream
 from ttun.tox.toxcore import FriendStatus, Packet, Tox
@@ -121,6 +122,21 @@ def test_what_was_asked_for_waits_for_a_server_that_starts_afresh(server: Server
     server.accepts(request)
 
 
+def test_what_comes_before_toxcore_tells_of_the_server_is_heard(server: Server) -> None:
+    """Its HELLO: else this client takes it for the original, and the end of its input ends all."""
+    (friend,) = on_loop(server.client.loop, server.client.loop.tox.friends)
+    hello = server.peer.control.popleft()
+    on_loop(server.client.loop, lambda: server.client.on_event(Packet(friend, hello)))
+    server.is_now(toxcore.UDP)
+    (request,) = server.hears()
+    server.accepts(request)
+    (stream,) = server.streams()
+    assert stream.tunnel.extended
+    server.app.shutdown(socket.SHUT_WR)
+    time.sleep(3 * TICK)
+    assert server.streams() == {stream}, "the other half is still open"
+
+
 def test_what_was_asked_for_waits_for_a_server_that_was_lost(server: Server) -> None:
     server.is_now(toxcore.UDP)
     assert len(server.hears()) == 1
@@ -186,6 +202,17 @@ def test_a_server_that_comes_and_goes_is_not_waited_for_without_end(
     assert server.answers.get() in (packet.SILENT, packet.OFFLINE)
 
 
+def test_a_server_that_is_silent_is_given_up_after_toxcore_would_have(server: Server) -> None:
+    """FRIEND_CONNECTION_TIMEOUT of toxcore (friend_connection.h) is 32 seconds."""
+    server.is_now(toxcore.UDP)
+    link = server.client.link
+    assert link is not None
+    for seconds, is_there in ((33, True), (60, False)):
+        link.heard = time.monotonic() - seconds
+        time.sleep(3 * TICK)
+        assert (server.client.link is link) == is_there
+
+
 def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) -> None:
     server.is_now(toxcore.UDP)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -198,6 +225,26 @@ def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) ->
         assert server.peer.accept(request.forward_id, None) is not None
     server.says()
     assert len(server.streams()) == 1, "the other's was cancelled"
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        (b"\4\1\0\x50\1\2\3\4me\0", b"\0\x5b" + bytes(6)),
+        (b"\5\1\2and what it sends without waiting", b"\5\xff"),
+    ],
+)
+def test_a_socks_client_that_is_refused_reads_why(
+    server: Server, request_: bytes, answer: bytes
+) -> None:
+    """All that it sent is read first: else the kernel resets the connection, answer or not."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        on_loop(server.client.loop, lambda: server.client.listen(listener, None))
+        with socket.create_connection(listener.getsockname()) as app:
+            app.settimeout(20)
+            app.sendall(request_)
+            assert app.recv(100) == answer
+            assert app.recv(1) == b"", "an end, no reset"
 
 
 def test_a_client_takes_any_port_and_a_server_one_that_is_looked_for(

@@ -278,6 +278,12 @@ def test_a_full_disk_is_an_error_of_stdout(net: Net) -> None:
     net.full.says("cannot write the output: No space left on device")
 
 
+def test_an_input_that_cannot_be_read_is_no_end_of_it(net: Net) -> None:
+    assert net.unreadable.process.wait(60) == 1
+    assert net.unreadable.log().count("\n") == 1
+    net.unreadable.says("cannot read the input: Bad file descriptor")
+
+
 def test_ping_prints_the_time_and_exits(net: Net) -> None:
     assert net.pinger.process.wait(60) == 0
     assert re.search(r"^pong in \d+\.\d ms$", net.pinger.log(), re.MULTILINE)

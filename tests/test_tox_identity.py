@@ -31,9 +31,20 @@ def test_a_key_is_an_id_without_its_end() -> None:
     assert identity.parse_key(ID) == identity.parse_key(ID[:64]) == bytes.fromhex(ID)[:32]
 
 
+@pytest.mark.parametrize("text", ["{}", "tox:{}", "TOX:{}", "{} ", " \t{}\r\n", " tox:{} "])
+def test_an_id_is_taken_as_it_was_copied(text: str, names: Path) -> None:
+    address = bytes.fromhex(ID)
+    assert identity.parse_id(text.format(ID)) == address
+    assert identity.parse_key(text.format(ID)) == address[:32]
+    assert identity.parse_key(text.format(ID[:64])) == address[:32]
+    assert identity.find_contact(text.format(ID)) == (address, None)
+    assert identity.find_contact(text.format("office")) == (address, b"a secret")
+
+
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "ttun").mkdir()
     file = tmp_path / "ttun" / "hosts"
     file.write_text(f"# names\nhome {ID}\noffice  {ID}  a secret # of mine\nbad nonsense\nempty\n")
@@ -59,8 +70,29 @@ def test_secrets_that_others_can_read_are_not_used(names: Path) -> None:
         identity.find_contact("office")
 
 
+def test_the_names_of_tuntox_come_behind_ours(names: Path, tmp_path: Path) -> None:
+    """Also where there are none of ours. Its file is that of its script tokssh."""
+    other = KEY + "00000000" + "F578"
+    address = bytes.fromhex(other)
+    theirs = tmp_path / "home" / ".tuntox" / "hosts"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text(f"#laptop\nhome {other}\nlaptop {other} its #secret\n")
+    theirs.chmod(0o600)
+    assert identity.find_contact("home").address == bytes.fromhex(ID)
+    assert identity.find_contact("laptop") == (address, b"its #secret")
+    with pytest.raises(UsageError) as error:
+        identity.find_contact("nobody")
+    assert f"no name in {names} or {theirs}" in str(error.value)
+    theirs.chmod(0o644)
+    with pytest.raises(TtunError, match="chmod 600"):
+        identity.find_contact("laptop")
+    names.unlink()
+    assert identity.find_contact("home") == (address, None)
+
+
 def test_no_file_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UsageError, match="no Tox ID"):
         identity.find_contact("home")
 

@@ -11,7 +11,7 @@ from tunnel import PROGRAM
 
 from ttun.errors import TtunError, UsageError
 from ttun.parser import Parser
-from ttun.tox import options, rules, toxcore
+from ttun.tox import options, rules, toxcore, transport
 from ttun.tox.options import Forward, Options
 from ttun.tox.rules import Rule
 
@@ -101,9 +101,19 @@ def test_the_secret_comes_from_the_option_or_the_environment() -> None:
     assert read(TUNTOX_SHARED_SECRET="of the environment").secret == b"of the environment"
     assert read("-s", "given", TUNTOX_SHARED_SECRET="other").secret == b"given"
     assert read("-s", "x" * 920).secret == b"x" * 920
-    for wrong in ("x" * 921, ""):
-        with pytest.raises(UsageError, match="shared secret"):
-            read(TUNTOX_SHARED_SECRET=wrong)
+    with pytest.raises(UsageError, match="shared secret"):
+        read(TUNTOX_SHARED_SECRET="x" * 921)
+
+
+def test_an_empty_secret_of_the_environment_is_none_and_behind_s_a_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert read(TUNTOX_SHARED_SECRET="").secret is None
+    assert read("-s", "given", TUNTOX_SHARED_SECRET="").secret == b"given"
+    with pytest.raises(UsageError, match="shared secret is empty"):
+        read("-s", "")
+    monkeypatch.setenv("TUNTOX_SHARED_SECRET", "")
+    assert transport.Dialer(ID)._secret is None
 
 
 @pytest.mark.parametrize(
@@ -111,8 +121,17 @@ def test_the_secret_comes_from_the_option_or_the_environment() -> None:
     [
         ("socks5://127.0.0.1:9050", toxcore.Proxy(toxcore.PROXY_SOCKS5, "127.0.0.1", 9050)),
         ("SOCKS5://h:1/", toxcore.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
+        ("socks5h://h:1", toxcore.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
+        ("socks://127.0.0.1:9050/", toxcore.Proxy(toxcore.PROXY_SOCKS5, "127.0.0.1", 9050)),
+        ("Socks://h:1", toxcore.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
+        (
+            " socks://[2001:db8::1]:1080 \n",
+            toxcore.Proxy(toxcore.PROXY_SOCKS5, "2001:db8::1", 1080),
+        ),
         ("http://192.0.2.1:80", toxcore.Proxy(toxcore.PROXY_HTTP, "192.0.2.1", 80)),
+        ("HTTP://h:3128/path", toxcore.Proxy(toxcore.PROXY_HTTP, "h", 3128)),
         ("", None),
+        (" ", None),
     ],
 )
 def test_a_proxy(value: str, proxy: toxcore.Proxy | None) -> None:
@@ -124,6 +143,12 @@ def test_a_proxy(value: str, proxy: toxcore.Proxy | None) -> None:
 def test_what_is_no_proxy(value: str) -> None:
     with pytest.raises(UsageError):
         read(ALL_PROXY=value)
+
+
+@pytest.mark.parametrize("scheme", ["socks4", "SOCKS4a", "https"])
+def test_a_proxy_that_toxcore_cannot_use_is_named(scheme: str) -> None:
+    with pytest.raises(UsageError, match=f"no {scheme.lower()} proxies"):
+        read(ALL_PROXY=f"{scheme}://h:1")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +219,23 @@ def test_a_client_may_name_its_server(tmp_path: Path) -> None:
     assert (done.returncode, "apt install libtoxcore2" in done.stderr) == (1, True), done.stderr
     done = without_library("-i", "work", "-p", XDG_CONFIG_HOME=str(tmp_path))
     assert (done.returncode, "no name in" in done.stderr) == (2, True), done.stderr
+
+
+def test_called_as_tuntox_it_is_ttun_tox(tmp_path: Path) -> None:
+    link = tmp_path / "tuntox"
+    link.symlink_to(PROGRAM[1])
+    calls = [[PROGRAM[0], str(link)]]
+    if (Path(PROGRAM[1]).parent / ".venv").exists():
+        calls.append([str(link)])  # which goes on in another Python
+    for call in calls:
+        for arguments, code, said in (
+            (["-h"], 0, "-L [BIND:]PORT:HOST:PORT"),
+            (["-p"], 2, "a client needs one -i"),
+            (["-p", "-i", ID[:-1] + "0"], 2, "its checksum is wrong"),
+            (["server"], 2, "see ttun tox -h"),
+        ):
+            done = subprocess.run([*call, *arguments], capture_output=True, text=True, check=False)
+            assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
 
 
 def test_help_and_version_and_nothing_of_tox_without_the_command() -> None:

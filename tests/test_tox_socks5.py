@@ -64,7 +64,17 @@ def test_a_refusal_is_an_answer(data: bytes, answer: bytes) -> None:
     assert refusal.value.reply == answer
 
 
-@pytest.mark.parametrize("data", [b"GE", b"\4\1", HELLO + b"\4\1\0\1"])
+@pytest.mark.parametrize(
+    "request_", [b"\4\1\0\x50\1\2\3\4me\0", b"\4\2\0\x50\0\0\0\1\0a.example\0"]
+)
+def test_a_socks4_client_is_refused_in_socks4(request_: bytes) -> None:
+    """Its answer begins with 0 and has eight bytes; 91: rejected."""
+    with pytest.raises(socks5.Refusal) as refusal:
+        talk(request_)
+    assert refusal.value.reply == b"\0\x5b" + bytes(6)
+
+
+@pytest.mark.parametrize("data", [b"GE", HELLO + b"\4\1\0\1"])
 def test_another_protocol_gets_no_answer(data: bytes) -> None:
     with pytest.raises(ProtocolError) as error:
         talk(data)

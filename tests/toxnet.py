@@ -6,6 +6,7 @@ Finding each other takes about ten seconds.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import socket
 import struct
@@ -46,6 +47,7 @@ class Net:
     unlisted: Program
     pipe: Program
     full: Program
+    unreadable: Program
     cut: Program
     to_cut: socket.socket
     pinger: Program
@@ -95,6 +97,12 @@ def start(directory: Path) -> Iterator[Net]:
                     (ECHO, subprocess.PIPE), (ECHO, full_disk.fileno()), (CUT, subprocess.PIPE)
                 )
             )  # fmt: skip
+        write_only = os.open(os.devnull, os.O_WRONLY)
+        unreadable = lab.tox(
+            CLIENT, *to_server, "-W", f"127.0.0.1:{ECHO}", environment=shared, stdin=write_only,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        os.close(write_only)
         pinger = lab.tox(CLIENT, *to_server, "-p", environment=shared)
         script = str(Path(__file__).with_name("proxy.py"))
         proxies = [
@@ -126,8 +134,8 @@ def start(directory: Path) -> Iterator[Net]:
         allowed.says("connected over")
         restart.join()
         yield Net(
-            lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, full, cut,
-            to_cut, pinger, proxied, proxies, reborn, reborn_client, directory,
+            lab, server, server_id, client, uninvited, ruled, allowed, unlisted, pipe, full,
+            unreadable, cut, to_cut, pinger, proxied, proxies, reborn, reborn_client, directory,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttun import key, log_writer, privileges, standard_streams
+from ttun import key, log_writer, privileges, program_name, standard_streams
 from ttun.arguments import Parser, find_secrets
 from ttun.errors import TtunError, UsageError, printable
 from ttun.parser import build_parser, join_values
@@ -79,7 +79,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
+    given = program_name.arguments() if arguments is None else arguments
     parser = build_parser()
     if arguments is None:
         _hide_secrets(given, parser)
@@ -99,13 +99,15 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
     """Overwrite what may be a key where others see this command line, before anything can fail."""
+    added = len(arguments) - len(sys.argv[1:])  # by the name that this program was called by
     with contextlib.suppress(ImportError):  # of what is not installed; that is said later
         if arguments[:1] == ["tox"]:
             from ttun.tox import options
 
-            key.hide(arguments, options.find_secrets(arguments))
+            places = options.find_secrets(arguments)
         else:
-            key.hide(arguments, find_secrets(arguments, parser))
+            places = find_secrets(arguments, parser)
+        key.hide(sys.argv[1:], ((index - added, first) for index, first in places))
 
 
 def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:

@@ -105,10 +105,10 @@ class Client(Endpoint):
         super().__init__(key, **options)
         self._tox: Dialer | None = None
         self._server = server if len(server) < 64 else server[:12]  # for the log
-        if server.startswith("tox:"):
+        if server.strip().lower().startswith("tox:"):
             from ttun.tox.transport import Dialer
 
-            self._tox = Dialer(server[4:], Path(tox_nodes) if tox_nodes else None)
+            self._tox = Dialer(server, Path(tox_nodes) if tox_nodes else None)
         else:
             address = link.parse_address(server, listening=False)
             self._server, self._host = str(address), address.host

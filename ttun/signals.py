@@ -23,6 +23,8 @@ import sys
 import time
 from types import FrameType
 
+from ttun import program_name
+
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONG_RUNNING = ("server", "client", "tox")  # the commands that signals end, with exit code 0
 
@@ -32,7 +34,7 @@ def end_while_loading() -> None:
     for number in ENDING:
         if _is_taken(number):
             signal.signal(number, _end)
-    if sys.argv[1:2] and sys.argv[1] in LONG_RUNNING:
+    if _is_long_running():
         signal.signal(signal.SIGUSR1, _note)  # asks for a line later on, and must not kill before
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody learns how a hook ended
@@ -140,5 +142,8 @@ def _end(number: int, _: FrameType | None) -> None:
     with contextlib.suppress(OSError):
         if output.poll(0):  # else nobody reads
             os.write(2, line.encode())
-    is_long_running = bool(sys.argv[1:2]) and sys.argv[1] in LONG_RUNNING
-    os._exit(0 if is_long_running else 128 + number)
+    os._exit(0 if _is_long_running() else 128 + number)
+
+
+def _is_long_running() -> bool:
+    return program_name.arguments()[:1] in [[command] for command in LONG_RUNNING]

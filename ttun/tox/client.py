@@ -3,7 +3,7 @@
 1. A friend request goes to the server, with the secret. It is repeated as a new one when nothing
    came of it within 45 seconds.
 2. The server is online: what waited is requested.
-3. Nothing was heard of it for 20 seconds though it was pinged, or toxcore says that it is gone:
+3. Nothing was heard of it for 35 seconds though it was pinged, or toxcore says that it is gone:
    all streams end, and the search begins anew. Listening ports stay; connections made there
    meanwhile wait, and so do those whose request was not answered yet.
 """
@@ -26,11 +26,14 @@ from ttun.tox.stream import Stream
 log = logging.getLogger("ttun")
 
 INVITE_AGAIN = 45.0  # seconds
-LOST_AFTER = 20.0  # seconds without a packet, pinged every five
+# Seconds without a packet, pinged every five. toxcore gives up after 32 (friend_connection.h), and
+# meanwhile goes on over a relay where UDP came to an end.
+LOST_AFTER = 35.0
 WAIT_ONLINE = 60.0  # seconds that a connection waits for the server to come online
 WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; the original refuses by silence
 WAIT_MOST = 120.0  # seconds for both together, also if the server comes and goes
 MAX_WAITING = 1024
+MAX_REQUEST = 1024  # bytes; more than SOCKS has in one
 SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
 
 GREETING = b"ttun\0"
@@ -272,6 +275,8 @@ class _SocksTalk:
             log.info("SOCKS5: %s", refusal)
             with contextlib.suppress(OSError):
                 self._sock.send(refusal.reply)
+                # What is not read when a socket is closed resets it, and may cost the answer.
+                self._sock.recv(MAX_REQUEST)
             self.close()
         except (ProtocolError, OSError) as error:
             log.debug("SOCKS5: %s", error)

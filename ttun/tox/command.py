@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 from ttun import link, log_writer, privileges
 from ttun.errors import TtunError
@@ -68,11 +69,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     elif isinstance(forwarder, Client) and asked.pipe:
         _pipe(forwarder, asked.pipe, end)
     loop.start(forwarder)
-    return end.wait()
+    return end.wait(forwarder.log_status)
 
 
 def open_tox(
-    savedata: bytes | None,
+    directory: Path | None,
     relay_port: int | None,
     udp_ports: tuple[int, int] | None,
     proxy: toxcore.Proxy | None = None,
@@ -82,25 +83,34 @@ def open_tox(
 ) -> toxcore.Tox:
     """Open a Tox at the ports that were asked for, None for any. Raises TtunError.
 
+    directory: where its identity is kept, and is put if there is none; None for one that is not.
     A server is where others on its network look. A client looks itself, and may be anywhere: with
     one of ten ports it would have that of the last client sooner or later, whom a server may still
     be looking for: the original's does as long as it runs.
     """
+    saved = None if directory is None else identity.load(directory)
     attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
     for attempt in range(attempts):
         anywhere = not server or attempt > 1
         for ipv6 in (True, False):
             try:
-                return toxcore.Tox(
-                    savedata=savedata,
+                tox = toxcore.Tox(
+                    savedata=saved,
                     tcp_port=options.any_relay_port() if relay_port is None else relay_port,
                     udp_ports=udp_ports or options.any_udp_ports(anywhere=anywhere),
                     proxy=proxy,
                     ipv6=ipv6,
                     verbose=verbose,
                 )
-            except TtunError:
-                if attempt == attempts - 1 and not ipv6:
+                if directory is not None:
+                    identity.keep(tox, directory, saved)
+                return tox
+            except toxcore.BadIdentity as error:
+                assert directory is not None
+                raise TtunError(f"cannot use {directory / identity.SAVE}: {error}") from None
+            except TtunError as error:  # without IPv6 it may be another one
+                is_last = attempt == attempts - 1 or not isinstance(error, toxcore.NoPort)
+                if is_last and not ipv6:
                     raise
     raise AssertionError
 
@@ -108,13 +118,13 @@ def open_tox(
 def _open(asked: Options) -> toxcore.Tox:
     """Open our Tox, with the identity that was kept, and say who we are."""
     keep = not asked.client or asked.keep_identity
-    saved = identity.load(asked.directory) if keep else None
-    ports = asked.relay_port, asked.udp_ports
-    tox = open_tox(saved, *ports, asked.proxy, server=not asked.client, verbose=asked.debug > 1)
-    if keep:
-        if asked.keep_identity:
-            _make_directory(asked.directory)
-        identity.keep(tox, asked.directory, saved)
+    if asked.keep_identity:
+        _make_directory(asked.directory)
+    tox = open_tox(
+        asked.directory if keep else None, asked.relay_port, asked.udp_ports, asked.proxy,
+        server=not asked.client, verbose=asked.debug > 1,
+    )  # fmt: skip
+    log.info("ttun %s tox, toxcore %s", __version__, toxcore.version())
     text = tox.address().hex().upper()
     log.log(logging.DEBUG if asked.client else logging.INFO, "Using Tox ID: %s", text)
     if not asked.client and asked.secret is None and not asked.ids:
@@ -149,7 +159,6 @@ def _set_log_level(asked: Options) -> None:
         log.setLevel(logging.DEBUG)
     elif asked.pipe:
         log.setLevel(logging.WARNING)
-    log.info("ttun %s tox, toxcore %s", __version__, toxcore.version())
 
 
 def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str, int] | None]]:
@@ -194,7 +203,7 @@ class _End:
         self._loop = loop
         self._code = 0
         self._stopping = False
-        self._signals = Signals(*ENDING)
+        self._signals = Signals(*ENDING, signal.SIGUSR1)
 
     def is_over(self, code: int, message: str | None = None) -> None:
         """End with an exit code, from any thread. What ends because we stop says nothing."""
@@ -205,15 +214,16 @@ class _End:
             log.error("%s", message)
         self._signals.wake()
 
-    def wait(self) -> int:
-        """Return the exit code when it is over."""
+    def wait(self, on_question: Callable[[], None]) -> int:
+        """Return the exit code when it is over. on_question: what SIGUSR1 does, on the loop."""
 
         def watch() -> None:
             self._loop.over.wait()
             self._signals.wake()
 
         threading.Thread(target=watch, name="ttun-over", daemon=True).start()
-        received = self._signals.wait()
+        while (received := self._signals.wait()) == signal.SIGUSR1:
+            self._loop.call(on_question)
         self._stopping = True
         if received:
             log.info("%s: stopping", signal.Signals(received).name)
@@ -250,8 +260,24 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
         if reason is not None:
             end.is_over(1, f"{name}: {packet.REASONS.get(reason, reason)}")
             return
-        threading.Thread(target=_send_stdin, args=(ours,), daemon=True).start()
+        threading.Thread(target=send_stdin, daemon=True).start()
         threading.Thread(target=write_stdout, daemon=True).start()
+
+    def send_stdin() -> None:
+        while True:
+            try:
+                data = _read_stdin()
+            except OSError as error:  # not its end: the target must not take it for one
+                end.is_over(1, f"cannot read the input: {error.strerror}")
+                return
+            try:
+                if not data:
+                    ours.shutdown(socket.SHUT_WR)
+                    return
+                ours.sendall(data)
+            except OSError as error:
+                log.debug("stdin: %s", error)
+                return
 
     def receive() -> bytes:
         with contextlib.suppress(ConnectionResetError):  # closed, with some of stdin not read
@@ -277,10 +303,9 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
     client.open(theirs, target.host, target.port, answer, reset.set)
 
 
-def _send_stdin(sock: socket.socket) -> None:
-    try:
-        while select.select([0], [], []) and (data := os.read(0, 65536)):
-            sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-    except OSError as error:
-        log.debug("stdin: %s", error)
+def _read_stdin() -> bytes:
+    """Return what comes next, nothing at the end. Raises OSError."""
+    while True:
+        select.select([0], [], [])
+        with contextlib.suppress(BlockingIOError):  # somebody else who has it open was faster
+            return os.read(0, 65536)

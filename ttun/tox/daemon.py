@@ -5,6 +5,7 @@ Sources: daemon(7), syslog(3), RFC 3164 for the number in front of a message.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -42,15 +43,20 @@ def to_background() -> None:
 
 
 def open_pid_file(path: Path) -> int:
-    """Return a descriptor to write the process id to, opened while we still may."""
+    """Return a descriptor to write the process id to, opened while we still may.
+
+    What is in it stays until then: it may be the id of one that runs, if this start fails.
+    """
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise TtunError(f"cannot write the process id to {path}: {error.strerror}") from None
 
 
 def write_pid(descriptor: int) -> None:
-    """Write who we are."""
+    """Write who we are, in place of what was there."""
+    with contextlib.suppress(OSError):  # no regular file
+        os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     os.close(descriptor)
 

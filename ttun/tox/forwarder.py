@@ -35,15 +35,20 @@ log = logging.getLogger("ttun")
 PING_INTERVAL = 5.0  # seconds
 MAX_ROUND_TRIP = 60.0  # seconds
 BOOTSTRAP_INTERVAL, BOOTSTRAP_NODES = 10.0, 8
+UNKNOWN_WAY = "a way that is not known yet"
+SILENT_AFTER = 60.0  # seconds, of a friend of which toxcore has not told that it is there
+SHOWN_PEERS = 10  # in the line of log_status()
 COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
 
 
 class Link:
     """A friend that is online: its tunnels, its streams, and who is next to send."""
 
-    def __init__(self, forwarder: Forwarder, friend: int, name: str) -> None:
-        """Greet it."""
-        self.forwarder, self.friend, self.name = forwarder, friend, name
+    def __init__(
+        self, forwarder: Forwarder, friend: int, name: str, way: str = UNKNOWN_WAY
+    ) -> None:
+        """Greet it. way: over what it is connected, for the log."""
+        self.forwarder, self.friend, self.name, self.way = forwarder, friend, name, way
         first_id = int.from_bytes(os.urandom(4), "big")
         self.peer = Peer(server=forwarder.is_server, first_id=first_id, growth=forwarder.growth)
         self.streams: set[Stream] = set()
@@ -115,25 +120,42 @@ class Forwarder:
         self.growth = protocol.Growth()
         self.nodes: Sequence[Node] = ()  # to bootstrap from
         self.online = False
+        self._way = toxcore.TRANSPORTS[toxcore.OFFLINE]  # over which we are on the network
         self._next_bootstrap = 0.0
         self._bootstrapping = False
 
     def on_event(self, event: toxcore.Event) -> None:
         """Take what toxcore reports."""
         if isinstance(event, Packet):
-            link = self.links.get(event.friend)
-            if link is not None:
-                self._receive(link, event.data)
+            # toxcore tells that a friend is there once it knows over what. Before that some packets
+            # may have come through a relay, the friend's HELLO first of all.
+            link = self.links.get(event.friend) or self._meet(event.friend)
+            self._receive(link, event.data)
         elif isinstance(event, FriendStatus):
             self._friend_status(event)
         elif isinstance(event, toxcore.SelfStatus):
             self.online = event.connection != toxcore.OFFLINE
-            way = toxcore.TRANSPORTS.get(event.connection, "?")
-            log.info(
-                "on the Tox network over %s" if self.online else "off the Tox network: %s", way
-            )
+            self._way = toxcore.TRANSPORTS.get(event.connection, "?")
+            log.info("%s", self._network())
         else:
             self.on_request(event)
+
+    def _network(self) -> str:
+        """Return whether and how we are on the Tox network."""
+        return f"{'on the Tox network over' if self.online else 'off the Tox network:'} {self._way}"
+
+    def log_status(self) -> None:
+        """Log one line that says what we are doing."""
+        links = list(self.links.values())
+        peers = [
+            f"peer {link.name} over {link.way}, {len(link.streams)} connections"
+            for link in links[:SHOWN_PEERS]
+        ]
+        if len(links) > SHOWN_PEERS:
+            rest = links[SHOWN_PEERS:]
+            count = sum(len(link.streams) for link in rest)
+            peers.append(f"{len(rest)} more peers, {count} connections")
+        log.info("status: %s", "; ".join([self._network(), *(peers or ["no peer"])]))
 
     def _friend_status(self, event: FriendStatus) -> None:
         link = self.links.get(event.friend)
@@ -143,12 +165,18 @@ class Forwarder:
             return
         way = toxcore.TRANSPORTS.get(event.connection, "?")
         if link is not None:
+            link.way = way
             log.info("peer %s: now over %s", link.name, way)
             return
-        name = self.loop.tox.friend_key(event.friend).hex()[:8].upper()
-        link = self.links[event.friend] = Link(self, event.friend, name)
+        self._meet(event.friend, way)
+
+    def _meet(self, friend: int, way: str = UNKNOWN_WAY) -> Link:
+        """Begin with a friend that is there."""
+        name = self.loop.tox.friend_key(friend).hex()[:8].upper()
+        link = self.links[friend] = Link(self, friend, name, way)
         log.info("peer %s connected over %s", name, way)
         self.on_link(link)
+        return link
 
     def lose(self, link: Link) -> None:
         """End everything that went through a friend that is gone."""
@@ -201,7 +229,9 @@ class Forwarder:
             self._next_bootstrap = now + BOOTSTRAP_INTERVAL
             self._bootstrap(random.sample(self.nodes, min(len(self.nodes), BOOTSTRAP_NODES)))
         for link in list(self.links.values()):
-            if now - link.pinged >= PING_INTERVAL:
+            if now - link.heard > SILENT_AFTER and link.way == UNKNOWN_WAY:
+                self.lose(link)  # toxcore does not tell that it left, as it never told that it came
+            elif now - link.pinged >= PING_INTERVAL:
                 link.pinged = now
                 if len(link.peer.control) < protocol.MAX_CONTROL // 2:
                     link.peer.ping(struct.pack(">d", now))

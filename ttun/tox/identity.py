@@ -22,6 +22,7 @@ from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE, Tox
 log = logging.getLogger("ttun")
 
 SAVE = "tox_save"
+SCHEME = "tox:"  # in front of a Tox ID, where it could be something else
 MAX_SIZE = 16 << 20  # bytes of a file of ours
 MAX_SECRET = 920  # bytes; a friend request's message holds it and a NUL
 
@@ -33,10 +34,16 @@ class Contact(NamedTuple):
     secret: bytes | None
 
 
+def bare(text: str) -> str:
+    """Return a Tox ID, or a name, without what it was copied with: blanks, and tox: before it."""
+    text = text.strip()
+    return text[len(SCHEME) :] if text.lower().startswith(SCHEME) else text
+
+
 def parse_id(text: str) -> bytes:
     """Return the address that a Tox ID shows. Raises UsageError."""
     try:
-        address = bytes.fromhex(text)
+        address = bytes.fromhex(bare(text))
     except ValueError:
         address = b""
     if len(address) != ADDRESS_SIZE:
@@ -49,9 +56,9 @@ def parse_id(text: str) -> bytes:
 
 def parse_key(text: str) -> bytes:
     """Return the public key in a Tox ID, or a bare public key. Raises UsageError."""
-    if len(text) == 2 * PUBLIC_KEY_SIZE:
+    if len(bare(text)) == 2 * PUBLIC_KEY_SIZE:
         with contextlib.suppress(ValueError):
-            return bytes.fromhex(text)
+            return bytes.fromhex(bare(text))
     return parse_id(text)[:PUBLIC_KEY_SIZE]
 
 
@@ -60,29 +67,45 @@ def checksum(data: bytes) -> bytes:
     return bytes(functools.reduce(operator.xor, data[half::2], 0) for half in (0, 1))
 
 
-def hosts_file() -> Path:
-    """Return where names are kept: ``NAME TOXID [SECRET]`` lines."""
+def hosts_files() -> tuple[Path, Path]:
+    """Return where names are kept, ``NAME TOXID [SECRET]`` lines: ours, and that of Tuntox."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(home, "ttun", "hosts")
+    return Path(home, "ttun", "hosts"), Path(os.path.expanduser("~/.tuntox/hosts"))
 
 
 def find_contact(text: str) -> Contact:
-    """Return who is meant by a Tox ID, or by a name in the file of names. Raises TtunError."""
-    if len(text) == 2 * ADDRESS_SIZE:
-        return Contact(parse_id(text), None)
-    path = hosts_file()
+    """Return who is meant by a Tox ID, or by a name in the files of names. Raises TtunError."""
+    name = bare(text)
+    if len(name) == 2 * ADDRESS_SIZE:
+        return Contact(parse_id(name), None)
+    files_read = []
+    for path in hosts_files():
+        try:
+            contact = _find_name(path, name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise TtunError(f"cannot read {path}: {error.strerror}") from None
+        except UnicodeError:
+            raise TtunError(f"cannot read {path}: it is not UTF-8") from None
+        if contact is not None:
+            return contact
+        files_read.append(str(path))
+    if files_read:
+        raise UsageError(f"that is no Tox ID and no name in {' or '.join(files_read)}")
+    raise UsageError(f"that is no Tox ID, and there is no {hosts_files()[0]} with names")
+
+
+def _find_name(path: Path, wanted: str) -> Contact | None:
+    """Return who a name in a file belongs to. Raises TtunError, OSError, UnicodeError."""
     found: list[os.stat_result] = []
-    try:
-        lines = files.read(path, MAX_SIZE, found.append).decode().splitlines()
-    except FileNotFoundError:
-        raise UsageError(f"that is no Tox ID, and there is no {path} with names") from None
-    except OSError as error:
-        raise TtunError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeError:
-        raise TtunError(f"cannot read {path}: it is not UTF-8") from None
+    lines = files.read(path, MAX_SIZE, found.append).decode().splitlines()
+    is_ours = path == hosts_files()[0]
     for number, line in enumerate(lines, 1):
-        name, *rest = line.split("#", 1)[0].split(None, 2) or [""]
-        if name != text:
+        # In that of Tuntox, which its script tokssh reads, a # within a line is no comment.
+        text = line.split("#", 1)[0] if is_ours or line.startswith("#") else line
+        name, *rest = text.split(None, 2) or [""]
+        if name != wanted:
             continue
         if not rest:
             raise TtunError(f"{path}, line {number}: a Tox ID is missing after the name")
@@ -94,7 +117,7 @@ def find_contact(text: str) -> Contact:
             return Contact(address, None)
         files.check_secret(path, found[0], "file of names and secrets")
         return Contact(address, check_secret(rest[1].strip().encode()))
-    raise UsageError(f"that is no Tox ID and no name in {path}")
+    return None
 
 
 def check_secret(secret: bytes) -> bytes:
@@ -110,11 +133,20 @@ def load(directory: Path) -> bytes | None:
     """Return the identity saved in a directory, None if there is none. Raises TtunError."""
     path = directory / SAVE
     try:
-        return files.read(path, MAX_SIZE, lambda found: files.check_owner(path, found, "identity"))
+        return files.read(path, MAX_SIZE, functools.partial(_check, path))
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise TtunError(f"cannot read {path}: it is a link to a file that is missing") from None
         return None
     except OSError as error:
         raise TtunError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check(path: Path, found: os.stat_result) -> None:
+    """Raise TtunError for what cannot be our identity."""
+    if not stat.S_ISREG(found.st_mode):
+        raise TtunError(f"cannot read {path}: it is not a file")
+    files.check_owner(path, found, "identity")
 
 
 def save(directory: Path, data: bytes) -> None:
@@ -140,21 +172,23 @@ def save(directory: Path, data: bytes) -> None:
 
 
 def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
-    """Save who tox is, unless that is saved already, without friends.
+    """Save who tox is, unless that is what was saved: then that file is never written to.
 
-    Friends in a saved identity would come in without being asked for the secret: they are deleted.
+    Others may not read it from now on. Friends in a saved identity would come in without being
+    asked for the secret: tox forgets them.
     """
-    friends = tox.friends()
-    for friend in friends:
+    for friend in tox.friends():
         tox.delete_friend(friend)
     path = directory / SAVE
+    if saved is None:
+        try:
+            save(directory, tox.savedata())
+        except OSError as error:
+            why = error.strerror
+            log.warning("cannot save this Tox ID in %s: %s; the next start has another", path, why)
+        return
     try:
-        if saved is not None and not friends and stat.S_IMODE(path.stat().st_mode) == 0o600:
-            return
-        save(directory, tox.savedata())
+        if stat.S_IMODE(path.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+            path.chmod(0o600)
     except OSError as error:
-        log.warning(
-            "cannot save this Tox ID in %s: %s; the next start has another",
-            directory,
-            error.strerror,
-        )
+        log.warning("others may read the identity %s: %s (chmod 600)", path, error.strerror)

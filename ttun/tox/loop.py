@@ -185,20 +185,26 @@ class Loop:
         except OSError:
             return  # no such thing here: look after toxcore by the clock
         for descriptor in map(int, names):
-            if descriptor in self._handlers or not _is_internet_socket(descriptor):
+            kind = _internet_socket(descriptor)
+            if descriptor in self._handlers or kind is None:
                 continue
             try:
-                self._epoll.register(descriptor, EDGES)
+                # A UDP socket becomes writable again after each packet, refused ones too: toxcore
+                # would send those again at once, each with another nonce, until the peer cannot
+                # follow those any more.
+                is_udp = kind == socket.SOCK_DGRAM
+                self._epoll.register(descriptor, EDGES & ~WRITABLE if is_udp else EDGES)
                 self._watched = True
             except OSError:
                 pass  # watched already; closed ones leave the epoll by themselves
 
 
-def _is_internet_socket(descriptor: int) -> bool:
+def _internet_socket(descriptor: int) -> int | None:
+    """Return the type of an Internet socket, None for everything else."""
     try:
         sock = socket.socket(fileno=descriptor)
     except OSError:
-        return False
-    family = sock.family
+        return None
+    family, kind = sock.family, sock.type
     sock.detach()
-    return family in (socket.AF_INET, socket.AF_INET6)
+    return kind if family in (socket.AF_INET, socket.AF_INET6) else None

@@ -27,6 +27,12 @@ WITH_VALUE = "iLWPCsfItubFU"
 FLAGS = "dqSzpV"
 # Where toxcore looks for others on the same network: at ten ports every ten seconds, from 33445 on.
 LAN_PORTS = 33445, 33456  # first ports of a range
+# Schemes of ALL_PROXY. A name always goes to the proxy unresolved, which is what the h stands for.
+PROXIES = {
+    **dict.fromkeys(("socks", "socks5", "socks5h"), toxcore.PROXY_SOCKS5),
+    "http": toxcore.PROXY_HTTP,
+}
+NO_PROXIES = ("socks4", "socks4a", "https")
 
 EPILOG = f"""\
 Environment: {SECRET_VARIABLE}, ALL_PROXY=socks5://HOST:PORT or http://HOST:PORT (for Tox
@@ -79,7 +85,8 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "-i", dest="ids", metavar="ID", action="append", default=[],
-        help="client: the server's Tox ID, or its name in ~/.config/ttun/hosts; "
+        help="client: the server's Tox ID, or its name in ~/.config/ttun/hosts or "
+        "~/.tuntox/hosts; "
         "server: allow this client alone (repeatable)",
     )  # fmt: skip
     add(
@@ -137,7 +144,8 @@ def read(
     """Read a command line and what belongs to it in the environment. Raises UsageError."""
     given = build_parser(parser).parse_args(join_values(arguments))
     forwards = [*given.forwards, *(each for each in given.socks if each is not None)]
-    secret = given.secret if given.secret is not None else environment.get(SECRET_VARIABLE)
+    # Nothing in the environment is no secret; nothing behind -s is a mistake.
+    secret = given.secret if given.secret is not None else environment.get(SECRET_VARIABLE) or None
     options = Options(
         ids=given.ids,
         forwards=forwards,
@@ -216,21 +224,23 @@ def parse_socks(text: str) -> Forward:
 
 
 def parse_proxy(text: str | None) -> toxcore.Proxy | None:
-    """Read the value of ALL_PROXY. Raises UsageError."""
-    if not text:
+    """Read the value of ALL_PROXY, as curl(1) and desktops write it. Raises UsageError."""
+    if not text or not text.strip():
         return None
-    kinds = {"socks5": toxcore.PROXY_SOCKS5, "socks5h": toxcore.PROXY_SOCKS5}
-    kinds["http"] = toxcore.PROXY_HTTP
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme.lower() not in kinds:
+    scheme, separator, rest = text.strip().partition("://")
+    scheme = scheme.lower()
+    if scheme in NO_PROXIES:
+        raise UsageError(f"ALL_PROXY: toxcore knows no {scheme} proxies, only socks5 and http")
+    if not separator or scheme not in PROXIES:
         raise UsageError("ALL_PROXY: it looks like socks5://HOST:PORT or http://HOST:PORT")
-    if "@" in rest:
+    server = rest.split("/", 1)[0].strip()
+    if "@" in server:
         raise UsageError("ALL_PROXY: toxcore cannot show a user and a password to a proxy")
     try:
-        host, port = parse_target(rest.rstrip("/"))
+        host, port = parse_target(server)
     except UsageError as error:
         raise UsageError(f"ALL_PROXY: {error}") from None
-    return toxcore.Proxy(kinds[scheme.lower()], host, port)
+    return toxcore.Proxy(PROXIES[scheme], host, port)
 
 
 def any_udp_ports(*, anywhere: bool) -> tuple[int, int]:

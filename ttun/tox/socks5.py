@@ -1,8 +1,10 @@
-"""A SOCKS5 server's side of the conversation: bytes in, bytes out, no socket. Source: RFC 1928.
+"""A SOCKS5 server's side of the conversation: bytes in, bytes out, no socket.
 
 A generator as in ``ttun.handshake``: it yields what to send and how many bytes it wants, is sent
 exactly those, and returns the target. CONNECT without authentication is all there is to it; names
-go to the other end unresolved.
+go to the other end unresolved. Who speaks SOCKS4 is refused in SOCKS4.
+
+Sources: RFC 1928; the SOCKS4 protocol, Ying-Da Lee, for the version and the code of that refusal.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from collections.abc import Generator
 from ttun.errors import ProtocolError
 from ttun.tox import packet
 
-VERSION = 5
+VERSION, SOCKS4 = 5, 4
 NO_AUTHENTICATION, NO_METHOD = 0, 0xFF
 CONNECT = 1
 IPV4, NAME, IPV6 = 1, 3, 4
 SUCCEEDED, FAILED, NOT_ALLOWED, HOST_UNREACHABLE, REFUSED = 0, 1, 2, 4, 5
 COMMAND_UNKNOWN, ADDRESS_UNKNOWN = 7, 8
+SOCKS4_REJECTED = 91
 
 REPLIES = {
     None: SUCCEEDED,
@@ -55,6 +58,8 @@ def _reply(code: int) -> bytes:
 def server() -> Steps:
     """Talk to a client until it has said where to. Raises ProtocolError, Refusal among them."""
     version, count = yield b"", 2
+    if version == SOCKS4:
+        raise Refusal("it speaks SOCKS4, this is SOCKS5", bytes([0, SOCKS4_REJECTED]) + bytes(6))
     if version != VERSION:
         raise ProtocolError(f"not a SOCKS5 client: it began with {version:#04x}")
     methods = yield b"", count

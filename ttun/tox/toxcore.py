@@ -85,9 +85,10 @@ NEW_ERRORS = {  # Tox_Err_New: why there is none
     5: "the proxy's host is not valid",
     6: "the proxy's port is not valid",
     7: "the proxy's name cannot be resolved",
-    8: "the saved identity is encrypted",
-    9: "the saved identity is damaged: move tox_save away to get a new one",
+    8: "it is encrypted (save it without a password in the program that encrypted it)",
+    9: "it is damaged (restore it from a copy, or move it away to get a new Tox ID)",
 }
+NO_MEMORY, PORT_ALLOC, LOAD_ENCRYPTED, LOAD_BAD_FORMAT = 2, 3, 8, 9
 ADD_ERRORS = {  # Tox_Err_Friend_Add
     2: "the secret is too long",
     4: "it is our own",
@@ -95,6 +96,14 @@ ADD_ERRORS = {  # Tox_Err_Friend_Add
 }
 PROXY_HTTP, PROXY_SOCKS5 = 1, 2  # Tox_Proxy_Type
 SAVEDATA_TOX_SAVE = 1
+
+
+class BadIdentity(TtunError):
+    """A saved identity that toxcore cannot use. It says why, but not where that identity is."""
+
+
+class NoPort(TtunError):
+    """The ports that Tox may have are others'."""
 
 
 class Proxy(NamedTuple):
@@ -135,6 +144,14 @@ class Packet(NamedTuple):
 Event = Union[SelfStatus, FriendStatus, FriendRequest, Packet]
 
 
+def _start_error(code: int) -> TtunError:
+    """Return what to raise for a Tox_Err_New."""
+    why = NEW_ERRORS.get(code, f"error {code}")
+    if code in (LOAD_ENCRYPTED, LOAD_BAD_FORMAT):
+        return BadIdentity(why)
+    return (NoPort if code == PORT_ALLOC else TtunError)(f"cannot start Tox: {why}")
+
+
 @functools.cache
 def load() -> tuple[Any, Any]:
     """Return cffi's FFI and the library. Raises TtunError naming the package if it is not here."""
@@ -157,7 +174,7 @@ class Tox:
     """One Tox instance.
 
     savedata: a saved identity, None for a fresh one. udp_ports: first and last, None for no UDP.
-    tcp_port: of a relay for others, 0 for none. Raises TtunError.
+    tcp_port: of a relay for others, 0 for none. Raises TtunError, BadIdentity for such savedata.
     """
 
     def __init__(
@@ -176,6 +193,8 @@ class Tox:
         self._events: list[Event] = []
         self._error = ffi.new("int *")
         options = lib.tox_options_new(ffi.NULL)
+        if options == ffi.NULL:
+            raise _start_error(NO_MEMORY)
         keep = []  # toxcore keeps pointers, not copies, until tox_new has returned
         try:
             lib.tox_options_set_ipv6_enabled(options, ipv6)
@@ -201,10 +220,22 @@ class Tox:
             self._tox = lib.tox_new(options, self._error)
         finally:
             lib.tox_options_free(options)
+        # With savedata of a bad format tox_new() returns an error, and a Tox of a fresh identity.
+        code = self._error[0]
+        if self._tox != ffi.NULL and (code or not self._is_identity_in(savedata)):
+            self.close()
+            raise _start_error(code or LOAD_BAD_FORMAT)
         if self._tox == ffi.NULL:
-            code = self._error[0]
-            raise TtunError(f"cannot start Tox: {NEW_ERRORS.get(code, f'error {code}')}")
+            raise _start_error(code)
         self._set_callbacks()
+
+    def _is_identity_in(self, savedata: bytes | None) -> bool:
+        """Return whether our identity is the saved one.
+
+        toxcore leaves out sections of a type that it does not know. If that is the one with the
+        keys, because a bit of its type changed, there is no error, and the identity is a fresh one.
+        """
+        return savedata is None or self.address()[:PUBLIC_KEY_SIZE] in savedata
 
     def _set_callbacks(self) -> None:
         ffi, lib = self._ffi, self._lib

@@ -28,7 +28,6 @@ from ttun.tox.server import Server
 
 log = logging.getLogger("ttun")
 
-SCHEME = "tox:"
 TARGET = ("127.0.0.1", DEFAULT_PORT)
 DEFAULT_DIRECTORY = Path("/etc/ttun")
 BACKLOG = 16  # streams that wait for accept()
@@ -36,7 +35,7 @@ BACKLOG = 16  # streams that wait for accept()
 
 def _secret() -> bytes | None:
     secret = os.environb.get(SECRET_VARIABLE.encode())
-    return None if secret is None else identity.check_secret(secret)
+    return identity.check_secret(secret) if secret else None
 
 
 class Dialer:
@@ -94,13 +93,11 @@ class Listener:
     def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
         """Open Tox with the identity in directory; nobody is served before start()."""
         known = nodes.find(node_file)
-        saved = identity.load(directory)
         secret = _secret()
-        tox = open_tox(saved, 0, None, server=True)
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        identity.keep(tox, directory, saved)
-        self.address = SCHEME + tox.address().hex().upper()
+        tox = open_tox(directory, 0, None, server=True)
+        self.address = identity.SCHEME + tox.address().hex().upper()
         self._loop = Loop(tox)
         self._server = Server(self._loop, secret=secret, targets={TARGET: self._take})
         self._server.nodes = known
