@@ -3,7 +3,7 @@
 One thread, beside the four that carry packets. It waits for control frames of the peer and looks
 at the clock in between; what it has to say it posts, and it never holds up a packet.
 
-1. PING after 2.5 s without a frame of the peer; PONG gives the round-trip time. No frame for 17 s,
+1. PING after 2.5 s without a frame of the peer; PONG gives the round-trip time. No frame for 16 s,
    and nothing newly acknowledged by the peer's kernel either (a full queue on a slow link is no
    death): the peer is gone. Without a frame it is gone after 60 s in any case.
 2. Rekey: the client sends REKEY, the server answers with its own. Each side now has the next keys
@@ -28,9 +28,9 @@ from ttun.errors import ProtocolError
 from ttun.sodium import KeyPair
 from ttun.x1 import Agreement
 
-PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 17.0, 60.0  # seconds without a frame
+PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
 # TCP waits twice as long after each retransmission: after 10 s without a link, perhaps 10 s more.
-# With this it is 2 s at most, and 17 s are enough for silence, an outage of 10 s, and an answer.
+# With this it is 2 s at most, and 16 s are enough for silence, an outage of 10 s, and an answer.
 RETRANSMIT_WITHIN = 2000  # ms
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, from Linux 6.15 on; not over Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds

@@ -51,7 +51,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct ttun_cipher_state *state = ttun_cipher_new(same_encrypt, same_decrypt, NULL, 0, 0, key);
     /* With `direct` this one thread does it all. */
     struct ttun_session *s =
-        ttun_session_new(tun[0], peer[0], offload, TTUN_X1, state, state, 1, SLOTS);
+        ttun_session_new(tun[0], peer[0], offload, TTUN_X1, state, state, 1, SLOTS, 1 << 18);
     MUST(state != NULL && s != NULL);
     if (choice & 16)
         MUST(ttun_session_rekey(s, state, state) == 0);
