@@ -19,16 +19,17 @@ enum {
     WHOLE = 4000,        /* microseconds */
     WHOLE_LEAST = 1500,
     /* Microseconds. A bulk flow whose congestion control halves its window needs a queue of about
-     * its round trip to keep the link busy; what is small does not wait behind it. */
+     * its round trip to keep the link busy; what is small does not wait behind it. And a lost
+     * segment outside holds all back for a round trip, which is no reason to lose one inside. */
     TARGET_LEAST = 5000, /* RFC 8289, 4.3 */
-    TARGET_MOST = 100000,
+    TARGET_MOST = 200000,
     INTERVAL_LEAST = 100000,
     INTERVAL_MOST = 1000000,
     /* linux/tcp.h. glibc's own header has a shorter struct, and musl-gcc does not see the kernel's.
      */
+    INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
-    INFO_MIN_RTT = 148,     /* u32, microseconds */
-    INFO_SIZE = 152,
+    INFO_SIZE = 112,
     OPTION_INFO = 11,
     OPTION_NOTSENT_LOWAT = 25
 };
@@ -59,13 +60,13 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint8_t info[INFO_SIZE];
     socklen_t size = sizeof info;
     if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < sizeof info) {
-        c->look_at = UINT64_MAX; /* a kernel before 4.9 */
+        c->look_at = UINT64_MAX; /* a kernel before 3.15 */
         return;
     }
     uint64_t rate;
     uint32_t rtt;
     memcpy(&rate, info + INFO_PACING_RATE, sizeof rate);
-    memcpy(&rtt, info + INFO_MIN_RTT, sizeof rtt);
+    memcpy(&rtt, info + INFO_RTT, sizeof rtt);
     rate = clamp(rate, 0, RATE_MOST);
     uint64_t sealed = rate * SEALED / 1000000;
     c->limited = sealed < (uint64_t)slots * SLOT_SIZE;
@@ -73,7 +74,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     c->whole = (size_t)clamp(rate * WHOLE / 1000000, WHOLE_LEAST, SLOT_SIZE);
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
     c->pace.target = clamp(rtt, TARGET_LEAST, TARGET_MOST);
-    c->pace.interval = clamp(2 * (uint64_t)rtt, INTERVAL_LEAST, INTERVAL_MOST);
+    c->pace.interval = clamp(3 * (uint64_t)rtt, INTERVAL_LEAST, INTERVAL_MOST);
     uint32_t unsent = (uint32_t)clamp(rate * UNSENT / 1000000, UNSENT_LEAST, UNSENT_MOST);
     uint32_t slack = c->unsent / 4;
     if ((unsent < c->unsent - slack || unsent > c->unsent + slack) &&

@@ -4,7 +4,8 @@ A wheel goes to routers. Comments, docstrings, annotations of functions and most
 third of it. What help(ttun.Server) shows and what a type checker wants of that stays, and so does
 each line's number: a traceback leads to the source, which the sdist has.
 
-1. Parse it, and note which bytes of it go (class Reader); the tree loses the same.
+1. Parse it, and note which bytes of it go (class Reader), imports for annotations among them; the
+   tree loses the same.
 2. Cut those, then comments, then blanks between tokens, then indent with one blank.
 3. What is left has to parse to that tree: else it would be another program, and the build ends.
 """
@@ -55,8 +56,32 @@ class Reader(ast.NodeTransformer):
         return text.decode()
 
     def visit_Module(self, node: ast.Module) -> ast.AST:
-        """See its docstring, and what is in it."""
-        return self.generic_visit(self._without_docstring(node, not self._public))
+        """See its docstring, what is in it, and what only annotations used."""
+        self.generic_visit(self._without_docstring(node, not self._public))
+        if not self._public:
+            used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            used.discard("TYPE_CHECKING")
+            annotated = any(map(_is_annotated, ast.walk(node)))
+            node.body = [kept for one in node.body if (kept := self._needed(one, used, annotated))]
+        return node
+
+    def _needed(self, node: ast.stmt, used: set[str], annotated: bool) -> ast.stmt | None:
+        """Return what is left of a statement that may be there for annotations alone."""
+        needed = True
+        if isinstance(node, ast.If):
+            needed = ast.unparse(node.test) != "TYPE_CHECKING"
+        elif isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            needed = annotated
+        elif isinstance(node, ast.ImportFrom) and node.module in ("typing", "collections.abc"):
+            names = [name for name in node.names if name.name in used]
+            needed = bool(names)
+            if needed and len(names) < len(node.names):
+                node.names = names
+                self._cut(self._start(node), self._end(node), ast.unparse(node).encode())
+        if not needed:
+            self._cut(self._start(node), self._end(node))
+            return None
+        return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         """See its docstring; annotations of its fields stay, as dataclasses need them."""
@@ -116,6 +141,14 @@ class Reader(ast.NodeTransformer):
 
     def _cut(self, start: int, end: int, instead: bytes = b"") -> None:
         self._cuts.append((start, end, instead))
+
+
+def _is_annotated(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef):
+        return node.returns is not None
+    return isinstance(node, ast.AnnAssign) or (
+        isinstance(node, ast.arg) and node.annotation is not None
+    )
 
 
 def tokens(source: str) -> Iterator[tokenize.TokenInfo]:

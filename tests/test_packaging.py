@@ -108,11 +108,18 @@ def test_the_wheel_is_small_and_stripped(wheel: Path) -> None:
     assert "\nLicense-Expression: MIT\n" in metadata
 
 
+FOR_ANNOTATIONS = {"__future__", "typing", "collections.abc"}
+
+
 def bones(source: str) -> list[str]:
     """The statements of a program with their lines; definitions without what describes them."""
     shown = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    tree.body = [n for n in tree.body if "TYPE_CHECKING:" not in ast.unparse(n).split("\n")[0]]
+    for node in ast.walk(tree):
         if not isinstance(node, ast.stmt):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module in FOR_ANNOTATIONS:
             continue
         text = ast.unparse(node)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
