@@ -30,7 +30,7 @@ __attribute__((constructor)) static void read_patterns(void) {
 static int holds(const uint8_t *block, size_t size, size_t n) {
     for (size_t i = 0; i + sizes[n] <= size; i++) {
         size_t same = 0;
-        while (same < sizes[n] && (uint8_t)~block[i + same] == inverted[n][same])
+        while (same < sizes[n] && (block[i + same] ^ inverted[n][same]) == 0xff)
             same++;
         if (same == sizes[n])
             return 1;
