@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from peer import X1Peer
 from test_handshake import K, shake
+from test_times import Clock
 from test_x1 import terms
 from ttun._codec import ffi
 from x1_rig import rigged
@@ -241,6 +242,31 @@ def test_nobody_is_held_for_longer_than_a_client_would_wait(
     assert all(map(is_open, waiting))
     house.turns(1)
     assert not any(map(is_open, waiting))
+
+
+@pytest.mark.parametrize(("held", "seconds"), [(False, 10), (True, 15)])
+def test_a_handshake_has_ten_seconds_and_who_waits_for_a_session_fifteen(
+    held: bool, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is set ahead."""
+    clock = Clock()
+    monkeypatch.setattr(handshakes, "time", clock)
+    house = House()
+    try:
+        if held:
+            house.pending.hold()
+        silent, talker = house.connect(), house.connect(bytes(16))
+        house.turns()
+        if not held:
+            assert len(talker.recv(16)) == 16
+        clock.ahead = seconds - 1
+        house.turns()
+        assert is_open(silent) and is_open(talker)
+        clock.ahead = seconds + 0.1
+        house.turns()
+        assert not is_open(silent) and not is_open(talker)
+    finally:
+        house.close()
 
 
 def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(house: House) -> None:
