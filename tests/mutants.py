@@ -37,9 +37,9 @@ from sanitize import PARTS, ROOT
 OFFLOAD = ("test_offload", "test_whole", "test_kernel_segments", "test_control", "test_odd_packets")
 # Tests that touch a module, the quick ones first.
 MODULES = {
-    "ttun/handshake.py": ("test_handshake", "test_x1", "test_pending", "fuzz/test_python"),
+    "ttun/handshake.py": ("test_handshake", "test_x1", "test_pending", "test_stranger"),
     "ttun/handshakes.py": ("test_pending", "test_waiting", "test_peers", "test_stranger"),
-    "ttun/x1.py": ("test_x1", "test_handshake", "test_rekey"),
+    "ttun/x1.py": ("test_x1", "test_handshake", "test_rekey", "test_stranger"),
     "ttun/control.py": ("test_times", "test_control", "test_rekey"),
     "ttun/key.py": ("test_key", "test_cli"),
     "ttun/privileges.py": ("test_privileges", "test_status", "test_doctor"),
