@@ -24,6 +24,8 @@ FUZZERS := $(basename $(notdir $(wildcard tests/fuzz/*.c)))
 FUZZ_SECONDS ?= 60
 SECONDS ?= 120
 SEED ?= 1
+EACH ?= 15
+WORKERS ?= 2
 WIRE ?= x1
 PYTHON_FILES := ttun ttun.py setup.py csrc tests packaging
 
@@ -40,7 +42,7 @@ FISH = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHA
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
-.PHONY: all demo test asan ubsan tsan fuzz faults soak dist check-dist wheels check-wheels \
+.PHONY: all demo test asan ubsan tsan fuzz faults mutants soak dist check-dist wheels check-wheels \
   check-services pictures install uninstall lint format help clean
 
 # Root in a user's tree, as under sudo: what is made there is then given to that user. Left as they are:
@@ -64,6 +66,7 @@ help:
 	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
 	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
 	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong; as root'
+	@echo 'make mutants SEED=1 EACH=15 WORKERS=2: small mistakes in the sources, and which the tests miss; as root'
 	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave; as root'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
 	@echo 'make uninstall, with the same two: take them away again'
@@ -158,6 +161,9 @@ pictures: $(VENV)/.built
 
 faults: $(VENV)/.built
 	PYTHONPATH=. $(BIN)/python -B tests/faults.py $(SECONDS) $(SEED) $(WIRE)
+
+mutants: $(VENV)/.built $(VENV)/.tools-test
+	PYTHONPATH=. $(BIN)/python -B tests/mutants.py $(SEED) $(EACH) $(WORKERS) $(MODULES)
 
 soak: $(VENV)/.built
 	PYTHONPATH=. $(BIN)/python -B tests/toxsoak.py $(SECONDS) $(SEED)

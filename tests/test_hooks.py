@@ -69,7 +69,10 @@ def said() -> Iterator[Path]:
 def test_they_run_with_the_facts_as_the_user_that_is_left(bench: Bench, said: Path) -> None:
     what = f'echo "$TTUN_ROLE $TTUN_DEVICE $TTUN_PEER $TTUN_WIRE $TTUN_LOCAL4" >> {said}'
     leaving = f'echo "down: $TTUN_REASON; key: $TTUN_PSK" >> {said}; exit 3'
-    server = bench.server("--up", what, "--down", leaving)
+    server = bench.start(
+        SERVER, "server", "--up", what, "--down", leaving, environment={"TTUN_PSK": "secret"}
+    )
+    server.says("listening on")
     client = bench.client()
     client.says("authenticated")
     lines = eventually(lambda: said.exists() and said.read_text().splitlines(), "the hook ran")

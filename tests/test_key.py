@@ -288,6 +288,13 @@ def test_a_key_is_made_once_and_kept_private(places: Path) -> None:
     assert os.listdir(path.parent) == ["psk"], "nothing half-written is left"
 
 
+def test_what_a_killed_server_of_the_same_number_left_is_no_trouble(places: Path) -> None:
+    """In a container the number of the process is the same each time."""
+    (places / f".psk.{os.getpid()}").write_bytes(b"half a k")
+    assert len(key.create(places / "psk")) == 64
+    assert os.listdir(places) == ["psk"]
+
+
 def test_two_servers_that_make_a_key_at_once_agree(places: Path) -> None:
     program = "import sys; from pathlib import Path; from ttun import key; "
     program += "print(key.create(Path(sys.argv[1])).decode())"

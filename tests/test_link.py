@@ -113,6 +113,24 @@ def test_what_a_connection_really_is(
         assert [link.transport(end) for end in ends] == [expected] * 2
 
 
+def test_a_peer_that_is_gone_is_noticed_after_35_seconds() -> None:
+    """By TCP: with data under way, and with none. README.md says so."""
+    with socket.socket() as sock:
+        link.tune(sock)
+
+        def option(number: int) -> int:
+            return sock.getsockopt(socket.IPPROTO_TCP, number)
+
+        idle, interval, probes = map(
+            option, (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert idle + interval * probes == 35
+        assert option(socket.TCP_USER_TIMEOUT) == 35_000
+        assert idle <= 15, "a NAT forgets"
+        assert option(socket.TCP_NODELAY) == 1
+
+
 def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:
     with link.listen(Address("127.0.0.1", 0), False) as listener:
         port = listener.getsockname()[1]
@@ -190,6 +208,12 @@ def test_failures_double_the_wait_up_to_thirty_seconds() -> None:
     waits = [backoff.after_failure(now=1000) for _ in range(10)]
     for wait, full in zip(waits, [1, 2, 4, 8, 16, 30, 30, 30, 30, 30]):
         assert 0.75 * full <= wait <= full
+
+
+def test_many_clients_do_not_come_back_all_at_once() -> None:
+    for wait in (lambda b: b.after_failure(now=0), lambda b: b.after_silence(0)):
+        waits = [wait(Backoff()) for _ in range(50)]
+        assert max(waits) - min(waits) > 0.1, waits
 
 
 def test_in_the_first_minute_after_a_session_it_waits_a_second_at_most() -> None:

@@ -129,6 +129,22 @@ def test_packets_from_between_sessions_are_dropped(bench: Bench) -> None:
                     break
 
 
+@pytest.mark.parametrize("bench", ["x1"], indirect=True)
+def test_a_session_that_is_over_at_once_is_followed_by_a_wait(bench: Bench) -> None:
+    """Else a server that ends each session is dialled hundreds of times a second."""
+    with listen(bench) as listener:
+        client = bench.client()
+        for number in range(1, 4):
+            sock, _ = listener.accept()
+            with sock:
+                Peer(sock, b"secret").handshake_as_server()
+                client.says("authenticated", times=number)
+            ended = time.monotonic()
+            client.says("reconnecting in", times=number)
+        listener.accept()[0].close()
+        assert time.monotonic() - ended > 1, "the third wait is 3 s at least"
+
+
 # What somebody may send who does not have the key, and what the log says of it.
 STRANGERS = {
     "nothing, and leaves": (b"", "closed the connection before the handshake was over"),

@@ -5,15 +5,21 @@ from __future__ import annotations
 import resource
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from test_handshake import K
+from peer import X1Peer
+from test_handshake import K, shake
+from test_times import Clock
 from test_x1 import terms
+from ttun._codec import ffi
+from x1_rig import rigged
 
+import ttun
 from ttun import handshake, handshakes
-from ttun.handshakes import Handshakes, Host, Pending
+from ttun.handshakes import Handshakes, Host, Peer, Pending
 from ttun.stop import StopFlag
 from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
 
@@ -39,8 +45,8 @@ class House:
         )
         self.socks: list[socket.socket] = []
 
-    def connect(self, data: bytes = b"") -> socket.socket:
-        sock = socket.create_connection(self.listener.getsockname(), 5)
+    def connect(self, data: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
+        sock = socket.create_connection(self.listener.getsockname(), 5, (source, 0))
         self.socks.append(sock)
         if data:
             sock.sendall(data)
@@ -106,6 +112,81 @@ def test_the_oldest_silent_connection_makes_way(house: House) -> None:
     assert all(map(is_open, [*talkers, younger, newcomer]))
 
 
+@pytest.fixture
+def full_size() -> Iterator[House]:
+    """With room for as many as there may be, and the descriptors for both ends of them."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
+        made = House()
+        yield made
+        made.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_one_address_has_64_connections_and_all_have_256(full_size: House) -> None:
+    """SECURITY.md says so. The oldest silent ones make way."""
+
+    crowds = []
+    for last in range(2, 7):
+        crowds.append([full_size.connect(source=f"127.0.0.{last}") for _ in range(64)])
+        full_size.turns(2 * handshakes.SILENT_AFTER)
+        if last == 2:
+            more = [full_size.connect(source="127.0.0.2") for _ in range(6)]
+            full_size.turns(2 * handshakes.SILENT_AFTER)
+            assert [is_open(sock) for sock in crowds[0] + more] == [False] * 6 + [True] * 64
+    assert len(full_size.pending._pending) == sum(map(is_open, full_size.socks)) == 256
+    assert [sum(map(is_open, crowd)) for crowd in crowds] == [0, 64, 64, 64, 64]
+
+
+def test_a_silent_connection_makes_way_before_one_that_spoke(full_size: House) -> None:
+    talker = full_size.connect(b"1")
+    full_size.turns()
+    silent = [full_size.connect() for _ in range(63)]
+    full_size.turns(2 * handshakes.SILENT_AFTER)
+    for gone in range(1, 6):
+        full_size.connect()
+        full_size.turns()
+        assert is_open(talker)
+        assert [is_open(sock) for sock in silent[: gone + 1]] == [False] * gone + [True]
+
+
+def proven() -> tuple[Peer, X1Peer]:
+    """A peer of a server that has proved the key, and its other end."""
+    ours, theirs = socket.socketpair()
+    client = X1Peer(theirs)
+    shaking = threading.Thread(target=client.shake, args=(0,))
+    shaking.start()
+    keys = shake(handshake.server(K, terms()), ours)
+    shaking.join()
+    return Peer(ours, "a peer", keys), client
+
+
+def test_a_newcomer_that_another_one_replaces_is_closed_and_its_keys_are_wiped() -> None:
+    """And so is the one that waits when the server stops."""
+    server = ttun.Server(b"secret", takeover=True)
+    with rigged() as rig:
+        (first, early), (second, late) = proven(), proven()
+        server._newcomer(rig.session, first)
+        server._newcomer(rig.session, second)
+        assert early.sock.recv(1) == b""
+        assert is_open(late.sock)
+        assert any(secrets(second))
+        server.stop()
+        late.sock.settimeout(5)
+        assert late.sock.recv(1) == b""
+    for peer in (first, second):
+        assert not any(secrets(peer))
+
+
+def secrets(peer: Peer) -> bytes:
+    """All that its session could have been made of."""
+    assert peer.keys.agreement is not None
+    states = [bytes(ffi.buffer(state.c)) for state in (peer.keys.sending, peer.keys.receiving)]
+    return b"".join([*states, peer.keys.agreement.p])
+
+
 def test_a_connection_is_silent_only_after_a_while() -> None:
     with socket.socket() as sock:
         peer = Pending(sock, "x", "x", since=100.0, deadline=110.0)
@@ -161,6 +242,31 @@ def test_nobody_is_held_for_longer_than_a_client_would_wait(
     assert all(map(is_open, waiting))
     house.turns(1)
     assert not any(map(is_open, waiting))
+
+
+@pytest.mark.parametrize(("held", "seconds"), [(False, 10), (True, 15)])
+def test_a_handshake_has_ten_seconds_and_who_waits_for_a_session_fifteen(
+    held: bool, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is set ahead."""
+    clock = Clock()
+    monkeypatch.setattr(handshakes, "time", clock)
+    house = House()
+    try:
+        if held:
+            house.pending.hold()
+        silent, talker = house.connect(), house.connect(bytes(16))
+        house.turns()
+        if not held:
+            assert len(talker.recv(16)) == 16
+        clock.ahead = seconds - 1
+        house.turns()
+        assert is_open(silent) and is_open(talker)
+        clock.ahead = seconds + 0.1
+        house.turns()
+        assert not is_open(silent) and not is_open(talker)
+    finally:
+        house.close()
 
 
 def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(house: House) -> None:

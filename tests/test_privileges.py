@@ -6,11 +6,12 @@ import os
 import pwd
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
+from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, Program, eventually
 
 from ttun import hosts, privileges
 from ttun.errors import UsageError
@@ -71,6 +72,45 @@ def test_an_end_has_no_right_left_and_goes_on_redialling(
     assert bench.devices(CLIENT) == ["ttun0"]
     assert client.stop() == 0
     assert bench.devices(CLIENT) == []
+
+
+# Starts a program in supplementary groups, perhaps without CAP_SETUID: linux/prctl.h and
+# linux/capability.h.
+IN_GROUPS = """
+import ctypes, os, sys
+os.setgroups([4242, 4343])
+if sys.argv[1] == "no-setuid":
+    assert ctypes.CDLL(None).prctl(24, 7, 0, 0, 0) == 0
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def in_groups(bench: Bench, how: str) -> Program:
+    """A server that was started in other groups."""
+    log = bench.directory / "groups.log"
+    command = [sys.executable, "-c", IN_GROUPS, how, *PROGRAM, "server", "-k", "secret"]
+    with log.open("w") as file:
+        process = bench.pair.start(SERVER, command, stderr=file, environment=hosts.environment())
+    program = Program(process, log)
+    program.says("without capabilities")
+    return program
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+def test_supplementary_groups_are_left(plain: Bench) -> None:
+    server = in_groups(plain, "usual")
+    has_nothing(server.process.pid, *unprivileged())
+    assert server.stop() == 0
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+def test_who_cannot_become_another_user_keeps_the_groups_too(plain: Bench) -> None:
+    server = in_groups(plain, "no-setuid")
+    assert "cannot become the user nobody: this process may not change its user" in server.log()
+    has_nothing(server.process.pid, 0, 0)
+    for thread in threads(server.process.pid):
+        assert thread["Groups"].split() == ["4242", "4343"]
+    assert server.stop() == 0
 
 
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")

@@ -18,6 +18,7 @@ from connections import paced
 from known_answers import SESSIONS, frames, plaintext
 from peer import Peer
 from socket_device import RunningSession, SocketDevice
+from ttun._codec import lib
 
 from ttun.buffers import NORMAL, SMALL, Buffers
 from ttun.cipher import CIPHERS, CipherState
@@ -213,6 +214,16 @@ def test_a_full_device_loses_packets_not_the_session(rig: Rig) -> None:
         rig.peer.send(b"still there")
         reader.join(0.01)
     assert rig.end() == "stopped"
+
+
+def test_a_device_is_drained_so_far_and_no_further() -> None:
+    device = SocketDevice()
+    for number in range(5):
+        device.outside.send(b"%d" % number)
+    assert lib.ttun_drain(device.fileno(), 3) == 3
+    assert device.inside.recv(100) == b"3"
+    assert lib.ttun_drain(device.fileno(), 3) == 1
+    assert lib.ttun_drain(device.fileno(), 3) == 0
 
 
 def test_a_thousand_sessions_leave_nothing_behind() -> None:

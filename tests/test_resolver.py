@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_waiting import names
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
 from ttun import resolver
@@ -151,6 +152,21 @@ def test_a_route_that_catches_all_addresses_of_a_name_is_refused(
     client = plain.client("--route", f"{SERVER_ADDRESS}/32", to=NAME)
     assert client.ended() == 2
     assert "would carry the tunnel's own way" in client.log().splitlines()[-1]
+
+
+@pytest.mark.hosts
+def test_of_a_names_addresses_the_one_that_a_route_catches_is_not_dialled(
+    plain: Bench, tmp_path: Path
+) -> None:
+    """Its connection would go into the tunnel."""
+    with names(tmp_path, two=["192.0.2.3", SERVER_ADDRESS]):
+        client = plain.client("--route", "192.0.2.3/32", to="two")
+        failed = client.says("cannot connect to two:20203: ")
+        assert "the route to 192.0.2.3/32 would carry the tunnel's own way to 192.0.2.3" in failed
+        assert f"{SERVER_ADDRESS}:20203: Connection refused" in failed
+        plain.server()
+        client.says("authenticated")
+        assert "192.0.2.3:20203" not in client.log()
 
 
 @pytest.fixture

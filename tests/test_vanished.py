@@ -18,6 +18,7 @@ from ttun import link, vanished
 pytestmark = pytest.mark.hosts
 
 SO_BINDTODEVICE = 25
+GONE = "nothing came from the peer"
 KINDS = [(proto, busy) for proto in ("tcp", "mptcp") for busy in (False, True)]
 V1 = ("--wire", "v1")  # between two of ours, x1 asks the peer itself
 needs_mptcp = pytest.mark.skipif(
@@ -93,6 +94,32 @@ def test_a_vanished_peer_leaves_the_listener_free_within_45_seconds(plain: Bench
         client = plain.client(to=f"{SERVER_ADDRESS}:{20300 + number}")
         client.says("authenticated", seconds=5)
         client.stop()
+
+
+@pytest.mark.parametrize("kernel_does_it", [False, True])
+def test_a_peer_that_no_path_has_heard_of_for_35_seconds_is_gone(
+    kernel_does_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked every 5 s; what the kernel does by itself, or does not tell, ends nothing."""
+    told: list[int | None] = [0]
+    monkeypatch.setattr(vanished, "silence", lambda _: told[0])
+    monkeypatch.setattr(vanished, "_kernel_does_it", lambda _: kernel_does_it)
+    with socket.socket() as sock:
+        watch, now = vanished.Watch(sock), time.monotonic()
+
+        def look(after: float, silent: int | None) -> str | None:
+            told[0] = silent
+            return watch.look(now + after)
+
+        assert look(4, 35_000) is None, "not asked yet"
+        for after, silent in ((10, 34_999), (20, None), (30, 0)):
+            assert look(after, silent) is None
+        assert look(34, 35_000) is None, "it was asked 4 s ago"
+        gone = None if kernel_does_it else f"{GONE} for 35 s, over any path"
+        assert look(40, 35_000) == gone
+        told[0] = None
+        watch = vanished.Watch(sock)
+        assert look(50, 35_000) is None, "a kernel that does not tell at first"
 
 
 @pytest.mark.slow

@@ -1,0 +1,153 @@
+"""How long things take that no test waits for: the times of docs/protocol.md, to the second.
+
+The clock of the control thread is set ahead, and so is how long the codec says that nothing came.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+from peer import PING, PONG, REKEY
+from ttun._codec import lib
+from tunnel import eventually
+from x1_rig import Rig, rigged
+
+from ttun import control
+
+
+class Clock:
+    """The time module, as control.py uses it."""
+
+    ahead = 0.0
+    sleep = staticmethod(time.sleep)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+class Codec:
+    """The codec, but for the time since the peer's last frame."""
+
+    silence = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def ttun_session_silence(self, session: object) -> int:
+        return int(self.silence * 1000)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(control, "time", clock)
+    monkeypatch.setattr(control, "LOOK_AT_CLOCK", 0.02)
+    return clock
+
+
+@pytest.fixture
+def codec(monkeypatch: pytest.MonkeyPatch) -> Codec:
+    codec = Codec()
+    monkeypatch.setattr(control, "lib", codec)
+    return codec
+
+
+def frames_until_it_has_looked(rig: Rig) -> set[bytes]:
+    """The types of all frames of ours up to an answer that followed a look at the clock."""
+    kinds = set()
+    for _ in range(3):
+        ping = os.urandom(8)
+        rig.peer.send(PING + ping)
+        while (frame := rig.peer.receive()) != PONG + ping:
+            kinds.add(frame[:1])
+        time.sleep(0.05)
+    return kinds
+
+
+def is_in_use(rig: Rig) -> bool:
+    """Whether the life of the key has begun."""
+    assert rig.session.control is not None
+    return rig.session.control._used_since is not None
+
+
+def ended(rig: Rig) -> str:
+    """Why it ended by itself, and soon."""
+    eventually(lambda: rig.session.is_over, "it is over", 10)
+    return rig.ended()
+
+
+def test_a_client_begins_a_rekey_after_two_minutes(clock: Clock) -> None:
+    with rigged("client") as rig:
+        rig.carries()
+        eventually(lambda: is_in_use(rig), "the key is in use")
+        clock.ahead = 118
+        assert REKEY not in frames_until_it_has_looked(rig)
+        clock.ahead = 121
+        rig.peer.receive_control(REKEY)
+
+
+def test_a_server_lets_four_minutes_pass(clock: Clock) -> None:
+    with rigged("server") as rig:
+        rig.carries()
+        eventually(lambda: is_in_use(rig), "the key is in use")
+        clock.ahead = 238
+        frames_until_it_has_looked(rig)
+        clock.ahead = 241
+        assert ended(rig) == "the peer let twice the life of a key pass"
+
+
+@pytest.mark.parametrize("role", ["client", "server"])
+def test_the_peer_has_a_minute_to_go_on_with_a_rekey(role: str, clock: Clock) -> None:
+    with rigged(role) as rig:
+        rig.carries()
+        if role == "client":
+            eventually(lambda: is_in_use(rig), "the key is in use")
+            clock.ahead = 121
+            rig.peer.receive_control(REKEY)
+        else:
+            rig.peer.begin_rekey()
+        clock.ahead += 58
+        frames_until_it_has_looked(rig)
+        clock.ahead += 3
+        assert ended(rig) == "the peer did not go on with fresh keys"
+
+
+def test_a_ping_follows_five_seconds_of_silence(clock: Clock, codec: Codec) -> None:
+    with rigged() as rig:
+        rig.peer.receive_control(PING)  # at the start there is one
+        clock.ahead = codec.silence = 4.5
+        assert PING not in frames_until_it_has_looked(rig)
+        clock.ahead = codec.silence = 5.5
+        rig.peer.receive_control(PING)
+
+
+def test_a_peer_that_takes_nothing_is_gone_after_fifteen_seconds(
+    clock: Clock, codec: Codec
+) -> None:
+    with rigged() as rig:
+        clock.ahead = codec.silence = 14
+        time.sleep(0.3)
+        assert not rig.session.is_over
+        clock.ahead = codec.silence = 15.5
+        assert ended(rig) == "no sign of life from the peer for 16 s"
+
+
+def test_a_peer_that_takes_data_and_sends_nothing_is_gone_after_a_minute(
+    clock: Clock, codec: Codec
+) -> None:
+    with rigged() as rig:
+        ours = rig.session.control
+        assert ours is not None
+        clock.ahead = 58
+        sent = clock.monotonic()
+        rig.carries_up()
+        eventually(lambda: ours._progress_at >= sent, "it has seen that")
+        codec.silence = 59
+        time.sleep(0.3)
+        assert not rig.session.is_over
+        codec.silence = 60.2
+        assert ended(rig) == "no sign of life from the peer for 60 s"
+        assert clock.monotonic() - ours._progress_at < control.DEAD_AFTER, "not for another reason"
