@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_link_measures_everything_of_every_target(
 
 @pytest.mark.hosts
 @pytest.mark.slow
+@pytest.mark.skipif("TTUN_TEST_LONG" not in os.environ, reason="TTUN_TEST_LONG is not set")
 def test_link_with_several_losses_measures_goodput_over_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
