@@ -33,7 +33,8 @@ states = [CipherState(cipher, number % 2, key) for number, key in enumerate(keys
 (inside, outside), (ours, theirs) = socket.socketpair(type=socket.SOCK_DGRAM), socket.socketpair()
 inside.setblocking(False)
 uplink, downlink, *following = [state.c for state in states]
-session = lib.ttun_session_new(inside.fileno(), ours.fileno(), 0, 0, uplink, downlink, 1, 2, 1 << 20)
+arguments = inside.fileno(), ours.fileno(), 0, 0, uplink, downlink, 1, 2, 1 << 20
+session = lib.ttun_session_new(*arguments)
 assert lib.ttun_session_rekey(session, *following) == 0
 names = "uplink_seal", "uplink_send", "downlink_receive", "downlink_open"
 bodies = [getattr(lib, f"ttun_{name}") for name in names]
