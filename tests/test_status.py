@@ -50,6 +50,16 @@ def sockets() -> list[Path]:
 
 
 @pytest.mark.hosts
+def test_nothing_is_left_of_an_end_that_was_stopped_while_it_started(plain: Bench) -> None:
+    """As soon as there is a socket, somebody ends the program."""
+    for _ in range(5):
+        server = plain.start(SERVER, "server", "-k", "secret")
+        eventually(sockets, "a socket")
+        assert server.stop() == 0
+        assert sockets() == []
+
+
+@pytest.mark.hosts
 @pytest.mark.parametrize("user", [[], ["--user", "root"]], ids=["nobody", "root"])
 def test_nothing_is_left_of_an_end_that_was_stopped_nor_of_one_that_was_killed(
     plain: Bench, user: list[str]

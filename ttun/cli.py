@@ -325,10 +325,10 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
+    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
     privileges.drop(user, required=options.user is not None)  # before there are threads
     log_writer.start()
-    signals = Signals(*ENDING, signal.SIGUSR1)
     hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
