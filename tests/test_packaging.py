@@ -29,6 +29,7 @@ SOURCE_ONLY = {
 }  # fmt: skip
 NOWHERE = "https://127.0.0.1:9/simple"  # the port discard, where nobody listens
 
+long = pytest.mark.skipif(not os.environ.get("TTUN_TEST_LONG"), reason="TTUN_TEST_LONG=1 runs it")
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv" / ".built").exists(), reason="not built with make"
 )
@@ -187,6 +188,7 @@ def test_compact_source(source: str, expected: str) -> None:
     assert compact(source) == expected
 
 
+@long
 def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: Path) -> None:
     without = make(tree)
     assert without.returncode != 0
@@ -202,6 +204,7 @@ def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: 
     assert with_tools.stderr.splitlines()[:-1] == said, "what the tests take is not there"
 
 
+@long
 @pytest.mark.slow
 def test_root_leaves_nothing_of_roots_in_a_users_tree(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(WHEELS, tree / ".venv" / "wheels")
