@@ -27,11 +27,25 @@ enum {
     INTERVAL_MOST = 1000000,
     /* linux/tcp.h. glibc's own header has a shorter struct, and musl-gcc does not see the kernel's.
      */
+    INFO_MSS = 16,          /* u32, bytes */
+    INFO_UNACKED = 24,      /* u32, segments */
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
-    INFO_SIZE = 112,
+    INFO_MIN_RTT = 148,     /* u32, microseconds */
+    INFO_SIZE = 152,
     OPTION_INFO = 11,
-    OPTION_NOTSENT_LOWAT = 25
+    OPTION_NOTSENT_LOWAT = 25,
+    OPTION_CC_INFO = 26,
+    /* linux/inet_diag.h, struct tcp_bbr_info */
+    BBR_BANDWIDTH = 0, /* u64, bytes per second */
+    BBR_GAIN = 12,     /* u32, of the pacing, in 256ths */
+    BBR_SIZE = 20,
+    BBR_STARTUP = 2 * 256, /* its gain is 2.89 while it starts up, and 1.25 at most afterwards */
+    BUSY = 8,              /* segments under way */
+    QUEUED = 5000,         /* microseconds of round trip more than the least: there is a queue */
+    FULL_FOR = 3,          /* round trips without more bandwidth */
+    HELD_FOR = 10,
+    OPTION_MAX_PACING_RATE = 47
 };
 
 static const uint64_t RATE_MOST = 1ull << 40; /* bytes per second; the kernel says all ones */
@@ -53,6 +67,51 @@ void connection_init(struct connection *c, int socket, unsigned slots) {
         c->look_at = UINT64_MAX;
 }
 
+/* Of struct tcp_info. */
+struct tcp {
+    uint64_t pacing_rate;  /* bytes per second */
+    uint32_t mss, unacked; /* bytes, segments */
+    uint32_t rtt, min_rtt; /* microseconds */
+};
+
+static void limit_pacing(struct connection *c, uint32_t rate) {
+    setsockopt(c->socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
+}
+
+/* Helps bbr out of its start-up. It leaves that when three round trips brought no more, and leaves
+ * out those in which the socket ran dry (app-limited). Inside a tunnel it always does: TCP inside
+ * sends as its acknowledgements come, as fast as the link, and start-up paces at 2.89 times that.
+ * So it would go on for ever, with a queue of two round trips in the network and the losses of one
+ * that is full. Where the link does not carry more and there is a queue, the connection is held
+ * just below its rate until bbr has seen that. */
+static void watch_startup(struct connection *c, uint64_t now, const struct tcp *tcp) {
+    uint8_t info[BBR_SIZE];
+    uint64_t bandwidth = 0;
+    uint32_t gain = 0;
+    socklen_t size = sizeof info;
+    if (getsockopt(c->socket, IPPROTO_TCP, OPTION_CC_INFO, info, &size) == 0 &&
+        size == sizeof info) { /* of another congestion control it is shorter, or longer */
+        memcpy(&bandwidth, info + BBR_BANDWIDTH, sizeof bandwidth);
+        memcpy(&gain, info + BBR_GAIN, sizeof gain);
+    }
+    bool busy = gain >= BBR_STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
+    uint64_t queued = tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED;
+    if (c->held_until != 0) {
+        if (gain >= BBR_STARTUP && now < c->held_until)
+            return;
+        limit_pacing(c, UINT32_MAX);
+        c->held_until = 0;
+        c->full_since = now;
+    } else if (!busy || bandwidth > c->most_bandwidth + c->most_bandwidth / 8) {
+        c->most_bandwidth = bandwidth;
+        c->full_since = now;
+    } else if (now - c->full_since > FULL_FOR * (uint64_t)tcp->rtt &&
+               tcp->rtt > tcp->min_rtt + queued) {
+        limit_pacing(c, (uint32_t)(bandwidth - bandwidth / 10));
+        c->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
+    }
+}
+
 void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     if (now < c->look_at)
         return;
@@ -60,21 +119,24 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint8_t info[INFO_SIZE];
     socklen_t size = sizeof info;
     if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < sizeof info) {
-        c->look_at = UINT64_MAX; /* a kernel before 3.15 */
+        c->look_at = UINT64_MAX; /* a kernel before 4.9 */
         return;
     }
-    uint64_t rate;
-    uint32_t rtt;
-    memcpy(&rate, info + INFO_PACING_RATE, sizeof rate);
-    memcpy(&rtt, info + INFO_RTT, sizeof rtt);
-    rate = clamp(rate, 0, RATE_MOST);
+    struct tcp tcp;
+    memcpy(&tcp.pacing_rate, info + INFO_PACING_RATE, sizeof tcp.pacing_rate);
+    memcpy(&tcp.mss, info + INFO_MSS, sizeof tcp.mss);
+    memcpy(&tcp.unacked, info + INFO_UNACKED, sizeof tcp.unacked);
+    memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
+    memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);
+    watch_startup(c, now, &tcp);
+    uint64_t rate = clamp(tcp.pacing_rate, 0, RATE_MOST);
     uint64_t sealed = rate * SEALED / 1000000;
     c->limited = sealed < (uint64_t)slots * SLOT_SIZE;
     c->batch = (size_t)clamp(sealed, SEALED_LEAST, SLOT_SIZE);
     c->whole = (size_t)clamp(rate * WHOLE / 1000000, WHOLE_LEAST, SLOT_SIZE);
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
-    c->pace.target = clamp(rtt, TARGET_LEAST, TARGET_MOST);
-    c->pace.interval = clamp(3 * (uint64_t)rtt, INTERVAL_LEAST, INTERVAL_MOST);
+    c->pace.target = clamp(tcp.rtt, TARGET_LEAST, TARGET_MOST);
+    c->pace.interval = clamp(3 * (uint64_t)tcp.rtt, INTERVAL_LEAST, INTERVAL_MOST);
     uint32_t unsent = (uint32_t)clamp(rate * UNSENT / 1000000, UNSENT_LEAST, UNSENT_MOST);
     uint32_t slack = c->unsent / 4;
     if ((unsent < c->unsent - slack || unsent > c->unsent + slack) &&

@@ -29,6 +29,9 @@ struct connection {
     size_t whole;                /* bytes of a packet that is not cut */
     size_t batch;                /* bytes to seal at once, about */
     unsigned slots;              /* sealed ones that may wait for the socket */
+    uint64_t most_bandwidth;     /* of bbr while it starts up; bytes per second */
+    uint64_t full_since;         /* the link has carried no more; microseconds */
+    uint64_t held_until;         /* its pacing is limited; 0: it is not */
     struct ttun_codel_pace pace; /* of each flow in the queue */
 };
 
