@@ -13,7 +13,7 @@ enum {
      * (docs/performance.md): less of it runs dry, more of it is only waited for. */
     UNSENT = 4000,
     SEALED = 2000,
-    UNSENT_LEAST = 4096, /* bytes */
+    UNSENT_LEAST = 2048, /* bytes */
     UNSENT_MOST = 256 * 1024,
     SEALED_LEAST = 1024, /* one packet of the usual MTU is more */
     WHOLE = 4000,        /* microseconds */
