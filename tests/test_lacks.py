@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -50,8 +51,10 @@ def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
 
 
 def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager[None]:
-    """It has what it has, and gets only so many more."""
-    return lacking(end, "nofile", end.usage()[0] + more)
+    """It has what it has, and gets so many more: the limit is on the numbers (getrlimit(2))."""
+    taken = {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
+    free = (number for number in itertools.count() if number not in taken)
+    return lacking(end, "nofile", next(itertools.islice(free, more, None)))
 
 
 def no_threads(end: End) -> contextlib.AbstractContextManager[None]:
