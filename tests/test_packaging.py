@@ -20,7 +20,7 @@ from tunnel import ROOT
 WHEELS = ROOT / ".venv" / "wheels"
 MADE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache",
-    ".hypothesis", "slow.log", "PKG-INFO", "setup.cfg",
+    ".hypothesis", "beside.log", "PKG-INFO", "setup.cfg",
 )  # fmt: skip
 USER = 12345  # who owns a tree that root builds in
 SOURCE_ONLY = {
