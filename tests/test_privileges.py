@@ -113,6 +113,28 @@ def test_who_cannot_become_another_user_keeps_the_groups_too(plain: Bench) -> No
     assert server.stop() == 0
 
 
+ALREADY = """
+import os
+from ttun import _codec, privileges
+privileges._load_what_comes_later()  # that user may not be able to
+os.setgroups([4242])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+privileges.drop(privileges.find_user("65534"), required=True)
+print(os.getresuid(), os.getgroups())
+"""
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+def test_who_is_that_user_already_needs_no_right_to_become_it() -> None:
+    """Its groups are those that whoever started it chose."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALREADY], env={**os.environ, **hosts.environment()},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "(65534, 65534, 65534) [4242]\n"), done.stderr
+
+
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_another_user_can_be_named(bench: Bench) -> None:
     entry = pwd.getpwnam("daemon")
