@@ -128,13 +128,20 @@ def full_size() -> Iterator[House]:
 def test_one_address_has_64_connections_and_all_have_256(full_size: House) -> None:
     """SECURITY.md says so. The oldest silent ones make way."""
 
+    def settles(left: int) -> None:
+        """All have been accepted, however slow this machine is, and so many are left."""
+        end = time.monotonic() + 20
+        while sum(map(is_open, full_size.socks)) != left and time.monotonic() < end:
+            full_size.turns(2 * handshakes.SILENT_AFTER)
+
     crowds = []
     for last in range(2, 7):
         crowds.append([full_size.connect(source=f"127.0.0.{last}") for _ in range(64)])
         full_size.turns(2 * handshakes.SILENT_AFTER)
+        settles(64 * min(last - 1, 4))
         if last == 2:
             more = [full_size.connect(source="127.0.0.2") for _ in range(6)]
-            full_size.turns(2 * handshakes.SILENT_AFTER)
+            settles(64)
             assert [is_open(sock) for sock in crowds[0] + more] == [False] * 6 + [True] * 64
     assert len(full_size.pending._pending) == sum(map(is_open, full_size.socks)) == 256
     assert [sum(map(is_open, crowd)) for crowd in crowds] == [0, 64, 64, 64, 64]
