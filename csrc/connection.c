@@ -27,7 +27,6 @@ enum {
     INTERVAL_MOST = 1000000,
     /* linux/tcp.h. glibc's own header has a shorter struct, and musl-gcc does not see the kernel's.
      */
-    INFO_MSS = 16,          /* u32, bytes */
     INFO_UNACKED = 24,      /* u32, segments */
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
@@ -70,7 +69,7 @@ void connection_init(struct connection *c, int socket, unsigned slots) {
 /* Of struct tcp_info. */
 struct tcp {
     uint64_t pacing_rate;  /* bytes per second */
-    uint32_t mss, unacked; /* bytes, segments */
+    uint32_t unacked;      /* segments */
     uint32_t rtt, min_rtt; /* microseconds */
 };
 
@@ -124,7 +123,6 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     }
     struct tcp tcp;
     memcpy(&tcp.pacing_rate, info + INFO_PACING_RATE, sizeof tcp.pacing_rate);
-    memcpy(&tcp.mss, info + INFO_MSS, sizeof tcp.mss);
     memcpy(&tcp.unacked, info + INFO_UNACKED, sizeof tcp.unacked);
     memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
     memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);

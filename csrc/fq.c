@@ -32,7 +32,7 @@ void ttun_fq_init(struct ttun_fq *fq, uint8_t *memory, size_t size, uint64_t sal
     memset(fq, 0, sizeof *fq);
     fq->memory = memory;
     fq->cells = fq->free_cells = (unsigned)(size / FQ_CELL);
-    assert(fq->cells <= FQ_CELLS_MAX);
+    assert(fq->cells <= FQ_CELLS_MAX && (uintptr_t)memory % _Alignof(struct cell) == 0);
     fq->salt = salt;
     fq->first_free = NONE;
     fq->new_flows = fq->old_flows = (struct fq_list){NONE, NONE};

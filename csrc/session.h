@@ -18,7 +18,8 @@ enum {
     WHOLE = 3, /* bytes in front of an offloaded packet: its type and its gso_size */
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
-    SCRATCH_SIZE = SCRATCH_PACKET + TTUN_PACKET_MAX
+    /* A multiple of 16, too: what lies behind it is aligned. */
+    SCRATCH_SIZE = (SCRATCH_PACKET + TTUN_PACKET_MAX + 15) / 16 * 16
 };
 
 /* The keys of one direction, and those that follow them. */

@@ -85,13 +85,17 @@ def choose(sock: socket.socket, wanted: str = AUTO) -> str | None:
     if wanted == SYSTEM:
         return None
     try:
-        with socket.socket(sock.family, socket.SOCK_STREAM) as fresh:
+        fresh = socket.socket(sock.family, socket.SOCK_STREAM)
+    except OSError as error:  # no descriptor, no memory
+        return f"{FAR if wanted == AUTO else wanted}: {os.strerror(error.errno or 0)}"
+    with fresh:
+        try:
             system = _get(fresh)
             start(fresh)
             if _get(sock) != _get(fresh):
                 return None  # a route's
-    except OSError:
-        return None  # a kernel without the option; a socketpair
+        except OSError:
+            return None  # a kernel without the option; a socketpair
     if wanted == AUTO:
         near = _is_near(sock)
         wanted = (UNPACED if system.startswith(PACING) else system) if near else FAR
