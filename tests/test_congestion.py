@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -114,6 +116,21 @@ def test_the_way_says_what_the_kernel_measured(stop: StopFlag) -> None:
         assert 0 < way.min_rtt < 10
         assert way.retransmitted is not None and 0 <= way.retransmitted <= 1
     assert congestion.way(ends[0]) is None, "of a closed one nothing"
+
+
+def test_without_a_descriptor_it_says_that_bbr_cannot_be_had(
+    stop: StopFlag,
+) -> None:
+    with connected(stop) as ends:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.ExitStack() as taken:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (ends[0].fileno() + 20, most[1]))
+            taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, most)
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.callback(os.close, os.dup(ends[0].fileno()))
+            why = congestion.choose(ends[0])
+    assert why == "bbr: Too many open files"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "sixteen_letters_", "ü", "x\n"])
