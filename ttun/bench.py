@@ -26,8 +26,8 @@ from typing import Any
 from ttun import hosts
 from ttun.cipher import CIPHERS, CipherState, fast
 from ttun.demo import end, measured, progress
-from ttun.endpoint import V1_CIPHERS
 from ttun.errors import TtunError, UsageError
+from ttun.handshake import V1_CIPHERS
 from ttun.hosts import SERVER, Hosts
 from ttun.subjects import RAW, Subject, against, ours
 from ttun.version import __version__

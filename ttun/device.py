@@ -47,6 +47,29 @@ OFFLOADS = [
 STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
 
 
+def checked_name(name: str) -> str:
+    """Return a name that the kernel and every reader takes. Raises UsageError.
+
+    The kernel wants 1 to 15 bytes, one %d at most, and none of what its isspace() knows, the byte
+    0xA0 among it: dev_valid_name() and __dev_alloc_name() in net/core/dev.c. Quotes, backslashes
+    and what does not print are refused too: the name goes into logs, terminals and metrics.
+    """
+    encoded = name.encode(errors="surrogatepass")
+    if (
+        not 0 < len(encoded) <= 15
+        or name in (".", "..", "all", "default")  # directories of sysctl
+        or set(name) & set("/: \"'`\\")
+        or "%" in name.replace("%d", "", 1)
+        or b"\xa0" in encoded
+        or not name.isprintable()  # control and format characters; bytes that are no UTF-8
+    ):
+        raise UsageError(
+            f"{name!r} is not a valid device name: 1 to 15 bytes of UTF-8, no blank, slash, colon, "
+            "quote, backslash, control character or %, but for one %d"
+        )
+    return name
+
+
 @dataclass(frozen=True)
 class Addresses:
     """The addresses of one end, with their prefix lengths, and of its peer where those do not

@@ -34,16 +34,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Callable, ClassVar
 
-from ttun import cipher as ciphers
-from ttun import congestion, link
-from ttun._codec import lib
+from ttun import congestion, link, words
 from ttun.buffers import find as find_buffers
 from ttun.control import DEFAULT_LIMITS, Limits
-from ttun.device import DEFAULT_MTU, FIRST_FREE, MAX_MTU, MIN_MTU, Addresses, Device
+from ttun.device import (
+    DEFAULT_MTU,
+    FIRST_FREE,
+    MAX_MTU,
+    MIN_MTU,
+    Addresses,
+    Device,
+    checked_name,
+)
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import TtunError, UsageError
-from ttun.handshake import V1_DEFAULT, Keys, Terms, psk_key
+from ttun.handshake import Keys, agreeable, psk_key
 from ttun.handshakes import Handshakes, Peer
 from ttun.routes import Network
 from ttun.session import Counters, Session
@@ -52,10 +58,6 @@ from ttun.vanished import Watch
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
-
-WIRES = ["auto", "v1", "x1"]
-V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
-
 
 # What a program can lack for a while: descriptors, memory, threads (a RuntimeError).
 LACKS = (OSError, MemoryError, RuntimeError)
@@ -142,11 +144,11 @@ class Endpoint(abc.ABC):
             raise UsageError("the key is empty")
         if not MIN_MTU <= mtu <= MAX_MTU:
             raise UsageError(f"an MTU of {mtu}: it goes from {MIN_MTU} to {MAX_MTU}")
-        self._terms = _terms(wire, cipher, mtu)
+        self._terms = agreeable(wire, cipher, mtu)
         self._limits = limits
         self._k = psk_key(key)
         self._mtu = mtu
-        self._name = _device_name(device)
+        self._name = checked_name(device)
         self._addresses = addresses or self.addresses
         self._routes = list(routes)
         self._buffers = find_buffers(buffers)
@@ -446,8 +448,8 @@ class Endpoint(abc.ABC):
                 peer.name,
                 session.duration,
                 reason,
-                describe(session.counters()),
-                in_words(session.way()),
+                words.carried(session.counters()),
+                words.lost(session.way()),
             )
             self._tell(self.on_disconnected, peer.name, reason)
         if session.device_lost:
@@ -520,81 +522,6 @@ class Endpoint(abc.ABC):
         )
 
 
-def _device_name(name: str) -> str:
-    """Return a name that the kernel and every reader takes. Raises UsageError.
-
-    The kernel wants 1 to 15 bytes, one %d at most, and none of what its isspace() knows, the byte
-    0xA0 among it: dev_valid_name() and __dev_alloc_name() in net/core/dev.c. Quotes, backslashes
-    and what does not print are refused too: the name goes into logs, terminals and metrics.
-    """
-    encoded = name.encode(errors="surrogatepass")
-    if (
-        not 0 < len(encoded) <= 15
-        or name in (".", "..", "all", "default")  # directories of sysctl
-        or set(name) & set("/: \"'`\\")
-        or "%" in name.replace("%d", "", 1)
-        or b"\xa0" in encoded
-        or not name.isprintable()  # control and format characters; bytes that are no UTF-8
-    ):
-        raise UsageError(
-            f"{name!r} is not a valid device name: 1 to 15 bytes of UTF-8, no blank, slash, colon, "
-            "quote, backslash, control character or %, but for one %d"
-        )
-    return name
-
-
-def _terms(wire: str, name: str | None, mtu: int) -> Terms:
-    """Return what to agree to. Raises UsageError for what no peer could agree to."""
-    if wire not in WIRES:
-        raise UsageError(f"unknown wire {wire!r}: choose {', '.join(WIRES)}")
-    cipher = None if name is None else ciphers.find(name)
-    offers = [
-        offer
-        for offer in ([cipher] if cipher else ciphers.fast())
-        if mtu + offer.tag_size <= lib.TTUN_LENGTH_MAX
-    ]
-    if not offers:
-        raise UsageError(f"{name} and an MTU of {mtu}: with its tag a packet fits no frame")
-    if cipher is None or cipher.name in V1_CIPHERS:
-        return Terms(wire, cipher or V1_DEFAULT, offers)
-    if wire == "v1":
-        raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
-    return Terms("x1", V1_DEFAULT, offers, needs_x1=f"{cipher.name} needs wire x1")
-
-
 def _words(error: BaseException) -> str:
     """Return what is lacking, in the system's words."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def describe(counters: Counters) -> str:
-    """Return what went through in words."""
-    text = (
-        f"sent {counters.uplink_packets} packets, {size_in_words(counters.uplink_bytes)}; "
-        f"received {counters.downlink_packets} packets, {size_in_words(counters.downlink_bytes)}"
-    )
-    if counters.refused:
-        text += f"; {counters.refused} of the peer's packets were refused by the kernel"
-    if counters.unsendable:
-        text += f"; {counters.unsendable} could not be sent"
-    if counters.congested:
-        text += f"; {counters.congested} were dropped as the link was full"
-    if counters.forged:
-        text += f"; {counters.forged} of the peer's packets did not add up"
-    return text
-
-
-def in_words(way: congestion.Way | None) -> str:
-    """Return what became of the segments of a connection, to follow describe()."""
-    if way is None or way.retransmitted is None:
-        return ""
-    return f"; {100 * way.retransmitted:.1f} % retransmitted, {way.control}"
-
-
-def size_in_words(size: float) -> str:
-    """Return a number of bytes in the unit that suits it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -27,13 +27,17 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from ttun import x1
-from ttun.cipher import CIPHERS, PREFIX, Cipher, CipherState
-from ttun.errors import ProtocolError, UnrecognizedError
+from ttun._codec import lib
+from ttun.cipher import CIPHERS, PREFIX, Cipher, CipherState, fast
+from ttun.cipher import find as find_cipher
+from ttun.errors import ProtocolError, UnrecognizedError, UsageError
 from ttun.sodium import KeyPair
 from ttun.x1 import NONCE_SIZE, TO_CLIENT, TO_SERVER
 
 TIMEOUT = 10.0  # seconds
 MAGIC = b"TTUN/v1\0"
+WIRES = ["auto", "v1", "x1"]
+V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 V1_DEFAULT = CIPHERS["chacha20-poly1305"]  # every end has it: the frames before an agreement
 
 
@@ -186,3 +190,22 @@ def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Fr
     if plaintext is None:
         raise ProtocolError("wrong key, or another cipher than ours")
     return plaintext
+
+
+def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
+    """Return what to agree to. Raises UsageError for what no peer could agree to."""
+    if wire not in WIRES:
+        raise UsageError(f"unknown wire {wire!r}: choose {', '.join(WIRES)}")
+    cipher = None if name is None else find_cipher(name)
+    offers = [
+        offer
+        for offer in ([cipher] if cipher else fast())
+        if mtu + offer.tag_size <= lib.TTUN_LENGTH_MAX
+    ]
+    if not offers:
+        raise UsageError(f"{name} and an MTU of {mtu}: with its tag a packet fits no frame")
+    if cipher is None or cipher.name in V1_CIPHERS:
+        return Terms(wire, cipher or V1_DEFAULT, offers)
+    if wire == "v1":
+        raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
+    return Terms("x1", V1_DEFAULT, offers, needs_x1=f"{cipher.name} needs wire x1")

@@ -23,9 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ttun import query, runtime
+from ttun import query, runtime, words
 from ttun.answer import Tunnel
-from ttun.endpoint import size_in_words
 from ttun.errors import TtunError, printable
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -157,9 +156,8 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
             lines.append(f"  congestion control: {printable(tunnel['congestion_control'])}{share}")
     total = tunnel["totals"]
     lines += [
-        f"  sent: {size_in_words(total['uplink_bytes'])}, {total['uplink_packets']} packets",
-        f"  received: {size_in_words(total['downlink_bytes'])}, "
-        f"{total['downlink_packets']} packets",
+        f"  sent: {words.size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
+        f"  received: {words.size(total['downlink_bytes'])}, {total['downlink_packets']} packets",
     ]
     dropped = {name: total[name] for name in DROPPED if total[name]}
     if dropped:
