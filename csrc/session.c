@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -64,7 +65,10 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
         goto no_outbox;
     s->scratch = s->memory + 2 * lane_size;
     s->taken = s->scratch + SCRATCH_SIZE;
-    ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, now_us() * 0x9E3779B97F4A7C15u);
+    uint64_t salt = now_us(); /* where there are no random numbers yet, at boot */
+    if (getrandom(&salt, sizeof salt, GRND_NONBLOCK) < 0)
+        salt *= 0x9E3779B97F4A7C15u;
+    ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, salt);
     connection_init(&s->connection, socket, slots);
     pthread_mutex_init(&s->delivery_lock, NULL);
     pthread_cond_init(&s->delivered, NULL);

@@ -231,5 +231,8 @@ def test_where_it_is_not_allowed_there_is_one_line_and_a_tunnel(
     ends = plain.tunnel("--congestion-control", restricted[0])
     plain.answers()
     for end in ends:
-        assert end.log().count(f"no congestion control {restricted[0]}: net.ipv4.tcp_allowed") == 1
+        assert (
+            end.log().count(f"cannot use congestion control {restricted[0]}: net.ipv4.tcp_allowed")
+            == 1
+        )
         assert end.status()["congestion_control"] == system

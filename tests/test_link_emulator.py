@@ -32,9 +32,9 @@ def pings(pair: LinkedHosts, times: int) -> list[float]:
 
 
 @contextlib.contextmanager
-def serving(pair: LinkedHosts) -> Iterator[None]:
+def serving(pair: LinkedHosts, module: str = "ttun.link_traffic") -> Iterator[None]:
     process = pair.start(
-        SERVER, hosts.python("ttun.link_traffic", "serve", ADDRESS, "5001"),
+        SERVER, hosts.python(module, "serve", ADDRESS, "5001"),
         environment=hosts.environment(), stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -161,19 +161,9 @@ def test_a_cut_link_lets_nothing_through_until_it_is_joined() -> None:
 
 
 def test_bytes_stay_as_they_are_while_the_ring_goes_round() -> None:
-    with LinkedHosts(Link(rate=900, rtt=2)) as pair:
-        server = pair.start(
-            SERVER, hosts.python("ttun.traffic", "serve", ADDRESS, "5001"),
-            environment=hosts.environment(), stdout=subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            assert server.stdout is not None
-            server.stdout.readline()
-            for action in ("send", "receive"):
-                assert measured(pair, action, ADDRESS, "5001", str(100 << 20))["whole"]
-            server.stdout.close()
-        finally:
-            end(server)
+    with LinkedHosts(Link(rate=900, rtt=2)) as pair, serving(pair, "ttun.traffic"):
+        for action in ("send", "receive"):
+            assert measured(pair, action, ADDRESS, "5001", str(100 << 20))["whole"]
 
 
 def test_a_full_ring_drops_and_goes_on() -> None:

@@ -460,7 +460,7 @@ class Endpoint(abc.ABC):
         """Choose that, and say once for each reason why it cannot be had."""
         why = congestion.choose(sock, self._control)
         if why is not None and why != self._control_lacking:
-            log.warning("no congestion control %s (ttun doctor says what that costs)", why)
+            log.warning("cannot use congestion control %s (see ttun doctor)", why)
         self._control_lacking = why
         if (way := congestion.way(sock)) is not None:
             rtt = "" if way.min_rtt is None else f", round trip {1000 * way.min_rtt:.1f} ms"

@@ -105,8 +105,10 @@ class LinkedHosts(Hosts):
         traceback: TracebackType | None,
     ) -> None:
         """Remove them."""
-        super().__exit__(kind, error, traceback)
-        self._emulator.close()
+        try:
+            super().__exit__(kind, error, traceback)
+        finally:
+            self._emulator.close()
 
     def change(self, **changes: float) -> None:
         """Change the link from now on: rate, rate_up, rtt, loss, queue, as of Link."""

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 
-from ttun.traffic import ICMP_ECHO, ICMP_REPLY, RESULT, internet_checksum
+from ttun.traffic import ICMP_ECHO, ICMP_REPLY, RESULT, internet_checksum, rate_of_all
 
 UP, DOWN, FETCH = range(3)
 REQUEST = struct.Struct(">BQ")
@@ -113,14 +113,7 @@ def streams(
             together.abort()
             over.set()
 
-    threads = [threading.Thread(target=one) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(results) < number:
-        raise ConnectionError(f"{number - len(results)} of {number} streams broke")
-    return sum(size * 8e9 / nanoseconds for size, nanoseconds in results)
+    return rate_of_all(one, number, results)
 
 
 def _count(sock: socket.socket, seconds: float) -> tuple[int, int]:

@@ -27,6 +27,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 REQUEST = struct.Struct(">BQ")
 UPLOAD, DOWNLOAD, FLOOD, DRAIN, DATAGRAMS = range(5)
@@ -122,6 +123,14 @@ def flood(address: str, port: int, action: int, streams: int, seconds: float) ->
                 _send_for(sock, seconds)
                 results.append(RESULT.unpack(_receive_exactly(sock, RESULT.size)))
 
+    return rate_of_all(one, streams, results)
+
+
+def rate_of_all(one: Callable[[], None], streams: int, results: list[tuple[int, int]]) -> float:
+    """Run so many streams side by side; return the sum of their rates in bits per second.
+
+    results: where each puts its bytes and nanoseconds. Raises ConnectionError if one did not.
+    """
     threads = [threading.Thread(target=one) for _ in range(streams)]
     for thread in threads:
         thread.start()
