@@ -38,6 +38,7 @@ OFFLOAD = ("test_offload", "test_whole", "test_kernel_segments", "test_control",
 # Tests that touch a module, the quick ones first.
 MODULES = {
     "ttun/handshake.py": ("test_handshake", "test_x1", "test_pending", "test_stranger"),
+    "ttun/peer.py": ("test_pending",),
     "ttun/handshakes.py": ("test_pending", "test_waiting", "test_peers", "test_stranger"),
     "ttun/x1.py": ("test_x1", "test_handshake", "test_rekey", "test_stranger"),
     "ttun/control.py": ("test_times", "test_control", "test_rekey"),

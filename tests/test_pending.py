@@ -19,7 +19,8 @@ from x1_rig import rigged
 
 import ttun
 from ttun import handshake, handshakes
-from ttun.handshakes import Handshakes, Host, Peer, Pending
+from ttun.handshakes import Handshakes
+from ttun.peer import SILENT_AFTER, Host, Peer, Pending
 from ttun.stop import StopFlag
 from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
 
@@ -132,12 +133,12 @@ def test_one_address_has_64_connections_and_all_have_256(full_size: House) -> No
         """All have been accepted, however slow this machine is, and so many are left."""
         end = time.monotonic() + 20
         while sum(map(is_open, full_size.socks)) != left and time.monotonic() < end:
-            full_size.turns(2 * handshakes.SILENT_AFTER)
+            full_size.turns(2 * SILENT_AFTER)
 
     crowds = []
     for last in range(2, 7):
         crowds.append([full_size.connect(source=f"127.0.0.{last}") for _ in range(64)])
-        full_size.turns(2 * handshakes.SILENT_AFTER)
+        full_size.turns(2 * SILENT_AFTER)
         settles(64 * min(last - 1, 4))
         if last == 2:
             more = [full_size.connect(source="127.0.0.2") for _ in range(6)]
@@ -151,7 +152,7 @@ def test_a_silent_connection_makes_way_before_one_that_spoke(full_size: House) -
     talker = full_size.connect(b"1")
     full_size.turns()
     silent = [full_size.connect() for _ in range(63)]
-    full_size.turns(2 * handshakes.SILENT_AFTER)
+    full_size.turns(2 * SILENT_AFTER)
     for gone in range(1, 6):
         full_size.connect()
         full_size.turns()
@@ -197,7 +198,7 @@ def secrets(peer: Peer) -> bytes:
 def test_a_connection_is_silent_only_after_a_while() -> None:
     with socket.socket() as sock:
         peer = Pending(sock, "x", "x", since=100.0, deadline=110.0)
-        assert peer.worth(100.0 + handshakes.SILENT_AFTER / 2) > peer.worth(101.0)
+        assert peer.worth(100.0 + SILENT_AFTER / 2) > peer.worth(101.0)
         peer.spoke = True
         assert peer.worth(101.0) > Pending(sock, "x", "x", 100.0, 110.0).worth(101.0)
 

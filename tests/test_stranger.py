@@ -13,8 +13,9 @@ from test_peers import connect
 from test_x1 import K, terms
 from tunnel import CLIENT, Bench
 
-from ttun import handshake, handshakes
+from ttun import handshake
 from ttun.errors import UnrecognizedError
+from ttun.peer import network
 from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
 
 SIZES = [0, 1, 15, 16, 17, 18, 100, 100_000]
@@ -132,7 +133,7 @@ def test_part_of_two_nonces_is_not_taken_for_one() -> None:
     ],
 )
 def test_an_ipv6_network_counts_as_one_address(one: str, other: str, same: bool) -> None:
-    assert (handshakes.network(one) == handshakes.network(other)) is same
+    assert (network(one) == network(other)) is same
 
 
 @pytest.mark.hosts

@@ -15,7 +15,7 @@ from ttun import handshake, link
 from ttun.device import CLIENT
 from ttun.endpoint import LACK_MOST, LACKS, Endpoint
 from ttun.errors import UsageError
-from ttun.handshakes import Peer
+from ttun.peer import Peer
 from ttun.resolver import Resolver, Target
 from ttun.routes import catching
 

@@ -50,7 +50,8 @@ from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import TtunError, UsageError
 from ttun.handshake import Keys, agreeable, psk_key
-from ttun.handshakes import Handshakes, Peer
+from ttun.handshakes import Handshakes
+from ttun.peer import Peer
 from ttun.routes import Network
 from ttun.session import Counters, Session
 from ttun.stop import SLICE, StopFlag

@@ -20,7 +20,6 @@ even by the end of the connection, until a random time has passed.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import random
@@ -29,12 +28,11 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Callable, Protocol
 
 from ttun import link
 from ttun.errors import ProtocolError, UnrecognizedError
 from ttun.handshake import TIMEOUT, Keys, Steps
+from ttun.peer import Host, Peer, Pending, network
 from ttun.stop import SLICE, StopFlag
 from ttun.summary import Summary
 from ttun.x1 import NONCE_SIZE
@@ -47,71 +45,10 @@ SHARE = 4  # of what there is room for, one network gets this part
 MOST_HELD = 16  # while a session runs
 HELD_TIMEOUT = 15.0  # seconds; a client gives up after 10
 UNRECOGNIZED_TIMEOUT = (10.0, 60.0)  # seconds: a random time between them
-SILENT_AFTER = 0.1  # seconds without a byte
 RESERVE = 8  # descriptors left to a session, hooks, look-ups and whoever asks for the status
 ACCEPTS = 16  # of one turn
 PAUSE = 1.0  # seconds without accepting where that is impossible
 GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
-
-
-class Listener(Protocol):
-    """What is used of a listening socket."""
-
-    def fileno(self) -> int:
-        """Return what is readable when somebody waits to be accepted."""
-
-    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
-        """Return a connection and where it comes from."""
-
-
-@dataclass
-class Host:
-    """How a server meets its peers."""
-
-    listener: Listener
-    begin: Callable[[], Steps]  # a handshake for the next peer
-    knows_key: Callable[[bytes], bool]  # does a client's nonce show that it has the key?
-    silent: bool  # strangers get no answer at all
-
-
-@dataclass
-class Peer:
-    """A peer that has proved the key."""
-
-    sock: socket.socket
-    name: str
-    keys: Keys
-
-    def close(self) -> None:
-        """Give it up: there will be no session with it."""
-        self.keys.discard()
-        self.sock.close()
-
-
-@dataclass(eq=False)
-class Pending:
-    """A connection whose peer has not proved the key yet."""
-
-    sock: socket.socket
-    name: str
-    network: str
-    since: float
-    deadline: float
-    steps: Steps | None = None  # None: held, or never to be answered
-    wanted: int = NONCE_SIZE
-    received: bytearray = field(default_factory=bytearray)
-    spoke: bool = False  # it sent something
-    greeted: bool = False  # it was sent something
-    knows_key: bool = False  # as far as its nonce tells
-    unrecognized: bool = False
-
-    def worth(self, now: float) -> int:
-        """Return how much there is to lose with it: the least goes first."""
-        if self.knows_key:
-            return 3
-        if self.unrecognized:
-            return 0
-        return 1 if not self.spoke and now - self.since >= SILENT_AFTER else 2
 
 
 class Handshakes:
@@ -453,15 +390,6 @@ class Handshakes:
         self._poll.unregister(peer.sock)
         if peer.steps is not None:
             peer.steps.close()
-
-
-def network(address: str) -> str:
-    """Return what one host can easily have many addresses of: an IPv6 /64; else the address."""
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
-            return str(ipaddress.ip_network((ip, 64), strict=False))
-    return address
 
 
 def _room(pending: int) -> int:

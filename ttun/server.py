@@ -16,7 +16,7 @@ from ttun import handshake, link
 from ttun.device import SERVER
 from ttun.endpoint import Endpoint
 from ttun.errors import TtunError
-from ttun.handshakes import Host, Peer
+from ttun.peer import Host, Peer
 from ttun.session import Session
 from ttun.x1 import AnsweredNonces
 
