@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ttun import handshake, link
 from ttun.device import CLIENT
 from ttun.endpoint import LACK_MOST, LACKS, Endpoint
-from ttun.errors import UsageError
+from ttun.errors import UsageError, is_lack
 from ttun.peer import Peer
 from ttun.resolver import Resolver, Target
 from ttun.routes import catching
@@ -217,7 +217,7 @@ class Client(Endpoint):
             failures.append(error)
         if failures and not self._stop.is_set():
             log.info("cannot connect to %s: %s", self._server, "; ".join(map(str, failures)))
-        if any(map(link.is_lack, failures)):
+        if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
         return None, min(waits, default=usual)

@@ -1,6 +1,13 @@
-"""The two kinds of error, ours and the peer's, and how a line about one is made printable."""
+"""The two kinds of error, ours and the peer's; what is lacking for a while; how a line about one is
+made printable.
+"""
 
 from __future__ import annotations
+
+import errno
+
+# Descriptors, memory, processes: other programs give theirs back sooner or later.
+LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
 
 
 class TtunError(Exception):
@@ -17,6 +24,14 @@ class ProtocolError(Exception):
 
 class UnrecognizedError(ProtocolError):
     """A peer showed no sign of the key where nothing may show that a ttun is here."""
+
+
+def is_lack(error: BaseException) -> bool:
+    """Return whether it is this machine that lacks something for now, not the way or the peer.
+
+    Descriptors, memory, or threads (a RuntimeError).
+    """
+    return error.errno in LACKS if isinstance(error, OSError) else True
 
 
 def printable(text: str) -> str:

@@ -30,8 +30,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ttun import key, process_group
-from ttun.errors import TtunError, printable
-from ttun.process_group import LACKS, TICK, ProcessGroup
+from ttun.errors import TtunError, is_lack, printable
+from ttun.process_group import TICK, ProcessGroup
 
 log = logging.getLogger("ttun")
 
@@ -205,9 +205,9 @@ class Hooks:
                 return ProcessGroup(command, _environment(facts), say)
             except (OSError, MemoryError) as error:
                 why = getattr(error, "strerror", None) or "not enough memory"
-                number = getattr(error, "errno", LACKS[0])
+                lacking = is_lack(error)
             is_pointless = name == "up" and self._closed is not None
-            if number not in LACKS or left() < delay or is_pointless:
+            if not lacking or left() < delay or is_pointless:
                 log.warning("cannot run --%s: %s", name, why)
                 return None
             log.warning("cannot run --%s: %s (trying again in %.1f s)", name, why, delay)

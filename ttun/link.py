@@ -29,8 +29,6 @@ USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive tak
 
 NOTSENT_LOWAT = 32768  # bytes that wait in the socket before the device has to
 
-LACKING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
-
 IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
 SOL_MPTCP, MPTCP_INFO = 284, 1
 
@@ -153,26 +151,10 @@ def connect(
 
 
 def named(what: str, error: OSError) -> OSError:
-    """Return an error whose text names what failed; is_lack() still knows it."""
+    """Return an error whose text names what failed; errors.is_lack() still knows it."""
     renamed = OSError(f"{what}: {reason(error)}")
     renamed.errno = error.errno
     return renamed
-
-
-def is_lack(error: BaseException) -> bool:
-    """Return whether it is this machine that lacks something for now, not the way or the peer.
-
-    Descriptors, memory, or threads (a RuntimeError).
-    """
-    if isinstance(error, OSError):
-        return error.errno in (
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.ENOMEM,
-            errno.ENOBUFS,
-            errno.EAGAIN,
-        )
-    return True
 
 
 def _connect(target: Target, mptcp: bool, stop: StopFlag, control: str) -> socket.socket:

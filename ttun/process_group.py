@@ -12,7 +12,6 @@ Sources: setsid(2), kill(2), signal(7).
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import signal
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ttun import children
-from ttun.errors import printable
+from ttun.errors import is_lack, printable
 
 TICK = 0.05  # seconds between two looks at a command
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
@@ -30,8 +29,6 @@ KILL_SECONDS = 1.0  # more than a killed process takes to be gone, unless the ke
 MOST_LINES = 20  # of a command's stderr in the log
 MOST_BYTES = 400  # of a line there
 CHUNK = 65536  # as much as a pipe holds
-# Of processes, memory or descriptors: it may be over soon.
-LACKS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class ProcessGroup:
@@ -164,7 +161,7 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
             stdin = stdout = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             theirs.callback(os.close, stdin)
         except OSError as error:
-            if error.errno in LACKS:
+            if is_lack(error):
                 raise
             # No /dev/null here: a pipe that has ended, and what else there is to write to.
             stdin, nowhere = os.pipe()

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from ttun import runtime
 from ttun.answer import Malformed, Tunnel, parse
-from ttun.errors import printable
+from ttun.errors import is_lack, printable
 
 DEADLINE = 2.0  # seconds for all sockets together
 AGAIN = 0.05  # seconds until a socket that could not be asked is tried again
@@ -34,7 +34,6 @@ MOST_AT_ONCE = 512  # sockets
 MOST_SOCKETS = 2048  # in all directories together
 MOST_BYTES = 65536  # of an answer
 UCRED = struct.Struct("iII")  # struct ucred
-LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Answers(NamedTuple):
@@ -148,7 +147,7 @@ class _Round:
             except BlockingIOError:  # it is slow to accept
                 queue.append(candidate)
             except OSError as error:
-                if error.errno in LACKS:
+                if is_lack(error):
                     queue.appendleft(candidate)
                     return error.strerror or str(error)
                 self._failed(str(candidate), error)
