@@ -27,7 +27,6 @@ SOON = 20.0  # seconds; at most 5 are usual
 @contextlib.contextmanager
 def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
     """Lower a limit of a running program for a while. Its own user may, and root need not."""
-    assert end.status(), "it has started, and has become its own user"
     pid = str(end.process.pid)
     status = (Path("/proc") / pid / "status").read_text()
     uid, gid = (re.search(rf"{which}:\s+(\d+)", status)[1] for which in ("Uid", "Gid"))  # type: ignore[index]
@@ -51,13 +50,22 @@ def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
 
 def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager[None]:
     """It has what it has, and gets so many more: the limit is on the numbers (getrlimit(2))."""
-    taken = {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
+    assert end.status(), "it has started"
+
+    def descriptors() -> set[int]:
+        time.sleep(0.1)
+        return {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
+
+    taken = descriptors()
+    while taken != (again := descriptors()):  # that of the question is still to be closed
+        taken = again
     free = (number for number in itertools.count() if number not in taken)
     return lacking(end, "nofile", next(itertools.islice(free, more, None)))
 
 
 def no_threads(end: End) -> contextlib.AbstractContextManager[None]:
     """RLIMIT_NPROC counts what the user has on the whole machine: one is there already."""
+    assert end.status(), "it has started, and has become its own user"
     return lacking(end, "nproc", 1)
 
 
