@@ -96,7 +96,8 @@ def talk(data: bytes) -> tuple[str, int] | None:
             target: tuple[str, int] = done.value
             return target
         except socks5.Refusal as refusal:
-            assert refusal.reply[0] == socks5.VERSION
+            refused = (0, socks5.SOCKS4_REJECTED)  # to a client that speaks SOCKS4
+            assert refusal.reply[0] == socks5.VERSION or refusal.reply[:2] == bytes(refused)
             assert refusal.reply[1] != socks5.SUCCEEDED
             return None
         except ProtocolError:
