@@ -47,7 +47,7 @@ struct slot *lane_free_slot(struct lane *lane) {
 
 bool lane_push(struct lane *lane, bool direct) {
     pthread_mutex_lock(&lane->lock);
-    direct = direct && lane->filled == 0 && !lane->emptying && !lane->closed;
+    direct = direct && lane->filled == 0 && !lane->closed;
     lane->filled++;
     lane->emptying = lane->emptying || direct;
     if (!direct)

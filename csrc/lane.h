@@ -33,7 +33,7 @@ struct lane {
     unsigned count;  /* of slots in use, 1 to SLOTS */
     unsigned first;  /* the oldest filled slot, below count */
     unsigned filled; /* how many are filled, 0 to count */
-    bool emptying;   /* some thread works on the oldest one */
+    bool emptying;   /* some thread works on the oldest one: there is one then */
     bool closed;
 };
 
@@ -50,7 +50,7 @@ void lane_close(struct lane *lane);
 struct slot *lane_free_slot(struct lane *lane);
 
 /* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
- * was before it and nobody works: the caller then empties it and calls lane_return. */
+ * was before it, so that nobody works: the caller then empties it and calls lane_return. */
 bool lane_push(struct lane *lane, bool direct);
 
 /* Second thread: the oldest filled slot, or NULL when the session is over. */

@@ -51,14 +51,8 @@ def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
 def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager[None]:
     """It has what it has, and gets so many more: the limit is on the numbers (getrlimit(2))."""
     assert end.status(), "it has started"
-
-    def descriptors() -> set[int]:
-        time.sleep(0.1)
-        return {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
-
-    taken = descriptors()
-    while taken != (again := descriptors()):  # that of the question is still to be closed
-        taken = again
+    end.usage()  # waits until that of the question is closed
+    taken = {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
     free = (number for number in itertools.count() if number not in taken)
     return lacking(end, "nofile", next(itertools.islice(free, more, None)))
 

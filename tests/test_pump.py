@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -308,3 +309,36 @@ def test_what_a_slow_connection_cannot_take_is_dropped_and_counted() -> None:
     counters = rig.session.counters()
     assert len(received) + counters.congested == len(sent) and counters.congested > 500
     assert received == [packet for packet in sent if packet in set(received)]
+
+
+@pytest.mark.parametrize("buffers", [NORMAL, SMALL], ids=["normal", "small"])
+def test_a_sender_is_told_of_a_connection_that_stays_behind(buffers: Buffers) -> None:
+    """Whether slots wait in the ring, or, where there is but one, have only just been sent."""
+    rig = Rig(buffers=buffers)
+    over = threading.Event()
+
+    def send() -> None:
+        packet = udp(1, 0, 1200)
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                rig.device.outside.send(packet)
+
+    def drops(least: int) -> float:
+        """Read slowly until there were so many; return how long that took from the start."""
+        while rig.session.counters().congested < least and time.monotonic() < start + 20:
+            rig.peer.sock.recv(65536)
+            time.sleep(0.01)
+        assert rig.session.counters().congested >= least
+        return time.monotonic() - start
+
+    sender = threading.Thread(target=send)
+    start = time.monotonic()
+    sender.start()
+    try:
+        assert drops(1) > 0.1, "a burst of less than an interval is none"
+        drops(5)
+    finally:
+        over.set()
+        rig.end()
+        rig.device.outside.shutdown(socket.SHUT_RDWR)
+        sender.join()

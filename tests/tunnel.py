@@ -131,10 +131,21 @@ class Program:
         self.process.wait()
 
     def usage(self) -> tuple[int, int, int]:
-        """Return its open descriptors, its threads, and its memory in KiB."""
+        """Return its open descriptors, its threads, and its memory in KiB.
+
+        Of a moment when the first two stand still, if there is one within a second: what has just
+        begun or ended is not counted by halves.
+        """
         proc = Path(f"/proc/{self.process.pid}")
+        counts = [0, 0]
+        for _ in range(20):
+            before = counts
+            counts = [len(os.listdir(proc / name)) for name in ("fd", "task")]
+            if counts == before:
+                break
+            time.sleep(0.05)
         memory = int((proc / "status").read_text().split("VmRSS:")[1].split()[0])
-        return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task")), memory
+        return counts[0], counts[1], memory
 
 
 class End(Program):
