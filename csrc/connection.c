@@ -13,7 +13,12 @@ enum {
      * (docs/performance.md): less of it runs dry, more of it is only waited for. */
     UNSENT = 4000,
     SEALED = 2000,
-    UNSENT_LEAST = 2048, /* bytes */
+    /* Bytes. When the socket takes more, a segment has to be unsent still, or bbr takes that for
+     * the end of what there is to send: half of four segments, less the one that just left. From
+     * 1.2 Mbit/s on it sends two at once (bbr_min_tso_segs() of Linux). */
+    UNSENT_LEAST = 6000,
+    UNSENT_LEAST_PAIRS = 9000,
+    PAIRS_FROM = 150000, /* bytes per second */
     UNSENT_MOST = 256 * 1024,
     SEALED_LEAST = 1024, /* one packet of the usual MTU is more */
     WHOLE = 4000,        /* microseconds */
@@ -135,7 +140,8 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
     c->pace.target = clamp(tcp.rtt, TARGET_LEAST, TARGET_MOST);
     c->pace.interval = clamp(3 * (uint64_t)tcp.rtt, INTERVAL_LEAST, INTERVAL_MOST);
-    uint32_t unsent = (uint32_t)clamp(rate * UNSENT / 1000000, UNSENT_LEAST, UNSENT_MOST);
+    unsigned least = rate < PAIRS_FROM ? UNSENT_LEAST : UNSENT_LEAST_PAIRS;
+    uint32_t unsent = (uint32_t)clamp(rate * UNSENT / 1000000, least, UNSENT_MOST);
     uint32_t slack = c->unsent / 4;
     if ((unsent < c->unsent - slack || unsent > c->unsent + slack) &&
         setsockopt(c->socket, IPPROTO_TCP, OPTION_NOTSENT_LOWAT, &unsent, sizeof unsent) == 0)

@@ -21,10 +21,13 @@ enum { ARRIVALS = 64 /* packets of the device that the queue takes at once */ };
 static_assert((TTUN_PREFIX + 1 + TTUN_BODY_MAX + TTUN_TAG_MAX) * TTUN_TYPES < FRAME_MAX,
               "all control frames fit in front of the first packet of a slot");
 
-/* Waits until the device has a packet, there is a control frame to send, or the session is over. */
-static void await_device(struct ttun_session *s) {
-    struct pollfd fds[] = {{.fd = s->tun, .events = POLLIN}, {.fd = s->wake, .events = POLLIN}};
-    if (poll(fds, 2, -1) < 0) {
+/* Waits until the device has a packet, there is a control frame to send, or the session is over.
+ * With `room`, until the socket takes more, too. */
+static void await_device(struct ttun_session *s, bool room) {
+    struct pollfd fds[] = {{.fd = s->tun, .events = POLLIN},
+                           {.fd = s->wake, .events = POLLIN},
+                           {.fd = s->socket, .events = POLLOUT}};
+    if (poll(fds, room ? 3 : 2, -1) < 0) {
         if (errno != EINTR)
             session_end(s, TTUN_END_DEVICE, errno);
     } else if (fds[1].revents != 0) {
@@ -87,7 +90,7 @@ static void watch_device(struct ttun_session *s) {
 static bool read_packet(struct ttun_session *s, bool wait) {
     uint8_t *packet = s->scratch + SCRATCH_PACKET;
     if (wait) {
-        await_device(s);
+        await_device(s, false);
         await_delivery(s);
     }
     while (!is_over(s) && !(wait && mailbox_has(&s->outbox))) {
@@ -95,7 +98,7 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         if (size < 0 && errno == EAGAIN) {
             if (!wait)
                 return false;
-            await_device(s);
+            await_device(s, false);
         } else if (size <= 0 && errno != EINTR) { /* 0: the end of a test's socketpair */
             session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
@@ -156,15 +159,30 @@ static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *siz
     }
 }
 
+/* Looks, or waits, until less than half of TCP_NOTSENT_LOWAT is unsent. send() does not: it fills
+ * the last buffer of the socket, up to 64 KiB, whatever is unsent (tcp_sendmsg_locked() of Linux).
+ */
+static bool has_room(struct ttun_session *s, bool wait) {
+    if (!atomic_load(&s->connection.limited))
+        return true;
+    struct pollfd fd = {.fd = s->socket, .events = POLLOUT};
+    int ready;
+    do
+        ready = poll(&fd, 1, wait ? -1 : 0);
+    while (ready < 0 && errno == EINTR);
+    return ready != 0; /* send() says what an error is */
+}
+
 /* Waits until the connection is not too far behind. Meanwhile packets go into the queue. */
 static void await_room(struct ttun_session *s) {
     connection_look(&s->connection, now_us(), s->uplink.count);
     while (s->connection.limited && !is_over(s)) {
         atomic_store(&s->wants_room, true);
-        if (lane_filled(&s->uplink) < s->connection.slots)
+        bool next = lane_filled(&s->uplink) < s->connection.slots;
+        if (next && has_room(s, false))
             return;
         queue_arrivals(s);
-        await_device(s);
+        await_device(s, next);
     }
 }
 
@@ -214,20 +232,6 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     count(&s->uplink_packets, packets);
     count(&s->uplink_bytes, bytes);
     return !is_over(s);
-}
-
-/* Looks, or waits, until less than half of TCP_NOTSENT_LOWAT is unsent. send() does not: it fills
- * the last buffer of the socket, up to 64 KiB, whatever is unsent (tcp_sendmsg_locked() of Linux).
- */
-static bool has_room(struct ttun_session *s, bool wait) {
-    if (!atomic_load(&s->connection.limited))
-        return true;
-    struct pollfd fd = {.fd = s->socket, .events = POLLOUT};
-    int ready;
-    do
-        ready = poll(&fd, 1, wait ? -1 : 0);
-    while (ready < 0 && errno == EINTR);
-    return ready != 0; /* send() says what an error is */
 }
 
 /* Sends what is left of a slot. flags: MSG_DONTWAIT to stop when the socket is full. Returns
