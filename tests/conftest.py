@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from ttun.errors import TtunError
 
 WHY_NOT = pytest.StashKey[str]()
 NO_TOX = pytest.StashKey[str]()
+# In a user namespace: a tmpfs of its own, and not /run, of which each worker has another one.
+TEMPORARY = "/mnt"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,12 +45,16 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, usual)
     if hosts.may_make_hosts():
         tunnel.cover_run()
+        if os.environ.get("PYTEST_DEBUG_TEMPROOT") == TEMPORARY and not hasattr(
+            config, "workerinput"
+        ):
+            subprocess.run(["mount", "-t", "tmpfs", "none", TEMPORARY], check=True)
         return
     capture = config.pluginmanager.getplugin("capturemanager")
     capture.suspend_global_capture(in_=True)
     try:
         print("not root: running the tests again in a user namespace", flush=True)
-        os.environ["PYTEST_DEBUG_TEMPROOT"] = "/run"  # a tmpfs of the namespace's own
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = TEMPORARY
         hosts.enter_user_namespace([sys.executable, "-m", "pytest", *config.invocation_params.args])
     except TtunError as error:
         del os.environ["PYTEST_DEBUG_TEMPROOT"]  # this user may not write there

@@ -63,8 +63,11 @@ class Datagrams:
         kind = (socket.AF_INET, socket.SOCK_DGRAM)
         self.receiver = in_namespace(pair.names[SERVER], lambda: socket.socket(*kind))
         self.sender = in_namespace(pair.names[CLIENT], lambda: socket.socket(*kind))
-        self.receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
-        self.sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 64 << 20)
+        try:
+            self.receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+            self.sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 64 << 20)
+        except PermissionError:
+            pytest.skip("root of a user namespace may not have sockets that lose nothing")
         self.receiver.bind((ADDRESS, 0))
         self.sender.connect(self.receiver.getsockname())
         self.sent = 0
