@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -27,10 +28,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (ROOT / ".venv" / ".built").exists():
         pytest.skip("not built with make")
     prefix = tmp_path_factory.mktemp("prefix")
-    done = subprocess.run(
-        ["make", "install", f"PREFIX={prefix}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with (ROOT / "Makefile").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another worker's would take away what this one builds
+        done = subprocess.run(
+            ["make", "install", f"PREFIX={prefix}"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return prefix
 
