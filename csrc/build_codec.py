@@ -39,11 +39,11 @@ SPARE = """
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s"]
 
-# A wheel goes to routers: without what none of them calls (5 kB), and small before fast (4 kB, for
-# a twelfth more time per packet of 64 bytes and no more for large ones: ttun bench codec).
+# A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
+# a quarter more time per segment; -Os would double that time: docs/performance.md).
 WHEEL = "bdist_wheel" in sys.argv and "TTUN_WHOLE" not in os.environ
 DEFINITIONS = ["codec.cdef.h"] if WHEEL else ["codec.cdef.h", "parts.cdef.h"]
-LEVEL = "-Os" if WHEEL else "-O3"
+LEVEL = "-O2" if WHEEL else "-O3"
 
 ffibuilder = FFI()
 ffibuilder.cdef("".join((HERE / name).read_text() for name in DEFINITIONS))

@@ -71,7 +71,7 @@ def test_mixed_traffic_arrives_whole(bench: Bench) -> None:
 
     TTUN_TEST_MIB: how much in all; more than the usual for a long run by hand.
     """
-    total = int(os.environ.get("TTUN_TEST_MIB", "128")) << 20
+    total = int(os.environ.get("TTUN_TEST_MIB", "256")) << 20
     bench.tunnel()
     for addresses in (TUNNEL4, TUNNEL6):
         bench.serve_traffic(SERVER, addresses[SERVER])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 
 # Descriptors, memory, processes: other programs give theirs back sooner or later.
-LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
+_LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
 
 
 class TtunError(Exception):
@@ -31,7 +31,7 @@ def is_lack(error: BaseException) -> bool:
 
     Descriptors, memory, or threads (a RuntimeError).
     """
-    return error.errno in LACKS if isinstance(error, OSError) else True
+    return error.errno in _LACKS if isinstance(error, OSError) else True
 
 
 def printable(text: str) -> str:
