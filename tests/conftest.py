@@ -25,7 +25,7 @@ from ttun.errors import TtunError
 WHY_NOT = pytest.StashKey[str]()
 NO_TOX = pytest.StashKey[str]()
 # In a user namespace: a tmpfs of its own, and not /run, of which each worker has another one.
-TEMPORARY = "/mnt"
+TEMPORARY = "/var/tmp"
 
 
 def pytest_configure(config: pytest.Config) -> None:
