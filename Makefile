@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEELS := $(VENV)/wheels
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-MADE := $(VENV) build dist *.egg-info ttun/_codec*.so ttun/__pycache__ ttun/tox/__pycache__ \
+MADE := $(VENV) build dist *.egg-info ttun/_codec*.so ttun/__pycache__ ttun/*/__pycache__ \
   .mypy_cache .ruff_cache .pytest_cache .hypothesis
-C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] ttun/*.c tests/*.c tests/fuzz/*.[ch]))
+C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] ttun/lab/*.c tests/*.c tests/fuzz/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # $(LISTED) NAME: the strings of that list in pyproject.toml.
 LISTED := $(BIN)/python -c "import re, sys; text = open('pyproject.toml').read(); \
@@ -76,7 +76,7 @@ help:
 	@echo 'make check-wheels: install and run them, for glibc and musl; ARM under emulation, as root'
 	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
 	@echo 'make pictures: record the terminal sessions of the README anew, as root'
-	@echo 'make lint    ruff, mypy --strict, clang-format, gcc and clang with -Werror'
+	@echo 'make lint    ruff, mypy --strict, import-linter, clang-format, gcc and clang with -Werror'
 	@echo 'make format  put the sources into shape'
 	@echo 'make clean   remove all that was built'
 
@@ -173,6 +173,7 @@ lint: $(VENV)/.built $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/mypy --strict ttun.py
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	@for compiler in gcc clang musl-gcc; do \
 	  command -v $$compiler > /dev/null || { echo "$$compiler: not here, left out"; continue; }; \

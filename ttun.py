@@ -20,7 +20,7 @@ if __name__ == "__main__":
         os.execv(PYTHON, [PYTHON, os.path.abspath(__file__), *sys.argv[1:]])  # a link has its name
     sys.path.insert(0, HERE)
     from ttun.__main__ import main
-    from ttun.signals import end_while_loading
+    from ttun.process.signals import end_while_loading
 
     end_while_loading()
     try:

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Callable
 
-from ttun import key
-from ttun import parser as grammar
 from ttun.cipher import CIPHERS
+from ttun.commands import key
+from ttun.commands import parser as grammar
 from ttun.version import __version__
 
 EXIT_CODES = [

@@ -26,10 +26,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ttun import hosts, key
-from ttun.demo import end
-from ttun.hosts import CLIENT, SERVER, Hosts
-from ttun.show import CLEAR
+from ttun.commands import key
+from ttun.commands.show import CLEAR
+from ttun.lab import netns
+from ttun.lab.demo import end
+from ttun.lab.netns import CLIENT, SERVER, Hosts
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, COLUMNS = 40, 88
@@ -121,11 +122,12 @@ def draw(typed: str, screens: Screens, file: Path) -> None:
 
 def watch(command: list[str]) -> Screens:
     """Record a command on a client's host, with traffic through its tunnel."""
-    environment, traffic = hosts.environment(TTUN_PSK=key.generate()), hosts.python("ttun.traffic")
+    environment = netns.environment(TTUN_PSK=key.generate())
+    traffic = netns.python("ttun.lab.traffic")
     with Hosts() as pair, contextlib.ExitStack() as running:
         for host, arguments in (
-            (SERVER, hosts.python("ttun", "server")),
-            (CLIENT, hosts.python("ttun", "client", "-s", hosts.IPV4[SERVER], "--dev", "office")),
+            (SERVER, netns.python("ttun", "server")),
+            (CLIENT, netns.python("ttun", "client", "-s", netns.IPV4[SERVER], "--dev", "office")),
             (SERVER, [*traffic, "serve", "0.0.0.0", "5001"]),
             (CLIENT, ["sh", "-c", LOAD.format(" ".join(traffic))]),
         ):
@@ -137,7 +139,7 @@ def watch(command: list[str]) -> Screens:
 
 
 if __name__ == "__main__":
-    if not hosts.may_make_hosts():
+    if not netns.may_make_hosts():
         sys.exit("the pictures show tunnels between hosts on this machine: sudo make pictures")
     draw("make demo", record(["make", "demo"], 120), ROOT / "docs/demo.svg")
     show = ["./ttun.py", "show", "office", "--watch"]

@@ -19,8 +19,8 @@ import pytest
 import toxlab
 import tunnel
 
-from ttun import hosts
 from ttun.errors import TtunError
+from ttun.lab import netns
 
 WHY_NOT = pytest.StashKey[str]()
 NO_TOX = pytest.StashKey[str]()
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if signal.getsignal(number) == signal.SIG_IGN:
             usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, usual)
-    if hosts.may_make_hosts():
+    if netns.may_make_hosts():
         tunnel.cover_run()
         if os.environ.get("PYTEST_DEBUG_TEMPROOT") == TEMPORARY and not hasattr(
             config, "workerinput"
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         print("not root: running the tests again in a user namespace", flush=True)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = TEMPORARY
-        hosts.enter_user_namespace([sys.executable, "-m", "pytest", *config.invocation_params.args])
+        netns.enter_user_namespace([sys.executable, "-m", "pytest", *config.invocation_params.args])
     except TtunError as error:
         del os.environ["PYTEST_DEBUG_TEMPROOT"]  # this user may not write there
         config.stash[WHY_NOT] = str(error)
@@ -86,15 +86,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[hosts.Hosts]:
+def pair() -> Iterator[netns.Hosts]:
     """Two hosts, joined by a veth pair."""
-    with hosts.Hosts() as made:
+    with netns.Hosts() as made:
         yield made
 
 
 @pytest.fixture(params=["x1", "v1-no-offload"])
 def bench(
-    request: pytest.FixtureRequest, pair: hosts.Hosts, tmp_path: Path
+    request: pytest.FixtureRequest, pair: netns.Hosts, tmp_path: Path
 ) -> Iterator[tunnel.Bench]:
     """What runs on them in one test: every test holds on both wires, with offload and without."""
     wire, _, no_offload = request.param.partition("-")
@@ -102,7 +102,7 @@ def bench(
 
 
 @pytest.fixture
-def plain(pair: hosts.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
+def plain(pair: netns.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
     """The same once, where offload at the device makes no difference."""
     yield from tunnel.bench(pair, tmp_path, "x1", [])
 

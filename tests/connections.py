@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ttun import link
-from ttun.link import Address
-from ttun.stop import StopFlag
+from ttun import tcp
+from ttun.flag import StopFlag
+from ttun.tcp import Address
 
 
 @contextlib.contextmanager
@@ -18,9 +18,9 @@ def connected(
     stop: StopFlag, listener_mptcp: bool | None = False, dial_mptcp: bool | None = None
 ) -> Iterator[list[socket.socket]]:
     """Both ends of a connection over which a byte went."""
-    with link.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:
+    with tcp.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        with link.dial(address, dial_mptcp, stop) as sock:
+        with tcp.dial(address, dial_mptcp, stop) as sock:
             listener.setblocking(True)
             with listener.accept()[0] as accepted:
                 sock.setblocking(True)
@@ -37,7 +37,7 @@ KINDS = pytest.mark.parametrize(
 
 def need_mptcp() -> None:
     try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp.IPPROTO_MPTCP).close()
     except OSError:
         pytest.skip("no Multipath TCP in this kernel")
 

@@ -41,7 +41,7 @@ from typing import Callable
 
 from tunnel import CLIENT, OTHER, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End, eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 BACK = 5.0  # seconds after the repair
 VANISHED = 40.0  # seconds until both ends know that the other one is gone
@@ -231,11 +231,11 @@ class World:
     def address_change(self) -> float:
         """The client's host gets another address, and the old connection is worth nothing."""
         name = self.bench.pair.names[CLIENT]
-        shown = hosts.ip("-n", name, "-4", "-o", "address", "show", "dev", "vclient")
+        shown = netns.ip("-n", name, "-4", "-o", "address", "show", "dev", "vclient")
         new = "192.0.2.2" if "192.0.2.3/" in shown else "192.0.2.3"
         old = "192.0.2.3" if new == "192.0.2.2" else "192.0.2.2"
-        hosts.ip("-n", name, "address", "delete", f"{old}/24", "dev", "vclient")
-        hosts.ip("-n", name, "address", "add", f"{new}/24", "dev", "vclient")
+        netns.ip("-n", name, "address", "delete", f"{old}/24", "dev", "vclient")
+        netns.ip("-n", name, "address", "add", f"{new}/24", "dev", "vclient")
         return VANISHED
 
     # ---- what has to hold ----
@@ -351,7 +351,7 @@ def faults(seconds: float, seed: int, wire: str) -> str:
     """Run them and return the report. AssertionError says what did not hold."""
     if not shutil.which("nft"):
         raise SystemExit("faults need nft: apt install nftables")
-    with tempfile.TemporaryDirectory(prefix="ttun-faults-") as name, hosts.Hosts() as pair:
+    with tempfile.TemporaryDirectory(prefix="ttun-faults-") as name, netns.Hosts() as pair:
         directory = Path(name)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "none", name], check=True)
         directory.chmod(0o755)
@@ -374,7 +374,7 @@ def faults(seconds: float, seed: int, wire: str) -> str:
 
 
 if __name__ == "__main__":
-    if not hosts.may_make_hosts():
+    if not netns.may_make_hosts():
         sys.exit("faults need hosts, a disk and control groups of their own: sudo make faults")
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     duration, chosen, both = sys.argv[1:]

@@ -17,7 +17,7 @@ from typing import Any, Callable
 from tunnel import PROGRAM
 
 import ttun
-from ttun import status
+from ttun.commands import status
 
 PATIENCE = 25  # seconds: ten times what it may take
 

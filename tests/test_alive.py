@@ -16,7 +16,7 @@ from peer import MAGIC, PING, PONG, X1Peer, echo_request, is_reply
 from test_peers import connect
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = [pytest.mark.hosts, pytest.mark.parametrize("bench", ["x1"], indirect=True)]
 
@@ -29,8 +29,8 @@ def test_a_cable_that_is_cut_is_noticed_on_both_ends(bench: Bench) -> None:
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
     flood = bench.pair.start(
         CLIENT,
-        hosts.python("ttun.traffic", "flood", TUNNEL4[SERVER], PORT, "1", "60"),
-        environment=hosts.environment(),
+        netns.python("ttun.lab.traffic", "flood", TUNNEL4[SERVER], PORT, "1", "60"),
+        environment=netns.environment(),
     )
     try:
         time.sleep(0.5)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tunnel import PROGRAM, eventually
 
-from ttun import arguments
 from ttun.cli import main
-from ttun.parser import build_parser, join_values
+from ttun.commands.parser import build_parser, join_values
+from ttun.process import argv
 from ttun.tox import options as tox_options
 
 KEY = "the-Key.of=this/very+test"
@@ -244,7 +244,7 @@ def test_the_options_of_go_ttun_stay_with_one_dash_and_values_may_be_joined() ->
 def test_nothing_else_is_hidden(line: str) -> None:
     words = line.split()
     parsed(words)  # it is right
-    places = list(arguments.find_secrets(words, build_parser()))
+    places = list(argv.find_secrets(words, build_parser()))
     assert places == ([(2, 0)] if "-k" in words else [])
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
-from ttun import bench_link, cli, hosts, link_report, subjects
-from ttun.bench import COLUMNS
+from ttun import cli
 from ttun.cipher import CIPHERS, fast
-from ttun.demo import end
 from ttun.errors import TtunError, UsageError
-from ttun.link_emulator import Link, LinkedHosts
+from ttun.lab import bench_link, link_report, netns, targets
+from ttun.lab.bench import COLUMNS
+from ttun.lab.demo import end
+from ttun.lab.link_emulator import Link, LinkedHosts
 
 PORT = "5001"
 
@@ -121,14 +122,14 @@ def test_connections_of_other_tunnels_have_the_hosts_congestion_control(way: str
         else:
             bench_link._set_on_route(pair, "reno")
         server = pair.start(
-            SERVER, hosts.python("ttun.link_traffic", "serve", hosts.IPV4[SERVER], PORT),
-            environment=hosts.environment(), stdout=subprocess.PIPE,
+            SERVER, netns.python("ttun.lab.link_traffic", "serve", netns.IPV4[SERVER], PORT),
+            environment=netns.environment(), stdout=subprocess.PIPE,
         )  # fmt: skip
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
-        load = hosts.python("ttun.link_traffic", "down", hosts.IPV4[SERVER], PORT, "1", "30")
+        load = netns.python("ttun.lab.link_traffic", "down", netns.IPV4[SERVER], PORT, "1", "30")
         client = pair.start(
-            CLIENT, load, environment=hosts.environment(), stdout=subprocess.DEVNULL
+            CLIENT, load, environment=netns.environment(), stdout=subprocess.DEVNULL
         )
         try:
             for host in (SERVER, CLIENT):
@@ -166,14 +167,14 @@ def test_tables_fit_80_columns_whatever_the_names() -> None:
 
 
 def test_a_target_has_the_name_that_it_is_given() -> None:
-    named = subjects.against("Go-ttun=sh server :: sh client -s {peer}:1")
-    assert (named.name, subjects.against("sh a=b :: sh").name) == ("Go-ttun", "sh")
+    named = targets.against("Go-ttun=sh server :: sh client -s {peer}:1")
+    assert (named.name, targets.against("sh a=b :: sh").name) == ("Go-ttun", "sh")
 
 
 def test_bad_subjects_are_a_line() -> None:
     with pytest.raises(UsageError, match="openvpn, wireguard-go or"):
-        subjects.against("tinc")
+        targets.against("tinc")
     with pytest.raises(UsageError, match="a command is missing"):
-        subjects.against(":: client")
+        targets.against(":: client")
     with pytest.raises(TtunError, match="no-such-program is not installed"):
-        subjects.against("no-such-program a :: no-such-program b")
+        targets.against("no-such-program a :: no-such-program b")

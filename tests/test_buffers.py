@@ -12,9 +12,9 @@ from tunnel import CLIENT, SERVER, TUNNEL4, Bench
 from x1_rig import rigged
 
 import ttun
-from ttun import hosts
 from ttun.buffers import NORMAL, SMALL
 from ttun.errors import UsageError
+from ttun.lab import netns
 
 MIB = 1 << 20
 LARGEST = 65519  # bytes of a packet in a frame with a tag of 16
@@ -70,5 +70,5 @@ def test_small_at_one_end_or_both_carries_all(bench: Bench, small: set[str]) -> 
     for end in (SERVER, CLIENT):
         buffers = SMALL if end in small else NORMAL
         if "4294967295" in Path("/proc/self/uid_map").read_text():  # root of no user namespace
-            shown = hosts.ip("-n", bench.pair.names[end], "-json", "link", "show", "ttun0")
+            shown = netns.ip("-n", bench.pair.names[end], "-json", "link", "show", "ttun0")
             assert json.loads(shown)[0]["txqlen"] == buffers.queue

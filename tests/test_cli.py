@@ -15,8 +15,8 @@ from tunnel import CLIENT, PROGRAM, SCRIPT, SERVER, Bench, eventually
 import ttun
 from ttun import cli, sodium
 from ttun.cli import main
+from ttun.commands.parser import build_parser, join_values
 from ttun.errors import TtunError
-from ttun.parser import build_parser, join_values
 
 
 def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:

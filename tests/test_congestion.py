@@ -13,9 +13,10 @@ import pytest
 from connections import KINDS, connected, need_mptcp
 from tunnel import CLIENT, PROGRAM, SERVER, Bench
 
-from ttun import congestion, hosts
+from ttun import congestion
 from ttun.errors import TtunError, UsageError
-from ttun.stop import StopFlag
+from ttun.flag import StopFlag
+from ttun.lab import netns
 
 PROC = Path("/proc/sys/net/ipv4")
 BOTH = "( sport = :20203 or dport = :20203 )"
@@ -152,7 +153,7 @@ def test_one_that_this_kernel_lacks_is_refused_before_anything_is_made() -> None
 def routes(bench: Bench, *more: str) -> None:
     """Have the routes between the hosts say something, to connections yet to be made."""
     for host in (SERVER, CLIENT):
-        where = ["192.0.2.0/24", "dev", bench.pair.links[host], "src", hosts.IPV4[host]]
+        where = ["192.0.2.0/24", "dev", bench.pair.links[host], "src", netns.IPV4[host]]
         bench.run(host, "ip", "route", "change", *where, *more)
 
 

@@ -15,10 +15,11 @@ import pytest
 from tunnel import SERVER, eventually
 from watched import Watched, flood
 
-from ttun import device_watch, hosts, netlink
+from ttun import device_watch, netlink
 from ttun.device import SERVER as USUAL
 from ttun.device import Addresses
-from ttun.hosts import Hosts
+from ttun.lab import netns
+from ttun.lab.netns import Hosts
 
 pytestmark = pytest.mark.hosts
 
@@ -81,7 +82,7 @@ def test_disabled_ipv6_is_named(host: str) -> None:
             end.do_what_it_says()
             end.misses()
             end.says("ttun0 is complete again")
-        hosts.ip("-n", host, "address", "replace", "2001:db8::1/64", "dev", "vserver", "nodad")
+        netns.ip("-n", host, "address", "replace", "2001:db8::1/64", "dev", "vserver", "nodad")
 
 
 @pytest.mark.parametrize(
@@ -178,12 +179,12 @@ def test_a_name_that_is_no_text_is_written_as_one(host: str) -> None:
 
 @contextmanager
 def namespace(name: str) -> Iterator[str]:
-    hosts.ip("netns", "add", name)
+    netns.ip("netns", "add", name)
     try:
         yield name
     finally:
-        if name in hosts.ip("netns", "list"):
-            hosts.ip("netns", "delete", name)
+        if name in netns.ip("netns", "list"):
+            netns.ip("netns", "delete", name)
 
 
 def test_a_device_that_is_moved_away_lives_until_it_goes(host: str) -> None:
@@ -192,7 +193,7 @@ def test_a_device_that_is_moved_away_lives_until_it_goes(host: str) -> None:
         end.misses("moved to another network namespace")
         end.says("moved to another network namespace (set addresses and routes there, or restart")
         assert not end.watch.device_gone
-        hosts.ip("-n", away, "link", "set", "ttun0", "netns", host)
+        netns.ip("-n", away, "link", "set", "ttun0", "netns", host)
         end.misses("device down", ADDRESS4, ADDRESS6, MISSING4)
         end.says("ttun0 changed: device down")
         end.do_what_it_says()
@@ -200,7 +201,7 @@ def test_a_device_that_is_moved_away_lives_until_it_goes(host: str) -> None:
         end.ip("link", "set", "ttun0", "netns", away)
         end.misses("moved to another network namespace")
         assert not end.watch.device_gone
-        hosts.ip("netns", "delete", away)
+        netns.ip("netns", "delete", away)
         eventually(lambda: end.watch.device_gone, "it went with its namespace", 20)
 
 
@@ -347,8 +348,8 @@ assert another.device_gone
 
 def test_without_a_descriptor_it_says_so_once_and_tries_again(host: str) -> None:
     done = subprocess.run(
-        ["ip", "netns", "exec", host, *hosts.python("ttun")[:1], "-c", WITHOUT],
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **hosts.environment()},
+        ["ip", "netns", "exec", host, *netns.python("ttun")[:1], "-c", WITHOUT],
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **netns.environment()},
         capture_output=True,
         text=True,
         check=False,

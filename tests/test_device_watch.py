@@ -34,7 +34,7 @@ from tunnel import (
 )
 from watched import commands, flood
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
@@ -121,17 +121,17 @@ def test_a_device_in_another_namespace_carries_on(plain: Bench) -> None:
     another."""
     away = f"{plain.pair.names[CLIENT]}-away"
     _, client = plain.tunnel()
-    hosts.ip("netns", "add", away)
+    netns.ip("netns", "add", away)
     try:
         plain.run(CLIENT, "ip", "link", "set", "ttun0", "netns", away)
         client.says("moved to another network namespace (set addresses and routes there")
         misses(plain, client, "moved to another network namespace")
         for arguments in (["address", "add", "10.1.1.2/30", "dev", "ttun0"],
                           ["link", "set", "ttun0", "up"]):  # fmt: skip
-            hosts.ip("-n", away, *arguments)
+            netns.ip("-n", away, *arguments)
         plain.answers(SERVER)
     finally:
-        hosts.ip("netns", "delete", away)
+        netns.ip("netns", "delete", away)
     assert client.ended() == 1
     assert "was ttun0 removed?" in client.log().splitlines()[-1]
 
@@ -188,7 +188,7 @@ def program(bench: Bench, *arguments: str) -> Iterator[Program]:
     log = bench.directory / "program.log"
     with log.open("w") as file:
         command = [sys.executable, "-c", PROGRAM_OF_ITS_OWN, *arguments]
-        process = bench.pair.start(SERVER, command, stderr=file, environment=hosts.environment())
+        process = bench.pair.start(SERVER, command, stderr=file, environment=netns.environment())
     try:
         started = Program(process, log)
         started.says("listening on")
@@ -255,7 +255,7 @@ def waiting(bench: Bench) -> End:
 
 
 def unanswered(bench: Bench) -> End:
-    bench.helper(SERVER, *hosts.python("ttun.traffic", "serve", "192.0.2.1", "9998"))
+    bench.helper(SERVER, *netns.python("ttun.lab.traffic", "serve", "192.0.2.1", "9998"))
     end = bench.client(to="192.0.2.1:9998")
     end.says("handshaking")
     return end
@@ -307,13 +307,13 @@ def another_address(bench: Bench, host: str = CLIENT) -> Iterator[Callable[[], N
     """The host uses OURS towards the other one, until the function is called."""
     link = bench.pair.links[host]
     bench.run(host, "ip", "address", "add", f"{OURS}/24", "dev", link)
-    bench.run(host, "ip", "route", "add", hosts.IPV4[OTHER[host]], "dev", link, "src", OURS)
+    bench.run(host, "ip", "route", "add", netns.IPV4[OTHER[host]], "dev", link, "src", OURS)
     try:
         yield lambda: bench.run(host, "ip", "address", "del", f"{OURS}/24", "dev", link) and None
     finally:
         for command in (
             f"address del {OURS}/24 dev {link}",
-            f"route del {hosts.IPV4[OTHER[host]]}",
+            f"route del {netns.IPV4[OTHER[host]]}",
         ):
             with contextlib.suppress(subprocess.CalledProcessError):
                 bench.run(host, "ip", *command.split())
@@ -359,7 +359,7 @@ def test_a_server_whose_address_leaves_is_free_for_the_next_client(plain: Bench)
 
 
 def test_a_client_that_is_shaking_hands_notices_too(plain: Bench) -> None:
-    silent = plain.helper(SERVER, *hosts.python("ttun.traffic", "serve", "192.0.2.1", "9998"))
+    silent = plain.helper(SERVER, *netns.python("ttun.lab.traffic", "serve", "192.0.2.1", "9998"))
     with another_address(plain) as leave:
         client = plain.client(to="192.0.2.1:9998")
         client.says("handshaking")

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench
 
-from ttun import congestion, doctor, doctor_connection, hosts, path_mtu, sodium, tox
-from ttun.doctor import LESS, NO, OK, UNSEEN, Route
+from ttun import congestion, sodium, tox
+from ttun.commands import doctor, doctor_connection, path_mtu
+from ttun.commands.doctor import LESS, NO, OK, UNSEEN, Route
+from ttun.lab import netns
 
 hosts_only = pytest.mark.hosts
 HIDE_NODE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
@@ -27,11 +29,11 @@ NO_RIGHT = ["setpriv", "--bounding-set", "-net_admin"]
 class Report:
     """What the program said on a host, by subject."""
 
-    def __init__(self, pair: hosts.Hosts, host: str, *arguments: str, prefix: list[str]) -> None:
+    def __init__(self, pair: netns.Hosts, host: str, *arguments: str, prefix: list[str]) -> None:
         done = subprocess.run(
             pair.command(host, [*prefix, *PROGRAM, "doctor", *arguments]),
             capture_output=True, text=True, timeout=120, check=False,
-            env={**os.environ, **hosts.environment()},
+            env={**os.environ, **netns.environment()},
         )  # fmt: skip
         assert done.stderr == ""
         self.code, self.text = done.returncode, done.stdout
@@ -51,14 +53,14 @@ class Report:
 
 
 def report(
-    pair: hosts.Hosts, *arguments: str, host: str = CLIENT, prefix: list[str] | None = None
+    pair: netns.Hosts, *arguments: str, host: str = CLIENT, prefix: list[str] | None = None
 ) -> Report:
     return Report(pair, host, *arguments, prefix=prefix or [])
 
 
 @contextmanager
 def changed(
-    pair: hosts.Hosts, do: list[str], undo: list[str], host: str = CLIENT
+    pair: netns.Hosts, do: list[str], undo: list[str], host: str = CLIENT
 ) -> Iterator[None]:
     subprocess.run(pair.command(host, do), check=True, capture_output=True)
     try:
@@ -68,7 +70,7 @@ def changed(
 
 
 @hosts_only
-def test_where_all_is_well_a_tunnel_can_run(pair: hosts.Hosts) -> None:
+def test_where_all_is_well_a_tunnel_can_run(pair: netns.Hosts) -> None:
     found = report(pair)
     assert found.code == 0
     for subject in ("packages", "rights", "/dev/net/tun", "IPv6", "clock",
@@ -77,7 +79,7 @@ def test_where_all_is_well_a_tunnel_can_run(pair: hosts.Hosts) -> None:
     assert found["offloads"][1].startswith("vnet header")
     assert "server" not in found.blocks, "no peer was named"
     assert "A tunnel can run here" in found.text.splitlines()[-1]
-    links = hosts.ip("-n", pair.names[CLIENT], "link")
+    links = netns.ip("-n", pair.names[CLIENT], "link")
     assert "vclient" in links
     assert ": ttun" not in links, "the device that it looked with is gone again"
 
@@ -92,7 +94,7 @@ def test_where_all_is_well_a_tunnel_can_run(pair: hosts.Hosts) -> None:
     ],
 )
 def test_where_no_tunnel_can_run_it_says_so(
-    pair: hosts.Hosts, prefix: list[str], subject: str, says: str
+    pair: netns.Hosts, prefix: list[str], subject: str, says: str
 ) -> None:
     found = report(pair, prefix=prefix)
     assert found.code == 1
@@ -112,7 +114,7 @@ def test_where_no_tunnel_can_run_it_says_so(
     ],
 )
 def test_what_is_switched_off_costs_and_the_tunnel_runs(
-    pair: hosts.Hosts, setting: str, bad: str, good: str, subject: str
+    pair: netns.Hosts, setting: str, bad: str, good: str, subject: str
 ) -> None:
     path = "/proc/sys/" + setting.replace(".", "/")
     if not Path(path).exists():
@@ -139,7 +141,7 @@ def test_what_is_switched_off_costs_and_the_tunnel_runs(
     ],
 )
 def test_addresses_that_something_else_has(
-    pair: hosts.Hosts, add: str, subject: str, says: str
+    pair: netns.Hosts, add: str, subject: str, says: str
 ) -> None:
     remove = add.replace(" add ", " del ")
     with changed(pair, ["ip", *add.split()], ["ip", *remove.split()]):
@@ -151,7 +153,7 @@ def test_addresses_that_something_else_has(
 
 
 @hosts_only
-def test_a_default_route_is_no_conflict(pair: hosts.Hosts) -> None:
+def test_a_default_route_is_no_conflict(pair: netns.Hosts) -> None:
     add = ["ip", "route", "add", "default", "via", "192.0.2.1"]
     with changed(pair, add, ["ip", "route", "del", "default"]):
         assert report(pair)["IPv4 addresses"][0] == OK
@@ -180,7 +182,7 @@ def test_a_peer_that_answers_and_how_large_a_packet_gets_there(bench: Bench, pee
 
 @hosts_only
 @pytest.mark.nft
-def test_a_path_that_loses_large_packets_without_a_word(pair: hosts.Hosts) -> None:
+def test_a_path_that_loses_large_packets_without_a_word(pair: netns.Hosts) -> None:
     table = "add table ip hole; add chain ip hole in { type filter hook input priority 0; };"
     rules = f"{table} add rule ip hole in ip length > 1300 drop"
     with changed(pair, ["nft", rules], ["nft", "delete table ip hole"], host=SERVER):
@@ -193,7 +195,7 @@ def test_a_path_that_loses_large_packets_without_a_word(pair: hosts.Hosts) -> No
 
 
 @hosts_only
-def test_a_route_with_a_smaller_mtu_is_found(pair: hosts.Hosts) -> None:
+def test_a_route_with_a_smaller_mtu_is_found(pair: netns.Hosts) -> None:
     route = ["ip", "route", "add", "192.0.2.1/32", "dev", "vclient", "mtu", "1380"]
     with changed(pair, route, ["ip", "route", "del", "192.0.2.1/32"]):
         assert report(pair, "192.0.2.1")["path MTU"] == (OK, "1380 bytes get there")
@@ -201,7 +203,7 @@ def test_a_route_with_a_smaller_mtu_is_found(pair: hosts.Hosts) -> None:
 
 @hosts_only
 @pytest.mark.nft
-def test_a_peer_without_a_server_and_one_that_is_silent(pair: hosts.Hosts) -> None:
+def test_a_peer_without_a_server_and_one_that_is_silent(pair: netns.Hosts) -> None:
     found = report(pair, "192.0.2.1:9")
     assert found.code == 1
     assert found["server"][0] == NO
@@ -218,7 +220,7 @@ def test_a_peer_without_a_server_and_one_that_is_silent(pair: hosts.Hosts) -> No
 
 
 @hosts_only
-def test_a_name_that_nobody_has(pair: hosts.Hosts) -> None:
+def test_a_name_that_nobody_has(pair: netns.Hosts) -> None:
     found = report(pair, "nobody.invalid")
     assert found.code == 1
     assert found["server"][1].startswith("nobody.invalid: ")

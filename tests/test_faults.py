@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
@@ -22,7 +22,7 @@ def test_a_short_while_of_faults(wire: str) -> None:
     script = Path(__file__).with_name("faults.py")
     done = subprocess.run(
         [sys.executable, script, "15", os.environ.get("TTUN_TEST_SEED", "1"), wire],
-        env={**os.environ, **hosts.environment()}, capture_output=True, text=True, check=False,
+        env={**os.environ, **netns.environment()}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)  # pytest -rP shows it
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,7 +23,8 @@ from peer import Peer, X1Peer
 from test_peers import client_gets_in, connect
 from tunnel import CLIENT, SERVER_ADDRESS, Bench, End, eventually
 
-from ttun import hosts, summary
+from ttun import summary
+from ttun.lab import netns
 from ttun.summary import Summary
 
 COUNT = int(os.environ.get("TTUN_TEST_HANDSHAKES", "2000"))
@@ -32,14 +33,14 @@ OTHERS = [f"192.0.2.{number}" for number in range(101, 121)]
 
 
 @pytest.fixture
-def addresses(pair: hosts.Hosts) -> Iterator[list[str]]:
+def addresses(pair: netns.Hosts) -> Iterator[list[str]]:
     """Other addresses of the client's host."""
     name = pair.names[CLIENT]
     for address in OTHERS:
-        hosts.ip("-n", name, "address", "add", f"{address}/24", "dev", "vclient")
+        netns.ip("-n", name, "address", "add", f"{address}/24", "dev", "vclient")
     yield OTHERS
     for address in OTHERS:
-        hosts.ip("-n", name, "address", "delete", f"{address}/24", "dev", "vclient")
+        netns.ip("-n", name, "address", "delete", f"{address}/24", "dev", "vclient")
 
 
 class Relay:

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, ROOT, SERVER, TUNNEL4, Bench, eventually
 
-from ttun import hooks
-from ttun.hooks import Hooks
+from ttun.commands import hooks
+from ttun.commands.hooks import Hooks
 
 END_TO_END = pytest.mark.parametrize("bench", ["x1"], indirect=True)
 

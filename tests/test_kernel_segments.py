@@ -19,7 +19,7 @@ from packets import ACK, ECE, FIN, PSH, SYN, TIMESTAMPS, Packet, Vnet, coalesce,
 from test_whole import restore, stays_whole
 from tunnel import in_namespace
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
@@ -62,11 +62,11 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Kernel]:
-    with hosts.Namespaces("kernel") as made:
+    with netns.Namespaces("kernel") as made:
         (namespace,) = made.names.values()
         device = in_namespace(namespace, Kernel)
         name = device.device.name
-        hosts.ip("-n", namespace, "link", "set", name, "addrgenmode", "none", "mtu", "65535",
+        netns.ip("-n", namespace, "link", "set", name, "addrgenmode", "none", "mtu", "65535",
                  "txqueuelen", "10000", "up")  # fmt: skip
         yield device
         device.close()

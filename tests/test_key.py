@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from tunnel import PROGRAM, ROOT, eventually
 
-from ttun import files, key
+from ttun.commands import key
 from ttun.errors import TtunError, UsageError
+from ttun.process import files
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from test_peers import connect
 from test_privileges import IS_NOBODY_HERE
 from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
@@ -202,7 +202,7 @@ def test_with_few_descriptors_strangers_do_not_lock_the_client_out(plain: Bench)
     script = f"ulimit -n 40; exec {' '.join(PROGRAM)} server -k secret"
     with log.open("w") as file:
         process = plain.pair.start(
-            SERVER, ["sh", "-c", script], stdout=file, stderr=file, environment=hosts.environment()
+            SERVER, ["sh", "-c", script], stdout=file, stderr=file, environment=netns.environment()
         )
     try:
         eventually(lambda: "listening" in log.read_text(), "it listens")
@@ -233,7 +233,7 @@ def test_too_few_descriptors_at_the_start_are_one_line(plain: Bench, role: str) 
         script = f"ulimit -n {limit}; exec timeout 3 {' '.join(PROGRAM)} {role} -k secret --wire v1"
         done = subprocess.run(
             plain.pair.command(SERVER, ["sh", "-c", script]),
-            env={**os.environ, **hosts.environment()}, capture_output=True, text=True, timeout=60,
+            env={**os.environ, **netns.environment()}, capture_output=True, text=True, timeout=60,
             check=False,
         )  # fmt: skip
         if re.search("^(Fatal Python error|Error processing line)", done.stderr, re.M):

@@ -10,11 +10,11 @@ import threading
 import pytest
 from connections import KINDS, connected, need_mptcp
 
-from ttun import link
+from ttun import tcp
 from ttun.client import Backoff
 from ttun.errors import TtunError, UsageError
-from ttun.link import Address
-from ttun.stop import StopFlag
+from ttun.flag import StopFlag
+from ttun.tcp import Address
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from ttun.stop import StopFlag
     ],
 )
 def test_addresses(text: str, listening: bool, expected: Address) -> None:
-    assert link.parse_address(text, listening=listening) == expected
+    assert tcp.parse_address(text, listening=listening) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_addresses(text: str, listening: bool, expected: Address) -> None:
 )
 def test_bad_addresses(text: str, listening: bool, why: str) -> None:
     with pytest.raises(UsageError, match=why) as raised:
-        link.parse_address(text, listening=listening)
+        tcp.parse_address(text, listening=listening)
     assert len(str(raised.value).splitlines()) == 1
 
 
 def test_an_address_is_shown_as_it_is_written() -> None:
     assert str(Address("2001:db8::1", 1)) == "[2001:db8::1]:1"
-    assert link.show(("::ffff:192.0.2.1", 1)) == "192.0.2.1:1"
+    assert tcp.show(("::ffff:192.0.2.1", 1)) == "192.0.2.1:1"
 
 
 @pytest.fixture
@@ -80,10 +80,10 @@ def test_a_port_alone_listens_on_both_families(
         socket.getaddrinfo(dialled, 1)
     except socket.gaierror:
         pytest.skip(f"this machine does not know {dialled}")
-    with link.listen(Address("", 0), mptcp) as listener:
+    with tcp.listen(Address("", 0), mptcp) as listener:
         port = listener.getsockname()[1]
-        with link.dial(Address(dialled, port), None, stop) as sock:
-            assert link.transport(sock) == "tcp"
+        with tcp.dial(Address(dialled, port), None, stop) as sock:
+            assert tcp.transport(sock) == "tcp"
 
 
 def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
@@ -97,11 +97,11 @@ def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
         return real(family, *rest, **more)
 
     monkeypatch.setattr(socket, "socket", without_ipv6)
-    listener = link.listen(Address("", 0), None)
+    listener = tcp.listen(Address("", 0), None)
     monkeypatch.undo()
     with listener:
         assert listener.family == socket.AF_INET
-        link.dial(Address("127.0.0.1", listener.getsockname()[1]), None, stop).close()
+        tcp.dial(Address("127.0.0.1", listener.getsockname()[1]), None, stop).close()
 
 
 @KINDS
@@ -110,13 +110,13 @@ def test_what_a_connection_really_is(
 ) -> None:
     need_mptcp()
     with connected(stop, listener_mptcp, dial_mptcp) as ends:
-        assert [link.transport(end) for end in ends] == [expected] * 2
+        assert [tcp.transport(end) for end in ends] == [expected] * 2
 
 
 def test_a_peer_that_is_gone_is_noticed_after_35_seconds() -> None:
     """By TCP: with data under way, and with none. README.md says so."""
     with socket.socket() as sock:
-        link.tune(sock)
+        tcp.tune(sock)
 
         def option(number: int) -> int:
             return sock.getsockopt(socket.IPPROTO_TCP, number)
@@ -132,37 +132,37 @@ def test_a_peer_that_is_gone_is_noticed_after_35_seconds() -> None:
 
 
 def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:
-    with link.listen(Address("127.0.0.1", 0), False) as listener:
+    with tcp.listen(Address("127.0.0.1", 0), False) as listener:
         port = listener.getsockname()[1]
         answers = [
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
             for host in ("127.0.0.2", "127.0.0.3", "127.0.0.1")
         ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
-        with link.dial(Address("many.example", port), None, stop) as sock:
+        with tcp.dial(Address("many.example", port), None, stop) as sock:
             assert sock.getpeername() == ("127.0.0.1", port)
         answers.pop()
         with pytest.raises(OSError, match=r"127.0.0.2:\d+: Connection refused; 127.0.0.3"):
-            link.dial(Address("many.example", port), None, stop)
+            tcp.dial(Address("many.example", port), None, stop)
 
 
 def test_a_dial_that_nobody_answers_has_an_end(
     monkeypatch: pytest.MonkeyPatch, stop: StopFlag
 ) -> None:
     """A queue that is full: the kernel drops what asks for a connection."""
-    monkeypatch.setattr(link, "DIAL_TIMEOUT", 0.5)
+    monkeypatch.setattr(tcp, "DIAL_TIMEOUT", 0.5)
     with socket.socket() as full, contextlib.ExitStack() as connected:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         address = Address(*full.getsockname())
         with pytest.raises(OSError, match="Connection timed out"):
             for _ in range(5):
-                connected.enter_context(link.dial(address, None, stop))
+                connected.enter_context(tcp.dial(address, None, stop))
 
 
 def test_a_name_that_does_not_exist_is_an_error(stop: StopFlag) -> None:
     with pytest.raises(OSError, match=r"nothing\.invalid: "):
-        link.dial(Address("nothing.invalid", 1), None, stop)
+        tcp.dial(Address("nothing.invalid", 1), None, stop)
 
 
 def test_a_silent_name_server_is_named_where_musl_says_try_again(
@@ -173,7 +173,7 @@ def test_a_silent_name_server_is_named_where_musl_says_try_again(
 
     monkeypatch.setattr(socket, "getaddrinfo", silent)
     with pytest.raises(OSError, match=r"vpn\.test: temporary failure in name resolution"):
-        link.dial(Address("vpn.test", 1), None, stop)
+        tcp.dial(Address("vpn.test", 1), None, stop)
 
 
 def test_a_look_up_that_hangs_is_left_when_stopped(
@@ -183,20 +183,20 @@ def test_a_look_up_that_hangs_is_left_when_stopped(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(30) and [])
     stop.set()
     with pytest.raises(InterruptedError):
-        link.dial(Address("slow.example", 1), None, stop)
+        tcp.dial(Address("slow.example", 1), None, stop)
     answered.set()
 
 
 def test_a_port_that_is_taken_is_an_error() -> None:
-    with link.listen(Address("127.0.0.1", 0), None) as listener:
+    with tcp.listen(Address("127.0.0.1", 0), None) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
         with pytest.raises(TtunError, match="another program has that port"):
-            link.listen(address, None)
+            tcp.listen(address, None)
 
 
 def test_an_address_of_another_machine_is_an_error() -> None:
     with pytest.raises(TtunError, match="no such address"):
-        link.listen(Address("192.0.2.77", 0), None)
+        tcp.listen(Address("192.0.2.77", 0), None)
 
 
 def test_after_a_good_session_it_dials_at_once() -> None:

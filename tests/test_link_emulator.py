@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import pytest
 from tunnel import CLIENT, SERVER, eventually, in_namespace
 
-from ttun import hosts, link_emulator
-from ttun.demo import end, measured
 from ttun.errors import TtunError, UsageError
-from ttun.link_emulator import DOWN, UP, Link, LinkedHosts
+from ttun.lab import link_emulator, netns
+from ttun.lab.demo import end, measured
+from ttun.lab.link_emulator import DOWN, UP, Link, LinkedHosts
 
 pytestmark = pytest.mark.hosts
 
-ADDRESS = hosts.IPV4[SERVER]
+ADDRESS = netns.IPV4[SERVER]
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 BODY = 1000  # bytes of a datagram; its frame has 42 more
 
@@ -32,10 +32,10 @@ def pings(pair: LinkedHosts, times: int) -> list[float]:
 
 
 @contextlib.contextmanager
-def serving(pair: LinkedHosts, module: str = "ttun.link_traffic") -> Iterator[None]:
+def serving(pair: LinkedHosts, module: str = "ttun.lab.link_traffic") -> Iterator[None]:
     process = pair.start(
-        SERVER, hosts.python(module, "serve", ADDRESS, "5001"),
-        environment=hosts.environment(), stdout=subprocess.PIPE,
+        SERVER, netns.python(module, "serve", ADDRESS, "5001"),
+        environment=netns.environment(), stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -48,9 +48,9 @@ def serving(pair: LinkedHosts, module: str = "ttun.link_traffic") -> Iterator[No
 
 def goodput(pair: LinkedHosts, action: str, seconds: float = 0.7) -> float:
     """What one stream carries, in Mbit/s."""
-    command = hosts.python("ttun.link_traffic", action, ADDRESS, "5001", "1", str(seconds))
+    command = netns.python("ttun.lab.link_traffic", action, ADDRESS, "5001", "1", str(seconds))
     process = pair.start(
-        CLIENT, command, environment=hosts.environment(), stdout=subprocess.PIPE
+        CLIENT, command, environment=netns.environment(), stdout=subprocess.PIPE
     )  # fmt: skip
     shown, _ = process.communicate(timeout=60)
     return float(shown) / 1e6
@@ -164,7 +164,7 @@ def test_a_cut_link_lets_nothing_through_until_it_is_joined() -> None:
 
 
 def test_bytes_stay_as_they_are_while_the_ring_goes_round() -> None:
-    with LinkedHosts(Link(rate=900, rtt=2)) as pair, serving(pair, "ttun.traffic"):
+    with LinkedHosts(Link(rate=900, rtt=2)) as pair, serving(pair, "ttun.lab.traffic"):
         for action in ("send", "receive"):
             assert measured(pair, action, ADDRESS, "5001", str(100 << 20))["whole"]
 
@@ -196,7 +196,7 @@ def test_a_value_out_of_range_is_one_line(fields: dict[str, float]) -> None:
         Link(**fields)
 
 
-def relay(pair: hosts.Namespaces, *arguments: str, given: str = "") -> tuple[int, str, str]:
+def relay(pair: netns.Namespaces, *arguments: str, given: str = "") -> tuple[int, str, str]:
     names = (pair.names[SERVER], "one", pair.names[CLIENT], "two")
     done = subprocess.run(
         [link_emulator._compiled(), *(names if arguments[:1] != ("none",) else ()),
@@ -210,14 +210,14 @@ def relay(pair: hosts.Namespaces, *arguments: str, given: str = "") -> tuple[int
     "none", "none a b c", "speed 5", "rate", "rate 0", "rate 5/", "rate 5/0", "rate 5/5/5",
     "rate nan", "rtt -1", "rtt 1e9", "loss 101", "loss x", "queue 10ms", "seed 1.5e10", "cut",
 ])  # fmt: skip
-def test_bad_usage_of_the_relay_is_one_line(pair: hosts.Hosts, words: str) -> None:
+def test_bad_usage_of_the_relay_is_one_line(pair: netns.Hosts, words: str) -> None:
     code, said, error = relay(pair, *words.split())
     assert (code, said) == (2, "")
     assert error.startswith("link_emulator: ")
     assert error.count("\n") == 1
 
 
-def test_a_namespace_or_device_that_is_not_there_is_one_line(pair: hosts.Hosts) -> None:
+def test_a_namespace_or_device_that_is_not_there_is_one_line(pair: netns.Hosts) -> None:
     program = link_emulator._compiled()
     for names in (("no-such", "one", "no-such", "two"), (pair.names[SERVER], "lo", "x", "y")):
         done = subprocess.run([program, *names], capture_output=True, text=True, check=False)
@@ -225,7 +225,7 @@ def test_a_namespace_or_device_that_is_not_there_is_one_line(pair: hosts.Hosts) 
         assert done.stderr.count("\n") == 1
 
 
-def test_each_command_has_an_answer_and_a_bad_one_changes_nothing(pair: hosts.Hosts) -> None:
+def test_each_command_has_an_answer_and_a_bad_one_changes_nothing(pair: netns.Hosts) -> None:
     commands = "rate 5\nrate 0\n\nrtt 10 20\ncounters\ncut\njoin\nhelp\n"
     code, said, _ = relay(pair, given=commands)
     assert code == 0, "the end of its input is its end"

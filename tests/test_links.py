@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually, in_namespace
 
-from ttun import control, hosts
-from ttun.link_emulator import UP, Link, LinkedHosts
+from ttun import control
+from ttun.lab import netns
+from ttun.lab.link_emulator import UP, Link, LinkedHosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
@@ -40,13 +41,13 @@ class Far(Bench):
     def connect(self) -> None:
         self.server_end, self.client_end = self.tunnel()
         self.answers()
-        self.helper(SERVER, *hosts.python("ttun.link_traffic", "serve", ADDRESS, PORT))
+        self.helper(SERVER, *netns.python("ttun.lab.link_traffic", "serve", ADDRESS, PORT))
 
     @contextlib.contextmanager
     def stream(self, action: str) -> Iterator[None]:
         """A stream through the tunnel, which is on its way and goes on in the background."""
-        command = hosts.python("ttun.link_traffic", action, ADDRESS, PORT, "1", "300")
-        process = self.pair.start(CLIENT, command, environment=hosts.environment(),
+        command = netns.python("ttun.lab.link_traffic", action, ADDRESS, PORT, "1", "300")
+        process = self.pair.start(CLIENT, command, environment=netns.environment(),
                                   stdout=subprocess.DEVNULL)  # fmt: skip
         try:
             self.carries(action)
@@ -68,12 +69,12 @@ class Far(Bench):
 
     def goodput(self, action: str, seconds: float = 1.5) -> float:
         """What one stream through the tunnel carries, in Mbit/s."""
-        command = hosts.python("ttun.link_traffic", action, ADDRESS, PORT, "1", str(seconds))
+        command = netns.python("ttun.lab.link_traffic", action, ADDRESS, PORT, "1", str(seconds))
         return float(self.run(CLIENT, *command)) / 1e6
 
     def pings(self, times: int = 20) -> list[float]:
         """Round trips through the tunnel in ms; those that were lost are left out."""
-        command = hosts.python("ttun.link_traffic", "ping", ADDRESS, str(times), "0.05")
+        command = netns.python("ttun.lab.link_traffic", "ping", ADDRESS, str(times), "0.05")
         found = json.loads(self.run(CLIENT, *command))
         return [seconds * 1000 for seconds in found if seconds is not None]
 

@@ -20,8 +20,8 @@ from peer import Peer
 from test_peers import connect
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, eventually
 
-from ttun import hosts
-from ttun.log_writer import Descriptor, Writer
+from ttun.lab import netns
+from ttun.process.log_writer import Descriptor, Writer
 
 SIZES = [4096, 65536]  # bytes of a pipe: one page, and what is usual
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; fcntl.F_SETPIPE_SZ from Python 3.10 on
@@ -263,7 +263,7 @@ def test_an_error_that_nobody_reads_does_not_hold_up_the_end(arguments: str, pip
 def start_unread(bench: Bench, pipe: Pipe, host: str, *arguments: str) -> subprocess.Popen[str]:
     """Start an end whose log nobody reads."""
     end = bench.pair.start(
-        host, [*PROGRAM, *arguments], stderr=pipe.writable, environment=hosts.environment()
+        host, [*PROGRAM, *arguments], stderr=pipe.writable, environment=netns.environment()
     )
     os.close(pipe.writable)
     pipe.writable = -1

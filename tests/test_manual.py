@@ -16,7 +16,7 @@ import manual
 import pytest
 from tunnel import ROOT
 
-from ttun import parser
+from ttun.commands import parser
 
 TREE = manual.read(parser.build_parser(), [], "")
 NAMES = sorted({name for c in TREE.all() for option in c.options for name in option.names})

@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 from tunnel import ROOT, End, eventually, in_namespace
 
-from ttun import hosts, traffic
-from ttun.hosts import LinkEnd, Namespaces
+from ttun.lab import netns, traffic
+from ttun.lab.netns import LinkEnd, Namespaces
 
 DOC = (ROOT / "docs" / "many-sites.md").read_text()
 TUNNELS = re.findall(
@@ -60,14 +60,14 @@ class Sites(Namespaces):
                 LinkEnd("internet", site, [f"{gateway}/26"]),
                 LinkEnd(site, "eth0", [f"{public}/26"]),
             )
-            hosts.ip("-n", self.names[site], "route", "add", "default", "via", str(gateway))
+            netns.ip("-n", self.names[site], "route", "add", "default", "via", str(gateway))
             ours, theirs = (
                 [f"{NETWORKS[v].format(n, host)}/{LENGTHS[v]}" for v in NETWORKS] for host in (1, 2)
             )
             self.link(LinkEnd(site, "eth1", ours), LinkEnd(lan, "eth0", theirs))
             for network in NETWORKS.values():
                 via = network.format(n, 1)
-                hosts.ip("-n", self.names[lan], "route", "add", "default", "via", via)
+                netns.ip("-n", self.names[lan], "route", "add", "default", "via", via)
             self.set(site, SYSCTL)
 
     def set(self, host: str, settings: str) -> None:
@@ -82,10 +82,10 @@ class Sites(Namespaces):
         """Lose all packets between two sites without a word."""
         ways = [("from", PUBLIC[a], "to", PUBLIC[b]) for a, b in (one + other, other + one)]
         for way in ways:
-            hosts.ip("-n", self.names["internet"], "rule", "add", *way, "blackhole")
+            netns.ip("-n", self.names["internet"], "rule", "add", *way, "blackhole")
         yield
         for way in ways:
-            hosts.ip("-n", self.names["internet"], "rule", "delete", *way, "blackhole")
+            netns.ip("-n", self.names["internet"], "rule", "delete", *way, "blackhole")
 
     def ping(self, address: str) -> bool:
         """Ping from the LAN of site 1."""
@@ -97,15 +97,15 @@ class Sites(Namespaces):
     def next_hop(self, n: str, address: str) -> str:
         """The device that a site's router sends packets to an address through."""
         try:
-            shown = hosts.ip("-n", self.names[f"site{n}"], "-json", "route", "get", address)
-        except hosts.TtunError:
+            shown = netns.ip("-n", self.names[f"site{n}"], "-json", "route", "get", address)
+        except netns.TtunError:
             return "none"
         device: str = json.loads(shown)[0]["dev"]
         return device
 
     def carried(self, n: str, device: str) -> int:
         """Bytes that went out through a device of a site."""
-        shown = hosts.ip("-n", self.names[f"site{n}"], "-json", "-s", "link", "show", device)
+        shown = netns.ip("-n", self.names[f"site{n}"], "-json", "-s", "link", "show", device)
         bytes_: int = json.loads(shown)[0]["stats64"]["tx"]["bytes"]
         return bytes_
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench, eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = [
     pytest.mark.hosts,
@@ -27,23 +27,23 @@ LINKS = {SERVER: "wserver", CLIENT: "wclient"}
 def two_links(plain: Bench) -> Iterator[Bench]:
     """A second veth pair; the server tells of its address there, and the client uses it."""
     names = plain.pair.names
-    hosts.ip("link", "add", LINKS[SERVER], "netns", names[SERVER], "type", "veth",
+    netns.ip("link", "add", LINKS[SERVER], "netns", names[SERVER], "type", "veth",
              "peer", "name", LINKS[CLIENT], "netns", names[CLIENT])  # fmt: skip
     for host, name in names.items():
-        hosts.ip("-n", name, "address", "add", f"{SECOND[host]}/24", "dev", LINKS[host])
-        hosts.ip("-n", name, "link", "set", LINKS[host], "up")
-        hosts.ip("-n", name, "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
-    hosts.ip("-n", names[SERVER], "mptcp", "endpoint", "add", SECOND[SERVER], "signal")
+        netns.ip("-n", name, "address", "add", f"{SECOND[host]}/24", "dev", LINKS[host])
+        netns.ip("-n", name, "link", "set", LINKS[host], "up")
+        netns.ip("-n", name, "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
+    netns.ip("-n", names[SERVER], "mptcp", "endpoint", "add", SECOND[SERVER], "signal")
     yield plain
     for name in names.values():
-        hosts.ip("-n", name, "mptcp", "endpoint", "flush")
-    hosts.ip("-n", names[SERVER], "link", "delete", LINKS[SERVER])
+        netns.ip("-n", name, "mptcp", "endpoint", "flush")
+    netns.ip("-n", names[SERVER], "link", "delete", LINKS[SERVER])
 
 
 def received(bench: Bench, host: str, link: str) -> int:
     """Bytes that came in over a link."""
     shown = json.loads(
-        hosts.ip("-n", bench.pair.names[host], "-json", "-s", "link", "show", "dev", link)
+        netns.ip("-n", bench.pair.names[host], "-json", "-s", "link", "show", "dev", link)
     )
     return int(shown[0]["stats64"]["rx"]["bytes"])
 

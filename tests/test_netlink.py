@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import pytest
 from tunnel import SERVER, in_namespace
 
-from ttun import hosts, netlink
+from ttun import netlink
 from ttun.device_state import address_of
-from ttun.hosts import Hosts
+from ttun.lab import netns
+from ttun.lab.netns import Hosts
 from ttun.netlink import Message, Netlink, Request
 
 
@@ -58,11 +59,11 @@ def test_all_next_hops_of_a_route_are_found() -> None:
 @pytest.fixture
 def host(pair: Hosts) -> Iterator[str]:
     name = pair.names[SERVER]
-    hosts.ip("-n", name, "link", "add", "va", "type", "veth", "peer", "name", "vb")
+    netns.ip("-n", name, "link", "add", "va", "type", "veth", "peer", "name", "vb")
     for device in ("va", "vb"):
-        hosts.ip("-n", name, "link", "set", device, "addrgenmode", "none", "up")
+        netns.ip("-n", name, "link", "set", device, "addrgenmode", "none", "up")
     yield name
-    hosts.ip("-n", name, "link", "delete", "va")
+    netns.ip("-n", name, "link", "delete", "va")
 
 
 def heard(link: Netlink) -> list[Message]:
@@ -82,7 +83,7 @@ def test_the_kernel_leaves_out_what_is_of_no_interest(host: str) -> None:
 
     def ip(*commands: str) -> None:
         for command in commands:
-            hosts.ip("-n", host, *command.split())
+            netns.ip("-n", host, *command.split())
 
     routes = ["203.0.113.0/24", "10.0.0.0/20", "2001:db8:1::/48", "2001:db8::/33", "::/0"]
     link = in_namespace(host, Netlink)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
-from ttun import hosts
-from ttun.notify import Manager
+from ttun.commands.notify import Manager
+from ttun.lab import netns
 
 FAST = "200000"  # microseconds: a sign of life each 0.1 s
 
@@ -101,7 +101,7 @@ def test_a_tunnel_says_when_it_is_ready_that_it_lives_and_that_it_stops(
     with manager_socket(address) as sock:
         process = bench.pair.start(
             host, [*PROGRAM, *arguments, "-k", "secret", *bench.options],
-            environment=hosts.environment(NOTIFY_SOCKET=address, WATCHDOG_USEC=FAST),
+            environment=netns.environment(NOTIFY_SOCKET=address, WATCHDOG_USEC=FAST),
         )  # fmt: skip
         try:
             assert sock.recv(100) == b"READY=1"
@@ -138,7 +138,7 @@ def test_an_endpoint_that_ended_gives_no_sign_of_life(bench: Bench) -> None:
     with manager_socket(address) as sock:
         client = bench.pair.start(
             CLIENT, [*PROGRAM, "client", "-k", "secret", "-s", "192.0.2.1", *bench.options],
-            environment=hosts.environment(NOTIFY_SOCKET=address, WATCHDOG_USEC=FAST),
+            environment=netns.environment(NOTIFY_SOCKET=address, WATCHDOG_USEC=FAST),
         )  # fmt: skip
         server = bench.server()
         states: list[bytes] = []
@@ -151,7 +151,7 @@ def test_an_endpoint_that_ended_gives_no_sign_of_life(bench: Bench) -> None:
             return True
 
         eventually(lambda: read() and "authenticated" in server.log(), "a session")
-        hosts.ip("-n", bench.pair.names[CLIENT], "link", "delete", "ttun0")
+        netns.ip("-n", bench.pair.names[CLIENT], "link", "delete", "ttun0")
         eventually(lambda: read() and client.poll() is not None, "its end", 20)
         read()
     assert client.returncode == 1

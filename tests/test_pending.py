@@ -18,10 +18,10 @@ from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
-from ttun import handshake, handshakes
-from ttun.handshakes import Handshakes
+from ttun import handshake, pending
+from ttun.flag import StopFlag
 from ttun.peer import SILENT_AFTER, Host, Peer, Pending
-from ttun.stop import StopFlag
+from ttun.pending import Handshakes
 from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
 
 FEW = 4
@@ -68,10 +68,10 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    monkeypatch.setattr(handshakes, "MOST", FEW)
-    monkeypatch.setattr(handshakes, "MOST_PER_NETWORK", FEW)
+    monkeypatch.setattr(pending, "MOST", FEW)
+    monkeypatch.setattr(pending, "MOST_PER_NETWORK", FEW)
     monkeypatch.setattr(Handshakes, "_most", lambda _: FEW)
-    monkeypatch.setattr(handshakes, "SHARE", 1)
+    monkeypatch.setattr(pending, "SHARE", 1)
     made = House()
     yield made
     made.close()
@@ -243,7 +243,7 @@ def test_nobody_is_held_for_longer_than_a_client_would_wait(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A peer whose host is gone says nothing any more, not even that it leaves."""
-    monkeypatch.setattr(handshakes, "HELD_TIMEOUT", 0.3)
+    monkeypatch.setattr(pending, "HELD_TIMEOUT", 0.3)
     house.pending.hold()
     waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
     house.turns(0.1)
@@ -258,7 +258,7 @@ def test_a_handshake_has_ten_seconds_and_who_waits_for_a_session_fifteen(
 ) -> None:
     """The clock is set ahead."""
     clock = Clock()
-    monkeypatch.setattr(handshakes, "time", clock)
+    monkeypatch.setattr(pending, "time", clock)
     house = House()
     try:
         if held:
@@ -321,6 +321,6 @@ def test_the_limit_on_descriptors_bounds_the_crowd() -> None:
     try:
         for limit, most in ((100, 90), (30, 25), (1, 1)):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
-            assert 1 <= handshakes._room(0) <= most
+            assert 1 <= pending._room(0) <= most
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, Program, eventually
 
-from ttun import hosts, privileges
+from ttun import privileges
 from ttun.errors import UsageError
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
@@ -90,7 +91,7 @@ def in_groups(bench: Bench, how: str) -> Program:
     log = bench.directory / "groups.log"
     command = [sys.executable, "-c", IN_GROUPS, how, *PROGRAM, "server", "-k", "secret"]
     with log.open("w") as file:
-        process = bench.pair.start(SERVER, command, stderr=file, environment=hosts.environment())
+        process = bench.pair.start(SERVER, command, stderr=file, environment=netns.environment())
     program = Program(process, log)
     program.says("without capabilities")
     return program
@@ -129,7 +130,7 @@ print(os.getresuid(), os.getgroups())
 def test_who_is_that_user_already_needs_no_right_to_become_it() -> None:
     """Its groups are those that whoever started it chose."""
     done = subprocess.run(
-        [sys.executable, "-c", ALREADY], env={**os.environ, **hosts.environment()},
+        [sys.executable, "-c", ALREADY], env={**os.environ, **netns.environment()},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "(65534, 65534, 65534) [4242]\n"), done.stderr
@@ -188,7 +189,7 @@ sys.addaudithook(audit)
 def test_nothing_is_imported_once_the_user_has_changed(bench: Bench) -> None:
     """The program may lie in a directory that nobody can read, such as root's own."""
     (bench.directory / "sitecustomize.py").write_text(AUDIT)
-    path = f"{bench.directory}:{hosts.environment()['PYTHONPATH']}"
+    path = f"{bench.directory}:{netns.environment()['PYTHONPATH']}"
 
     def start(*arguments: str) -> End:
         return bench.start(SERVER, *arguments, environment={"PYTHONPATH": path})

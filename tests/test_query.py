@@ -17,8 +17,8 @@ import pytest
 from impostor import Place, line, made
 from tunnel import libc
 
-from ttun import answer, show
-from ttun.answer import Malformed, parse
+from ttun.commands import answer, show
+from ttun.commands.answer import Malformed, parse
 from ttun.errors import printable
 
 HIDDEN = "".join(chr(c) for c in (*range(32), *range(127, 160), 0x200F, 0x202E, 0x2028, 0xFEFF))

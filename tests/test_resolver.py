@@ -19,8 +19,8 @@ from test_waiting import names
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
 from ttun import resolver
+from ttun.flag import StopFlag
 from ttun.resolver import Resolver
-from ttun.stop import StopFlag
 
 NAME_SERVER = "203.0.113.53"  # behind the server's host: the default route leads there
 FULL = ["--route", "0.0.0.0/1", "--route", "128.0.0.0/1"]

@@ -18,13 +18,14 @@ import pytest
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, eventually
 from watched import Watched
 
-from ttun import hosts, link, roaming
+from ttun import roaming, tcp
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
 PORT = 9999
 OURS4, OURS6 = "192.0.2.77", "2001:db8::77"  # of the client's host, besides the usual ones
-SERVER6 = hosts.IPV6[SERVER]
+SERVER6 = netns.IPV6[SERVER]
 OTHER = "198.51.100.2"  # on another link of the client's host, with a way to everywhere
 
 
@@ -35,7 +36,7 @@ def connection(
     """A connection from the client's host to the server's, or to itself."""
     listener = bench.on(
         CLIENT if source.startswith("127.") else SERVER,
-        lambda: link.listen(link.Address("", PORT), None),
+        lambda: tcp.listen(tcp.Address("", PORT), None),
     )
 
     def dial() -> socket.socket:
@@ -57,15 +58,15 @@ def end(plain: Bench) -> Iterator[Watched]:
     name = plain.pair.names[CLIENT]
     given = [f"{OURS4}/24", f"{OURS6}/64"]
     for address in given:
-        hosts.ip("-n", name, "address", "add", address, "dev", "vclient", "nodad")
+        netns.ip("-n", name, "address", "add", address, "dev", "vclient", "nodad")
     try:
         with Watched(name) as watched:
             yield watched
     finally:
         for address in given:
-            hosts.ip("-n", name, "address", "replace", address, "dev", "vclient", "nodad")
-            hosts.ip("-n", name, "address", "del", address, "dev", "vclient")
-        hosts.ip("-n", name, "address", "replace", "2001:db8::2/64", "dev", "vclient", "nodad")
+            netns.ip("-n", name, "address", "replace", address, "dev", "vclient", "nodad")
+            netns.ip("-n", name, "address", "del", address, "dev", "vclient")
+        netns.ip("-n", name, "address", "replace", "2001:db8::2/64", "dev", "vclient", "nodad")
 
 
 @contextmanager
@@ -175,14 +176,14 @@ def test_a_link_that_is_down_is_waited_for_unless_there_is_another_way(
 
 
 def test_a_link_that_is_gone_ends_its_connection(plain: Bench, end: Watched) -> None:
-    back = ["route", "add", "198.51.100.0/24", "via", hosts.IPV4[CLIENT]]
-    hosts.ip("-n", plain.pair.names[SERVER], *back)
+    back = ["route", "add", "198.51.100.0/24", "via", netns.IPV4[CLIENT]]
+    netns.ip("-n", plain.pair.names[SERVER], *back)
     with another_way(end), connection(plain, SERVER_ADDRESS, OTHER) as sock:
         watch(end, sock)
         end.ip("link", "delete", "wa")
         goes(end, removed(OTHER))
         end.shell("ip link add wa type veth peer name wb")  # another_way() removes it
-    hosts.ip("-n", plain.pair.names[SERVER], "route", "del", "198.51.100.0/24")
+    netns.ip("-n", plain.pair.names[SERVER], "route", "del", "198.51.100.0/24")
 
 
 def test_an_address_that_was_never_on_a_link_is_not_missed(plain: Bench, end: Watched) -> None:
@@ -206,22 +207,22 @@ def test_a_socket_that_is_no_connection_over_ip_has_no_address() -> None:
 )
 def test_multipath_tcp_lives_while_one_of_its_paths_does(plain: Bench) -> None:
     names = plain.pair.names
-    hosts.ip("link", "add", "ws", "netns", names[SERVER], "type", "veth",
+    netns.ip("link", "add", "ws", "netns", names[SERVER], "type", "veth",
              "peer", "name", "wc", "netns", names[CLIENT])  # fmt: skip
     addresses = {SERVER: "198.51.100.1", CLIENT: "198.51.100.2"}
     try:
         for host, device in ((SERVER, "ws"), (CLIENT, "wc")):
             name = names[host]
-            hosts.ip("-n", name, "address", "add", f"{addresses[host]}/24", "dev", device)
-            hosts.ip("-n", name, "link", "set", device, "up")
-            hosts.ip("-n", name, "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
-        hosts.ip("-n", names[SERVER], "mptcp", "endpoint", "add", addresses[SERVER], "signal")
-        hosts.ip("-n", names[CLIENT], "address", "add", f"{OURS4}/24", "dev", "vclient")
+            netns.ip("-n", name, "address", "add", f"{addresses[host]}/24", "dev", device)
+            netns.ip("-n", name, "link", "set", device, "up")
+            netns.ip("-n", name, "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
+        netns.ip("-n", names[SERVER], "mptcp", "endpoint", "add", addresses[SERVER], "signal")
+        netns.ip("-n", names[CLIENT], "address", "add", f"{OURS4}/24", "dev", "vclient")
         with (
             Watched(names[CLIENT]) as end,
-            connection(plain, SERVER_ADDRESS, OURS4, proto=link.IPPROTO_MPTCP) as sock,
+            connection(plain, SERVER_ADDRESS, OURS4, proto=tcp.IPPROTO_MPTCP) as sock,
         ):
-            assert link.transport(sock) == "mptcp"
+            assert tcp.transport(sock) == "mptcp"
             expected = {socket.inet_aton(OURS4), socket.inet_aton(addresses[CLIENT])}
             eventually(lambda: roaming.local_addresses(sock) == expected, "there are two paths")
             watch(end, sock)
@@ -234,8 +235,8 @@ def test_multipath_tcp_lives_while_one_of_its_paths_does(plain: Bench) -> None:
             )
     finally:
         for host in (SERVER, CLIENT):
-            hosts.ip("-n", names[host], "mptcp", "endpoint", "flush")
-        hosts.ip("-n", names[SERVER], "link", "delete", "ws")
+            netns.ip("-n", names[host], "mptcp", "endpoint", "flush")
+        netns.ip("-n", names[SERVER], "link", "delete", "ws")
 
 
 SLEEPS = """
@@ -261,9 +262,9 @@ def test_a_machine_that_slept_is_noticed_and_one_whose_clock_was_set_is_not(
     source = Path(__file__).with_name("clock.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
     clock.write_bytes(bytes(16))
-    environment = hosts.environment(LD_PRELOAD=str(library), TTUN_TEST_CLOCK=str(clock))
+    environment = netns.environment(LD_PRELOAD=str(library), TTUN_TEST_CLOCK=str(clock))
     done = subprocess.run(
-        [*hosts.python("ttun")[:1], "-c", SLEEPS, clock],
+        [*netns.python("ttun")[:1], "-c", SLEEPS, clock],
         env={**os.environ, **environment}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["0 0 0 60 60 398", "0 0 5"]

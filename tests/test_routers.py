@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, ROOT, SERVER, Bench
 
-from ttun import hosts
+from ttun.lab import netns
 
 RULES = re.search(r"```nft\n(.*?)```", (ROOT / "docs" / "routers.md").read_text(), re.DOTALL)[1]
 MTU = 1280
@@ -44,28 +44,28 @@ def lan(bench: Bench) -> Iterator[list[str]]:
         pytest.skip("nftables is not installed")
     name = f"{bench.pair.names[CLIENT]}-lan"
     router = bench.pair.names[CLIENT]
-    hosts.ip("netns", "add", name)
+    netns.ip("netns", "add", name)
     try:
-        hosts.ip("link", "add", "lan", "netns", router, "type", "veth",
+        netns.ip("link", "add", "lan", "netns", router, "type", "veth",
                  "peer", "name", "eth0", "netns", name)  # fmt: skip
-        for netns, device, own in ((router, "lan", ROUTER), (name, "eth0", LAN)):
-            hosts.ip("-n", netns, "address", "add", f"{own['4']}/24", "dev", device)
-            hosts.ip("-n", netns, "address", "add", f"{own['6']}/64", "dev", device, "nodad")
-            hosts.ip("-n", netns, "link", "set", device, "up")
+        for namespace, device, own in ((router, "lan", ROUTER), (name, "eth0", LAN)):
+            netns.ip("-n", namespace, "address", "add", f"{own['4']}/24", "dev", device)
+            netns.ip("-n", namespace, "address", "add", f"{own['6']}/64", "dev", device, "nodad")
+            netns.ip("-n", namespace, "link", "set", device, "up")
         for version, via in ROUTER.items():
-            hosts.ip("-n", name, f"-{version}", "route", "add", "default", "via", via)
+            netns.ip("-n", name, f"-{version}", "route", "add", "default", "via", via)
         forward(bench, "1")
         bench.tunnel()
         bench.answers()
         for network in ("198.51.100.0/24", "2001:db8:1::/64"):
             route = ["route", "add", network, "dev", "ttun0"]
-            hosts.ip("-n", bench.pair.names[SERVER], "-6" if ":" in network else "-4", *route)
+            netns.ip("-n", bench.pair.names[SERVER], "-6" if ":" in network else "-4", *route)
         yield ["ip", "netns", "exec", name]
     finally:
         forward(bench, "0")
         subprocess.run(bench.pair.command(CLIENT, ["nft", "delete table inet ttun"]),
                        capture_output=True, check=False)  # fmt: skip
-        hosts.ip("netns", "delete", name)
+        netns.ip("netns", "delete", name)
 
 
 def forward(bench: Bench, on: str) -> None:
@@ -101,7 +101,7 @@ def test_the_rules_lower_the_mss_both_ways(
     before = segment_sizes(bench, lan, version)
     assert max(before) <= fits, "the far end's own device bounds what it offers"
     # A far end with a larger MTU: now only the router in between knows better.
-    hosts.ip("-n", bench.pair.names[SERVER], "link", "set", "ttun0", "mtu", "1500")
+    netns.ip("-n", bench.pair.names[SERVER], "link", "set", "ttun0", "mtu", "1500")
     assert max(segment_sizes(bench, lan, version)) > fits, "without the rules it is too large"
     rules = tmp_path / "rules.nft"
     rules.write_text(RULES)

@@ -10,11 +10,12 @@ import subprocess
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
-from ttun import hosts, routes
+from ttun import routes
 from ttun.cli import main
 from ttun.device import SERVER as USUAL
 from ttun.device import Addresses
 from ttun.errors import TtunError, UsageError
+from ttun.lab import netns
 
 ONCE = pytest.mark.parametrize("bench", ["x1"], indirect=True)
 
@@ -92,16 +93,16 @@ def test_two_tunnels_with_other_addresses_side_by_side(bench: Bench) -> None:
         ends.append(bench.server("-l", f":{port}", *ours, "--route", f"198.51.{n}.0/24"))
         theirs = ["--dev", f"site{n}", "--local4", second, "--peer4", first]
         theirs += ["--local6", f"fd0{n}::2", "--peer6", f"fd0{n}::1"]
-        hosts.ip("-n", bench.pair.names[CLIENT], "address", "add", f"198.51.{n}.1/32", "dev", "lo")
+        netns.ip("-n", bench.pair.names[CLIENT], "address", "add", f"198.51.{n}.1/32", "dev", "lo")
         ends.append(bench.client(*theirs, to=f"192.0.2.1:{port}"))
         ends[-1].says("authenticated")
         for address in (second, f"fd0{n}::2", f"198.51.{n}.1"):
             eventually(lambda to=address: bench.ping(SERVER, to) == 1, f"ping {address}")
-        hosts.ip("-n", bench.pair.names[CLIENT], "address", "del", f"198.51.{n}.1/32", "dev", "lo")
+        netns.ip("-n", bench.pair.names[CLIENT], "address", "del", f"198.51.{n}.1/32", "dev", "lo")
     for end in ends:
         assert end.stop() == 0
     for host in (SERVER, CLIENT):
-        table = json.loads(hosts.ip("-n", bench.pair.names[host], "-json", "route", "show"))
+        table = json.loads(netns.ip("-n", bench.pair.names[host], "-json", "route", "show"))
         assert [route["dst"] for route in table] == ["192.0.2.0/24"]
 
 

@@ -16,7 +16,8 @@ import pytest
 from test_privileges import threads
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
 
-from ttun import hosts, privileges
+from ttun import privileges
+from ttun.lab import netns
 
 UNITS = [f"ttun-{kind}@.service" for kind in ("server", "client", "tox")]
 UID = 65534
@@ -168,7 +169,7 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
             process = bench.pair.start(
                 host, [*works, *PROGRAM, *arguments, "--psk-file", "/mnt/psk", *bench.options],
                 stderr=file,
-                environment=hosts.environment(
+                environment=netns.environment(
                     CREDENTIALS_DIRECTORY="/mnt", RUNTIME_DIRECTORY=str(place)
                 ),
             )  # fmt: skip
@@ -209,7 +210,7 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
 def test_a_credential_that_all_can_read_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from ttun import key
+    from ttun.commands import key
     from ttun.errors import TtunError
 
     file = tmp_path / "psk"

@@ -14,7 +14,7 @@ import pytest
 from impostor import Place, line, made
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
-from ttun import show
+from ttun.commands import show
 
 PORT = "5001"
 

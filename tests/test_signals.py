@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, children, eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 each_ending = pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
@@ -24,7 +24,7 @@ each_ending = pytest.mark.parametrize("number", ENDING, ids=lambda number: numbe
 HANG = """
 import os, sys, time
 def audit(event, arguments):
-    if event == "import" and arguments[0] == "ttun.parser":
+    if event == "import" and arguments[0] == "ttun.commands.parser":
         open(os.environ["LOADING"], "w").close()
         time.sleep(30)
 sys.addaudithook(audit)
@@ -112,7 +112,7 @@ def test_a_signal_ends_it_while_no_name_server_answers(
     with log.open("w") as file:
         process = plain.pair.start(
             CLIENT, [*prefix, *PROGRAM, *command.split(), "-k", "a key of sixteen"], stderr=file,
-            environment=hosts.environment(),
+            environment=netns.environment(),
         )  # fmt: skip
     try:
         resolver.recv(1000)
@@ -143,7 +143,7 @@ def start(bench: Bench, prefix: list[str], *options: str, host: str = SERVER) ->
     log = bench.directory / "server.log"
     command = [*prefix, *PROGRAM, "server", "-k", "secret", *options]
     with log.open("w") as file:
-        process = bench.pair.start(host, command, stderr=file, environment=hosts.environment())
+        process = bench.pair.start(host, command, stderr=file, environment=netns.environment())
     server = Program(process, log)
     bench.ends.append(server)  # so that it is ended with the test
     server.says("listening on")
@@ -207,7 +207,7 @@ def test_down_runs_when_the_terminal_is_closed(plain: Bench, said: Path) -> None
     command = ["setsid", "--ctty", *PROGRAM, "server", "-k", "secret", "--down", f"echo > {said}"]
     server = subprocess.Popen(
         plain.pair.command(SERVER, command), stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**os.environ, **hosts.environment()},
+        env={**os.environ, **netns.environment()},
     )  # fmt: skip
     os.close(theirs)
     try:
@@ -263,7 +263,7 @@ def test_tox_ends_the_same_way(
     tox = Program(
         plain.pair.start(
             SERVER, [*prefix, *PROGRAM, "tox", "-s", "secret", "-C", str(tmp_path)],
-            stderr=(tmp_path / "log").open("w"), environment=hosts.environment(),
+            stderr=(tmp_path / "log").open("w"), environment=netns.environment(),
         ),
         tmp_path / "log",
     )  # fmt: skip
@@ -281,7 +281,7 @@ def test_tox_answers_sigusr1_with_a_line_and_goes_on(plain: Bench, tmp_path: Pat
     tox = Program(
         plain.pair.start(
             SERVER, [*PROGRAM, "tox", "-s", "secret", "-C", str(tmp_path)],
-            stderr=(tmp_path / "log").open("w"), environment=hosts.environment(),
+            stderr=(tmp_path / "log").open("w"), environment=netns.environment(),
         ),
         tmp_path / "log",
     )  # fmt: skip
@@ -317,7 +317,7 @@ def test_process_1_of_a_container_reaps_orphans_and_is_ended_by_signals(
     log = plain.directory / "log"
     command = [*first, *PROGRAM, "server", "-k", "secret", "--up", "sleep 1 & sleep 1.5 & exit 3"]
     with log.open("w") as file:
-        outside = plain.pair.start(SERVER, command, stderr=file, environment=hosts.environment())
+        outside = plain.pair.start(SERVER, command, stderr=file, environment=netns.environment())
     server = Program(outside, log)
     try:
         server.says("listening on")

@@ -22,7 +22,8 @@ from test_privileges import IS_NOBODY_HERE
 from tunnel import PROGRAM, SERVER, Bench, eventually
 
 import ttun
-from ttun import hosts, query, runtime, status
+from ttun.commands import query, runtime, status
+from ttun.lab import netns
 from ttun.privileges import User
 
 SYSTEM = runtime.SYSTEM
@@ -308,7 +309,7 @@ class Lacking:
         self.process = subprocess.Popen(
             [sys.executable, "-c", LACKING + script, home], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
-            env={**os.environ, **hosts.environment()},
+            env={**os.environ, **netns.environment()},
         )  # fmt: skip
 
     def says(self, word: str) -> None:

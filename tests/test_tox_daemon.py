@@ -15,8 +15,8 @@ import pytest
 from test_log_writer import record
 from tunnel import PROGRAM, SERVER, Bench, eventually
 
-from ttun import hosts
-from ttun.log_writer import Writer
+from ttun.lab import netns
+from ttun.process.log_writer import Writer
 from ttun.tox import daemon
 
 
@@ -85,7 +85,7 @@ def test_tox_in_the_background_logs_to_syslog_and_ends(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
         syslog.bind(str(log))
         syslog.settimeout(20)
-        assert plain.pair.start(SERVER, command, environment=hosts.environment()).wait(20) == 0
+        assert plain.pair.start(SERVER, command, environment=netns.environment()).wait(20) == 0
         pid = int(eventually(lambda: pid_file.exists() and pid_file.read_text(), "its process id"))
         try:
             eventually(lambda: len(os.listdir(f"/proc/{pid}/task")) > 2, "its threads run")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tunnel import PROGRAM
 
+from ttun.commands.parser import Parser
 from ttun.errors import TtunError, UsageError
-from ttun.parser import Parser
 from ttun.tox import options, rules, toxcore, transport
 from ttun.tox.options import Forward, Options
 from ttun.tox.rules import Rule

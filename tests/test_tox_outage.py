@@ -14,7 +14,7 @@ from toxlab import CLIENT, NODE, Lab, Program
 from toxnet import exchange
 from tunnel import eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 
@@ -75,9 +75,9 @@ def test_a_connection_outlives_an_outage_that_toxcore_outlives(lab: Lab) -> None
     _, (sock,) = connect(lab, 1)
     time.sleep(PING + 1)  # so both have just heard one
     cable = ("-n", lab.names[NODE], "link", "set", f"to-{CLIENT}")
-    hosts.ip(*cable, "down")
+    netns.ip(*cable, "down")
     time.sleep(OUTAGE)
-    hosts.ip(*cable, "up")
+    netns.ip(*cable, "up")
     assert lives(sock)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ttun import hosts
+from ttun.lab import netns
 
 
 @pytest.mark.hosts
@@ -20,7 +20,7 @@ def test_random_connections_leave_nothing_behind() -> None:
     script = Path(__file__).with_name("toxsoak.py")
     done = subprocess.run(
         [sys.executable, script, "20", os.environ.get("TTUN_TEST_SEED", "1")],
-        env={**os.environ, **hosts.environment()}, capture_output=True, text=True, check=False,
+        env={**os.environ, **netns.environment()}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)  # pytest -rP shows it
     assert done.returncode == 0, done.stdout + done.stderr

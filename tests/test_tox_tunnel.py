@@ -19,7 +19,7 @@ import toxlab
 from toxlab import CLIENT, SERVER, Lab, Program
 from tunnel import PROGRAM, eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
 
@@ -40,7 +40,7 @@ def tunnel(lab: Lab, directory: Path) -> tuple[Program, Program, str]:
 
 
 def traffic(lab: Lab, *arguments: str) -> object:
-    command = hosts.python("ttun.traffic", *arguments)
+    command = netns.python("ttun.lab.traffic", *arguments)
     return json.loads(lab.run(CLIENT, *command, timeout=200))
 
 
@@ -73,7 +73,7 @@ def test_ping_through_the_tunnel(flat: tuple[Lab, Program, Program]) -> None:
 
 def test_fifty_mebibytes_each_way_arrive_whole(flat: tuple[Lab, Program, Program]) -> None:
     lab, _, _ = flat
-    lab.start(SERVER, *hosts.python("ttun.traffic", "serve", "10.1.1.1", "5001"))
+    lab.start(SERVER, *netns.python("ttun.lab.traffic", "serve", "10.1.1.1", "5001"))
     listening = "import socket, sys; socket.create_connection(('10.1.1.1', 5001), 1)"
 
     def is_listening() -> bool:

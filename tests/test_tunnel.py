@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually
 
-from ttun import hosts
+from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
@@ -311,7 +311,7 @@ def test_a_near_peer_is_not_paced_unless_a_route_says_so(
 ) -> None:
     def change_route(*more: str) -> None:
         for host in (SERVER, CLIENT):
-            where = ["192.0.2.0/24", "dev", plain.pair.links[host], "src", hosts.IPV4[host]]
+            where = ["192.0.2.0/24", "dev", plain.pair.links[host], "src", netns.IPV4[host]]
             plain.run(host, "ip", "route", "change", *where, *more)
 
     change_route(*by_route)

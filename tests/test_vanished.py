@@ -13,7 +13,7 @@ import pytest
 from peer import Peer
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
-from ttun import link, vanished
+from ttun import mptcp, tcp
 
 pytestmark = pytest.mark.hosts
 
@@ -28,7 +28,7 @@ needs_mptcp = pytest.mark.skipif(
 
 def connect(bench: Bench, port: int, mptcp: bool) -> socket.socket:
     def dial() -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP if mptcp else 0)
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp.IPPROTO_MPTCP if mptcp else 0)
         sock.connect((SERVER_ADDRESS, port))
         return sock
 
@@ -102,10 +102,10 @@ def test_a_peer_that_no_path_has_heard_of_for_35_seconds_is_gone(
 ) -> None:
     """Asked every 5 s; what the kernel does by itself, or does not tell, ends nothing."""
     told: list[int | None] = [0]
-    monkeypatch.setattr(vanished, "silence", lambda _: told[0])
-    monkeypatch.setattr(vanished, "_kernel_does_it", lambda _: kernel_does_it)
+    monkeypatch.setattr(mptcp, "silence", lambda _: told[0])
+    monkeypatch.setattr(mptcp, "_kernel_does_it", lambda _: kernel_does_it)
     with socket.socket() as sock:
-        watch, now = vanished.Watch(sock), time.monotonic()
+        watch, now = mptcp.Watch(sock), time.monotonic()
 
         def look(after: float, silent: int | None) -> str | None:
             told[0] = silent
@@ -118,7 +118,7 @@ def test_a_peer_that_no_path_has_heard_of_for_35_seconds_is_gone(
         gone = None if kernel_does_it else f"{GONE} for 35 s, over any path"
         assert look(40, 35_000) == gone
         told[0] = None
-        watch = vanished.Watch(sock)
+        watch = mptcp.Watch(sock)
         assert look(50, 35_000) is None, "a kernel that does not tell at first"
 
 
@@ -146,19 +146,19 @@ def cpu(pid: int) -> float:
 
 @needs_mptcp
 def test_the_kernel_tells_how_long_a_path_has_been_silent(plain: Bench) -> None:
-    with plain.on(SERVER, lambda: link.listen(link.Address("", 9999), None)) as listener:
+    with plain.on(SERVER, lambda: tcp.listen(tcp.Address("", 9999), None)) as listener:
         with connect(plain, 9999, True) as sock:
             listener.setblocking(True)
             with listener.accept()[0] as accepted:
                 sock.send(b"1")
                 assert accepted.recv(1) == b"1"
                 for end in (sock, accepted):
-                    link.tune(end)
-                    assert vanished.silence(end) < 1000
+                    tcp.tune(end)
+                    assert mptcp.silence(end) < 1000
                 time.sleep(0.5)
-                assert vanished.silence(accepted) >= 400
+                assert mptcp.silence(accepted) >= 400
                 sock.send(b"1")
                 assert accepted.recv(1) == b"1"
-                eventually(lambda: vanished.silence(accepted) < 400, "it was heard again")
+                eventually(lambda: mptcp.silence(accepted) < 400, "it was heard again")
         with connect(plain, 9999, False) as sock:
-            assert vanished.silence(sock) is None
+            assert mptcp.silence(sock) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunnel import ROOT
 
-from ttun import hosts
+from ttun.lab import netns
 
 TESTS = """
 import pytest
@@ -32,7 +32,7 @@ def test_what_takes_no_root_runs_where_no_namespace_can_be_made(tmp_path: Path) 
         [*(NO_RIGHTS if os.geteuid() == 0 else []), sys.executable, "-m", "pytest",
          "-p", "conftest", "-p", "no:cacheprovider", "-rs", tmp_path],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path), hosts.INSIDE: "1",
+        env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path), netns.INSIDE: "1",
              "PYTEST_DEBUG_TEMPROOT": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import tunnel
 
-from ttun import hosts
+from ttun.lab import netns
 
 SERVER, CLIENT, NODE = "toxserver", "toxclient", "toxnode"
 NAT = {SERVER: "toxnats", CLIENT: "toxnatc"}
@@ -102,15 +102,15 @@ class Lab:
     def __init__(self, directory: Path, *, tag: str = "", nat: bool = False) -> None:
         self.directory, self.nat = directory, nat
         roles = [SERVER, CLIENT, NODE, *(NAT.values() if nat else [])]
-        self.names = {role: f"{hosts.PREFIX}-{os.getpid()}-{role}{tag}" for role in roles}
+        self.names = {role: f"{netns.PREFIX}-{os.getpid()}-{role}{tag}" for role in roles}
         self.programs: list[Program] = []
         self.nodes = directory / "nodes.json"
 
     def __enter__(self) -> Lab:
         try:
             for name in self.names.values():
-                hosts.ip("netns", "add", name)
-                hosts.ip("-n", name, "link", "set", "lo", "up")
+                netns.ip("netns", "add", name)
+                netns.ip("-n", name, "link", "set", "lo", "up")
             if self.nat:
                 self._wire_nat()
             else:
@@ -129,27 +129,27 @@ class Lab:
             if program.process.poll() is None:
                 program.kill()
         for name in self.names.values():
-            hosts._remove(name)
+            netns._remove(name)
 
     def _wire(self, a: str, address_a: str | None, b: str, address_b: str | None) -> None:
         """A veth pair between two hosts; its ends are named after the host at the other end."""
         ends = [(a, f"to-{b}", address_a), (b, f"to-{a}", address_b)]
-        hosts.ip("link", "add", ends[0][1], "netns", self.names[a], "type", "veth",
+        netns.ip("link", "add", ends[0][1], "netns", self.names[a], "type", "veth",
                  "peer", "name", ends[1][1], "netns", self.names[b])  # fmt: skip
         for host, link, address in ends:
-            hosts.ip("-n", self.names[host], "link", "set", link, "up")
+            netns.ip("-n", self.names[host], "link", "set", link, "up")
             if address:
-                hosts.ip(
+                netns.ip(
                     "-n", self.names[host], "address", "add", address, "broadcast", "+", "dev", link
                 )
             else:
-                hosts.ip("-n", self.names[host], "link", "set", link, "master", "br0")
+                netns.ip("-n", self.names[host], "link", "set", link, "master", "br0")
 
     def _bridge(self, address: str) -> None:
         name = self.names[NODE]
-        hosts.ip("-n", name, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
-        hosts.ip("-n", name, "address", "add", address, "broadcast", "+", "dev", "br0")
-        hosts.ip("-n", name, "link", "set", "br0", "up")
+        netns.ip("-n", name, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
+        netns.ip("-n", name, "address", "add", address, "broadcast", "+", "dev", "br0")
+        netns.ip("-n", name, "link", "set", "br0", "up")
 
     def _wire_flat(self) -> None:
         self._bridge(f"{FLAT}.3/24")
@@ -165,7 +165,7 @@ class Lab:
             nat = NAT[host]
             self._wire(host, inside, nat, router)
             self._wire(nat, outside, NODE, None)
-            hosts.ip("-n", self.names[host], "route", "add", "default", "via", router[:-3])
+            netns.ip("-n", self.names[host], "route", "add", "default", "via", router[:-3])
             self.run(nat, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
             self.run(nat, "nft", MASQUERADE)
 
@@ -223,7 +223,7 @@ class Lab:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 self.command(host, *arguments), stdin=stdin, stdout=stdout or file, stderr=file,
-                env={**os.environ, **hosts.environment(), **(environment or {})},
+                env={**os.environ, **netns.environment(), **(environment or {})},
             )  # fmt: skip
         program = Program(process, log)
         self.programs.append(program)
@@ -232,7 +232,7 @@ class Lab:
     def run(self, host: str, *arguments: str, timeout: float = 120) -> str:
         return subprocess.run(
             self.command(host, *arguments), capture_output=True, text=True, check=True,
-            timeout=timeout, env={**os.environ, **hosts.environment()},
+            timeout=timeout, env={**os.environ, **netns.environment()},
         ).stdout  # fmt: skip
 
     def tox(self, host: str, *options: str, **how: Any) -> Program:

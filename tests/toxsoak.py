@@ -29,7 +29,7 @@ import toxlab
 import tunnel
 from toxlab import CLIENT, SERVER, Lab, Program
 
-from ttun import hosts
+from ttun.lab import netns
 
 TARGET, NOBODY = 7001, 7002  # ports on the server's host
 TO_TARGET, TO_NOBODY, SOCKS = 2001, 2002, 1080
@@ -194,7 +194,7 @@ def soak(lab: Lab, seconds: float, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    if not hosts.may_make_hosts():
+    if not netns.may_make_hosts():
         sys.exit("the soak makes hosts on this machine: sudo make soak")
     if missing := toxlab.why_not():
         sys.exit(f"the soak needs a Tox network: {missing}")

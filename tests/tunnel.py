@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ttun import cipher as ciphers
-from ttun import hosts, query, runtime
-from ttun.hosts import CLIENT, SERVER, Hosts, Namespaces
+from ttun.commands import query, runtime
+from ttun.lab import netns
+from ttun.lab.netns import CLIENT, SERVER, Hosts, Namespaces
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ttun.py"
@@ -165,7 +166,7 @@ class End(Program):
         with log.open("w") as file:
             process = pair.start(
                 host, [*PROGRAM, *arguments], stdout=file, stderr=file,
-                environment=hosts.environment(**(environment or {})),
+                environment=netns.environment(**(environment or {})),
             )  # fmt: skip
         super().__init__(process, log)
 
@@ -219,13 +220,13 @@ class Bench:
     def run(self, host: str, *arguments: str, timeout: float = 120) -> str:
         """Run a command on a host to its end; what it printed."""
         return subprocess.run(
-            self.pair.command(host, arguments), env={**os.environ, **hosts.environment()},
+            self.pair.command(host, arguments), env={**os.environ, **netns.environment()},
             capture_output=True, text=True, check=True, timeout=timeout,
         ).stdout  # fmt: skip
 
     def traffic(self, host: str, *arguments: str, timeout: float = 120) -> Any:
         """What ttun.traffic measured."""
-        command = hosts.python("ttun.traffic", *arguments)
+        command = netns.python("ttun.lab.traffic", *arguments)
         return json.loads(self.run(host, *command, timeout=timeout))
 
     def ping(self, host: str, address: str, times: int = 1, size: int = 56) -> int:
@@ -247,7 +248,7 @@ class Bench:
     def helper(self, host: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a program and wait until it says that it is ready."""
         process = self.pair.start(
-            host, arguments, environment=hosts.environment(), stdout=subprocess.PIPE
+            host, arguments, environment=netns.environment(), stdout=subprocess.PIPE
         )
         self.helpers.append(process)
         assert process.stdout is not None
@@ -255,7 +256,7 @@ class Bench:
         return process
 
     def serve_traffic(self, host: str, address: str, port: int = 5001) -> None:
-        self.helper(host, *hosts.python("ttun.traffic", "serve", address, str(port)))
+        self.helper(host, *netns.python("ttun.lab.traffic", "serve", address, str(port)))
 
     def on(self, host: str, function: Callable[[], T]) -> T:
         """Call function on a thread that is on a host: sockets made there belong to that host."""
@@ -265,18 +266,18 @@ class Bench:
     def link_down(self, host: str, link: str | None = None) -> Iterator[None]:
         """Cut a link for a while; the one between the hosts, if none is named."""
         name, usual = self.pair.names[host], self.pair.links[host]
-        hosts.ip("-n", name, "link", "set", link or usual, "down")
+        netns.ip("-n", name, "link", "set", link or usual, "down")
         try:
             yield
         finally:
-            hosts.ip("-n", name, "link", "set", link or usual, "up")
+            netns.ip("-n", name, "link", "set", link or usual, "up")
             # The kernel forgets IPv6 addresses of a link that goes down.
-            address = f"{hosts.IPV6[host]}/64"
-            hosts.ip("-n", name, "address", "replace", address, "dev", usual, "nodad")
+            address = f"{netns.IPV6[host]}/64"
+            netns.ip("-n", name, "address", "replace", address, "dev", usual, "nodad")
 
     def devices(self, host: str) -> list[str]:
         """The names of the TUN devices on a host."""
-        shown = json.loads(hosts.ip("-n", self.pair.names[host], "-json", "link", "show"))
+        shown = json.loads(netns.ip("-n", self.pair.names[host], "-json", "link", "show"))
         return [link["ifname"] for link in shown if link["ifname"].startswith("ttun")]
 
     def close(self) -> None:

@@ -20,9 +20,9 @@ from typing import Any, Callable
 from ttun._codec import lib
 from tunnel import enter_namespace, eventually
 
-from ttun import hosts
 from ttun.device import SERVER, Addresses, Device
 from ttun.device_watch import DeviceWatch
+from ttun.lab import netns
 from ttun.routes import parse
 
 log = logging.getLogger("ttun")
@@ -128,10 +128,10 @@ class Watched(logging.Handler):
         assert done.wait(20)
 
     def ip(self, *arguments: str) -> str:
-        return hosts.ip("-n", self.namespace, *arguments)
+        return netns.ip("-n", self.namespace, *arguments)
 
     def shell(self, command: str) -> None:
-        hosts.ip("netns", "exec", self.namespace, "sh", "-c", command)
+        netns.ip("netns", "exec", self.namespace, "sh", "-c", command)
 
     def misses(self, *words: str, seconds: float = 10) -> None:
         """Wait until exactly this is missing."""
@@ -182,4 +182,4 @@ def flood(namespace: str, changes: Iterable[str]) -> Iterator[None]:
             "route flush 203.0.113.0/24 dev vserver",
             "address flush to 10.99.0.0/16 dev vserver",
         ):
-            hosts.ip("-n", namespace, *left.split())
+            netns.ip("-n", namespace, *left.split())

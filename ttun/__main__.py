@@ -5,7 +5,7 @@ Signals come first: all that is imported before them cannot be interrupted in go
 
 import sys
 
-from ttun.signals import end_while_loading
+from ttun.process.signals import end_while_loading
 
 
 def main() -> int:

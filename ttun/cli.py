@@ -11,24 +11,16 @@ import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ttun import key, log_writer, privileges, program_name, standard_streams
-from ttun.arguments import Parser, find_secrets
+from ttun.commands import key
+from ttun.commands.parser import build_parser, join_values
 from ttun.errors import TtunError, UsageError, printable
-from ttun.parser import build_parser, join_values
-from ttun.signals import ENDING, Signals, end_while_starting
-
-if TYPE_CHECKING:
-    from ttun.endpoint import Endpoint
-    from ttun.notify import Manager
-    from ttun.status import StatusSocket
-    from ttun.tox.transport import Listener
+from ttun.process import log_writer, program_name, standard_streams
+from ttun.process.argv import Parser, find_secrets
+from ttun.process.signals import end_while_starting
 
 log = logging.getLogger("ttun")
 
@@ -95,6 +87,11 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         return int(COMMANDS[options.run](options))
     except UsageError as error:
         raise UsageError(f"{error}; see ttun {options.command} -h") from None
+    except ModuleNotFoundError as error:
+        if error.name != "ttun.lab":
+            raise
+        where = f"run ./ttun.py {options.command} in the source directory, after make"
+        raise TtunError(f"a wheel has no {options.command}: {where}") from None
 
 
 def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
@@ -141,15 +138,16 @@ def run_genkey(_: argparse.Namespace) -> int:
 
 def run_doctor(options: argparse.Namespace) -> int:
     """``ttun doctor``."""
-    from ttun import doctor, link
+    from ttun import tcp
+    from ttun.commands import doctor
 
     peer = options.peer
-    return doctor.run(None if peer is None else link.parse_address(peer, listening=False))
+    return doctor.run(None if peer is None else tcp.parse_address(peer, listening=False))
 
 
 def run_demo(options: argparse.Namespace) -> int:
     """``ttun demo``."""
-    from ttun import demo
+    from ttun.lab import demo
 
     if not 1 <= options.size <= MOST_MIB:
         raise UsageError(f"--size {options.size}: from 1 to {MOST_MIB} MiB")
@@ -158,14 +156,14 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_bench_codec(_: argparse.Namespace) -> int:
     """``ttun bench codec``."""
-    from ttun import bench
+    from ttun.lab import bench
 
     return bench.codec()
 
 
 def run_bench_tunnel(options: argparse.Namespace) -> int:
     """``ttun bench tunnel``."""
-    from ttun import bench
+    from ttun.lab import bench
 
     _check_amount(options)
     return bench.tunnel(
@@ -175,7 +173,7 @@ def run_bench_tunnel(options: argparse.Namespace) -> int:
 
 def run_bench_link(options: argparse.Namespace) -> int:
     """``ttun bench link``."""
-    from ttun import bench_link
+    from ttun.lab import bench_link
 
     _check_amount(options)
     plan = bench_link.Plan(
@@ -197,7 +195,7 @@ def _check_amount(options: argparse.Namespace) -> None:
 
 def run_show(options: argparse.Namespace) -> int:
     """``ttun show``."""
-    from ttun import show
+    from ttun.commands import show
 
     return show.run(options.device, options.how)
 
@@ -219,141 +217,16 @@ def run_tox(options: argparse.Namespace) -> int:
 
 def run_server(options: argparse.Namespace) -> int:
     """``ttun server``."""
-    from ttun.server import Server
+    from ttun.commands import run
 
-    psk = key.find(options.psk, options.psk_file)
-    made = psk is None
-    if psk is None:
-        privileges.check()  # before a key is made that nobody can use
-        psk = key.create()
-        log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
-    tox = _tox_listener(options) if options.tox else None
-    if tox is not None:
-        log.info("on the client: ttun client -s %s", tox.address)
-    if made:
-        _show_client_command(psk, tox.address if tox else _our_address(options.listen))
-    server = Server(
-        psk,
-        listen=options.listen,
-        takeover=options.takeover,
-        tox=tox,
-        **_endpoint_options(options),
-    )
-    return _run(server, psk, options)
-
-
-def _tox_listener(options: argparse.Namespace) -> Listener:
-    from ttun.tox.transport import Listener
-
-    return Listener(Path(options.tox_dir), Path(options.tox_nodes) if options.tox_nodes else None)
+    return run.server(options)
 
 
 def run_client(options: argparse.Namespace) -> int:
     """``ttun client``."""
-    from ttun.client import Client
-    from ttun.control import Limits
+    from ttun.commands import run
 
-    psk = key.find(options.psk, options.psk_file)
-    if psk is None:
-        raise UsageError(
-            f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
-            f"or into {key.DEFAULT_FILE} (chmod 600)"
-        )
-    if not 0 < options.rekey <= 120:
-        raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
-    client = Client(
-        psk,
-        server=options.server,
-        tox_nodes=options.tox_nodes,
-        limits=Limits(seconds=options.rekey),
-        **_endpoint_options(options),
-    )
-    return _run(client, psk, options)
-
-
-def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
-    from ttun import routes
-    from ttun.device import CLIENT, SERVER, Addresses, check_routes
-
-    networks = [routes.parse(text) for text in options.route]
-    check_routes(networks, options.mtu)
-    names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers", "congestion_control")
-    usual = SERVER if options.command == "server" else CLIENT
-    given = (options.local4, options.local6, options.peer4, options.peer6)
-    return {
-        **{name: getattr(options, name) for name in names},
-        "device": options.dev,
-        "addresses": Addresses.parse(usual, *given),
-        "routes": networks,
-    }
-
-
-def _show_client_command(psk: bytes, where: str) -> None:
-    """Print the other end's command line, but only where a person sees it and no log keeps it."""
-    if not sys.stdout.isatty():
-        return
-    program = "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"  # as started here
-    print(f"\non the client:\n\n    sudo {program} client -k {psk.decode()} -s {where}\n")
-
-
-def _our_address(listen: str) -> str:
-    """Return where a client reaches us, as far as that is to be known here."""
-    from ttun import link
-
-    address = link.parse_address(listen, listening=True)
-    if address.host not in ("", "0.0.0.0", "::"):
-        return str(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
-            host = str(probe.getsockname()[0])
-        except OSError:
-            host = "THIS-HOST"
-    return str(address._replace(host=host))
-
-
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
-    """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
-    from ttun import notify, show, status
-    from ttun.hooks import Hooks
-
-    privileges.forbid_dumps()
-    manager = notify.Manager()
-    user = privileges.find_user(options.user)
-    hooks = Hooks(options.up, options.down)
-    endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
-    endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
-    key.warn_if_short(psk)
-    endpoint.open()
-    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
-    socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
-    privileges.drop(user, required=options.user is not None)  # before there are threads
-    log_writer.start()
-    hooks.start()
-    endpoint.start()
-    socket_of_status.serve(endpoint.status)
-    endpoint.when_over(signals.wake)
-    manager.tell(manager.READY)
-    while (received := _wait(signals, endpoint, manager, socket_of_status)) == signal.SIGUSR1:
-        lines = show.describe(status.as_dict(endpoint.status()))
-        log.info("status: %s", "; ".join(line.strip() for line in lines))
-    manager.tell(manager.STOPPING)
-    socket_of_status.close()
-    if received:
-        log.info("%s: stopping", signal.Signals(received).name)
-    endpoint.stop()
-    hooks.close()
-    endpoint.wait()
-    return 0
-
-
-def _wait(signals: Signals, endpoint: Endpoint, manager: Manager, answering: StatusSocket) -> int:
-    """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
-    while (received := signals.wait(answering.patience(manager.interval))) is None:
-        answering.serve(endpoint.status)  # if there was no thread for it yet
-        if endpoint.is_alive():
-            manager.tell(manager.ALIVE)
-    return received
+    return run.client(options)
 
 
 COMMANDS = {

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import handshake, link
+from ttun import handshake, tcp
 from ttun.device import CLIENT
 from ttun.endpoint import LACK_MOST, LACKS, Endpoint
 from ttun.errors import UsageError, is_lack
@@ -110,7 +110,7 @@ class Client(Endpoint):
 
             self._tox = Dialer(server, Path(tox_nodes) if tox_nodes else None)
         else:
-            address = link.parse_address(server, listening=False)
+            address = tcp.parse_address(server, listening=False)
             self._server, self._host = str(address), address.host
             self._resolver = Resolver(*address)
         self._best: Target | None = None  # where the last session was
@@ -229,7 +229,7 @@ class Client(Endpoint):
         except InterruptedError:
             raise
         except OSError as error:
-            raise link.named(self._host, error) from None
+            raise tcp.named(self._host, error) from None
         if not found:
             raise OSError(f"{self._host} has no address")
         return sorted(found, key=lambda target: target != self._best)
@@ -240,13 +240,13 @@ class Client(Endpoint):
         assert target is not None
         if why := self._caught(target.sockaddr[0]):
             raise OSError(why)
-        return link.connect(target, self._mptcp, self._stop, self._control)
+        return tcp.connect(target, self._mptcp, self._stop, self._control)
 
     def _shake_hands(
         self, sock: socket.socket, target: Target | None
     ) -> tuple[Peer | None, float | None]:
         """Prove the key to each other; return as _connect() does."""
-        name = self._server if target is None else link.show(target.sockaddr)
+        name = self._server if target is None else tcp.show(target.sockaddr)
         began = time.monotonic()
         attempt = self._pending.add(sock, name, handshake.client(self._k, self._terms))
         try:

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Callable, ClassVar
 
-from ttun import congestion, link, words
+from ttun import congestion, tcp, words
 from ttun.buffers import find as find_buffers
 from ttun.control import DEFAULT_LIMITS, Limits
 from ttun.device import (
@@ -49,13 +49,13 @@ from ttun.device import (
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import TtunError, UsageError
+from ttun.flag import SLICE, StopFlag
 from ttun.handshake import Keys, agreeable, psk_key
-from ttun.handshakes import Handshakes
+from ttun.mptcp import Watch
 from ttun.peer import Peer
+from ttun.pending import Handshakes
 from ttun.routes import Network
 from ttun.session import Counters, Session
-from ttun.stop import SLICE, StopFlag
-from ttun.vanished import Watch
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
@@ -416,7 +416,7 @@ class Endpoint(abc.ABC):
         """Run a session to its end; return how many seconds it lasted."""
         assert self._device is not None
         try:
-            transport = link.transport(peer.sock)
+            transport = tcp.transport(peer.sock)
             self._choose_congestion_control(peer.sock)
             session = Session(peer.sock, self._device, peer.keys, self._limits, self._buffers)
         except LACKS as error:

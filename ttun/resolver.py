@@ -29,7 +29,7 @@ import threading
 from typing import Any, NamedTuple, Union
 
 from ttun._codec import lib
-from ttun.stop import StopFlag
+from ttun.flag import StopFlag
 
 log = logging.getLogger("ttun")
 

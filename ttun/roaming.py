@@ -15,7 +15,7 @@ import ipaddress
 import socket
 import time
 
-from ttun import link, vanished
+from ttun import mptcp, tcp
 from ttun.device_state import Seen
 
 CONFIRM = 0.4  # seconds that an address has to be away: DHCP may take one and give it back
@@ -101,8 +101,8 @@ def local_addresses(sock: socket.socket) -> set[bytes]:
     try:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return set()
-        if link.transport(sock) == "mptcp":
-            return {_packed(address) for address in vanished.local_addresses(sock)}
+        if tcp.transport(sock) == "mptcp":
+            return {_packed(address) for address in mptcp.local_addresses(sock)}
         return {_packed(sock.getsockname()[0])}
     except OSError:  # closed
         return set()

@@ -12,7 +12,7 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
-from ttun import handshake, link
+from ttun import handshake, tcp
 from ttun.device import SERVER
 from ttun.endpoint import Endpoint
 from ttun.errors import TtunError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ttun")
 
-DEFAULT_LISTEN = f":{link.DEFAULT_PORT}"
+DEFAULT_LISTEN = f":{tcp.DEFAULT_PORT}"
 
 
 class Server(Endpoint):
@@ -60,7 +60,7 @@ class Server(Endpoint):
         self._takeover = takeover
         self._answered = AnsweredNonces(self._buffers.nonces)
         self._successor: Peer | None = None  # waits until the session has ended
-        self._listen = link.parse_address(listen, listening=True)
+        self._listen = tcp.parse_address(listen, listening=True)
         self._listener: socket.socket | None = None
         self._port: int | None = None
         self._is_listening = False
@@ -76,10 +76,10 @@ class Server(Endpoint):
         if self._tox is not None:
             log.info("listening on %s", self._tox.address)
             return
-        self._listener = link.listen(self._listen, self._mptcp, self._stop, self._control)
+        self._listener = tcp.listen(self._listen, self._mptcp, self._stop, self._control)
         name = self._listener.getsockname()
         self._port = name[1]
-        log.info("listening on %s (%s)", link.show(name), self._kinds())
+        log.info("listening on %s (%s)", tcp.show(name), self._kinds())
 
     def _begin(self) -> None:
         if self._tox is not None:
@@ -87,7 +87,7 @@ class Server(Endpoint):
 
     def _kinds(self) -> str:
         assert self._listener is not None
-        return "tcp and mptcp" if self._listener.proto == link.IPPROTO_MPTCP else "tcp"
+        return "tcp and mptcp" if self._listener.proto == tcp.IPPROTO_MPTCP else "tcp"
 
     def _close(self) -> None:
         if self._successor is not None:

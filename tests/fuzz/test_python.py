@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ttun import cipher as ciphers
-from ttun import handshake, key, link
+from ttun import handshake, tcp
 from ttun.cipher import CIPHERS
+from ttun.commands import key
 from ttun.errors import ProtocolError, TtunError, UsageError
 from ttun.handshake import Keys, Terms
 
@@ -123,13 +124,13 @@ addresses = st.one_of(
 @given(addresses, st.booleans())
 def test_an_address_is_read_or_refused_in_one_line(text, listening) -> None:  # noqa: ANN001
     try:
-        address = link.parse_address(text, listening=listening)
+        address = tcp.parse_address(text, listening=listening)
     except UsageError as error:
         assert len(str(error).splitlines()) <= 1
         return
     assert (0 if listening else 1) <= address.port <= 65535
     assert address.host or listening
-    assert link.parse_address(str(address), listening=listening) == address
+    assert tcp.parse_address(str(address), listening=listening) == address
 
 
 @many

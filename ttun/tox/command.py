@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable
 
-from ttun import link, log_writer, privileges
+from ttun import privileges, tcp
 from ttun.errors import TtunError
-from ttun.signals import ENDING, Signals
+from ttun.process import log_writer
+from ttun.process.signals import ENDING, Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import Client
 from ttun.tox.forwarder import Forwarder
@@ -167,15 +168,15 @@ def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str,
     for forward in forwards:
         hosts = ["127.0.0.1", "::1"] if forward.bind is None else [forward.bind]
         for host in hosts:
-            address = link.Address(host, forward.port)
+            address = tcp.Address(host, forward.port)
             try:
-                listener = link.listen(address, False)
+                listener = tcp.listen(address, False)
             except TtunError:
                 if host == "::1" and forward.bind is None:
                     continue  # no IPv6 here, and nobody asked for it
                 raise
             listeners.append((listener, forward.target))
-            shown = link.show(listener.getsockname())
+            shown = tcp.show(listener.getsockname())
             what = f"{forward.target[0]}:{forward.target[1]}" if forward.target else "SOCKS5"
             log.info("listening on %s for %s", shown, what)
             if not forward.port:

@@ -12,8 +12,8 @@ import socket
 import sys
 from pathlib import Path
 
-from ttun import log_writer
 from ttun.errors import TtunError
+from ttun.process import log_writer
 
 SYSLOG = "/dev/log"
 LOG_DAEMON = 3 << 3  # the facility

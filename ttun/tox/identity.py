@@ -15,8 +15,8 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from ttun import files
 from ttun.errors import TtunError, UsageError
+from ttun.process import files
 from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE, Tox
 
 log = logging.getLogger("ttun")

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttun import files
 from ttun.errors import TtunError
+from ttun.process import files
 from ttun.tox.toxcore import PUBLIC_KEY_SIZE
 
 SYSTEM_FILE = Path("/etc/tuntox/nodes.json")

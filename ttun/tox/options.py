@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttun.errors import UsageError
-from ttun.parser import join_each
+from ttun.process.argv import join_each
 from ttun.tox import identity, toxcore
 from ttun.tox.rules import MAX_HOST, Rule, parse_target
 from ttun.version import __version__

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ttun import files
 from ttun.errors import TtunError, UsageError
+from ttun.process import files
 
 log = logging.getLogger("ttun")
 

@@ -17,8 +17,8 @@ import socket
 from pathlib import Path
 
 from ttun.errors import TtunError
-from ttun.link import DEFAULT_PORT
-from ttun.stop import StopFlag
+from ttun.flag import StopFlag
+from ttun.tcp import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
 from ttun.tox.command import open_tox

@@ -27,7 +27,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from ttun import privileges, runtime
+from ttun import privileges
+from ttun.commands import runtime
 from ttun.endpoint import Status
 from ttun.privileges import User
 from ttun.summary import Summary

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ttun import query, runtime, words
-from ttun.answer import Tunnel
+from ttun import words
+from ttun.commands import query, runtime
+from ttun.commands.answer import Tunnel
 from ttun.errors import TtunError, printable
 
 BARS = " ▁▂▃▄▅▆▇█"

@@ -13,8 +13,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ttun import files
 from ttun.errors import TtunError, UsageError
+from ttun.process import files
 
 log = logging.getLogger("ttun")
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ttun import hosts, key
+from ttun.commands import key
 from ttun.errors import TtunError, UsageError
-from ttun.hosts import CLIENT, SERVER, Hosts
+from ttun.lab import netns
+from ttun.lab.netns import CLIENT, SERVER, Hosts
 
 Ends = list["subprocess.Popen[str]"]
 TUNNEL = "10.1.1.1"
@@ -33,16 +34,16 @@ class Subject:
     start: Callable[[Hosts], Ends] | None
 
 
-RAW = Subject("no tunnel", hosts.IPV4[SERVER], None)
+RAW = Subject("no tunnel", netns.IPV4[SERVER], None)
 
 
 def ours(*options: str) -> Subject:
     """Return this program with some options on both ends."""
 
     def start(pair: Hosts) -> Ends:
-        environment = hosts.environment(TTUN_PSK=key.generate())
-        server = hosts.python("ttun", "server", *options)
-        client = hosts.python("ttun", "client", "-s", hosts.IPV4[SERVER], *options)
+        environment = netns.environment(TTUN_PSK=key.generate())
+        server = netns.python("ttun", "server", *options)
+        client = netns.python("ttun", "client", "-s", netns.IPV4[SERVER], *options)
         return [
             _quietly(pair, host, command, environment)
             for host, command in ((SERVER, server), (CLIENT, client))
@@ -73,7 +74,7 @@ def against(text: str) -> Subject:
             "with NAME= in front of it or not"
         )
     try:
-        commands = [shlex.split(end.format(peer=hosts.IPV4[SERVER])) for end in (server, client)]
+        commands = [shlex.split(end.format(peer=netns.IPV4[SERVER])) for end in (server, client)]
     except (ValueError, LookupError, AttributeError) as error:  # of shlex and of str.format
         raise UsageError(f"--against {text!r}: {error}; {{{{ stands for a brace") from None
     if not all(commands):
@@ -108,8 +109,8 @@ def _start_openvpn(pair: Hosts) -> Ends:
         directory = Path(name)
         prints = {host: _certificate(directory, host) for host in (SERVER, CLIENT)}
         for host, other, more in (
-            (SERVER, CLIENT, f"proto tcp-server\nlocal {hosts.IPV4[SERVER]}\ntls-server\ndh none"),
-            (CLIENT, SERVER, f"proto tcp-client\nremote {hosts.IPV4[SERVER]}\nnobind\ntls-client"),
+            (SERVER, CLIENT, f"proto tcp-server\nlocal {netns.IPV4[SERVER]}\ntls-server\ndh none"),
+            (CLIENT, SERVER, f"proto tcp-client\nremote {netns.IPV4[SERVER]}\nnobind\ntls-client"),
         ):
             mine, theirs = (TUNNEL, "10.1.1.2")[:: 1 if host == SERVER else -1]
             config = directory / f"{host}.conf"
@@ -140,11 +141,11 @@ def _start_wireguard(pair: Hosts, program: str) -> Ends:
         ends.append(_quietly(pair, host, [program, "-f", device]))
         config = f"[Interface]\nListenPort = 51820\nPrivateKey = {keys[host]}\n[Peer]\n"
         config += f"PublicKey = {public[other]}\nAllowedIPs = 0.0.0.0/0\n"
-        config += f"Endpoint = {hosts.IPV4[other]}:51820\n"
+        config += f"Endpoint = {netns.IPV4[other]}:51820\n"
         time.sleep(1)
         _run(*pair.command(host, ["wg", "setconf", device, "/dev/stdin"]), given=config)
         for command in (f"address add {address}/30 dev {device}", f"link set {device} up"):
-            hosts.ip("-n", pair.names[host], *command.split())
+            netns.ip("-n", pair.names[host], *command.split())
     return ends
 
 

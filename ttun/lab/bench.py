@@ -23,13 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ttun import hosts
 from ttun.cipher import CIPHERS, CipherState, fast
-from ttun.demo import end, measured, progress
 from ttun.errors import TtunError, UsageError
 from ttun.handshake import V1_CIPHERS
-from ttun.hosts import SERVER, Hosts
-from ttun.subjects import RAW, Subject, against, ours
+from ttun.lab import netns
+from ttun.lab.demo import end, measured, progress
+from ttun.lab.netns import SERVER, Hosts
+from ttun.lab.targets import RAW, Subject, against, ours
 from ttun.version import __version__
 
 PORT = "5001"  # of the traffic server, in a namespace of its own
@@ -99,8 +99,8 @@ def tunnel(
     ]
     subjects = [*mine, *(against(text) for text in others)]
     if plot_file is not None:
-        from ttun import plot  # that its library is there is better known now than afterwards
-    if not hosts.may_make_hosts():
+        from ttun.lab import plot  # that its library is there is better known now than afterwards
+    if not netns.may_make_hosts():
         raise TtunError("measuring makes two hosts on this machine: run it with sudo")
     if len({subject.name for subject in subjects}) < len(subjects):
         raise UsageError("two of what is to be measured have the same name")
@@ -146,8 +146,8 @@ def _measure(pair: Hosts, subject: Subject, seconds: float) -> Figures:
         _await(pair, subject)
         server = pair.start(
             SERVER,
-            hosts.python("ttun.traffic", "serve", subject.address, PORT),
-            environment=hosts.environment(),
+            netns.python("ttun.lab.traffic", "serve", subject.address, PORT),
+            environment=netns.environment(),
             stdout=subprocess.PIPE,
         )
         running.callback(end, server)
@@ -176,9 +176,9 @@ def _measure(pair: Hosts, subject: Subject, seconds: float) -> Figures:
             flooded = run("datagrams", size, 0, seconds)
             figures[name] = flooded["arrived"] / flooded["seconds"]
         load = pair.start(
-            hosts.CLIENT,
-            hosts.python("ttun.traffic", "flood", subject.address, PORT, "1", str(seconds + 1)),
-            environment=hosts.environment(),
+            netns.CLIENT,
+            netns.python("ttun.lab.traffic", "flood", subject.address, PORT, "1", str(seconds + 1)),
+            environment=netns.environment(),
             stdout=subprocess.DEVNULL,
         )
         running.callback(end, load)

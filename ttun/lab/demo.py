@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ttun import hosts, key
+from ttun.commands import key
 from ttun.errors import TtunError
-from ttun.hosts import CLIENT, SERVER, Hosts
+from ttun.lab import netns
+from ttun.lab.netns import CLIENT, SERVER, Hosts
 
 PORT = 5001  # of the traffic server, in a namespace of its own
 PINGS = 50
@@ -31,9 +32,9 @@ START_TIMEOUT = 20.0  # seconds until the first ping must have answered
 
 def run(size: int) -> int:
     """Run the demo with transfers of size MiB; return its exit code."""
-    if not hosts.may_make_hosts():
+    if not netns.may_make_hosts():
         progress("not root: going on as root of a user namespace")
-        hosts.enter_user_namespace(hosts.python("ttun", "demo", "--size", str(size)))
+        netns.enter_user_namespace(netns.python("ttun", "demo", "--size", str(size)))
     signal.signal(signal.SIGTERM, _interrupt)  # so that the hosts are removed then too
     progress("making two hosts on this machine, joined by a cable")
     with Hosts() as pair, tempfile.TemporaryDirectory() as directory:
@@ -58,9 +59,9 @@ def progress(text: str) -> None:
 
 def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bool]]:
     rows: list[tuple[str, str, bool]] = []
-    psk = hosts.environment(TTUN_PSK=key.generate())
-    server = hosts.python("ttun", "server")
-    client = hosts.python("ttun", "client", "-s", hosts.IPV4[SERVER])
+    psk = netns.environment(TTUN_PSK=key.generate())
+    server = netns.python("ttun", "server")
+    client = netns.python("ttun", "client", "-s", netns.IPV4[SERVER])
     with contextlib.ExitStack() as running:
         logs = {host: directory / f"{host}.log" for host in (SERVER, CLIENT)}
         progress("starting the server on one and the client on the other")
@@ -76,8 +77,8 @@ def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bo
 
         receiver = pair.start(
             SERVER,
-            hosts.python("ttun.traffic", "serve", "10.1.1.1", str(PORT)),
-            environment=hosts.environment(),
+            netns.python("ttun.lab.traffic", "serve", "10.1.1.1", str(PORT)),
+            environment=netns.environment(),
             stdout=subprocess.PIPE,
         )
         running.callback(end, receiver)
@@ -127,8 +128,8 @@ def _transfer(pair: Hosts, action: str, name: str, size: int) -> tuple[str, str,
 def measured(pair: Hosts, *arguments: str) -> Any:
     """Run ttun.traffic on the client's host; return what it measured, None if it failed."""
     done = subprocess.run(
-        pair.command(CLIENT, hosts.python("ttun.traffic", *arguments)),
-        env={**os.environ, **hosts.environment()},
+        pair.command(CLIENT, netns.python("ttun.lab.traffic", *arguments)),
+        env={**os.environ, **netns.environment()},
         capture_output=True,
         text=True,
         check=False,

@@ -1,5 +1,5 @@
 /* A link between two hosts (network namespaces) with a rate, a delay, random loss and a queue:
- * what netem does, for kernels that have none. ttun/link_emulator.py compiles and drives it.
+ * what netem does, for kernels that have none. ttun/lab/link_emulator.py compiles and drives it.
  *
  *     link_emulator NETNS DEVICE NETNS DEVICE [rate DOWN[/UP]] [rtt MS] [loss PERCENT] [queue MS]
  *                   [seed NUMBER]

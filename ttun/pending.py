@@ -29,11 +29,11 @@ import socket
 import time
 from collections.abc import Iterator
 
-from ttun import link
+from ttun import tcp
 from ttun.errors import ProtocolError, UnrecognizedError
+from ttun.flag import SLICE, StopFlag
 from ttun.handshake import TIMEOUT, Keys, Steps
 from ttun.peer import Host, Peer, Pending, network
-from ttun.stop import SLICE, StopFlag
 from ttun.summary import Summary
 from ttun.x1 import NONCE_SIZE
 
@@ -177,7 +177,7 @@ class Handshakes:
                 return
             try:
                 self._prepare(sock)
-                self._welcome(sock, link.show(sockaddr), network(sockaddr[0]))
+                self._welcome(sock, tcp.show(sockaddr), network(sockaddr[0]))
             except OSError as error:  # no memory in the kernel, say
                 sock.close()
                 self._cannot_accept(error)
@@ -215,7 +215,7 @@ class Handshakes:
             self._feed(peer)  # one that was held has sent its nonce
 
     def _announce(self, peer: Pending, what: str) -> None:
-        over = link.transport(peer.sock)
+        over = tcp.transport(peer.sock)
         self._connected.log(
             time.monotonic(), "peer %s connected over %s; %s", peer.name, over, what
         )
@@ -370,7 +370,7 @@ class Handshakes:
     @staticmethod
     def _prepare(sock: socket.socket) -> None:
         sock.setblocking(False)
-        link.tune(sock)
+        tcp.tune(sock)
 
     def _admit(self, peer: Pending) -> None:
         self._pending[peer.sock.fileno()] = peer

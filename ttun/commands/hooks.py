@@ -29,9 +29,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ttun import key, process_group
+from ttun.commands import key, process_group
+from ttun.commands.process_group import TICK, ProcessGroup
 from ttun.errors import TtunError, is_lack, printable
-from ttun.process_group import TICK, ProcessGroup
 
 log = logging.getLogger("ttun")
 

@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 
-from ttun import link
+from ttun import tcp
 
 INTERVAL = 5.0  # seconds between two looks
 PATHS_MAX = 16
@@ -50,7 +50,7 @@ class Watch:
             return None
         self._next_look = now + INTERVAL
         silent = silence(self._sock)
-        if silent is None or silent < link.USER_TIMEOUT:
+        if silent is None or silent < tcp.USER_TIMEOUT:
             return None
         return f"nothing came from the peer for {silent // 1000} s, over any path"
 
@@ -88,7 +88,7 @@ def _paths(sock: socket.socket, option: int, size: int) -> list[bytes]:
     SUBFLOW_DATA.pack_into(buffer, 0, SUBFLOW_DATA.size, 0, 0, size)
     length = ctypes.c_uint32(len(buffer))
     # Python's getsockopt hands no values to the kernel, which these options want.
-    failed = _libc.getsockopt(sock.fileno(), link.SOL_MPTCP, option, buffer, ctypes.byref(length))
+    failed = _libc.getsockopt(sock.fileno(), tcp.SOL_MPTCP, option, buffer, ctypes.byref(length))
     if failed:
         return []
     _, paths, _, step = SUBFLOW_DATA.unpack_from(buffer)

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 
-from ttun.traffic import ICMP_ECHO, ICMP_REPLY, RESULT, internet_checksum, rate_of_all
+from ttun.lab.traffic import ICMP_ECHO, ICMP_REPLY, RESULT, internet_checksum, rate_of_all
 
 UP, DOWN, FETCH = range(3)
 REQUEST = struct.Struct(">BQ")

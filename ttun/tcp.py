@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from ttun import congestion, resolver
 from ttun.errors import TtunError, UsageError
+from ttun.flag import StopFlag
 from ttun.resolver import SocketAddress, Target, reason
-from ttun.stop import StopFlag
 
 log = logging.getLogger("ttun")
 

@@ -10,9 +10,10 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from ttun import congestion, link, path_mtu
-from ttun.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
-from ttun.stop import StopFlag
+from ttun import congestion, tcp
+from ttun.commands import path_mtu
+from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
+from ttun.flag import StopFlag
 
 SYSCTL = Path("/proc/sys/net/ipv4")
 FAST = 200e6  # bit/s that the windows should let through
@@ -22,7 +23,7 @@ UNSEEN_RTT = 0.001  # seconds; nearer than this no window matters
 def look_at_mptcp() -> Finding:
     """Does the kernel open a Multipath TCP socket?"""
     try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, link.IPPROTO_MPTCP).close()
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp.IPPROTO_MPTCP).close()
     except OSError as error:
         off = Path("/proc/sys/net/mptcp/enabled").exists()
         return Finding(
@@ -86,17 +87,17 @@ def look_at_windows(rtt: float) -> Finding:
     )
 
 
-def look_at_peer(peer: link.Address) -> Iterator[Finding]:
+def look_at_peer(peer: tcp.Address) -> Iterator[Finding]:
     """Does a server answer there, and how large a packet gets through?"""
     subject = "server"
     try:
-        sock = link.dial(peer, None, StopFlag())
+        sock = tcp.dial(peer, None, StopFlag())
     except (OSError, UnicodeError) as error:
         fix = "start ttun server there, and let its port through the firewalls in between"
         yield Finding(NO, subject, str(error), UNREACHED, fix)
     else:
         with sock:
-            name = link.show(sock.getpeername())
+            name = tcp.show(sock.getpeername())
             yield Finding(OK, subject, f"{name} takes connections")
             way = congestion.way(sock)
             if way is not None and way.min_rtt is not None and _sysctl("tcp_wmem"):

@@ -29,9 +29,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from ttun import hosts
 from ttun.errors import TtunError, UsageError
-from ttun.hosts import CLIENT, SERVER, Hosts, LinkEnd
+from ttun.lab import netns
+from ttun.lab.netns import CLIENT, SERVER, Hosts, LinkEnd
 
 SOURCE = Path(__file__).with_suffix(".c")
 _numbers = itertools.count(1)
@@ -134,13 +134,13 @@ class LinkedHosts(Hosts):
         self._emulator.start(self.link_now)
         for host, other in ((SERVER, CLIENT), (CLIENT, SERVER)):
             name, device = self.names[host], self.links[host]
-            hosts.ip("-n", name, "link", "set", device, "address", MACS[host],
+            netns.ip("-n", name, "link", "set", device, "address", MACS[host],
                      "txqueuelen", str(DEVICE_QUEUE), "up")  # fmt: skip
-            for family, prefix, more in ((hosts.IPV4, 24, []), (hosts.IPV6, 64, ["nodad"])):
-                hosts.ip("-n", name, "address", "replace", f"{family[host]}/{prefix}", "dev",
+            for family, prefix, more in ((netns.IPV4, 24, []), (netns.IPV6, 64, ["nodad"])):
+                netns.ip("-n", name, "address", "replace", f"{family[host]}/{prefix}", "dev",
                          device, *more)  # fmt: skip
                 # Behind a real link is a router, whose address nobody has to ask for over it.
-                hosts.ip("-n", name, "neighbour", "replace", family[other], "lladdr", MACS[other],
+                netns.ip("-n", name, "neighbour", "replace", family[other], "lladdr", MACS[other],
                          "dev", device, "nud", "permanent")  # fmt: skip
 
 
@@ -221,7 +221,7 @@ class _Netem:
         self._pair.link(ends[0], ends[1])
         for host in (SERVER, CLIENT):
             # Else 64 KiB would be lost, and be under way, as one.
-            hosts.ip("-n", self._pair.names[host], "link", "set", self._pair.links[host],
+            netns.ip("-n", self._pair.names[host], "link", "set", self._pair.links[host],
                      "gso_max_segs", "1")  # fmt: skip
             self._tc(host, "qdisc", "add", *self._qdisc(host, link, False))
 
@@ -282,9 +282,9 @@ def choose(emulator: str) -> type[_Relay] | type[_Netem]:
 
 def _has_netem() -> bool:
     """Try it in a namespace of its own."""
-    if not shutil.which("tc") or not hosts.may_make_hosts():
+    if not shutil.which("tc") or not netns.may_make_hosts():
         return False
-    with hosts.Namespaces("netem") as place:
+    with netns.Namespaces("netem") as place:
         done = _tc(place.names["netem"], "qdisc", "add", "dev", "lo", "root", "netem", "delay",
                    "1ms")  # fmt: skip
         return done.returncode == 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ttun.bench_link import Figures
+    from ttun.lab.bench_link import Figures
 
 WIDTH = 80
 CELL = 9  # columns of a figure; a name has what is left

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Callable
 
-from ttun.arguments import Parser
+from ttun.process.argv import Parser, join_each
 from ttun.version import __version__
 
 EPILOG = """\
@@ -315,20 +314,3 @@ def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> li
         if action.nargs is None
     }
     return joined + join_each(arguments[1:], with_value.__contains__, "=")
-
-
-def join_each(
-    arguments: Sequence[str], takes_value: Callable[[str], bool], joint: str
-) -> list[str]:
-    """Join each option that takes a value to what follows it.
-
-    Not to nothing, which would be no value. Nor to two dashes: argparse drops such a value whatever
-    is done; apart, it is refused.
-    """
-    joined, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if takes_value(argument) and rest and rest[0] not in ("", "--"):
-            argument += joint + rest.pop(0)
-        joined.append(argument)
-    return joined

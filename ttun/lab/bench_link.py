@@ -25,12 +25,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ttun import hosts, link_report
-from ttun.demo import end, progress
 from ttun.errors import TtunError, UsageError
-from ttun.hosts import CLIENT, SERVER
-from ttun.link_emulator import Link, LinkedHosts, choose
-from ttun.subjects import RAW, Subject, against, ours
+from ttun.lab import link_report, netns
+from ttun.lab.demo import end, progress
+from ttun.lab.link_emulator import Link, LinkedHosts, choose
+from ttun.lab.netns import CLIENT, SERVER
+from ttun.lab.targets import RAW, Subject, against, ours
 from ttun.version import __version__
 
 PORT = "5001"  # of the traffic server, in a namespace of its own
@@ -132,9 +132,9 @@ def run(
         raise UsageError("two of what is to be measured have the same name: NAME=SERVER::CLIENT")
     links = [replace(plan.link, loss=loss) for loss in plan.losses]
     if plot_file is not None:
-        from ttun import plot  # that its library is there is better known now than afterwards
+        from ttun.lab import plot  # that its library is there is better known now than afterwards
     choose(plan.emulator)  # before anything is measured
-    if not hosts.may_make_hosts():
+    if not netns.may_make_hosts():
         raise TtunError("measuring makes two hosts on this machine: run it with sudo")
     runs: list[dict[str, list[Figures]]] = [{name: [] for name in names} for _ in links]
     failures = []
@@ -211,8 +211,8 @@ def _set_default(pair: LinkedHosts, congestion: str) -> bool:
 def _set_on_route(pair: LinkedHosts, congestion: str) -> None:
     """Have connections between the hosts use it whatever their sockets say (ip-route(8))."""
     for host in (SERVER, CLIENT):
-        hosts.ip("-n", pair.names[host], "route", "replace", "192.0.2.0/24", "dev",
-                 pair.links[host], "proto", "kernel", "scope", "link", "src", hosts.IPV4[host],
+        netns.ip("-n", pair.names[host], "route", "replace", "192.0.2.0/24", "dev",
+                 pair.links[host], "proto", "kernel", "scope", "link", "src", netns.IPV4[host],
                  "congctl", congestion)  # fmt: skip
 
 
@@ -248,8 +248,8 @@ class Load:
             time.sleep(0.1)
         server = pair.start(
             SERVER,
-            hosts.python("ttun.link_traffic", "serve", self._address, PORT, target.congestion),
-            environment=hosts.environment(),
+            netns.python("ttun.lab.link_traffic", "serve", self._address, PORT, target.congestion),
+            environment=netns.environment(),
             stdout=subprocess.PIPE,
         )
         running.callback(end, server)
@@ -301,9 +301,9 @@ class Load:
 
     def _start(self, *arguments: object, stdout: int = subprocess.DEVNULL) -> Popen:
         action, *rest = arguments
-        command = hosts.python("ttun.link_traffic", str(action), self._address, *map(str, rest))
+        command = netns.python("ttun.lab.link_traffic", str(action), self._address, *map(str, rest))
         return self._pair.start(
-            CLIENT, command, environment=hosts.environment(), stdout=stdout,
+            CLIENT, command, environment=netns.environment(), stdout=stdout,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
 

@@ -24,8 +24,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ttun import runtime
-from ttun.answer import Malformed, Tunnel, parse
+from ttun.commands import runtime
+from ttun.commands.answer import Malformed, Tunnel, parse
 from ttun.errors import is_lack, printable
 
 DEADLINE = 2.0  # seconds for all sockets together

@@ -23,7 +23,7 @@ import sys
 import time
 from types import FrameType
 
-from ttun import program_name
+from ttun.process import program_name
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONG_RUNNING = ("server", "client", "tox")  # the commands that signals end, with exit code 0
@@ -45,8 +45,8 @@ def end_while_starting(command: str) -> None:
     """Do the same from C for what runs until it is told to stop; for the rest, as Python does."""
     if command in LONG_RUNNING:
         # Signals wants it later, when this user may not be able to read it any more.
-        from ttun import children  # noqa: F401
         from ttun._codec import lib
+        from ttun.process import children  # noqa: F401
 
         for number in ENDING:
             if _is_taken(number):
@@ -103,7 +103,7 @@ class Signals:
 
     def _reap(self) -> float:
         """Reap the orphans of others; return in how many seconds to look again."""
-        from ttun import children
+        from ttun.process import children
 
         return children.reap()
 

@@ -1,4 +1,4 @@
-"""Command lines whose arguments may be secret: where keys are in one, and errors that show none.
+"""Command lines: where keys are in one, errors that show none, values that look like options.
 
 Anything that is neither an option nor an option's value may be a key that was put in the wrong
 place, as in ``-psk KEY``. So an error names options, not values.
@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ttun.errors import printable
@@ -110,6 +110,23 @@ def _what_it_takes(
     below = [action for action in others if isinstance(action, argparse._SubParsersAction)]
     commands = dict(below[0].choices) if below else {}
     return options, commands, len(others) - len(below)
+
+
+def join_each(
+    arguments: Sequence[str], takes_value: Callable[[str], bool], joint: str
+) -> list[str]:
+    """Join each option that takes a value to what follows it.
+
+    Not to nothing, which would be no value. Nor to two dashes: argparse drops such a value whatever
+    is done; apart, it is refused.
+    """
+    joined, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if takes_value(argument) and rest and rest[0] not in ("", "--"):
+            argument += joint + rest.pop(0)
+        joined.append(argument)
+    return joined
 
 
 def _joins(argument: str, option: str, names: Iterable[str]) -> bool:

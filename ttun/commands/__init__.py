@@ -1,0 +1,1 @@
+"""What only a command line needs: grammar, keys, hooks, the status socket, ``show``, ``doctor``."""

@@ -1,0 +1,1 @@
+"""How this process gets along with its system: arguments, signals, the log, files."""
