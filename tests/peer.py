@@ -116,6 +116,7 @@ class X1Peer(Peer):
     ) -> None:
         super().__init__(sock, psk)
         self.ciphers, self.features = ciphers, features
+        self.passed_over: list[bytes] = []
         self.fresh()
 
     def fresh(self) -> bytes:
@@ -202,16 +203,21 @@ class X1Peer(Peer):
     def receive_control(self, kind: bytes) -> bytes:
         """The body of the next control frame of a kind; what lies before it is dropped."""
         while True:
-            plaintext = self.receive()
+            plaintext = self.passed_over.pop(0) if self.passed_over else self.receive()
             if plaintext[:1] == kind:
                 return plaintext[1:]
 
     def receive_packet(self) -> bytes:
-        """The next packet, whole ones with the three bytes in front."""
+        """The next packet, whole ones with the three bytes in front.
+
+        A rekey may begin before it: receive_control() gets those frames nevertheless.
+        """
         while True:
             plaintext = self.receive()
             if plaintext[0] >> 4 in (4, 6) or plaintext[0] == 1:
                 return plaintext
+            if plaintext[:1] in (REKEY, SWITCH):
+                self.passed_over.append(plaintext)
 
 
 def checksum(data: bytes) -> int:

@@ -217,8 +217,8 @@ def test_what_it_says_on_stderr_is_in_the_log_without_control_characters(
 
 SCRIPT = """
 import logging, os, resource, signal, sys, threading, time
-from ttun.hooks import Hooks
-from ttun.signals import Signals
+from ttun.commands.hooks import Hooks
+from ttun.process.signals import Signals
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 said = sys.argv[1]
 def wait(times):

@@ -74,7 +74,7 @@ def test_a_file_that_others_can_read_is_refused(places: Path, mode: int) -> None
 
 def test_a_file_of_root_is_refused_to_others_with_what_to_do(places: Path) -> None:
     file = write(places / "key", b"secret", 0o000)
-    program = "import sys; from pathlib import Path; from ttun import key; "
+    program = "import sys; from pathlib import Path; from ttun.commands import key; "
     program += "key.read_file(Path(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(file)]
     if os.geteuid() == 0:
@@ -130,7 +130,7 @@ def test_the_program_says_in_one_line_whose_file_it_does_not_take(
 
 
 def test_a_user_may_have_a_key_of_his_own_and_one_of_roots(places: Path, stranger: int) -> None:
-    program = "import os, sys; from pathlib import Path; from ttun import key; "
+    program = "import os, sys; from pathlib import Path; from ttun.commands import key; "
     program += "os.chdir(sys.argv[1]); user = int(sys.argv[2]); os.setgid(user); os.setuid(user); "
     program += "print(key.read_file(Path('own')), key.read_file(Path('roots')))"
     give(write(places / "own", b"of his own"), stranger)
@@ -297,7 +297,7 @@ def test_what_a_killed_server_of_the_same_number_left_is_no_trouble(places: Path
 
 
 def test_two_servers_that_make_a_key_at_once_agree(places: Path) -> None:
-    program = "import sys; from pathlib import Path; from ttun import key; "
+    program = "import sys; from pathlib import Path; from ttun.commands import key; "
     program += "print(key.create(Path(sys.argv[1])).decode())"
     command = [sys.executable, "-c", program, str(places / "psk")]
     servers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]

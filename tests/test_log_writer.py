@@ -163,7 +163,7 @@ def test_a_line_that_was_torn_by_a_full_disk_is_ended(tmp_path: Path) -> None:
     file = tmp_path / "log"
     script = """if True:
         import resource
-        from ttun import log_writer
+        from ttun.process import log_writer
         log_writer.install()
         log_writer.start()
         resource.setrlimit(resource.RLIMIT_FSIZE, (50, 1000))
@@ -186,7 +186,7 @@ def test_where_there_is_no_thread_to_be_had_lines_are_written_without() -> None:
     script = """if True:
         import re, resource, threading, time
         from pathlib import Path
-        from ttun import log_writer
+        from ttun.process import log_writer
         log_writer.install()
         size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20), resource.RLIM_INFINITY))
@@ -210,7 +210,7 @@ def test_the_end_waits_a_second_at_most_for_a_reader(pipe: Pipe) -> None:
     pipe.fill()
     script = """if True:
         import sys, threading
-        from ttun import log_writer
+        from ttun.process import log_writer
         log_writer.install()
         log_writer.start()
         for _ in range(1000):
@@ -235,7 +235,7 @@ def test_what_is_said_after_the_end_holds_nothing_up(pipe: Pipe, unread: bool) -
         pipe.fill()
     script = """if True:
         import sys
-        from ttun import log_writer
+        from ttun.process import log_writer
         log_writer.install()
         log_writer.start()
         class Late:

@@ -49,7 +49,9 @@ def test_our_client_goes_on_with_fresh_keys(monkeypatch: pytest.MonkeyPatch) -> 
             rig.peer.switched()
             rig.carries_up()  # the other way is still under the old key
             rig.peer.switch()
+            time.sleep(0.1 * number)  # with that, this packet counts and the next rekey begins
             rig.carries_down()
+            time.sleep(0.1 * number)
             # A packet that comes before the new life of the key has begun does not count for it.
             eventually(lambda n=number: rig.session.control.rekeys == n + 1, "it has gone on")
 

@@ -15,6 +15,7 @@ from impostor import Place, line, made
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
 from ttun.commands import show
+from ttun.lab import netns
 
 PORT = "5001"
 
@@ -88,14 +89,15 @@ def test_watch_shows_rates(bench: Bench) -> None:
     )  # fmt: skip
     bench.helpers.append(watching)
     assert watching.stdout is not None
+    load = netns.python("ttun.lab.traffic", "flood", TUNNEL4[SERVER], PORT, "1", "60")
+    bench.helpers.append(
+        bench.pair.start(CLIENT, load, environment=netns.environment(), stdout=subprocess.PIPE)
+    )
     end = time.monotonic() + 20
-    while time.monotonic() < end:
-        bench.traffic(CLIENT, "send", TUNNEL4[SERVER], PORT, str(8 << 20))
-        line = watching.stdout.readline()
-        if line.startswith("  sending") and "bit/s" in line and "█" in line:
+    for shows in watching.stdout:
+        if shows.startswith("  receiving") and "bit/s" in shows and "█" in shows:
             break
-    else:
-        pytest.fail("no graph")
+        assert time.monotonic() < end, "no graph"
     watching.send_signal(signal.SIGINT)
     assert watching.wait(10) == 0
 

@@ -343,8 +343,8 @@ def test_process_1_leaves_its_own_children_to_whoever_waits_for_them(first: list
     script = """if True:
         import os, subprocess, threading, time
         from pathlib import Path
-        from ttun import children
-        from ttun.signals import Signals
+        from ttun.process import children
+        from ttun.process.signals import Signals
         assert os.getpid() == 1
         signals = Signals()
         codes, left = [], []

@@ -261,7 +261,7 @@ LACKING = """
 import logging, os, resource, socket, sys, threading
 import ttun
 from pathlib import Path
-from ttun import query, runtime, status
+from ttun.commands import query, runtime, status
 logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
 home = Path(sys.argv[1])
 runtime.directories = lambda: [home]

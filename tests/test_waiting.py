@@ -54,12 +54,12 @@ def test_a_relay_whose_far_end_is_down_is_dialled_again_within_five_seconds(plai
 def test_a_relay_that_resets_is_dialled_again_as_one_that_closes(plain: Bench) -> None:
     """The reset may be there before the client looks: then the dial failed, not the handshake."""
     code = """
-    from ttun import link
-    await_connection = link._await_connection
+    from ttun import tcp
+    await_connection = tcp._await_connection
     def late(sock, stop):
         time.sleep(0.3)
         return await_connection(sock, stop)
-    link._await_connection = late
+    tcp._await_connection = late
     client = ttun.Client(b"secret", server="192.0.2.1")
     client.start()
     client.wait(30)
