@@ -12,9 +12,9 @@ from tunnel import CLIENT, SERVER, TUNNEL4, Bench
 from x1_rig import rigged
 
 import ttun
-from ttun.buffers import NORMAL, SMALL
 from ttun.errors import UsageError
 from ttun.lab import netns
+from ttun.settings import NORMAL, SMALL
 
 MIB = 1 << 20
 LARGEST = 65519  # bytes of a packet in a frame with a tag of 16

@@ -16,10 +16,10 @@ from tunnel import SERVER, eventually
 from watched import Watched, flood
 
 from ttun import device_watch, netlink
-from ttun.device import SERVER as USUAL
-from ttun.device import Addresses
 from ttun.lab import netns
 from ttun.lab.netns import Hosts
+from ttun.settings import SERVER as USUAL
+from ttun.settings import Addresses
 
 pytestmark = pytest.mark.hosts
 
@@ -322,7 +322,8 @@ def test_large_tables_do_not_hold_it_up(host: str) -> None:
 WITHOUT = """
 import logging, os, resource, socket, sys, time
 from ttun import device_watch
-from ttun.device import SERVER, Device
+from ttun.device import Device
+from ttun.settings import SERVER
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 device = Device(SERVER, 1280)
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)

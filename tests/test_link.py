@@ -83,7 +83,7 @@ def test_a_port_alone_listens_on_both_families(
     with tcp.listen(Address("", 0), mptcp) as listener:
         port = listener.getsockname()[1]
         with tcp.dial(Address(dialled, port), None, stop) as sock:
-            assert tcp.transport(sock) == "tcp"
+            assert tcp.kind(sock) == "tcp"
 
 
 def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
@@ -110,7 +110,7 @@ def test_what_a_connection_really_is(
 ) -> None:
     need_mptcp()
     with connected(stop, listener_mptcp, dial_mptcp) as ends:
-        assert [tcp.transport(end) for end in ends] == [expected] * 2
+        assert [tcp.kind(end) for end in ends] == [expected] * 2
 
 
 def test_a_peer_that_is_gone_is_noticed_after_35_seconds() -> None:

@@ -18,7 +18,7 @@ from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
-from ttun import handshake, pending
+from ttun import handshake, pending, tcp
 from ttun.flag import StopFlag
 from ttun.peer import SILENT_AFTER, Host, Peer, Pending
 from ttun.pending import Handshakes
@@ -33,8 +33,8 @@ class House:
     def __init__(self, silent: bool = False) -> None:
         self.answered = AnsweredNonces(100)
         ours = terms(wire="x1" if silent else "auto")
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.setblocking(False)
+        self.listener = tcp.Listener("127.0.0.1:0", None, "system")
+        self.listener.open(StopFlag())
         self.pending = Handshakes(StopFlag())
         self.pending.listen(
             Host(
@@ -47,7 +47,7 @@ class House:
         self.socks: list[socket.socket] = []
 
     def connect(self, data: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
-        sock = socket.create_connection(self.listener.getsockname(), 5, (source, 0))
+        sock = socket.create_connection(("127.0.0.1", self.listener.port), 5, (source, 0))
         self.socks.append(sock)
         if data:
             sock.sendall(data)
@@ -69,7 +69,7 @@ class House:
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     monkeypatch.setattr(pending, "MOST", FEW)
-    monkeypatch.setattr(pending, "MOST_PER_NETWORK", FEW)
+    monkeypatch.setattr(pending, "MOST_PER_SOURCE", FEW)
     monkeypatch.setattr(Handshakes, "_most", lambda _: FEW)
     monkeypatch.setattr(pending, "SHARE", 1)
     made = House()
@@ -168,7 +168,7 @@ def proven() -> tuple[Peer, X1Peer]:
     shaking.start()
     keys = shake(handshake.server(K, terms()), ours)
     shaking.join()
-    return Peer(ours, "a peer", keys), client
+    return Peer(ours, "a peer", "socket", keys), client
 
 
 def test_a_newcomer_that_another_one_replaces_is_closed_and_its_keys_are_wiped() -> None:
@@ -197,10 +197,10 @@ def secrets(peer: Peer) -> bytes:
 
 def test_a_connection_is_silent_only_after_a_while() -> None:
     with socket.socket() as sock:
-        peer = Pending(sock, "x", "x", since=100.0, deadline=110.0)
+        peer = Pending(sock, "x", "tcp", "x", since=100.0, deadline=110.0)
         assert peer.worth(100.0 + SILENT_AFTER / 2) > peer.worth(101.0)
         peer.spoke = True
-        assert peer.worth(101.0) > Pending(sock, "x", "x", 100.0, 110.0).worth(101.0)
+        assert peer.worth(101.0) > Pending(sock, "x", "tcp", "x", 100.0, 110.0).worth(101.0)
 
 
 def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> None:

@@ -21,10 +21,10 @@ from peer import Peer
 from socket_device import RunningSession, SocketDevice
 from ttun._codec import lib
 
-from ttun.buffers import NORMAL, SMALL, Buffers
 from ttun.cipher import CIPHERS, CipherState
 from ttun.handshake import Keys, session_key
 from ttun.session import Session
+from ttun.settings import NORMAL, SMALL, Buffers
 
 NONCES = b"c" * 16, b"s" * 16
 # Cores, and buffers: how slots are handed over depends on them.

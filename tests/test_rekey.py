@@ -22,8 +22,8 @@ from tunnel import eventually
 from x1_rig import PACKET, rigged
 
 from ttun import control, handshake
-from ttun.control import Limits
 from ttun.session import Session
+from ttun.settings import Limits
 
 AT_ONCE = Limits(seconds=0.01)
 
@@ -80,7 +80,7 @@ BAD_REKEYS = {
 def test_frames_of_a_rekey_in_a_wrong_state_end_it(case: str) -> None:
     """Letters: a awaits our REKEY, r sends REKEY, s sends SWITCH, in a role that does not fit."""
     role, steps, why = BAD_REKEYS[case]
-    with rigged(role, AT_ONCE if "a" in steps else control.DEFAULT_LIMITS) as rig:
+    with rigged(role, AT_ONCE if "a" in steps else Limits()) as rig:
         rig.peer.send(PACKET)
         with contextlib.suppress(OSError, EOFError):
             for step in steps:
@@ -114,7 +114,7 @@ def test_a_rekey_that_stops_in_the_middle_ends_it(
 ) -> None:
     monkeypatch.setattr(control, "REKEY_TIMEOUT", 0.3)
     monkeypatch.setattr(control, "LOOK_AT_CLOCK", 0.05)
-    with rigged(role, AT_ONCE if role == "client" else control.DEFAULT_LIMITS) as rig:
+    with rigged(role, AT_ONCE if role == "client" else Limits()) as rig:
         rig.carries()
         if role == "server":
             rig.peer.begin_rekey()
@@ -153,7 +153,7 @@ class Both:
                 ends[role],
                 self.devices[role],  # type: ignore[arg-type]
                 keys[role],
-                limits if role == "client" else control.DEFAULT_LIMITS,
+                limits if role == "client" else Limits(),
             )
             for role in ends
         }

@@ -15,7 +15,7 @@ from tunnel import CLIENT, Bench
 
 from ttun import handshake
 from ttun.errors import UnrecognizedError
-from ttun.peer import network
+from ttun.tcp import network
 from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
 
 SIZES = [0, 1, 15, 16, 17, 18, 100, 100_000]

@@ -245,14 +245,14 @@ class Bench:
 
         eventually(ping, f"ping {address}", seconds)
 
-    def helper(self, host: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a program and wait until it says that it is ready."""
+    def helper(self, host: str, *arguments: str, says: str = "ready") -> subprocess.Popen[str]:
+        """Start a program and wait for the first line that it says."""
         process = self.pair.start(
             host, arguments, environment=netns.environment(), stdout=subprocess.PIPE
         )
         self.helpers.append(process)
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == f"{says}\n"
         return process
 
     def serve_traffic(self, host: str, address: str, port: int = 5001) -> None:

@@ -20,10 +20,11 @@ from typing import Any, Callable
 from ttun._codec import lib
 from tunnel import enter_namespace, eventually
 
-from ttun.device import SERVER, Addresses, Device
+from ttun.device import Device
 from ttun.device_watch import DeviceWatch
 from ttun.lab import netns
 from ttun.routes import parse
+from ttun.settings import SERVER, Addresses
 
 log = logging.getLogger("ttun")
 

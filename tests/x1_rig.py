@@ -13,10 +13,8 @@ from socket_device import RunningSession, SocketDevice
 from test_handshake import K, shake
 from test_x1 import OURS, ROLES, terms
 
-from ttun import control
-from ttun.buffers import NORMAL, Buffers
-from ttun.control import Limits
 from ttun.session import Session
+from ttun.settings import DEFAULT_LIMITS, NORMAL, Buffers, Limits
 
 PACKET = b"\x45 a packet"
 
@@ -27,7 +25,7 @@ class Rig(RunningSession):
     def __init__(
         self,
         role: str = "server",
-        limits: Limits = control.DEFAULT_LIMITS,
+        limits: Limits = DEFAULT_LIMITS,
         offload: int = 0,
         features: int = 3,
         buffers: Buffers = NORMAL,

@@ -4,29 +4,56 @@
 
     import ttun
 
-    server = ttun.Server(b"secret", listen=":20203")
-    server.start()
-    server.wait()
+    with ttun.Server(b"secret", listen=":20203") as server:
+        server.wait()
+
+The rest is what they take and give: Settings say what the options mean, Addresses, Network and
+Limits are values of some, Status is what an end tells of itself. GivenSocket and GivenSockets put a
+tunnel into stream sockets of the program's own. docs/library.md has whole programs. Lines for a log
+go to the logger "ttun", which writes nothing unless the program says where.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ttun.errors import TtunError, UsageError
 from ttun.version import __version__
 
 if TYPE_CHECKING:
-    from ttun.client import Client
-    from ttun.endpoint import Status
-    from ttun.server import Server
+    from ttun.interface import *
 
-__all__ = ["Client", "Server", "Status", "TtunError", "UsageError", "__version__"]
+__all__ = [
+    "Addresses",
+    "Arrival",
+    "Client",
+    "Counters",
+    "Dialer",
+    "GivenSocket",
+    "GivenSockets",
+    "Limits",
+    "Listener",
+    "Network",
+    "Server",
+    "Settings",
+    "Status",
+    "TtunError",
+    "UsageError",
+    "Way",
+    "__version__",
+]
+
+logging.getLogger("ttun").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs the extension when it is asked for: ``ttun -h`` works without it."""
-    homes = {"Server": "server", "Client": "client", "Status": "endpoint"}
-    if name not in homes:
+    if name not in __all__:
         raise AttributeError(f"module 'ttun' has no attribute {name!r}")
-    import importlib
+    from ttun import interface
 
-    return getattr(importlib.import_module(f"ttun.{homes[name]}"), name)
+    return getattr(interface, name)
+
+
+def __dir__() -> list[str]:
+    """Return the names of the interface."""
+    return __all__

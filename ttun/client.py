@@ -7,26 +7,36 @@ import logging
 import random
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Callable
 
 from ttun import handshake, tcp
-from ttun.device import CLIENT
-from ttun.endpoint import LACK_MOST, LACKS, Endpoint
-from ttun.errors import UsageError, is_lack
+from ttun.endpoint import LACK_MOST, Endpoint
+from ttun.errors import LACKS, UsageError, is_lack
 from ttun.peer import Peer
-from ttun.resolver import Resolver, Target
-from ttun.routes import catching
-
-if TYPE_CHECKING:
-    from ttun.tox.transport import Dialer
+from ttun.routes import Network, catching
+from ttun.settings import CLIENT, DEFAULT_LIMITS, Addresses, Limits, Settings, check_type
+from ttun.transport import Dialer, Way
 
 log = logging.getLogger("ttun")
 
 # Seconds. A server that took so long to answer had another client. If it then closes the connection
 # it has taken the next one who waited: this one was not refused, and waits again.
 WAITED = 1.0
+
+
+def dialer(server: str, mptcp: bool | None, control: str, nodes: Path | None = None) -> Dialer:
+    """Return what reaches a server, whatever its address is like. Raises TtunError.
+
+    mptcp, control: as tcp.Dialer takes them. nodes: a file of nodes to enter the Tox network by.
+    """
+    if server.strip().lower().startswith("tox:"):
+        from ttun.tox.transport import Dialer as ToxDialer
+
+        return ToxDialer(server, nodes)
+    return tcp.Dialer(server, mptcp, control)
 
 
 class Backoff:
@@ -96,56 +106,67 @@ class Client(Endpoint):
     addresses = CLIENT
 
     def __init__(
-        self, key: bytes, *, server: str, tox_nodes: str | None = None, **options: Any
+        self,
+        key: bytes,
+        *,
+        server: str | Dialer,
+        cipher: str | None = Settings.cipher,
+        wire: str = Settings.wire,
+        mtu: int = Settings.mtu,
+        mptcp: bool | None = Settings.mptcp,
+        offload: bool = Settings.offload,
+        congestion_control: str = Settings.congestion_control,
+        buffers: str = Settings.buffers,
+        device: str = Settings.device,
+        addresses: Addresses | None = Settings.addresses,
+        routes: Sequence[Network] = Settings.routes,
+        limits: Limits = DEFAULT_LIMITS,
+        on_connected: Callable[[str], object] | None = None,
+        on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
-        """Take the server's HOST:PORT, or tox:TOXID, and the options of Endpoint.
+        """Take the pre-shared key, any bytes; see Settings for what both ends can be told.
 
-        tox_nodes: a file of nodes to enter the Tox network by, None for the usual ones.
+        server: its HOST:PORT, tox:ID, or another Dialer. Callbacks and errors: see Endpoint.
         """
-        super().__init__(key, **options)
-        self._tox: Dialer | None = None
-        self._server = server if len(server) < 64 else server[:12]  # for the log
-        if server.strip().lower().startswith("tox:"):
-            from ttun.tox.transport import Dialer
-
-            self._tox = Dialer(server, Path(tox_nodes) if tox_nodes else None)
-        else:
-            address = tcp.parse_address(server, listening=False)
-            self._server, self._host = str(address), address.host
-            self._resolver = Resolver(*address)
-        self._best: Target | None = None  # where the last session was
+        settings = Settings(
+            cipher, wire, mtu, mptcp, offload, congestion_control,
+            buffers, device, addresses, routes, limits,
+        )  # fmt: skip
+        super().__init__(key, settings, on_connected, on_disconnected)
+        check_type("server", server, str, Dialer)
+        if isinstance(server, str):
+            server = dialer(server, mptcp, congestion_control)
+        self._dialer = server
+        self._known: Sequence[str] = ()  # addresses that routes could catch
+        self._best: str | None = None  # the way that led to the last session
 
     def _prepare(self) -> None:
         """Find the server's addresses before routes are there that may catch the question."""
-        if self._tox is not None or not self._routes:
+        if not self._settings.routes:
             return
         backoff = Backoff()
         while not self._stop.is_set():
             try:
-                self._resolver.first(self._stop)
+                self._known = self._dialer.look_up(self._stop)
                 return
             except InterruptedError:
                 raise
             except OSError as error:
                 wait = backoff.after_failure(time.monotonic())
-                log.info("cannot look up %s: %s; trying again in %.1f s", self._host, error, wait)
+                log.info("cannot look up %s; trying again in %.1f s", error, wait)
                 self._stop.wait(wait)
         raise InterruptedError
 
     def _open(self) -> None:
-        if self._tox is not None or not self._routes:
-            return
-        reasons = [self._caught(target.sockaddr[0]) for target in self._resolver.known]
+        reasons = [self._caught(address) for address in self._known]
         if reasons and all(reasons):
             raise UsageError(str(reasons[0]))
 
     def _begin(self) -> None:
-        if self._tox is not None:
-            self._tox.start()
+        self._dialer.start()
 
     def _close(self) -> None:
-        if self._tox is not None:
-            self._tox.stop()
+        self._dialer.close()
 
     def _run(self) -> None:
         backoff = Backoff()
@@ -180,7 +201,7 @@ class Client(Endpoint):
     def _caught(self, address: str) -> str | None:
         """Return why an address cannot be dialled: a route of ours would carry it."""
         assert self._device is not None
-        route = catching(self._routes, address, self._device.name)
+        route = catching(self._settings.routes, address, self._device.name)
         if route is None:
             return None
         return f"the route to {route} would carry the tunnel's own way to {address}"
@@ -193,10 +214,9 @@ class Client(Endpoint):
         self._watch_connection(None)
         waits, failures = [], []
         try:
-            targets: list[Target | None] = [None] if self._tox else list(self._targets())
-            for target in targets:
+            for way in sorted(self._dialer.ways(self._stop), key=lambda w: w.name != self._best):
                 try:
-                    sock = self._dial(target)
+                    sock = self._dial(way)
                 except InterruptedError:
                     raise
                 except LACKS as error:
@@ -205,9 +225,9 @@ class Client(Endpoint):
                         # It was taken; one that was not is ECONNREFUSED: tcp_reset() of Linux.
                         waits.append(backoff.after_silence(0.0))
                     continue
-                peer, silent_for = self._shake_hands(sock, target)
+                peer, silent_for = self._shake_hands(sock, way)
                 if peer is not None:
-                    self._best = target
+                    self._best = way.name
                     return peer, 0.0
                 if silent_for is not None:
                     waits.append(backoff.after_silence(silent_for))
@@ -216,39 +236,22 @@ class Client(Endpoint):
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
-            log.info("cannot connect to %s: %s", self._server, "; ".join(map(str, failures)))
+            log.info("cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures)))
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
         return None, min(waits, default=usual)
 
-    def _targets(self) -> list[Target]:
-        """Return where to dial, the address of the last session first. Raises OSError."""
-        try:
-            found = self._resolver.targets(self._stop)
-        except InterruptedError:
-            raise
-        except OSError as error:
-            raise tcp.named(self._host, error) from None
-        if not found:
-            raise OSError(f"{self._host} has no address")
-        return sorted(found, key=lambda target: target != self._best)
-
-    def _dial(self, target: Target | None) -> socket.socket:
-        if self._tox is not None:
-            return self._tox.dial(self._stop)
-        assert target is not None
-        if why := self._caught(target.sockaddr[0]):
+    def _dial(self, way: Way) -> socket.socket:
+        if way.address is not None and (why := self._caught(way.address)):
             raise OSError(why)
-        return tcp.connect(target, self._mptcp, self._stop, self._control)
+        return way.dial(self._stop)
 
-    def _shake_hands(
-        self, sock: socket.socket, target: Target | None
-    ) -> tuple[Peer | None, float | None]:
+    def _shake_hands(self, sock: socket.socket, way: Way) -> tuple[Peer | None, float | None]:
         """Prove the key to each other; return as _connect() does."""
-        name = self._server if target is None else tcp.show(target.sockaddr)
         began = time.monotonic()
-        attempt = self._pending.add(sock, name, handshake.client(self._k, self._terms))
+        steps = handshake.client(self._k, self._terms)
+        attempt = self._pending.add(sock, way.name, self._dialer.kind(sock), steps)
         try:
             self._watch_connection(sock)
             silent_for: float | None = None  # until it answered
@@ -264,7 +267,7 @@ class Client(Endpoint):
                     return None, time.monotonic() - began if waited else None
                 peer = self._turn()
                 if peer is not None:
-                    return replace(peer, name=self._server), None
+                    return replace(peer, name=self._dialer.name), None
         except BaseException as error:  # else it would be served beside the next one
             if self._pending.is_pending(attempt):
                 self._pending.give_up(attempt, str(error))

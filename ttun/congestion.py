@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import struct
 from typing import NamedTuple
 
 from ttun.errors import TtunError, UsageError
+
+log = logging.getLogger("ttun")
 
 AUTO, SYSTEM = "auto", "system"
 FAR = "bbr"
@@ -106,6 +109,29 @@ def choose(sock: socket.socket, wanted: str = AUTO) -> str | None:
             _set(sock, system)
         return f"{wanted}: {_why(wanted, error)}"
     return None
+
+
+class Choice:
+    """What an endpoint does about it, and what it says of that."""
+
+    def __init__(self, wanted: str) -> None:
+        """wanted: as choose() takes it."""
+        self._wanted = wanted
+        self._lacking: str | None = None  # what was said last
+
+    def prepare(self) -> None:
+        """See prepare()."""
+        prepare(self._wanted)
+
+    def choose(self, sock: socket.socket) -> None:
+        """Choose for a connection, and say once for each reason why it cannot be had."""
+        why = choose(sock, self._wanted)
+        if why is not None and why != self._lacking:
+            log.warning("cannot use congestion control %s (see ttun doctor)", why)
+        self._lacking = why
+        if (found := way(sock)) is not None:
+            rtt = "" if found.min_rtt is None else f", round trip {1000 * found.min_rtt:.1f} ms"
+            log.info("congestion control %s%s", found.control, rtt)
 
 
 def way(sock: socket.socket) -> Way | None:

@@ -20,11 +20,11 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from ttun._codec import ffi, lib
 from ttun.errors import ProtocolError
+from ttun.settings import Limits
 from ttun.sodium import KeyPair
 from ttun.x1 import Agreement
 
@@ -43,17 +43,6 @@ NAMES = {
     lib.TTUN_REKEY: "REKEY",
     lib.TTUN_SWITCH: "SWITCH",
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a key is used, from the first packet on: whichever comes first."""
-
-    seconds: float = 120.0
-    bytes: float = 64 * 2**30  # in either direction
-
-
-DEFAULT_LIMITS = Limits()
 
 
 class Control:

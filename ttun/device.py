@@ -16,22 +16,17 @@ import select
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pytun
 
 from ttun import privileges, routes
 from ttun._codec import lib
-from ttun.buffers import NORMAL
-from ttun.errors import TtunError, UsageError
+from ttun.errors import TtunError
+from ttun.settings import MIN_IPV6_MTU, NORMAL, Addresses, Settings
 
 log = logging.getLogger("ttun")
 
-FIRST_FREE = "ttun%d"  # the kernel fills in the first free number
-DEFAULT_MTU = 1280
-MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
-MIN_IPV6_MTU = 1280  # RFC 8200, section 5
 SIOCSIFADDR, SIOCSIFTXQLEN = 0x8916, 0x8943  # linux/sockios.h
 TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h, as are these
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
@@ -45,83 +40,6 @@ OFFLOADS = [
     (OFFLOAD_TCP, lib.TTUN_OFFLOAD_VNET | lib.TTUN_OFFLOAD_TCP),
 ]
 STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
-
-
-def checked_name(name: str) -> str:
-    """Return a name that the kernel and every reader takes. Raises UsageError.
-
-    The kernel wants 1 to 15 bytes, one %d at most, and none of what its isspace() knows, the byte
-    0xA0 among it: dev_valid_name() and __dev_alloc_name() in net/core/dev.c. Quotes, backslashes
-    and what does not print are refused too: the name goes into logs, terminals and metrics.
-    """
-    encoded = name.encode(errors="surrogatepass")
-    if (
-        not 0 < len(encoded) <= 15
-        or name in (".", "..", "all", "default")  # directories of sysctl
-        or set(name) & set("/: \"'`\\")
-        or "%" in name.replace("%d", "", 1)
-        or b"\xa0" in encoded
-        or not name.isprintable()  # control and format characters; bytes that are no UTF-8
-    ):
-        raise UsageError(
-            f"{name!r} is not a valid device name: 1 to 15 bytes of UTF-8, no blank, slash, colon, "
-            "quote, backslash, control character or %, but for one %d"
-        )
-    return name
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """The addresses of one end, with their prefix lengths, and of its peer where those do not
-    cover it.
-    """
-
-    ipv4: ipaddress.IPv4Interface
-    ipv6: ipaddress.IPv6Interface
-    peer4: ipaddress.IPv4Address | None = None
-    peer6: ipaddress.IPv6Address | None = None
-
-    @classmethod
-    def parse(
-        cls,
-        usual: Addresses,
-        local4: str | None = None,
-        local6: str | None = None,
-        peer4: str | None = None,
-        peer6: str | None = None,
-    ) -> Addresses:
-        """Return the usual ones with some of them changed. Raises UsageError.
-
-        A local address without a length has the usual one; with a peer's it stands alone.
-        """
-        try:
-            if any("%" in text for text in (local4, local6, peer4, peer6) if text):
-                raise ValueError("it has no zone")
-            ipv4 = _interface(ipaddress.IPv4Interface, local4, usual.ipv4, peer4 is not None)
-            ipv6 = _interface(ipaddress.IPv6Interface, local6, usual.ipv6, peer6 is not None)
-            return cls(
-                ipv4,
-                ipv6,
-                None if peer4 is None else ipaddress.IPv4Address(peer4),
-                None if peer6 is None else ipaddress.IPv6Address(peer6),
-            )
-        except ValueError as error:
-            raise UsageError(f"an address of the tunnel: {error}") from None
-
-
-_I = TypeVar("_I", ipaddress.IPv4Interface, ipaddress.IPv6Interface)
-
-
-def _interface(kind: type[_I], text: str | None, usual: _I, alone: bool) -> _I:
-    if text is None:
-        text = str(usual.ip)
-    if "/" in text:
-        return kind(text)
-    return kind(f"{text}/{usual.max_prefixlen if alone else usual.network.prefixlen}")
-
-
-SERVER = Addresses(ipaddress.IPv4Interface("10.1.1.1/30"), ipaddress.IPv6Interface("fc11::1/126"))
-CLIENT = Addresses(ipaddress.IPv4Interface("10.1.1.2/30"), ipaddress.IPv6Interface("fc11::2/126"))
 
 
 class Device:
@@ -138,13 +56,12 @@ class Device:
         addresses: Addresses,
         mtu: int,
         offload: bool = True,
-        name: str = FIRST_FREE,
+        name: str = Settings.device,
         networks: Sequence[routes.Network] = (),
         *,
         queue: int = NORMAL.queue,
     ) -> None:
         """Open a device, bring it up, and route networks through it. Raises TtunError."""
-        check_routes(networks, mtu)
         privileges.check()
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
         self.has_ipv6 = False
@@ -219,15 +136,6 @@ class Device:
     def close(self) -> None:
         """Close the device; the kernel removes it."""
         self._tun.close()
-
-
-def check_routes(networks: Sequence[routes.Network], mtu: int) -> None:
-    """Raise UsageError for routes that a device with this MTU cannot have."""
-    for network in networks:
-        if network.version == 6 and mtu < MIN_IPV6_MTU:
-            raise UsageError(
-                f"--route {network}: IPv6 takes an MTU of {MIN_IPV6_MTU} or more, and it is {mtu}"
-            )
 
 
 def _open(name: str, offload: bool) -> tuple[Any, int]:

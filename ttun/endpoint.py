@@ -5,21 +5,9 @@ again. It waits in one place (handshakes.py), a second at most, so it notices ev
 end a session, and shows that it lives. The device is opened by open() or start() and outlives the
 sessions.
 
-The life of an endpoint, and what each call does then:
-
-============  ==================  ==================  =================  ======================
-.             made                open                running            over
-============  ==================  ==================  =================  ======================
-open()        opens: open         refused             refused            refused
-start()       opens and starts    starts: running     refused            refused
-stop()        over                closes: over        ends it: over      nothing
-wait()        waits               waits               waits              True, or the error
-status()      no device, no peer  the device          all                the last totals
-Server.port   refused             the port            the port           the port it had
-============  ==================  ==================  =================  ======================
-
-Refused calls raise TtunError and touch nothing. stop() and status() take no lock: a signal handler
-may call them. Everything may be called from any thread.
+An endpoint is made, open, running, over, once each; docs/library.md has what each call does then.
+stop() and status() take no lock: a signal handler may call them. Everything may be called from any
+thread.
 """
 
 from __future__ import annotations
@@ -30,133 +18,68 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Callable, ClassVar
+from dataclasses import replace
+from types import TracebackType
+from typing import Callable, ClassVar, TypeVar
 
-from ttun import congestion, tcp, words
-from ttun.buffers import find as find_buffers
-from ttun.control import DEFAULT_LIMITS, Limits
-from ttun.device import (
-    DEFAULT_MTU,
-    FIRST_FREE,
-    MAX_MTU,
-    MIN_MTU,
-    Addresses,
-    Device,
-    checked_name,
-)
+from ttun import congestion, words
+from ttun.device import Device
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
-from ttun.errors import TtunError, UsageError
+from ttun.errors import LACKS, TtunError, UsageError, reason
 from ttun.flag import SLICE, StopFlag
 from ttun.handshake import Keys, agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
 from ttun.pending import Handshakes
-from ttun.routes import Network
-from ttun.session import Counters, Session
+from ttun.record import Record, Status
+from ttun.session import Session
+from ttun.settings import BUFFERS, Addresses, Settings, check_type
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 
-# What a program can lack for a while: descriptors, memory, threads (a RuntimeError).
-LACKS = (OSError, MemoryError, RuntimeError)
 LACK_FIRST, LACK_MOST = 1.0, 4.0  # seconds until the next try, doubled each time
 ALIVE_WITHIN = 10.0  # seconds
 MISSING_SHOWN = 32  # words of what the device lacks, in a status
 
 
-@dataclass(frozen=True)
-class Status:
-    """What an endpoint is doing now."""
-
-    role: str  # "server" or "client"
-    device: str | None  # "ttun0"; None before start
-    peer: str | None  # "192.0.2.1:20203"; None while there is no session
-    transport: str | None  # "tcp" or "mptcp"
-    wire: str | None  # "v1" or "x1"
-    cipher: str | None  # of the session
-    round_trip: float | None  # seconds, when it was measured last; on wire x1
-    rekeys: int | None  # how often this session got fresh keys; on wire x1
-    congestion_control: str | None  # "bbr", of the tunnel's connection
-    retransmitted: float | None  # 0 to 1, of the segments that this end sent on it
-    connected_for: float | None  # seconds
-    silent_for: float | None  # seconds since a frame of the peer was opened
-    sessions: int  # how many there have been, this one included
-    counters: Counters  # of this session, or the last one
-    totals: Counters  # of all sessions
-    missing: list[str]  # what the device lacks: "route 203.0.113.0/24 missing"
-
-
-@dataclass(frozen=True)
-class _Last:
-    """The session that runs, or the last one. Replaced as a whole, so nobody needs a lock."""
-
-    session: Session | None = None
-    connected: bool = False
-    peer: str = ""
-    transport: str = ""
-    wire: str = ""
-    cipher: str = ""
-    since: float = 0.0
-    sessions: int = 0  # this one included
-    earlier: Counters = field(default_factory=Counters)  # of all sessions before it
+_E = TypeVar("_E", bound="Endpoint")
 
 
 class Endpoint(abc.ABC):
     """One end of a tunnel. Use Server or Client.
 
-    key: the pre-shared key, any bytes. cipher: a name of ttun.cipher.CIPHERS, the only one that may
-    carry packets; None for the best that both ends have. mtu: of the device, 576 to 65519. mptcp:
-    True, False, or None for what is usual on that side. offload: use what the kernel has of it at
-    the device. wire: "v1", "x1", or "auto" for x1 with a peer that has it. limits: how long keys of
-    wire x1 live. device: its name, with %d for the first free number. addresses: in the tunnel, if
-    not the usual ones. routes: networks to be reached through it. buffers: "normal", or "small"
-    where memory is scarce. congestion_control: of the tunnel's connection, as congestion.choose()
-    takes it. on_connected is called with the peer's address, on_disconnected with
-    that and the reason, both on the endpoint's thread. Raises UsageError for a bad value, TtunError
-    for what this machine lacks.
+    As a context manager it is started at the beginning and stopped at the end. on_connected is
+    called with the peer's address, on_disconnected with that and the reason, both on the endpoint's
+    thread; what they raise is logged.
     """
 
     role: ClassVar[str]
-    addresses: ClassVar[Addresses]
+    addresses: ClassVar[Addresses]  # the usual ones of this side
 
     def __init__(
         self,
         key: bytes,
-        *,
-        cipher: str | None = None,
-        mtu: int = DEFAULT_MTU,
-        mptcp: bool | None = None,
-        offload: bool = True,
-        wire: str = "auto",
-        limits: Limits = DEFAULT_LIMITS,
-        device: str = FIRST_FREE,
-        addresses: Addresses | None = None,
-        routes: Sequence[Network] = (),
-        buffers: str = "normal",
-        congestion_control: str = congestion.AUTO,
-        on_connected: Callable[[str], None] | None = None,
-        on_disconnected: Callable[[str, str], None] | None = None,
+        settings: Settings,
+        on_connected: Callable[[str], object] | None = None,
+        on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
-        """Check the values; nothing is opened before open() or start()."""
+        """Check the values; nothing is opened before open() or start(). Raises UsageError for one
+        that makes no sense, TtunError for what this machine lacks.
+        """
+        check_type("the key", key, bytes)
         if not key:
             raise UsageError("the key is empty")
-        if not MIN_MTU <= mtu <= MAX_MTU:
-            raise UsageError(f"an MTU of {mtu}: it goes from {MIN_MTU} to {MAX_MTU}")
-        self._terms = agreeable(wire, cipher, mtu)
-        self._limits = limits
+        for callback in (on_connected, on_disconnected):
+            if callback is not None and not callable(callback):
+                raise UsageError(f"a callback has to be callable, not {type(callback).__name__}")
+        self._settings = settings
+        self._terms = agreeable(settings.wire, settings.cipher, settings.mtu)
         self._k = psk_key(key)
-        self._mtu = mtu
-        self._name = checked_name(device)
-        self._addresses = addresses or self.addresses
-        self._routes = list(routes)
-        self._buffers = find_buffers(buffers)
-        self._control = congestion.checked(congestion_control)
-        self._control_lacking: str | None = None  # what was said of it
-        self._mptcp = mptcp
-        self._offload = offload
+        self._addresses = settings.addresses or self.addresses
+        self._buffers = BUFFERS[settings.buffers]
+        self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
         try:
@@ -170,7 +93,7 @@ class Endpoint(abc.ABC):
         self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
         self._pending = Handshakes(self._stop)
-        self._last = _Last()
+        self._record = Record()
         self._moved = False  # the last connection was given up for what _why_dead() said
         self._error: TtunError | None = None
 
@@ -181,13 +104,13 @@ class Endpoint(abc.ABC):
         try:
             log.info("ttun %s %s", __version__, self.role)
             self._prepare()
-            congestion.prepare(self._control)
+            self._congestion.prepare()
             self._device = Device(
                 self._addresses,
-                self._mtu,
-                self._offload,
-                self._name,
-                self._routes,
+                self._settings.mtu,
+                self._settings.offload,
+                self._settings.device,
+                self._settings.routes,
                 queue=self._buffers.queue,
             )
             self._device_name_shown = self._device.name
@@ -223,6 +146,18 @@ class Endpoint(abc.ABC):
                 raise TtunError(f"cannot start: {error}") from None
             raise
         self._runner = thread.ident
+
+    def __enter__(self: _E) -> _E:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """End the session and the endpoint; return when both are gone, within a second."""
@@ -266,33 +201,12 @@ class Endpoint(abc.ABC):
 
     def status(self) -> Status:
         """Return what it is doing now, from any thread."""
-        last = self._last
-        session, connected = last.session, last.connected
-        control = session.control if session and connected else None
-        counters = session.counters() if session else Counters()
-        way = session.way() if session and connected else None
-        return Status(
-            role=self.role,
-            device=self._device_name_shown,
-            peer=last.peer if connected else None,
-            transport=last.transport if connected else None,
-            wire=last.wire if connected else None,
-            cipher=last.cipher if connected else None,
-            round_trip=control.rtt if control else None,
-            rekeys=control.rekeys if control else None,
-            congestion_control=way.control if way else None,
-            retransmitted=way.retransmitted if way else None,
-            connected_for=time.monotonic() - last.since if connected else None,
-            silent_for=session.silence() if session and connected else None,
-            sessions=last.sessions,
-            counters=counters,
-            totals=last.earlier.plus(counters),
-            missing=some(self._watch.missing, MISSING_SHOWN) if self._watch else [],
-        )
+        missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []
+        return self._record.status(self.role, self._device_name_shown, missing)
 
     def facts(self) -> dict[str, str | None]:
         """Return what does not change while a session lasts, in words."""
-        ours, last = self._addresses, self._last
+        ours, last = self._addresses, self._record
         return {
             "role": self.role,
             "device": self._device_name_shown,
@@ -361,7 +275,7 @@ class Endpoint(abc.ABC):
                 except LACKS as error:
                     # No descriptor, thread or memory: others give theirs back sooner or later.
                     wait = LACK_FIRST if time.monotonic() - began > LACK_MOST else wait
-                    log.warning("%s: trying again in %.0f s", _words(error), wait)
+                    log.warning("%s: trying again in %.0f s", reason(error), wait)
                     self._stop.wait(wait)
                     wait = min(2 * wait, LACK_MOST)
         except TtunError as error:
@@ -380,7 +294,7 @@ class Endpoint(abc.ABC):
             if self._watch is not None:
                 self._watch.close()
         except Exception as error:
-            log.warning("at the end: %s", _words(error))
+            log.warning("at the end: %s", reason(error))
         finally:
             if self._device is not None:
                 self._device.close()
@@ -416,56 +330,36 @@ class Endpoint(abc.ABC):
         """Run a session to its end; return how many seconds it lasted."""
         assert self._device is not None
         try:
-            transport = tcp.transport(peer.sock)
-            self._choose_congestion_control(peer.sock)
-            session = Session(peer.sock, self._device, peer.keys, self._limits, self._buffers)
+            self._congestion.choose(peer.sock)
+            session = Session(
+                peer.sock, self._device, peer.keys, self._settings.limits, self._buffers
+            )
         except LACKS as error:
             peer.close()
-            log.warning("no session with %s: %s", peer.name, _words(error))
+            log.warning("no session with %s: %s", peer.name, reason(error))
             return 0.0
-        last, keys = self._last, peer.keys
         try:
-            self._last = _Last(
-                session=session,
-                connected=True,
-                peer=peer.name,
-                transport=transport,
-                wire=keys.wire,
-                cipher=keys.sending.cipher.name,
-                since=time.monotonic(),
-                sessions=last.sessions + 1,
-                earlier=last.earlier.plus(last.session.counters() if last.session else Counters()),
-            )
+            self._record = self._record.begun(session, peer)
             self._tell(self.on_connected, peer.name)
             self._attend(session, peer.sock)
         except BaseException as error:  # no thread of a session may outlive the device
-            session.end(_words(error))
+            session.end(reason(error))
             raise
         finally:
-            reason = session.wait()
-            self._last = replace(self._last, connected=False)
+            why = session.wait()
+            self._record = self._record.ended()
             log.info(
                 "peer %s disconnected after %.0f s: %s; %s%s",
                 peer.name,
                 session.duration,
-                reason,
+                why,
                 words.carried(session.counters()),
                 words.lost(session.way()),
             )
-            self._tell(self.on_disconnected, peer.name, reason)
+            self._tell(self.on_disconnected, peer.name, why)
         if session.device_lost:
-            raise TtunError(f"{reason}: was {self._device.name} removed?")
+            raise TtunError(f"{why}: was {self._device.name} removed?")
         return session.duration
-
-    def _choose_congestion_control(self, sock: socket.socket) -> None:
-        """Choose that, and say once for each reason why it cannot be had."""
-        why = congestion.choose(sock, self._control)
-        if why is not None and why != self._control_lacking:
-            log.warning("cannot use congestion control %s (see ttun doctor)", why)
-        self._control_lacking = why
-        if (way := congestion.way(sock)) is not None:
-            rtt = "" if way.min_rtt is None else f", round trip {1000 * way.min_rtt:.1f} ms"
-            log.info("congestion control %s%s", way.control, rtt)
 
     def _attend(self, session: Session, sock: socket.socket) -> None:
         """Look after everything around a session until it is over."""
@@ -491,7 +385,7 @@ class Endpoint(abc.ABC):
                     newcomer = self._turn()
                 except LACKS as error:  # it is for those outside, not for this session
                     if not lacking:
-                        log.warning("%s: new connections have to wait", _words(error))
+                        log.warning("%s: new connections have to wait", reason(error))
                     lacking = True
                     self._stop.wait(1.0)
                     continue
@@ -509,7 +403,7 @@ class Endpoint(abc.ABC):
         try:
             callback(*arguments)
         except BaseException as error:
-            log.error("a callback failed: %s: %s", type(error).__name__, error)
+            log.exception("a callback failed: %s: %s", type(error).__name__, error)
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
         keys: Keys = peer.keys
@@ -521,8 +415,3 @@ class Endpoint(abc.ABC):
             ", forward secrecy" if keys.agreement else "",
             then,
         )
-
-
-def _words(error: BaseException) -> str:
-    """Return what is lacking, in the system's words."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

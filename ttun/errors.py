@@ -1,13 +1,14 @@
-"""The two kinds of error, ours and the peer's; what is lacking for a while; how a line about one is
-made printable.
-"""
+"""The two kinds of error, ours and the peer's; what is lacking for a while; lines about one."""
 
 from __future__ import annotations
 
 import errno
+import socket
 
 # Descriptors, memory, processes: other programs give theirs back sooner or later.
-_LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
+_LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
+# What a program can lack for a while: those, and threads (a RuntimeError).
+LACKS = (OSError, MemoryError, RuntimeError)
 
 
 class TtunError(Exception):
@@ -31,7 +32,14 @@ def is_lack(error: BaseException) -> bool:
 
     Descriptors, memory, or threads (a RuntimeError).
     """
-    return error.errno in _LACKS if isinstance(error, OSError) else True
+    return error.errno in _LACKING if isinstance(error, OSError) else True
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong, in the system's words if it has some."""
+    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+        return "temporary failure in name resolution"  # glibc's words; musl's are «Try again»
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -36,7 +36,6 @@ from ttun.x1 import NONCE_SIZE, TO_CLIENT, TO_SERVER
 
 TIMEOUT = 10.0  # seconds
 MAGIC = b"TTUN/v1\0"
-WIRES = ["auto", "v1", "x1"]
 V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
 V1_DEFAULT = CIPHERS["chacha20-poly1305"]  # every end has it: the frames before an agreement
 
@@ -194,8 +193,6 @@ def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Fr
 
 def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
     """Return what to agree to. Raises UsageError for what no peer could agree to."""
-    if wire not in WIRES:
-        raise UsageError(f"unknown wire {wire!r}: choose {', '.join(WIRES)}")
     cipher = None if name is None else find_cipher(name)
     offers = [
         offer

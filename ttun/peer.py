@@ -7,26 +7,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import socket
 from dataclasses import dataclass, field
-from typing import Callable, Protocol
+from typing import Callable
 
 from ttun.handshake import Keys, Steps
+from ttun.transport import Listener
 from ttun.x1 import NONCE_SIZE
 
 SILENT_AFTER = 0.1  # seconds without a byte
-
-
-class Listener(Protocol):
-    """What is used of a listening socket."""
-
-    def fileno(self) -> int:
-        """Return what is readable when somebody waits to be accepted."""
-
-    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
-        """Return a connection and where it comes from."""
 
 
 @dataclass
@@ -45,6 +34,7 @@ class Peer:
 
     sock: socket.socket
     name: str
+    transport: str  # what carries it: "tcp", say
     keys: Keys
 
     def close(self) -> None:
@@ -59,7 +49,8 @@ class Pending:
 
     sock: socket.socket
     name: str
-    network: str
+    transport: str
+    source: str  # as in transport.Arrival
     since: float
     deadline: float
     steps: Steps | None = None  # None: held, or never to be answered
@@ -77,12 +68,3 @@ class Pending:
         if self.unrecognized:
             return 0
         return 1 if not self.spoke and now - self.since >= SILENT_AFTER else 2
-
-
-def network(address: str) -> str:
-    """Return what one host can easily have many addresses of: an IPv6 /64; else the address."""
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
-            return str(ipaddress.ip_network((ip, 64), strict=False))
-    return address

@@ -33,14 +33,14 @@ from ttun import tcp
 from ttun.errors import ProtocolError, UnrecognizedError
 from ttun.flag import SLICE, StopFlag
 from ttun.handshake import TIMEOUT, Keys, Steps
-from ttun.peer import Host, Peer, Pending, network
+from ttun.peer import Host, Peer, Pending
 from ttun.summary import Summary
 from ttun.x1 import NONCE_SIZE
 
 log = logging.getLogger("ttun")
 
 MOST = 256  # pending handshakes, where the limit on descriptors leaves room for so many
-MOST_PER_NETWORK = 64  # of them from one IPv4 address or one IPv6 /64
+MOST_PER_SOURCE = 64  # of them from one IPv4 address or one IPv6 /64
 SHARE = 4  # of what there is room for, one network gets this part
 MOST_HELD = 16  # while a session runs
 HELD_TIMEOUT = 15.0  # seconds; a client gives up after 10
@@ -102,11 +102,11 @@ class Handshakes:
         for peer in [p for p in self._pending.values() if p.steps is None and not p.unrecognized]:
             self._begin(peer)
 
-    def add(self, sock: socket.socket, name: str, steps: Steps) -> Pending:
-        """Start a handshake over a connected socket."""
+    def add(self, sock: socket.socket, name: str, transport: str, steps: Steps) -> Pending:
+        """Start a handshake over a connected socket. transport: what that is."""
         now = time.monotonic()
         self._prepare(sock)
-        peer = Pending(sock, name, name, now, now + TIMEOUT, steps)
+        peer = Pending(sock, name, transport, name, now, now + TIMEOUT, steps)
         self._admit(peer)
         self._start(peer)
         return peer
@@ -169,31 +169,32 @@ class Handshakes:
                     return  # those who can be read by now come first
                 self._make_way(list(self._pending.values()))
             try:
-                sock, sockaddr = self._host.listener.accept()
+                arrival = self._host.listener.accept()
             except (BlockingIOError, ConnectionError, InterruptedError):
                 return  # it went away again
             except OSError as error:
                 self._cannot_accept(error)
                 return
             try:
-                self._prepare(sock)
-                self._welcome(sock, tcp.show(sockaddr), network(sockaddr[0]))
+                self._prepare(arrival.sock)
+                self._welcome(*arrival)
             except OSError as error:  # no memory in the kernel, say
-                sock.close()
+                arrival.sock.close()
                 self._cannot_accept(error)
                 return
 
-    def _welcome(self, sock: socket.socket, name: str, network: str) -> None:
+    def _welcome(self, sock: socket.socket, name: str, source: str) -> None:
         assert self._host is not None
-        same = [peer for peer in self._pending.values() if peer.network == network]
-        if len(same) >= min(MOST_PER_NETWORK, self._most() // SHARE + 1):
+        same = [peer for peer in self._pending.values() if peer.source == source]
+        if len(same) >= min(MOST_PER_SOURCE, self._most() // SHARE + 1):
             self._make_way(same)
         now = time.monotonic()
         if self._host.silent:
             deadline = now + random.uniform(*UNRECOGNIZED_TIMEOUT)
         else:
             deadline = now + (HELD_TIMEOUT if self._holding else TIMEOUT)
-        peer = Pending(sock, name, network, now, deadline)
+        transport = self._host.listener.kind(sock)
+        peer = Pending(sock, name, transport, source, now, deadline)
         self._admit(peer)
         if not self._holding:
             self._begin(peer)
@@ -215,10 +216,8 @@ class Handshakes:
             self._feed(peer)  # one that was held has sent its nonce
 
     def _announce(self, peer: Pending, what: str) -> None:
-        over = tcp.transport(peer.sock)
-        self._connected.log(
-            time.monotonic(), "peer %s connected over %s; %s", peer.name, over, what
-        )
+        text = "peer %s connected over %s; %s"
+        self._connected.log(time.monotonic(), text, peer.name, peer.transport, what)
 
     def _cannot_accept(self, error: OSError) -> None:
         """Say why, and make room; where nobody can go, leave the listener alone for a while."""
@@ -268,7 +267,7 @@ class Handshakes:
                 keys = self._feed(peer)
                 if keys is not None:
                     self._forget(peer)
-                    return Peer(peer.sock, peer.name, keys)
+                    return Peer(peer.sock, peer.name, peer.transport, keys)
         return None
 
     def _feed(self, peer: Pending) -> Keys | None:
@@ -322,8 +321,8 @@ class Handshakes:
                 raise UnrecognizedError("it speaks wire v1 alone, or has another key")
             self._limit(peer, HELD_TIMEOUT)
             self._poll.modify(peer.sock, select.POLLRDHUP)
-            if peer.network not in self._told and len(self._told) < MOST_HELD:
-                self._told.add(peer.network)  # it dials again every few seconds
+            if peer.source not in self._told and len(self._told) < MOST_HELD:
+                self._told.add(peer.source)  # it dials again every few seconds
                 self._announce(peer, "waiting: another client is connected")
 
     def _limit(self, peer: Pending, seconds: float) -> None:

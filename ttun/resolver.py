@@ -29,6 +29,7 @@ import threading
 from typing import Any, NamedTuple, Union
 
 from ttun._codec import lib
+from ttun.errors import reason
 from ttun.flag import StopFlag
 
 log = logging.getLogger("ttun")
@@ -225,10 +226,3 @@ def _read_all(readable: int, stop: StopFlag) -> bytes:
             break
         answer += part
     return answer
-
-
-def reason(error: Exception) -> str:
-    """Return why a socket or a look-up failed, in the system's words."""
-    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
-        return "temporary failure in name resolution"  # glibc's words; musl's are «Try again»
-    return getattr(error, "strerror", None) or str(error)

@@ -101,7 +101,7 @@ def local_addresses(sock: socket.socket) -> set[bytes]:
     try:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return set()
-        if tcp.transport(sock) == "mptcp":
+        if tcp.is_multipath(sock):
             return {_packed(address) for address in mptcp.local_addresses(sock)}
         return {_packed(sock.getsockname()[0])}
     except OSError:  # closed

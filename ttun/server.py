@@ -9,23 +9,30 @@ to be dead.
 from __future__ import annotations
 
 import logging
-import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Callable
 
 from ttun import handshake, tcp
-from ttun.device import SERVER
 from ttun.endpoint import Endpoint
 from ttun.errors import TtunError
 from ttun.peer import Host, Peer
+from ttun.routes import Network
 from ttun.session import Session
+from ttun.settings import (
+    DEFAULT_LIMITS,
+    DEFAULT_PORT,
+    SERVER,
+    Addresses,
+    Limits,
+    Settings,
+    check_type,
+)
+from ttun.transport import Listener
 from ttun.x1 import AnsweredNonces
-
-if TYPE_CHECKING:
-    from ttun.tox.transport import Listener
 
 log = logging.getLogger("ttun")
 
-DEFAULT_LISTEN = f":{tcp.DEFAULT_PORT}"
+DEFAULT_LISTEN = f":{DEFAULT_PORT}"
 
 
 class Server(Endpoint):
@@ -47,55 +54,60 @@ class Server(Endpoint):
         self,
         key: bytes,
         *,
-        listen: str = DEFAULT_LISTEN,
+        listen: str | Listener = DEFAULT_LISTEN,
         takeover: bool = False,
-        tox: Listener | None = None,
-        **options: Any,
+        cipher: str | None = Settings.cipher,
+        wire: str = Settings.wire,
+        mtu: int = Settings.mtu,
+        mptcp: bool | None = Settings.mptcp,
+        offload: bool = Settings.offload,
+        congestion_control: str = Settings.congestion_control,
+        buffers: str = Settings.buffers,
+        device: str = Settings.device,
+        addresses: Addresses | None = Settings.addresses,
+        routes: Sequence[Network] = Settings.routes,
+        limits: Limits = DEFAULT_LIMITS,
+        on_connected: Callable[[str], object] | None = None,
+        on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
-        """Take the address to listen on, or a Tox to listen on instead, whether a new client
-        replaces the one that is there, and the options of Endpoint.
+        """Take the pre-shared key, any bytes; see Settings for what both ends can be told.
+
+        listen: the address, HOST:PORT or :PORT, or another Listener. takeover: a new client
+        replaces the one that is connected; else it waits. Callbacks and errors: see Endpoint.
         """
-        super().__init__(key, **options)
-        self._tox = tox
+        settings = Settings(
+            cipher, wire, mtu, mptcp, offload, congestion_control,
+            buffers, device, addresses, routes, limits,
+        )  # fmt: skip
+        super().__init__(key, settings, on_connected, on_disconnected)
+        check_type("listen", listen, str, Listener)
+        check_type("takeover", takeover, bool)
+        if isinstance(listen, str):
+            listen = tcp.Listener(listen, mptcp, congestion_control)
+        self._listener = listen
         self._takeover = takeover
         self._answered = AnsweredNonces(self._buffers.nonces)
         self._successor: Peer | None = None  # waits until the session has ended
-        self._listen = tcp.parse_address(listen, listening=True)
-        self._listener: socket.socket | None = None
-        self._port: int | None = None
         self._is_listening = False
 
     @property
     def port(self) -> int:
         """The port that it listens on, the real one also for port 0. Raises TtunError without."""
-        if self._port is None:
+        if self._listener.port is None:
             raise TtunError("this server has no port: open or start it first")
-        return self._port
+        return self._listener.port
 
     def _open(self) -> None:
-        if self._tox is not None:
-            log.info("listening on %s", self._tox.address)
-            return
-        self._listener = tcp.listen(self._listen, self._mptcp, self._stop, self._control)
-        name = self._listener.getsockname()
-        self._port = name[1]
-        log.info("listening on %s (%s)", tcp.show(name), self._kinds())
+        self._listener.open(self._stop)
+        log.info("listening on %s", self._listener.name)
 
     def _begin(self) -> None:
-        if self._tox is not None:
-            self._tox.start()
-
-    def _kinds(self) -> str:
-        assert self._listener is not None
-        return "tcp and mptcp" if self._listener.proto == tcp.IPPROTO_MPTCP else "tcp"
+        self._listener.start()
 
     def _close(self) -> None:
         if self._successor is not None:
             self._successor.close()
-        if self._tox is not None:
-            self._tox.close()
-        if self._listener is not None:
-            self._listener.close()
+        self._listener.close()
 
     def _run(self) -> None:
         if not self._is_listening:
@@ -114,10 +126,8 @@ class Server(Endpoint):
                 self._pending.release()
 
     def _host(self) -> Host:
-        listener = self._tox or self._listener
-        assert listener is not None
         return Host(
-            listener,
+            self._listener,
             begin=lambda: handshake.server(self._k, self._terms, self._answered),
             knows_key=lambda nonce: handshake.knows_key(
                 self._k, self._terms, nonce, self._answered

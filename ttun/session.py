@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from ttun import congestion
 from ttun._codec import ffi, lib
-from ttun.buffers import NORMAL, Buffers
-from ttun.control import DEFAULT_LIMITS, NAMES, Control, Limits
+from ttun.control import NAMES, Control
 from ttun.device import Device
 from ttun.handshake import Keys
+from ttun.settings import DEFAULT_LIMITS, NORMAL, Buffers, Limits
 
 FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/pump.h
 

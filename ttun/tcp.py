@@ -1,4 +1,4 @@
-"""The TCP connection: addresses, listening, dialling, options, Multipath TCP.
+"""TCP, what usually carries a tunnel: addresses, listening, dialling, options, Multipath TCP.
 
 Sources: tcp(7), socket(7), Documentation/networking/mptcp.rst, linux/mptcp.h.
 """
@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import select
 import socket
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from ttun import congestion, resolver
-from ttun.errors import TtunError, UsageError
+from ttun import congestion, resolver, transport
+from ttun.errors import TtunError, UsageError, reason
 from ttun.flag import StopFlag
-from ttun.resolver import SocketAddress, Target, reason
+from ttun.resolver import Resolver, SocketAddress, Target
+from ttun.settings import DEFAULT_PORT
+from ttun.transport import Arrival, Way
 
 log = logging.getLogger("ttun")
 
-DEFAULT_PORT = 20203
 BACKLOG = 128
 DIAL_TIMEOUT = 4.0  # seconds for each address: TCP's first three SYNs
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4  # seconds, seconds, probes
@@ -221,17 +225,18 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(level, option, value)
 
 
-def transport(sock: socket.socket) -> str:
-    """Return what a connection really is: ``mptcp``, or ``tcp`` also where MPTCP fell back, or
-    ``tox``: one end of a socketpair whose other end is a Tox stream.
-    """
-    if sock.family == socket.AF_UNIX:
-        return "tox"
+def is_multipath(sock: socket.socket) -> bool:
+    """Return whether a connection really is Multipath TCP: it may have fallen back to TCP."""
     try:
         sock.getsockopt(SOL_MPTCP, MPTCP_INFO, 4)
-        return "mptcp"
     except OSError:
-        return "tcp"
+        return False
+    return True
+
+
+def kind(sock: socket.socket) -> str:
+    """Return what a connection really is, "tcp" or "mptcp"."""
+    return "mptcp" if is_multipath(sock) else "tcp"
 
 
 def show(sockaddr: SocketAddress) -> str:
@@ -247,3 +252,93 @@ def _why_not_bound(error: OSError) -> str:
     if error.errno == errno.EACCES:
         return "ports below 1024 need root"
     return reason(error)
+
+
+def network(address: str) -> str:
+    """Return what one host can easily have many addresses of: an IPv6 /64; else the address."""
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
+            return str(ipaddress.ip_network((ip, 64), strict=False))
+    return address
+
+
+class Dialer(transport.Dialer):
+    """Reaches a server at the addresses that its name has."""
+
+    def __init__(self, server: str, mptcp: bool | None, control: str) -> None:
+        """server: HOST:PORT. mptcp: dial with it. control: of congestion. Raises UsageError."""
+        address = parse_address(server, listening=False)
+        self.name, self._host = str(address), address.host
+        self._mptcp, self._control = mptcp, control
+        self._resolver = Resolver(*address)
+
+    def look_up(self, stop: StopFlag) -> Sequence[str]:
+        """Return the addresses of the name."""
+        try:
+            self._resolver.first(stop)
+        except InterruptedError:
+            raise
+        except OSError as error:
+            raise named(self._host, error) from None
+        return [target.sockaddr[0] for target in self._resolver.known]
+
+    def ways(self, stop: StopFlag) -> Sequence[Way]:
+        """Return a way for each address."""
+        try:
+            found = self._resolver.targets(stop)
+        except InterruptedError:
+            raise
+        except OSError as error:
+            raise named(self._host, error) from None
+        if not found:
+            raise OSError(f"{self._host} has no address")
+        return [
+            Way(show(target.sockaddr), target.sockaddr[0], partial(self._dial, target))
+            for target in found
+        ]
+
+    def _dial(self, target: Target, stop: StopFlag) -> socket.socket:
+        return connect(target, self._mptcp, stop, self._control)
+
+    def kind(self, sock: socket.socket) -> str:
+        """Return "tcp" or "mptcp"."""
+        return kind(sock)
+
+
+class Listener(transport.Listener):
+    """Takes connections at one of this machine's addresses, or all."""
+
+    def __init__(self, listen: str, mptcp: bool | None, control: str) -> None:
+        """listen: HOST:PORT or :PORT. mptcp, control: as listen() takes them. Raises UsageError."""
+        self._address = parse_address(listen, listening=True)
+        self.name = str(self._address)
+        self._mptcp, self._control = mptcp, control
+        self._listening: socket.socket | None = None
+
+    def open(self, stop: StopFlag) -> None:
+        """Open the port."""
+        self._listening = listen(self._address, self._mptcp, stop, self._control)
+        sockaddr = self._listening.getsockname()
+        kinds = "tcp and mptcp" if self._listening.proto == IPPROTO_MPTCP else "tcp"
+        self.name, self.port = f"{show(sockaddr)} ({kinds})", sockaddr[1]
+
+    def fileno(self) -> int:
+        """Return the listening socket's descriptor."""
+        assert self._listening is not None
+        return self._listening.fileno()
+
+    def accept(self) -> Arrival:
+        """Return who waits. Raises OSError."""
+        assert self._listening is not None
+        sock, sockaddr = self._listening.accept()
+        return Arrival(sock, show(sockaddr), network(sockaddr[0]))
+
+    def close(self) -> None:
+        """Close the port."""
+        if self._listening is not None:
+            self._listening.close()
+
+    def kind(self, sock: socket.socket) -> str:
+        """Return "tcp" or "mptcp"."""
+        return kind(sock)

@@ -88,7 +88,7 @@ def look(peer: tcp.Address | None) -> Iterator[Finding]:
     yield look_at_toxcore()
     yield look_at_clock(datetime.datetime.now().date())
     if packages.mark == OK:
-        from ttun.device import SERVER
+        from ttun.settings import SERVER
 
         yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, ipv4_routes())
         yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, ipv6_routes())

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from ttun.process.argv import Parser, join_each
+from ttun.settings import BUFFERS, DEFAULT_PORT, MAX_MTU, MIN_MTU, WIRES, Settings
 from ttun.version import __version__
 
 EPILOG = """\
@@ -33,7 +34,7 @@ def build_parser() -> Parser:
     server.add_argument(
         "-l",
         "--listen",
-        default=":20203",
+        default=f":{DEFAULT_PORT}",
         metavar="ADDRESS",
         help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
     )
@@ -59,14 +60,15 @@ def build_parser() -> Parser:
         "--server",
         required=True,
         metavar="HOST:PORT",
-        help="the server: a name, an IPv4 address or an [IPv6] one; the port is 20203 if left out; "
+        help="the server: a name, an IPv4 address or an [IPv6] one; the port is "
+        f"{DEFAULT_PORT} if left out; "
         "tox:ID through the Tox network, or tox:NAME from ~/.config/ttun/hosts",
     )
     client.add_argument(
         "-rekey",
         "--rekey",
         type=float,
-        default=120.0,
+        default=Settings.limits.seconds,
         metavar="SECONDS",
         help="fresh keys after so long, or after 64 GiB; on wire x1 (default: %(default).0f)",
     )
@@ -207,8 +209,8 @@ def _tunnel_options(command: Parser) -> None:
     command.add_argument(
         "-wire",
         "--wire",
-        default="auto",
-        metavar="auto|v1|x1",
+        default=Settings.wire,
+        metavar="|".join(WIRES),
         help="x1 between two of ours, v1 with an original peer (default: auto, whatever the peer "
         "has)",
     )
@@ -216,9 +218,9 @@ def _tunnel_options(command: Parser) -> None:
         "-mtu",
         "--mtu",
         type=_number,
-        default=1280,
+        default=Settings.mtu,
         metavar="BYTES",
-        help="MTU of the device, 576 to 65519 (default: %(default)s)",
+        help=f"MTU of the device, {MIN_MTU} to {MAX_MTU} (default: %(default)s)",
     )
     command.add_argument(
         "-mptcp",
@@ -235,26 +237,26 @@ def _tunnel_options(command: Parser) -> None:
         nargs="?",
         type=_boolean,
         const=True,
-        default=True,
+        default=Settings.offload,
         metavar="true|false",
         help="large packets at the device where the kernel has them (default: true); "
         "with false, raw sockets and captures show each packet, not coalesced ones",
     )
     command.add_argument(
         "--congestion-control",
-        default="auto",
+        default=Settings.congestion_control,
         metavar="NAME",
         help="of the tunnel's connection: cubic, bbr, ..., or system for the system's (default: "
         "auto, which is bbr unless the peer is nearer than 1 ms)",
     )
     command.add_argument(
         "--buffers",
-        default="normal",
-        metavar="normal|small",
+        default=Settings.buffers,
+        metavar="|".join(BUFFERS),
         help="small: less memory and less speed, for a router with 64 MB (default: %(default)s)",
     )
     command.add_argument(
-        "--dev", default="ttun%d", metavar="NAME", help="name of the device (default: ttunN)"
+        "--dev", default=Settings.device, metavar="NAME", help="name of the device (default: ttunN)"
     )
     for side, whose in (("local", "our"), ("peer", "the peer's")):
         for version in ("4", "6"):

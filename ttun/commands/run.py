@@ -15,22 +15,21 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttun import privileges, routes, tcp
-from ttun.client import Client
+from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status
 from ttun.commands.hooks import Hooks
-from ttun.control import Limits
-from ttun.device import CLIENT, SERVER, Addresses, check_routes
 from ttun.errors import UsageError
 from ttun.process import log_writer
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
+from ttun.settings import CLIENT, SERVER, Addresses, Limits
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
-    from ttun.tox.transport import Listener
+    from ttun.transport import Listener
 
 log = logging.getLogger("ttun")
 
@@ -43,25 +42,19 @@ def server(options: argparse.Namespace) -> int:
         privileges.check()  # before a key is made that nobody can use
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
-    tox = _tox_listener(options) if options.tox else None
-    if tox is not None:
-        log.info("on the client: ttun client -s %s", tox.address)
+    listen: str | Listener = options.listen
+    where = None if options.tox else _our_address(options.listen)
+    if options.tox:
+        from ttun.tox import transport
+
+        nodes = Path(options.tox_nodes) if options.tox_nodes else None
+        listen = transport.Listener(Path(options.tox_dir), nodes)
+        where = listen.name
+        log.info("on the client: ttun client -s %s", where)
     if made:
-        _show_client_command(psk, tox.address if tox else _our_address(options.listen))
-    server = Server(
-        psk,
-        listen=options.listen,
-        takeover=options.takeover,
-        tox=tox,
-        **_endpoint_options(options),
-    )
-    return _run(server, psk, options)
-
-
-def _tox_listener(options: argparse.Namespace) -> Listener:
-    from ttun.tox.transport import Listener
-
-    return Listener(Path(options.tox_dir), Path(options.tox_nodes) if options.tox_nodes else None)
+        _show_client_command(psk, str(where))
+    end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
+    return _run(end, psk, options)
 
 
 def client(options: argparse.Namespace) -> int:
@@ -72,29 +65,22 @@ def client(options: argparse.Namespace) -> int:
             f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
             f"or into {key.DEFAULT_FILE} (chmod 600)"
         )
-    if not 0 < options.rekey <= 120:
-        raise UsageError(f"--rekey {options.rekey:g}: more than 0, and 120 seconds at most")
-    client = Client(
-        psk,
-        server=options.server,
-        tox_nodes=options.tox_nodes,
-        limits=Limits(seconds=options.rekey),
-        **_endpoint_options(options),
-    )
-    return _run(client, psk, options)
+    nodes = Path(options.tox_nodes) if options.tox_nodes else None
+    server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    limits = Limits(seconds=options.rekey)
+    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
+    return _run(end, psk, options)
 
 
-def _endpoint_options(options: argparse.Namespace) -> dict[str, object]:
-    networks = [routes.parse(text) for text in options.route]
-    check_routes(networks, options.mtu)
+def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
+    """Return what both ends can be told, as Server and Client take it."""
     names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers", "congestion_control")
-    usual = SERVER if options.command == "server" else CLIENT
     given = (options.local4, options.local6, options.peer4, options.peer6)
     return {
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
         "addresses": Addresses.parse(usual, *given),
-        "routes": networks,
+        "routes": [routes.parse(text) for text in options.route],
     }
 
 

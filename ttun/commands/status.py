@@ -29,8 +29,8 @@ from typing import Any, Callable
 
 from ttun import privileges
 from ttun.commands import runtime
-from ttun.endpoint import Status
 from ttun.privileges import User
+from ttun.record import Status
 from ttun.summary import Summary
 
 log = logging.getLogger("ttun")

@@ -8,29 +8,31 @@ its own process and refuses every other.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import os
 import queue
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
+from ttun import transport
 from ttun.errors import TtunError
 from ttun.flag import StopFlag
-from ttun.tcp import DEFAULT_PORT
+from ttun.settings import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
 from ttun.tox.command import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
 from ttun.tox.server import Server
+from ttun.transport import Way
 
 log = logging.getLogger("ttun")
 
 TARGET = ("127.0.0.1", DEFAULT_PORT)
 DEFAULT_DIRECTORY = Path("/etc/ttun")
-BACKLOG = 16  # streams that wait for accept()
+SHOWN_WHOLE = 64  # characters of a server's name; a Tox ID has more
 
 
 def _secret() -> bytes | None:
@@ -38,11 +40,12 @@ def _secret() -> bytes | None:
     return identity.check_secret(secret) if secret else None
 
 
-class Dialer:
+class Dialer(transport.Dialer):
     """Reaches the server that a Tox ID, or a name in the file of names, belongs to."""
 
     def __init__(self, server: str, node_file: Path | None = None) -> None:
         """Look up who is meant. Raises TtunError."""
+        self.name = server if len(server) < SHOWN_WHOLE else server[:12]
         self._contact = identity.find_contact(server)
         self._secret = _secret() or self._contact.secret
         self._nodes = nodes.find(node_file)
@@ -56,10 +59,18 @@ class Dialer:
         self._client.nodes = self._nodes
         self._loop.start(self._client)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Leave the network."""
         if self._loop is not None:
             self._loop.stop()
+
+    def ways(self, stop: StopFlag) -> Sequence[Way]:
+        """Return the only one."""
+        return [Way(self.name, None, self.dial)]
+
+    def kind(self, sock: socket.socket) -> str:
+        """Return "tox"."""
+        return "tox"
 
     def dial(self, stop: StopFlag) -> socket.socket:
         """Return a socket connected to the server's end of the tunnel, when it is online.
@@ -87,51 +98,36 @@ class Dialer:
             raise
 
 
-class Listener:
+class Listener(transport.GivenSockets):
     """What a server accepts from: sockets whose other ends are streams through Tox."""
 
     def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
         """Open Tox with the identity in directory; nobody is served before start()."""
+        super().__init__()
         known = nodes.find(node_file)
         secret = _secret()
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         tox = open_tox(directory, 0, None, server=True)
-        self.address = identity.SCHEME + tox.address().hex().upper()
+        self.name = identity.SCHEME + tox.address().hex().upper()
         self._loop = Loop(tox)
         self._server = Server(self._loop, secret=secret, targets={TARGET: self._take})
         self._server.nodes = known
-        self._waiting: collections.deque[tuple[socket.socket, str]] = collections.deque()
-        self._readable, self._writable = socket.socketpair()
-        self._readable.setblocking(False)
         self._count = 0
 
     def start(self) -> None:
         """Serve."""
         self._loop.start(self._server)
 
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when accept() has something."""
-        return self._readable.fileno()
-
-    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
-        """Return a socket and who it comes from, as a socket's accept() does."""
-        self._readable.recv(1)
-        sock, name = self._waiting.popleft()
-        self._count += 1
-        return sock, (f"tox-{name}", self._count)
-
     def close(self) -> None:
         """Leave the network."""
         self._loop.stop()
-        self._readable.close()
-        self._writable.close()
-        while self._waiting:
-            self._waiting.popleft()[0].close()
+        super().close()
+
+    def kind(self, sock: socket.socket) -> str:
+        """Return "tox"."""
+        return "tox"
 
     def _take(self, sock: socket.socket, name: str) -> bool:
-        if len(self._waiting) >= BACKLOG:
-            return False
-        self._waiting.append((sock, name))
-        self._writable.send(b"\0")
-        return True
+        self._count += 1
+        return self.give(sock, f"tox-{name}:{self._count}", f"tox-{name}")

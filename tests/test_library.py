@@ -1,0 +1,141 @@
+"""ttun in a program: those of docs/library.md run and pass a type checker, wrong ones do not."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tunnel import CLIENT, ROOT, SERVER, Bench
+
+import ttun
+
+PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
+AS_SERVER, IN_ASYNCIO, OVER_A_SOCKETPAIR = PROGRAMS
+MYPY = shutil.which("mypy", path=str(Path(sys.executable).parent))
+
+
+def check(program: str, directory: Path) -> str:
+    """What mypy --strict says of a program."""
+    file = directory / "program.py"
+    file.write_text(program)
+    done = subprocess.run(
+        [str(MYPY), "--strict", "--cache-dir", str(directory / "cache"), str(file)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.skipif(MYPY is None, reason="no mypy: make lint fetches it")
+def test_programs_pass_a_type_checker_and_wrong_ones_do_not(tmp_path: Path) -> None:
+    for program in PROGRAMS:
+        assert check(program, tmp_path).startswith("Success"), program
+    for wrong, says in (
+        (AS_SERVER.replace("listen=", "mtuu=3, listen="), 'Unexpected keyword argument "mtuu"'),
+        (AS_SERVER.replace("peer: str", "peer: int"), "[arg-type]"),
+        (IN_ASYNCIO.replace('b"secret"', '"secret"'), "[arg-type]"),
+    ):
+        assert says in check(wrong, tmp_path)
+
+
+@pytest.mark.hosts
+def test_a_server_and_a_client_in_asyncio(plain: Bench) -> None:
+    server = plain.helper(SERVER, sys.executable, "-c", AS_SERVER, says="port 20203")
+    said = plain.run(CLIENT, sys.executable, "-c", IN_ASYNCIO)
+    assert said == "connected to 192.0.2.1:20203\n"
+    assert server.stdout is not None
+    assert server.stdout.readline().startswith("hello 192.0.2.2:")
+
+
+@pytest.mark.hosts
+def test_over_a_socketpair(plain: Bench) -> None:
+    said = plain.run(SERVER, sys.executable, "-c", OVER_A_SOCKETPAIR)
+    assert said == "connected to the client over a socket\n"
+
+
+@pytest.mark.hosts
+def test_a_client_ends_with_the_socket_that_it_was_given(plain: Bench) -> None:
+    program = """if True:
+        import socket, ttun
+        ours, theirs = socket.socketpair()
+        client = ttun.Client(b"secret", server=ttun.GivenSocket(ours, "a pair"))
+        client.start()
+        theirs.close()
+        try:
+            client.wait(20)
+        except ttun.TtunError as error:
+            print(error)
+    """
+    said = plain.run(CLIENT, sys.executable, "-c", program)
+    assert said == "the connection over a pair has ended, and there is no other\n"
+
+
+def test_too_many_given_sockets_stay_the_callers() -> None:
+    given = ttun.GivenSockets()
+    pairs = [socket.socketpair() for _ in range(given.MOST + 1)]
+    assert [given.give(ours, "x") for ours, _ in pairs] == [True] * given.MOST + [False]
+    assert given.accept().sock is pairs[0][0]
+    given.close()
+    assert [ours.fileno() >= 0 for ours, _ in pairs] == [True, *[False] * (given.MOST - 1), True]
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("mtu", "1280", "mtu has to be int, not str"),
+        ("mtu", True, "mtu has to be int, not bool"),
+        ("offload", 1, "offload has to be bool, not int"),
+        ("cipher", b"aes-256-gcm", "cipher has to be str or None, not bytes"),
+        ("routes", ["192.0.2.0/24"], "a route has to be IPv4Network or IPv6Network, not str"),
+        ("limits", 60, "limits has to be Limits, not int"),
+        ("limits", ttun.Limits(seconds=121), "more than 0, and 120 seconds at most"),
+        ("listen", 20203, "listen has to be str or Listener, not int"),
+        ("takeover", None, "takeover has to be bool, not NoneType"),
+        ("on_connected", "echo", "a callback has to be callable, not str"),
+    ],
+)
+def test_wrong_values_are_refused_at_once(option: str, value: object, says: str) -> None:
+    with pytest.raises(ttun.UsageError, match=re.escape(says)):
+        ttun.Server(b"secret", **{option: value})  # type: ignore[arg-type]
+
+
+def test_a_wrong_key_is_not_shown() -> None:
+    with pytest.raises(ttun.UsageError, match=r"^the key has to be bytes, not str$"):
+        ttun.Server("secret")  # type: ignore[arg-type]
+
+
+def test_all_of_the_interface_is_there_and_is_shown() -> None:
+    assert dir(ttun) == sorted(ttun.__all__)
+    for name in ttun.__all__:
+        assert getattr(ttun, name) is not None
+    with pytest.raises(AttributeError):
+        ttun.serve  # noqa: B018
+
+
+def test_what_a_callback_raises_is_logged_with_its_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(peer: str) -> None:
+        raise LookupError(f"no {peer}")
+
+    ttun.Server(b"secret")._tell(fail, "friend")
+    (record,) = caplog.records
+    assert record.getMessage() == "a callback failed: LookupError: no friend"
+    assert record.exc_info is not None and record.exc_info[0] is LookupError
+
+
+def test_without_a_handler_nothing_is_written() -> None:
+    program = "import logging, ttun; logging.getLogger('ttun').error('unasked')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stderr == ""
+    assert any(isinstance(h, logging.NullHandler) for h in logging.getLogger("ttun").handlers)
