@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,16 @@ WHY_NOT = pytest.StashKey[str]()
 NO_TOX = pytest.StashKey[str]()
 # In a user namespace: a tmpfs of its own, and not /run, of which each worker has another one.
 TEMPORARY = "/var/tmp"
+
+
+def share_compiled(config: pytest.Config) -> None:
+    """Let the many programs that tests start find ttun compiled: half of such a start is that."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if "PYTHONPYCACHEPREFIX" not in os.environ:  # else a worker, which has it from its parent
+        directory = tempfile.mkdtemp(prefix="ttun-compiled-")
+        os.chmod(directory, 0o755)  # those that are nobody by then read it too
+        os.environ["PYTHONPYCACHEPREFIX"] = directory
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
             usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, usual)
     if netns.may_make_hosts():
+        share_compiled(config)
         tunnel.cover_run()
         if os.environ.get("PYTEST_DEBUG_TEMPROOT") == TEMPORARY and not hasattr(
             config, "workerinput"

@@ -147,9 +147,7 @@ def test_the_wheel_has_the_same_program_on_the_same_lines(wheel: Path) -> None:
         server = archive.read("ttun/server.py").decode()
     assert not any(name.startswith("ttun/lab") for name in names)
     assert ">>> server.start()" in server
-    assert "listen:str|Listener=DEFAULT_LISTEN" in server, (
-        "for type checkers of programs that embed it"
-    )
+    assert "listen:str|Listener=DEFAULT_LISTEN" in server, "for type checkers of other programs"
 
 
 def test_what_a_wheel_has_not_is_one_line_and_where_it_is(wheel: Path, tmp_path: Path) -> None:
