@@ -15,15 +15,15 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = [
     "checksum.c",
-    "codec.c",
     "codel.c",
     "connection.c",
     "downlink.c",
     "fq.c",
-    "lane.c",
+    "frame.c",
     "mailbox.c",
     "offload.c",
     "process.c",
+    "ring.c",
     "session.c",
     "uplink.c",
 ]
@@ -52,7 +52,7 @@ ffibuilder.set_source(
     SPARE
     + "".join(
         f'#include "{name}.h"\n'
-        for name in ("checksum", "codec", "codel", "fq", "offload", "process", "pump")
+        for name in ("checksum", "codel", "fq", "frame", "offload", "process", "session")
     ),
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],

@@ -1,4 +1,4 @@
-/* What Python sees of codec.h, mailbox.h, process.h and pump.h, in the subset of C that cffi reads.
+/* What Python sees of codec.h, mailbox.h, process.h and session.h, in the subset of C that cffi reads.
  */
 
 #define TTUN_KEY_SIZE ...
@@ -29,7 +29,7 @@ size_t ttun_seal(struct ttun_cipher_state *, uint8_t *frame, const uint8_t *pack
 ptrdiff_t ttun_open(struct ttun_cipher_state *, uint8_t *ciphertext, size_t length);
 size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
 
-enum ttun_end {
+enum ttun_reason {
     TTUN_RUNNING,
     TTUN_END_STOPPED,
     TTUN_END_CLOSED,
@@ -75,7 +75,7 @@ void ttun_uplink_send(struct ttun_session *);
 void ttun_downlink_receive(struct ttun_session *);
 void ttun_downlink_open(struct ttun_session *);
 void ttun_session_stop(struct ttun_session *);
-int ttun_session_end(struct ttun_session *, int *detail);
+int ttun_session_reason(struct ttun_session *, int *detail);
 void ttun_session_counters(struct ttun_session *, struct ttun_counters *out);
 uint64_t ttun_session_silence(struct ttun_session *);
 int ttun_session_take(struct ttun_session *, struct ttun_control *frame, long milliseconds);

@@ -1,4 +1,4 @@
-/* From the connection to the device; pump.h has the whole way. */
+/* From the connection to the device; session.h has the whole way. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
@@ -7,7 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "session.h"
+#include "internal.h"
 
 enum { LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */ };
 
@@ -38,7 +38,7 @@ static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsi
         count(&s->downlink_packets, packets);
         count(&s->downlink_bytes, bytes);
     } else if (errno == EBADFD) { /* the device was removed */
-        session_end(s, TTUN_END_DEVICE, errno);
+        end_session(s, TTUN_END_DEVICE, errno);
         return false;
     } else {
         count(&s->refused, packets);
@@ -89,7 +89,7 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
         fine = mailbox_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
     }
     if (!fine)
-        session_end(s, TTUN_END_CONTROL, frame.type);
+        end_session(s, TTUN_END_CONTROL, frame.type);
     return fine;
 }
 
@@ -117,7 +117,7 @@ static void open_frames(struct ttun_session *s, struct slot *slot) {
         ptrdiff_t size = ttun_open(&s->rx.now, plaintext, length);
         if (size < 0) {
             write_merged(s); /* what came before it counts */
-            session_end(s, TTUN_END_TAG, (int)length);
+            end_session(s, TTUN_END_TAG, (int)length);
             return;
         }
         if (size == 0)
@@ -144,7 +144,7 @@ void ttun_downlink_receive(struct ttun_session *s) {
     size_t rest_size = 0;
     long bad = -1;
     struct slot *slot;
-    while ((slot = lane_free_slot(&s->downlink)) != NULL) {
+    while ((slot = ring_free_slot(&s->downlink)) != NULL) {
         if (rest_size > 0)
             memmove(slot->bytes, rest, rest_size);
         size_t size = rest_size, whole = 0;
@@ -154,11 +154,11 @@ void ttun_downlink_receive(struct ttun_session *s) {
                 continue;
             if (got <= 0) {
                 int error = errno;
-                lane_finish(&s->downlink); /* what came before the end still counts */
+                ring_finish(&s->downlink); /* what came before the end still counts */
                 if (got < 0)
-                    session_end(s, TTUN_END_SOCKET, error);
+                    end_session(s, TTUN_END_SOCKET, error);
                 else
-                    session_end(s, size > 0 ? TTUN_END_TRUNCATED : TTUN_END_CLOSED, (int)size);
+                    end_session(s, size > 0 ? TTUN_END_TRUNCATED : TTUN_END_CLOSED, (int)size);
                 return;
             }
             size += (size_t)got;
@@ -168,13 +168,13 @@ void ttun_downlink_receive(struct ttun_session *s) {
         slot->end = whole;
         rest = slot->bytes + whole;
         rest_size = size - whole;
-        if (whole > 0 && lane_push(&s->downlink, s->direct)) {
+        if (whole > 0 && ring_push(&s->downlink, s->direct)) {
             open_slot(s, slot);
-            lane_return(&s->downlink, false);
+            ring_return(&s->downlink, false);
         }
         if (bad >= 0) { /* nothing behind it can be read; what came before it counts */
-            lane_finish(&s->downlink);
-            session_end(s, TTUN_END_LENGTH, (int)bad);
+            ring_finish(&s->downlink);
+            end_session(s, TTUN_END_LENGTH, (int)bad);
             return;
         }
     }
@@ -183,8 +183,8 @@ void ttun_downlink_receive(struct ttun_session *s) {
 void ttun_downlink_open(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-down-open");
     struct slot *slot;
-    while ((slot = lane_take(&s->downlink)) != NULL) {
+    while ((slot = ring_take(&s->downlink)) != NULL) {
         open_slot(s, slot);
-        lane_release(&s->downlink);
+        ring_release(&s->downlink);
     }
 }

@@ -12,7 +12,7 @@ from ttun.errors import UsageError
 
 
 class Buffers(NamedTuple):
-    """What to take. A slot (csrc/lane.h) holds 260 KiB of frames, so the largest one always."""
+    """What to take. A slot (csrc/ring.h) holds 260 KiB of frames, so the largest one always."""
 
     slots: int  # for each direction, 1 to 4
     queue: int  # packets of up to 64 KiB that the device keeps while the uplink is busy

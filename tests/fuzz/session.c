@@ -2,9 +2,9 @@
  * the device and the inbox. The cipher leaves everything as it is, so every input is «authentic».
  *
  * Whatever comes, the session ends with a reason that fits, and no frame is counted twice. */
+#include "session.h"
 #include "fuzz.h"
-#include "lane.h"
-#include "pump.h"
+#include "ring.h"
 
 #include <sys/socket.h>
 #include <unistd.h>
@@ -63,7 +63,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint64_t frames = frames_in(in.bytes, in.left, &rest);
     struct ttun_counters n;
     ttun_session_counters(s, &n);
-    int end = ttun_session_end(s, &detail);
+    int end = ttun_session_reason(s, &detail);
     MUST(end == TTUN_END_CLOSED || end == TTUN_END_TRUNCATED || end == TTUN_END_CONTROL);
     MUST(end != TTUN_END_TRUNCATED || (size_t)detail == rest);
     MUST(end != TTUN_END_CLOSED || rest == 0);

@@ -8,8 +8,8 @@
  *
  * This file knows bytes and nothing else: no descriptor, no thread, no Python. The AEAD functions
  * are libsodium's, handed in as pointers, so the process has one libsodium: the one in PyNaCl. */
-#ifndef TTUN_CODEC_H
-#define TTUN_CODEC_H
+#ifndef TTUN_FRAME_H
+#define TTUN_FRAME_H
 
 #include <stddef.h>
 #include <stdint.h>
