@@ -35,13 +35,13 @@ static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsi
         written = writev(s->tun, parts + skip, (int)(n - skip));
     while (written < 0 && errno == EINTR);
     if (written >= 0) {
-        count(&s->downlink_packets, packets);
-        count(&s->downlink_bytes, bytes);
+        count(s, TTUN_COUNT_DOWNLINK_PACKETS, packets);
+        count(s, TTUN_COUNT_DOWNLINK_BYTES, bytes);
     } else if (errno == EBADFD) { /* the device was removed */
         end_session(s, TTUN_END_DEVICE, errno);
         return false;
     } else {
-        count(&s->refused, packets);
+        count(s, TTUN_COUNT_REFUSED, packets);
     }
     return true;
 }
@@ -61,15 +61,17 @@ static bool write_merged(struct ttun_session *s) {
 /* Writes a packet that came whole, once its vnet header is restored. */
 static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size) {
     struct ttun_vnet vnet;
-    if (size <= WHOLE || !ttun_restore_vnet(&vnet, plaintext + WHOLE, size - WHOLE,
-                                            (uint16_t)(plaintext[1] << 8 | plaintext[2]),
-                                            s->coalescer.tcp, s->coalescer.udp)) {
-        count(&s->forged, 1);
+    if (size <= TTUN_OFFLOADED_PREFIX ||
+        !ttun_restore_vnet(&vnet, plaintext + TTUN_OFFLOADED_PREFIX, size - TTUN_OFFLOADED_PREFIX,
+                           (uint16_t)(plaintext[1] << 8 | plaintext[2]), s->coalescer.tcp,
+                           s->coalescer.udp)) {
+        count(s, TTUN_COUNT_FORGED, 1);
         return true;
     }
-    const struct iovec parts[] = {{.iov_base = &vnet, .iov_len = sizeof vnet},
-                                  {.iov_base = plaintext + WHOLE, .iov_len = size - WHOLE}};
-    return write_packet(s, parts, 2, 1, size - WHOLE);
+    const struct iovec parts[] = {
+        {.iov_base = &vnet, .iov_len = sizeof vnet},
+        {.iov_base = plaintext + TTUN_OFFLOADED_PREFIX, .iov_len = size - TTUN_OFFLOADED_PREFIX}};
+    return write_packet(s, parts, 2, 1, size - TTUN_OFFLOADED_PREFIX);
 }
 
 /* Leaves a control frame to Python. Returns false when that ended the session. */
@@ -77,7 +79,7 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
     struct ttun_control frame = {.type = plaintext[0]};
     int body_size = ttun_body_size(frame.type);
     if (body_size < 0) {
-        count(&s->ignored, 1);
+        count(s, TTUN_COUNT_IGNORED, 1);
         return true;
     }
     bool fine = size == 1 + (size_t)body_size;
@@ -121,7 +123,7 @@ static void open_frames(struct ttun_session *s, struct slot *slot) {
             return;
         }
         if (size == 0)
-            count(&s->empty, 1);
+            count(s, TTUN_COUNT_EMPTY, 1);
         else if (!deliver(s, plaintext, (size_t)size))
             break;
     }

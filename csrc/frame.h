@@ -14,13 +14,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "wire.h"
+
 enum {
-    TTUN_KEY_SIZE = 32,
     TTUN_KEY_STATE = 512, /* room for an expanded key: libsodium's crypto_aead_aes256gcm_state */
     TTUN_NONCE_MAX = 32,
-    TTUN_TAG_MAX = 32,
-    TTUN_PREFIX = 2,        /* bytes of the length prefix */
-    TTUN_LENGTH_MAX = 65535 /* the largest length that the prefix can say */
+    TTUN_TAG_MAX = 32
 };
 
 /* libsodium's combined mode: crypto_aead_*_encrypt and crypto_aead_*_decrypt. Both work in place.

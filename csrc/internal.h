@@ -9,13 +9,13 @@
 #include "codel.h"
 #include "connection.h"
 #include "fq.h"
+#include "mailbox.h"
 #include "offload.h"
 #include "ring.h"
 #include "session.h"
 
 enum {
     FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
-    WHOLE = 3, /* bytes in front of an offloaded packet: its type and its gso_size */
     /* The vnet header lies right before the packet, which starts on a multiple of 16. */
     SCRATCH_PACKET = 16,
     /* A multiple of 16, too: what lies behind it is aligned. */
@@ -52,8 +52,7 @@ struct ttun_session {
     bool delivering;     /* the downlink writes a large batch to the device */
     unsigned deliveries; /* such batches so far */
     atomic_int reason, reason_detail;
-    _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
-    _Atomic uint64_t refused, empty, unsendable, congested, ignored, forged, sent;
+    _Atomic uint64_t counters[TTUN_COUNTERS];
     uint8_t *memory;    /* of all slots, two scratches, the queue */
     size_t memory_size; /* without the queue */
     uint8_t *scratch;   /* where the uplink reads to */
@@ -61,7 +60,8 @@ struct ttun_session {
 };
 
 /* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
-static inline void count(_Atomic uint64_t *counter, uint64_t n) {
+static inline void count(struct ttun_session *s, enum ttun_counter which, uint64_t n) {
+    _Atomic uint64_t *counter = &s->counters[which];
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
                           memory_order_relaxed);
 }

@@ -1,5 +1,6 @@
 /* What this process may do, what others may do to it and see of it, and how a signal ends it while
- * it starts. Sources: prctl(2), capabilities(7), signal-safety(7), getauxval(3). */
+ * it starts. Python sees this file as it is. Sources: prctl(2), capabilities(7), signal-safety(7),
+ * getauxval(3). */
 #ifndef TTUN_PROCESS_H
 #define TTUN_PROCESS_H
 

@@ -144,18 +144,8 @@ int ttun_session_reason(struct ttun_session *s, int *detail) {
     return reason < 0 ? TTUN_RUNNING : reason; /* claimed, not yet told */
 }
 
-void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
-    out->uplink_packets = atomic_load(&s->uplink_packets);
-    out->uplink_bytes = atomic_load(&s->uplink_bytes);
-    out->downlink_packets = atomic_load(&s->downlink_packets);
-    out->downlink_bytes = atomic_load(&s->downlink_bytes);
-    out->refused = atomic_load(&s->refused);
-    out->empty = atomic_load(&s->empty);
-    out->unsendable = atomic_load(&s->unsendable);
-    out->congested = atomic_load(&s->congested);
-    out->ignored = atomic_load(&s->ignored);
-    out->forged = atomic_load(&s->forged);
-    out->sent = atomic_load(&s->sent);
+uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
+    return atomic_load(&s->counters[which]);
 }
 
 uint64_t ttun_session_silence(struct ttun_session *s) {

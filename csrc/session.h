@@ -1,4 +1,5 @@
-/* One session: four threads that carry packets between a TUN device and a stream socket.
+/* One session: four threads that carry packets between a TUN device and a stream socket. Python
+ * sees this file as it is.
  *
  *     TUN --read--> [uplink seal] --ring--> [uplink send] --> TCP
  *     TUN <--write-- [downlink open] <--ring-- [downlink receive] <-- TCP
@@ -26,7 +27,6 @@
 #include <stdint.h>
 
 #include "frame.h"
-#include "mailbox.h"
 
 struct ttun_session;
 
@@ -44,17 +44,21 @@ enum ttun_reason {
     TTUN_END_CONTROL    /* a control frame that is malformed or out of place; detail: its type */
 };
 
-/* What a session carried so far. Packets as they stand in frames, and their bytes. */
-struct ttun_counters {
-    uint64_t uplink_packets, uplink_bytes;
-    uint64_t downlink_packets, downlink_bytes;
-    uint64_t refused;    /* packets of the peer that the kernel did not take */
-    uint64_t empty;      /* frames without a packet, ignored */
-    uint64_t unsendable; /* packets of ours that fit no frame or contradict their vnet header */
-    uint64_t congested;  /* packets of ours dropped because the queue stood too long (codel.h) */
-    uint64_t ignored;    /* frames of a type that is not known */
-    uint64_t forged;     /* offloaded packets of the peer that do not add up, dropped */
-    uint64_t sent;       /* bytes handed to the socket */
+/* What a session counts: packets as they stand in frames, and their bytes. ttun/session.py has the
+ * same names for it, ttun/words.py the words. */
+enum ttun_counter {
+    TTUN_COUNT_UPLINK_PACKETS,
+    TTUN_COUNT_UPLINK_BYTES,
+    TTUN_COUNT_DOWNLINK_PACKETS,
+    TTUN_COUNT_DOWNLINK_BYTES,
+    TTUN_COUNT_REFUSED,    /* packets of the peer that the kernel did not take */
+    TTUN_COUNT_EMPTY,      /* frames without a packet, ignored */
+    TTUN_COUNT_UNSENDABLE, /* packets of ours that fit no frame or contradict their vnet header */
+    TTUN_COUNT_CONGESTED,  /* packets of ours dropped because the queue stood too long (codel.h) */
+    TTUN_COUNT_IGNORED,    /* frames of a type that is not known */
+    TTUN_COUNT_FORGED,     /* malformed offload packets of the peer, dropped */
+    TTUN_COUNT_SENT,       /* bytes handed to the socket */
+    TTUN_COUNTERS          /* how many there are */
 };
 
 /* What a TUN device can do. */
@@ -91,8 +95,8 @@ void ttun_session_stop(struct ttun_session *s);
 /* Why it ended, or TTUN_RUNNING. detail may be NULL. */
 int ttun_session_reason(struct ttun_session *s, int *detail);
 
-/* A snapshot, from any thread at any time. */
-void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out);
+/* What was counted so far, from any thread at any time. */
+uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which);
 
 /* Milliseconds since a frame of the peer was opened last. */
 uint64_t ttun_session_silence(struct ttun_session *s);

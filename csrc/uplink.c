@@ -56,16 +56,17 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
     if (s->wire != 0 && (size == 0 || !is_ip(packet)))
         return false; /* its first byte would be taken for a type */
-    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX && size <= s->connection.whole &&
+    if (size + TTUN_OFFLOADED_PREFIX + s->tx.now.tag_size <= TTUN_LENGTH_MAX &&
+        size <= s->connection.whole &&
         ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
                          s->wire & TTUN_OFFLOAD_UDP)) {
         static const struct ttun_vnet done;
         uint16_t gso_size = vnet.gso_type == TTUN_GSO_NONE ? 0 : vnet.gso_size;
-        packet -= WHOLE; /* where the vnet header was */
+        packet -= TTUN_OFFLOADED_PREFIX; /* where the vnet header was */
         packet[0] = TTUN_OFFLOADED;
         packet[1] = (uint8_t)(gso_size >> 8);
         packet[2] = (uint8_t)gso_size;
-        return ttun_segment(&s->segmenter, &done, packet, WHOLE + size);
+        return ttun_segment(&s->segmenter, &done, packet, TTUN_OFFLOADED_PREFIX + size);
     }
     return ttun_segment(&s->segmenter, &vnet, packet, size);
 }
@@ -105,12 +106,12 @@ static bool read_packet(struct ttun_session *s, bool wait) {
             if (wait)
                 watch_device(s);
             if (ttun_codel_drops(&s->codel, (size_t)size)) {
-                count(&s->congested, 1);
+                count(s, TTUN_COUNT_CONGESTED, 1);
                 continue;
             }
             if (start_packet(s, packet, (size_t)size - s->vnet_size))
                 return true;
-            count(&s->unsendable, 1);
+            count(s, TTUN_COUNT_UNSENDABLE, 1);
         }
     }
     return false;
@@ -127,8 +128,9 @@ static void queue_segments(struct ttun_session *s, uint64_t now) {
     const uint8_t *packet;
     size_t size;
     while ((packet = ttun_next_segment(&s->segmenter, &size)) != NULL)
-        ttun_fq_put(&s->queue, packet, size, is_offloaded(s, packet) ? WHOLE : 0, now);
-    count(&s->congested, s->queue.dropped - dropped);
+        ttun_fq_put(&s->queue, packet, size, is_offloaded(s, packet) ? TTUN_OFFLOADED_PREFIX : 0,
+                    now);
+    count(s, TTUN_COUNT_CONGESTED, s->queue.dropped - dropped);
 }
 
 /* Moves what the device has into the queue. */
@@ -147,7 +149,7 @@ static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *siz
                 queue_arrivals(s);
             uint64_t dropped = s->queue.dropped;
             *size = ttun_fq_take(&s->queue, s->taken, now_us(), &s->connection.pace);
-            count(&s->congested, s->queue.dropped - dropped);
+            count(s, TTUN_COUNT_CONGESTED, s->queue.dropped - dropped);
             if (*size > 0)
                 return s->taken;
         }
@@ -222,15 +224,15 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
             break;
         }
         if (framed == 0) {
-            count(&s->unsendable, 1);
+            count(s, TTUN_COUNT_UNSENDABLE, 1);
             continue;
         }
         slot->end += framed;
         packets++;
-        bytes += size - (is_offloaded(s, packet) ? WHOLE : 0);
+        bytes += size - (is_offloaded(s, packet) ? TTUN_OFFLOADED_PREFIX : 0);
     }
-    count(&s->uplink_packets, packets);
-    count(&s->uplink_bytes, bytes);
+    count(s, TTUN_COUNT_UPLINK_PACKETS, packets);
+    count(s, TTUN_COUNT_UPLINK_BYTES, bytes);
     return !is_over(s);
 }
 
@@ -251,7 +253,7 @@ static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
             return false;
         }
         slot->begin += (size_t)sent;
-        count(&s->sent, (uint64_t)sent);
+        count(s, TTUN_COUNT_SENT, (uint64_t)sent);
     }
     uint64_t now = now_us();
     atomic_store(&s->waited, now - slot->since);

@@ -30,7 +30,8 @@ log = logging.getLogger("ttun")
 
 FIRST_FREE = "ttun%d"  # the kernel fills in the first free number
 DEFAULT_MTU = 1280
-MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
+MIN_MTU = 576  # RFC 791: what every host takes at least
+MAX_MTU: int = lib.TTUN_LENGTH_MAX - 16  # what fits one frame, with the shorter tag
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
 SIOCSIFADDR, SIOCSIFTXQLEN = 0x8916, 0x8943  # linux/sockios.h
 TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h, as are these

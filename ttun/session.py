@@ -26,22 +26,25 @@ FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc
 
 
 class Counters(NamedTuple):
-    """What a session carried. Packets as they stand in frames, and their bytes."""
+    """What a session counted; csrc/session.h says what each of them is."""
 
     uplink_packets: int = 0
     uplink_bytes: int = 0
     downlink_packets: int = 0
     downlink_bytes: int = 0
-    refused: int = 0  # packets of the peer that the kernel did not take
-    empty: int = 0  # frames without a packet
-    unsendable: int = 0  # packets of ours that fit no frame or contradict their vnet header
-    congested: int = 0  # packets of ours dropped because the queue stood too long
-    ignored: int = 0  # frames of a type that is not known
-    forged: int = 0  # offloaded packets of the peer that do not add up
+    refused: int = 0
+    empty: int = 0
+    unsendable: int = 0
+    congested: int = 0
+    ignored: int = 0
+    forged: int = 0
 
     def plus(self, other: Counters) -> Counters:
         """Return the sum of both."""
         return Counters(*map(sum, zip(self, other)))
+
+
+IN_CODEC = [getattr(lib, f"TTUN_COUNT_{name.upper()}") for name in Counters._fields]
 
 
 class Session:
@@ -165,18 +168,15 @@ class Session:
 
 
 def _read_counters(session: Any) -> Counters:
-    counters: Any = ffi.new("struct ttun_counters *")
-    lib.ttun_session_counters(session, counters)
-    return Counters(*(getattr(counters, name) for name in Counters._fields))
+    return Counters(*(lib.ttun_session_counter(session, which) for which in IN_CODEC))
 
 
 def _wire(keys: Keys) -> int:
     """Return the wire as the codec takes it: v1, or x1 and what the peer's device takes."""
     if keys.agreement is None:
         return 0
-    takes = [lib.TTUN_OFFLOAD_TCP, lib.TTUN_OFFLOAD_UDP]
-    bits = [bit for n, bit in enumerate(takes) if keys.agreement.features >> n & 1]
-    return int(lib.TTUN_X1 + sum(bits))
+    takes = keys.agreement.features << 1  # of an offer; the codec's bits are one higher
+    return int(lib.TTUN_X1 | takes & (lib.TTUN_OFFLOAD_TCP | lib.TTUN_OFFLOAD_UDP))
 
 
 def _reason(reason: int, detail: int) -> str:
