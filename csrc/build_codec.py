@@ -16,15 +16,16 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = [
     "checksum.c",
+    "coalesce.c",
     "codel.c",
     "connection.c",
     "downlink.c",
     "fq.c",
     "frame.c",
     "mailbox.c",
-    "offload.c",
     "process.c",
     "ring.c",
+    "segment.c",
     "session.c",
     "uplink.c",
 ]
