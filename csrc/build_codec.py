@@ -39,6 +39,11 @@ SPARE = """
 #pragma GCC optimize("Os")
 #endif
 """
+LIBC = """
+#include <sys/prctl.h>
+#include <sys/socket.h>
+int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *data);
+"""
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s"]
 
 # A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
@@ -60,6 +65,7 @@ for header in ("wire.h", "codec.cdef.h", "session.h", "process.h", "parts.cdef.h
 ffibuilder.set_source(
     "ttun._codec",
     SPARE
+    + LIBC
     + "".join(
         f'#include "{name}.h"\n'
         for name in ("checksum", "codel", "fq", "frame", "offload", "process", "session")

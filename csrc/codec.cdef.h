@@ -1,4 +1,4 @@
-/* What Python sees of frame.h, in the subset of C that cffi reads. */
+/* What Python sees of frame.h and of the C library, in the subset of C that cffi reads. */
 
 typedef int (*ttun_encrypt)(unsigned char *, unsigned long long *, const unsigned char *,
                             unsigned long long, const unsigned char *, unsigned long long,
@@ -15,3 +15,13 @@ void ttun_cipher_free(struct ttun_cipher_state *);
 void *ttun_find_function(const char *library, const char *name);
 size_t ttun_seal(struct ttun_cipher_state *, uint8_t *frame, const uint8_t *packet, size_t size);
 ptrdiff_t ttun_open(struct ttun_cipher_state *, uint8_t *ciphertext, size_t length);
+
+#define PR_SET_PDEATHSIG ...
+#define PR_SET_DUMPABLE ...
+#define PR_CAPBSET_READ ...
+#define PR_CAPBSET_DROP ...
+#define PR_SET_NO_NEW_PRIVS ...
+int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
+int capget(uint8_t *header, uint8_t *data);
+int capset(uint8_t *header, uint8_t *data);
+int getsockopt(int, int level, int option, void *value, uint32_t *size);
