@@ -6,6 +6,7 @@ small: ``-g`` for a debugger, ``-g -O1 -fsanitize=address`` for a sanitizer.
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -15,15 +16,16 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = [
     "checksum.c",
-    "codec.c",
+    "coalesce.c",
     "codel.c",
     "connection.c",
     "downlink.c",
     "fq.c",
-    "lane.c",
+    "frame.c",
     "mailbox.c",
-    "offload.c",
     "process.c",
+    "ring.c",
+    "segment.c",
     "session.c",
     "uplink.c",
 ]
@@ -37,22 +39,36 @@ SPARE = """
 #pragma GCC optimize("Os")
 #endif
 """
+LIBC = """
+#include <sys/prctl.h>
+#include <sys/socket.h>
+int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *data);
+"""
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s"]
 
 # A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
 # a quarter more time per segment; -Os would double that time: docs/performance.md).
 WHEEL = "bdist_wheel" in sys.argv and "TTUN_WHOLE" not in os.environ
-DEFINITIONS = ["codec.cdef.h"] if WHEEL else ["codec.cdef.h", "parts.cdef.h"]
 LEVEL = "-O2" if WHEEL else "-O3"
 
+
+def definitions(name: str) -> str:
+    """Return what Python sees: a .cdef.h, or a header whose every declaration cffi can read."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    return text if name.endswith(".cdef.h") else re.sub(r"^#.*", "", text, flags=re.M)
+
+
 ffibuilder = FFI()
-ffibuilder.cdef("".join((HERE / name).read_text() for name in DEFINITIONS))
+for header in ("wire.h", "codec.cdef.h", "session.h", "process.h", "parts.cdef.h"):
+    if header != "parts.cdef.h" or not WHEEL:
+        ffibuilder.cdef(definitions(header))
 ffibuilder.set_source(
     "ttun._codec",
     SPARE
+    + LIBC
     + "".join(
         f'#include "{name}.h"\n'
-        for name in ("checksum", "codec", "codel", "fq", "offload", "process", "pump")
+        for name in ("checksum", "codel", "fq", "frame", "offload", "process", "session")
     ),
     # setuptools wants paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],

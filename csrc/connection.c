@@ -5,7 +5,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "lane.h"
+#include "ring.h"
 
 enum {
     EVERY = 10000, /* microseconds between two looks */

@@ -1,4 +1,4 @@
-/* From the connection to the device; pump.h has the whole way. */
+/* From the connection to the device; session.h has the whole way. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
@@ -7,7 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "session.h"
+#include "internal.h"
 
 enum { LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */ };
 
@@ -35,13 +35,13 @@ static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsi
         written = writev(s->tun, parts + skip, (int)(n - skip));
     while (written < 0 && errno == EINTR);
     if (written >= 0) {
-        count(&s->downlink_packets, packets);
-        count(&s->downlink_bytes, bytes);
+        count(s, TTUN_COUNT_DOWNLINK_PACKETS, packets);
+        count(s, TTUN_COUNT_DOWNLINK_BYTES, bytes);
     } else if (errno == EBADFD) { /* the device was removed */
-        session_end(s, TTUN_END_DEVICE, errno);
+        end_session(s, TTUN_END_DEVICE, errno);
         return false;
     } else {
-        count(&s->refused, packets);
+        count(s, TTUN_COUNT_REFUSED, packets);
     }
     return true;
 }
@@ -61,15 +61,17 @@ static bool write_merged(struct ttun_session *s) {
 /* Writes a packet that came whole, once its vnet header is restored. */
 static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size) {
     struct ttun_vnet vnet;
-    if (size <= WHOLE || !ttun_restore_vnet(&vnet, plaintext + WHOLE, size - WHOLE,
-                                            (uint16_t)(plaintext[1] << 8 | plaintext[2]),
-                                            s->coalescer.tcp, s->coalescer.udp)) {
-        count(&s->forged, 1);
+    if (size <= TTUN_OFFLOADED_PREFIX ||
+        !ttun_restore_vnet(&vnet, plaintext + TTUN_OFFLOADED_PREFIX, size - TTUN_OFFLOADED_PREFIX,
+                           (uint16_t)(plaintext[1] << 8 | plaintext[2]), s->coalescer.tcp,
+                           s->coalescer.udp)) {
+        count(s, TTUN_COUNT_FORGED, 1);
         return true;
     }
-    const struct iovec parts[] = {{.iov_base = &vnet, .iov_len = sizeof vnet},
-                                  {.iov_base = plaintext + WHOLE, .iov_len = size - WHOLE}};
-    return write_packet(s, parts, 2, 1, size - WHOLE);
+    const struct iovec parts[] = {
+        {.iov_base = &vnet, .iov_len = sizeof vnet},
+        {.iov_base = plaintext + TTUN_OFFLOADED_PREFIX, .iov_len = size - TTUN_OFFLOADED_PREFIX}};
+    return write_packet(s, parts, 2, 1, size - TTUN_OFFLOADED_PREFIX);
 }
 
 /* Leaves a control frame to Python. Returns false when that ended the session. */
@@ -77,7 +79,7 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
     struct ttun_control frame = {.type = plaintext[0]};
     int body_size = ttun_body_size(frame.type);
     if (body_size < 0) {
-        count(&s->ignored, 1);
+        count(s, TTUN_COUNT_IGNORED, 1);
         return true;
     }
     bool fine = size == 1 + (size_t)body_size;
@@ -89,7 +91,7 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
         fine = mailbox_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
     }
     if (!fine)
-        session_end(s, TTUN_END_CONTROL, frame.type);
+        end_session(s, TTUN_END_CONTROL, frame.type);
     return fine;
 }
 
@@ -117,11 +119,11 @@ static void open_frames(struct ttun_session *s, struct slot *slot) {
         ptrdiff_t size = ttun_open(&s->rx.now, plaintext, length);
         if (size < 0) {
             write_merged(s); /* what came before it counts */
-            session_end(s, TTUN_END_TAG, (int)length);
+            end_session(s, TTUN_END_TAG, (int)length);
             return;
         }
         if (size == 0)
-            count(&s->empty, 1);
+            count(s, TTUN_COUNT_EMPTY, 1);
         else if (!deliver(s, plaintext, (size_t)size))
             break;
     }
@@ -144,7 +146,7 @@ void ttun_downlink_receive(struct ttun_session *s) {
     size_t rest_size = 0;
     long bad = -1;
     struct slot *slot;
-    while ((slot = lane_free_slot(&s->downlink)) != NULL) {
+    while ((slot = ring_free_slot(&s->downlink)) != NULL) {
         if (rest_size > 0)
             memmove(slot->bytes, rest, rest_size);
         size_t size = rest_size, whole = 0;
@@ -154,11 +156,11 @@ void ttun_downlink_receive(struct ttun_session *s) {
                 continue;
             if (got <= 0) {
                 int error = errno;
-                lane_finish(&s->downlink); /* what came before the end still counts */
+                ring_finish(&s->downlink); /* what came before the end still counts */
                 if (got < 0)
-                    session_end(s, TTUN_END_SOCKET, error);
+                    end_session(s, TTUN_END_SOCKET, error);
                 else
-                    session_end(s, size > 0 ? TTUN_END_TRUNCATED : TTUN_END_CLOSED, (int)size);
+                    end_session(s, size > 0 ? TTUN_END_TRUNCATED : TTUN_END_CLOSED, (int)size);
                 return;
             }
             size += (size_t)got;
@@ -168,13 +170,13 @@ void ttun_downlink_receive(struct ttun_session *s) {
         slot->end = whole;
         rest = slot->bytes + whole;
         rest_size = size - whole;
-        if (whole > 0 && lane_push(&s->downlink, s->direct)) {
+        if (whole > 0 && ring_push(&s->downlink, s->direct)) {
             open_slot(s, slot);
-            lane_return(&s->downlink, false);
+            ring_return(&s->downlink, false);
         }
         if (bad >= 0) { /* nothing behind it can be read; what came before it counts */
-            lane_finish(&s->downlink);
-            session_end(s, TTUN_END_LENGTH, (int)bad);
+            ring_finish(&s->downlink);
+            end_session(s, TTUN_END_LENGTH, (int)bad);
             return;
         }
     }
@@ -183,8 +185,8 @@ void ttun_downlink_receive(struct ttun_session *s) {
 void ttun_downlink_open(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-down-open");
     struct slot *slot;
-    while ((slot = lane_take(&s->downlink)) != NULL) {
+    while ((slot = ring_take(&s->downlink)) != NULL) {
         open_slot(s, slot);
-        lane_release(&s->downlink);
+        ring_release(&s->downlink);
     }
 }

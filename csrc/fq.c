@@ -4,9 +4,9 @@
 #include <assert.h>
 #include <string.h>
 
-#include "offload.h"
+#include "packet.h"
 
-enum { NONE = 0xffff, PROTO_TCP = 6, PROTO_UDP = 17 };
+enum { NONE = 0xffff };
 
 /* A cell. The first one of a packet says what it is; what does not fit goes on in the next. */
 struct cell {

@@ -10,9 +10,9 @@ int ttun_body_size(unsigned type) {
     switch (type) {
     case TTUN_PING:
     case TTUN_PONG:
-        return 8;
+        return TTUN_PING_SIZE;
     case TTUN_REKEY:
-        return 32; /* an X25519 public key */
+        return TTUN_BODY_MAX;
     case TTUN_SWITCH:
         return 0;
     default:

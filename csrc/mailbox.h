@@ -13,22 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The first byte of a plaintext of wire x1 (docs/protocol.md); 0x4_ and 0x6_ are IP packets. */
-enum ttun_type {
-    TTUN_OFFLOADED = 1, /* a packet as the kernel gave it: never in a mailbox */
-    TTUN_PING = 2,
-    TTUN_PONG = 3,
-    TTUN_REKEY = 4,
-    TTUN_SWITCH = 5,
-    TTUN_TYPES = 6 /* one more than the last */
-};
-
-enum { TTUN_BODY_MAX = 32 };
-
-struct ttun_control {
-    uint8_t type; /* enum ttun_type */
-    uint8_t body[TTUN_BODY_MAX];
-};
+#include "wire.h"
 
 struct mailbox {
     pthread_mutex_t lock;
@@ -38,7 +23,7 @@ struct mailbox {
     uint8_t bodies[TTUN_TYPES][TTUN_BODY_MAX];
 };
 
-/* How many bytes follow the type, or -1 when it is not one that a mailbox takes. */
+/* How many bytes follow the type, or -1 when it is not that of a control frame. */
 int ttun_body_size(unsigned type);
 
 /* Makes an empty one. Returns 0, or -1 with errno set. */

@@ -1,6 +1,11 @@
 /* What the benchmark and the tests see besides codec.cdef.h: the parts of the packet path by
  * themselves. A wheel has none of it. */
 
+struct ttun_cipher_state {
+    uint64_t counter;
+    ...;
+};
+size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
 int ttun_bench(struct ttun_cipher_state *sealing, struct ttun_cipher_state *opening,
                uint8_t *buffer, size_t room, size_t size, double seconds, double rates[2]);
 

@@ -1,10 +1,10 @@
 /* A session from its beginning to its end, and what Python does with it in between: counters,
  * control frames, keys.
  *
- * The first end stays: session_end stores the reason once, closes both lanes and the inbox, wakes
- * the device's poll and shuts the socket down. All memory is taken in ttun_session_new. */
+ * The first reason stays: end_session stores the reason once, closes both rings and the inbox,
+ * wakes the device's poll and shuts the socket down. All memory is taken in ttun_session_new. */
 #define _GNU_SOURCE
-#include "session.h"
+#include "internal.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -47,23 +47,23 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->wire = wire;
     s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
-    size_t lane_size = (size_t)slots * SLOT_SIZE;
-    s->memory_size = 2 * lane_size + 2 * SCRATCH_SIZE;
+    size_t ring_size = (size_t)slots * SLOT_SIZE;
+    s->memory_size = 2 * ring_size + 2 * SCRATCH_SIZE;
     s->memory = malloc(s->memory_size + queue); /* only what is used of it becomes real */
     if (s->memory == NULL)
         goto no_memory;
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->wake < 0)
         goto no_eventfd;
-    if (lane_init(&s->uplink, s->memory, slots) < 0)
+    if (ring_init(&s->uplink, s->memory, slots) < 0)
         goto no_uplink;
-    if (lane_init(&s->downlink, s->memory + lane_size, slots) < 0)
+    if (ring_init(&s->downlink, s->memory + ring_size, slots) < 0)
         goto no_downlink;
     if (mailbox_init(&s->inbox) < 0)
         goto no_inbox;
     if (mailbox_init(&s->outbox) < 0)
         goto no_outbox;
-    s->scratch = s->memory + 2 * lane_size;
+    s->scratch = s->memory + 2 * ring_size;
     s->taken = s->scratch + SCRATCH_SIZE;
     uint64_t salt = now_us(); /* where there are no random numbers yet, at boot */
     if (getrandom(&salt, sizeof salt, GRND_NONBLOCK) < 0)
@@ -81,9 +81,9 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
 no_outbox:
     mailbox_destroy(&s->inbox);
 no_inbox:
-    lane_destroy(&s->downlink);
+    ring_destroy(&s->downlink);
 no_downlink:
-    lane_destroy(&s->uplink);
+    ring_destroy(&s->uplink);
 no_uplink:
     close(s->wake);
 no_eventfd:
@@ -98,8 +98,8 @@ void ttun_session_free(struct ttun_session *s) {
         return;
     explicit_bzero(&s->tx, sizeof s->tx);
     explicit_bzero(&s->rx, sizeof s->rx);
-    lane_destroy(&s->uplink);
-    lane_destroy(&s->downlink);
+    ring_destroy(&s->uplink);
+    ring_destroy(&s->downlink);
     mailbox_destroy(&s->inbox);
     mailbox_destroy(&s->outbox);
     pthread_mutex_destroy(&s->keys_lock);
@@ -117,44 +117,35 @@ void wake_uplink(struct ttun_session *s) {
         assert(errno == EAGAIN); /* full is as good as written */
 }
 
-void session_end(struct ttun_session *s, enum ttun_end why, int detail) {
+void end_session(struct ttun_session *s, enum ttun_reason why, int detail) {
     int running = TTUN_RUNNING;
-    /* The detail is published by the store to `end`, so it is written first, by one thread only. */
+    /* The detail is published by the store to `reason`, so it is written first, by one thread only.
+     */
     static const int claimed = -1;
-    if (!atomic_compare_exchange_strong(&s->end, &running, claimed))
+    if (!atomic_compare_exchange_strong(&s->reason, &running, claimed))
         return;
-    atomic_store(&s->end_detail, detail);
-    atomic_store(&s->end, (int)why);
-    lane_close(&s->uplink);
-    lane_close(&s->downlink);
+    atomic_store(&s->reason_detail, detail);
+    atomic_store(&s->reason, (int)why);
+    ring_close(&s->uplink);
+    ring_close(&s->downlink);
     mailbox_close(&s->inbox);
     wake_uplink(s);
     shutdown(s->socket, SHUT_RDWR);
 }
 
 void ttun_session_stop(struct ttun_session *s) {
-    session_end(s, TTUN_END_STOPPED, 0);
+    end_session(s, TTUN_END_STOPPED, 0);
 }
 
-int ttun_session_end(struct ttun_session *s, int *detail) {
-    int end = atomic_load(&s->end);
+int ttun_session_reason(struct ttun_session *s, int *detail) {
+    int reason = atomic_load(&s->reason);
     if (detail != NULL)
-        *detail = atomic_load(&s->end_detail);
-    return end < 0 ? TTUN_RUNNING : end; /* claimed, not yet told */
+        *detail = atomic_load(&s->reason_detail);
+    return reason < 0 ? TTUN_RUNNING : reason; /* claimed, not yet told */
 }
 
-void ttun_session_counters(struct ttun_session *s, struct ttun_counters *out) {
-    out->uplink_packets = atomic_load(&s->uplink_packets);
-    out->uplink_bytes = atomic_load(&s->uplink_bytes);
-    out->downlink_packets = atomic_load(&s->downlink_packets);
-    out->downlink_bytes = atomic_load(&s->downlink_bytes);
-    out->refused = atomic_load(&s->refused);
-    out->empty = atomic_load(&s->empty);
-    out->unsendable = atomic_load(&s->unsendable);
-    out->congested = atomic_load(&s->congested);
-    out->ignored = atomic_load(&s->ignored);
-    out->forged = atomic_load(&s->forged);
-    out->sent = atomic_load(&s->sent);
+uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
+    return atomic_load(&s->counters[which]);
 }
 
 uint64_t ttun_session_silence(struct ttun_session *s) {

@@ -1,93 +1,124 @@
-/* The inside of a session, for uplink.c, downlink.c and session.c; pump.h is what others see. */
+/* One session: four threads that carry packets between a TUN device and a stream socket. Python
+ * sees this file as it is.
+ *
+ *     TUN --read--> [uplink seal] --ring--> [uplink send] --> TCP
+ *     TUN <--write-- [downlink open] <--ring-- [downlink receive] <-- TCP
+ *
+ *  1. uplink seal: reads packets until the device has no more or the slot is full, cuts large ones
+ *     into segments, and seals each into the slot, frame behind frame. While the connection is busy
+ *     they wait in a queue, where what is small overtakes (connection.h, fq.h).
+ *  2. uplink send: writes a slot to the socket, many frames per system call.
+ *  3. downlink receive: reads as much as there is, and cuts it behind the last whole frame; the
+ *     rest moves to the next slot.
+ *  4. downlink open: opens each frame of a slot in place, merges packets that follow each other,
+ *     and writes them to the device.
+ *
+ * Between the two threads of a direction lies a ring buffer (ring.h). With `direct` the first one
+ * empties a slot by itself whenever the second has nothing to do; a send that would block goes to
+ * the second.
+ *
+ * On wire x1 a packet that the kernel left whole travels whole, and there are control frames. What
+ * the peer sends goes to an inbox, what Python answers comes from an outbox: the uplink looks there
+ * before each batch. The keys change with SWITCH, the last frame under the old key of its
+ * direction; the next keys are there before, so nobody waits for them. */
 #ifndef TTUN_SESSION_H
 #define TTUN_SESSION_H
 
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdbool.h>
+#include <stdint.h>
 
-#include "codel.h"
-#include "connection.h"
-#include "fq.h"
-#include "lane.h"
-#include "offload.h"
-#include "pump.h"
+#include "frame.h"
 
-enum {
-    FRAME_MAX = TTUN_PREFIX + TTUN_LENGTH_MAX,
-    WHOLE = 3, /* bytes in front of an offloaded packet: its type and its gso_size */
-    /* The vnet header lies right before the packet, which starts on a multiple of 16. */
-    SCRATCH_PACKET = 16,
-    /* A multiple of 16, too: what lies behind it is aligned. */
-    SCRATCH_SIZE = (SCRATCH_PACKET + TTUN_PACKET_MAX + 15) / 16 * 16
+struct ttun_session;
+
+/* Why a session ended; the first reason stays. detail: see each. */
+enum ttun_reason {
+    TTUN_RUNNING = 0,
+    TTUN_END_STOPPED,   /* ttun_session_stop was called */
+    TTUN_END_CLOSED,    /* the peer closed the connection between two frames */
+    TTUN_END_TRUNCATED, /* ... in the middle of a frame; detail: bytes of it that came */
+    TTUN_END_LENGTH,    /* a frame shorter than its tag; detail: its length */
+    TTUN_END_TAG,       /* a frame failed authentication; detail: its length */
+    TTUN_END_SOCKET,    /* detail: errno of send or recv */
+    TTUN_END_DEVICE,    /* detail: errno of the TUN device */
+    TTUN_END_NONCES,    /* the counter of a direction ran out */
+    TTUN_END_CONTROL    /* a control frame that is malformed or out of place; detail: its type */
 };
 
-/* The keys of one direction, and those that follow them. */
-struct keys {
-    struct ttun_cipher_state now, next;
-    bool ready; /* next is set */
+/* What a session counts: packets as they stand in frames, and their bytes. ttun/session.py has the
+ * same names for it, ttun/words.py the words. */
+enum ttun_counter {
+    TTUN_COUNT_UPLINK_PACKETS,
+    TTUN_COUNT_UPLINK_BYTES,
+    TTUN_COUNT_DOWNLINK_PACKETS,
+    TTUN_COUNT_DOWNLINK_BYTES,
+    TTUN_COUNT_REFUSED,    /* packets of the peer that the kernel did not take */
+    TTUN_COUNT_EMPTY,      /* frames without a packet, ignored */
+    TTUN_COUNT_UNSENDABLE, /* packets of ours that fit no frame or contradict their vnet header */
+    TTUN_COUNT_CONGESTED,  /* packets of ours dropped because the queue stood too long (codel.h) */
+    TTUN_COUNT_IGNORED,    /* frames of a type that is not known */
+    TTUN_COUNT_FORGED,     /* malformed offload packets of the peer, dropped */
+    TTUN_COUNT_SENT,       /* bytes handed to the socket */
+    TTUN_COUNTERS          /* how many there are */
 };
 
-struct ttun_session {
-    int tun, socket;
-    int wake; /* eventfd: the uplink is to look up from its device */
-    bool direct;
-    size_t vnet_size; /* of the header in front of each packet at the device, or 0 */
-    int wire;         /* 0, or TTUN_X1 and what the peer's device takes */
-    uint32_t tag_size;
-    struct keys tx, rx;
-    pthread_mutex_t keys_lock; /* over next and ready of both */
-    struct mailbox inbox, outbox;
-    _Atomic uint64_t heard; /* when a frame was opened last, in milliseconds */
-    struct ttun_segmenter segmenter;
-    struct ttun_coalescer coalescer;
-    struct lane uplink, downlink;
-    struct connection connection;      /* the uplink's side of it */
-    struct ttun_fq queue;              /* of the uplink */
-    atomic_bool wants_room;            /* the uplink waits for one slot less in its lane */
-    struct ttun_codel codel;           /* of the device */
-    _Atomic uint64_t send_end, waited; /* of the slot sent last: when, and since its first frame */
-    pthread_mutex_t delivery_lock;
-    pthread_cond_t delivered;
-    bool delivering;     /* the downlink writes a large batch to the device */
-    unsigned deliveries; /* such batches so far */
-    atomic_int end, end_detail;
-    _Atomic uint64_t uplink_packets, uplink_bytes, downlink_packets, downlink_bytes;
-    _Atomic uint64_t refused, empty, unsendable, congested, ignored, forged, sent;
-    uint8_t *memory;    /* of all slots, two scratches, the queue */
-    size_t memory_size; /* without the queue */
-    uint8_t *scratch;   /* where the uplink reads to */
-    uint8_t *taken;     /* where it takes packets from the queue to */
+/* What a TUN device can do. */
+enum ttun_offload {
+    TTUN_OFFLOAD_VNET = 1, /* packets have a vnet header in front */
+    TTUN_OFFLOAD_TCP = 2,  /* it takes merged TCP packets */
+    TTUN_OFFLOAD_UDP = 4,  /* ... and UDP */
+    TTUN_X1 = 8            /* of a wire: x1, not v1 */
 };
 
-/* Each counter has one writer at a time, so a load and a store do and no bus lock is paid. */
-static inline void count(_Atomic uint64_t *counter, uint64_t n) {
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
-                          memory_order_relaxed);
-}
+/* Makes a session. tun: read and written, made non-blocking by the caller. socket: a connected,
+ * blocking stream socket. Both stay the caller's and must outlive the session. offload:
+ * ttun_offload bits of the device. wire: 0 for v1, or TTUN_X1 with the bits of what the peer's
+ * device takes. uplink, downlink: copied. direct: let the first thread of a direction do the
+ * second one's work while that one is idle (right where cores are scarce). slots: of each
+ * direction, 1 to SLOTS of ring.h. queue: bytes of memory for packets that wait while the
+ * connection is busy, a multiple of FQ_CELL of fq.h, at least for two of the largest. Returns NULL
+ * with errno set. */
+struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
+                                      const struct ttun_cipher_state *uplink,
+                                      const struct ttun_cipher_state *downlink, int direct,
+                                      unsigned slots, size_t queue);
 
-/* Ends the session: the first reason stays. Every thread comes back from wherever it waits. */
-void session_end(struct ttun_session *s, enum ttun_end why, int detail);
+/* The four thread bodies. Each is called once, on a thread of its own, and returns when the
+ * session is over. */
+void ttun_uplink_seal(struct ttun_session *s);
+void ttun_uplink_send(struct ttun_session *s);
+void ttun_downlink_receive(struct ttun_session *s);
+void ttun_downlink_open(struct ttun_session *s);
 
-static inline bool is_ip(const uint8_t *packet) {
-    return packet[0] >> 4 == 4 || packet[0] >> 4 == 6;
-}
+/* Ends the session from any thread: all four bodies return soon. */
+void ttun_session_stop(struct ttun_session *s);
 
-static inline bool is_over(struct ttun_session *s) {
-    return atomic_load(&s->end) != TTUN_RUNNING;
-}
+/* Why it ended, or TTUN_RUNNING. detail may be NULL. */
+int ttun_session_reason(struct ttun_session *s, int *detail);
 
-/* Has the uplink look up from where it waits. */
-void wake_uplink(struct ttun_session *s);
+/* What was counted so far, from any thread at any time. */
+uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which);
 
-/* Puts the next key of a direction in the place of the one that saw its last frame. Returns false
- * when there is no next one. */
-bool next_key(struct ttun_session *s, struct keys *keys);
+/* Milliseconds since a frame of the peer was opened last. */
+uint64_t ttun_session_silence(struct ttun_session *s);
 
-/* Milliseconds on a clock that only goes forward, exact to a few. */
-uint64_t now_ms(void);
+/* Takes the next control frame of the peer; waits for one, `milliseconds` at most. Returns 1 with a
+ * frame, 0 when none came, -1 when the session is over. */
+int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long milliseconds);
 
-/* Microseconds on the same clock, exactly. */
-uint64_t now_us(void);
+/* Has a control frame sealed before the next packet; never waits. A newer one takes the place of
+ * one of the same type that is not sealed yet. */
+void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame);
+
+/* Hands over the next keys, which are copied: `uplink` is used right behind the SWITCH that is
+ * posted next, `downlink` right behind the SWITCH of the peer. Returns -1 when the keys handed over
+ * before are not both in use yet. */
+int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
+                       const struct ttun_cipher_state *downlink);
+
+/* Wipes the keys and frees all. Only after the four bodies returned. NULL is fine. */
+void ttun_session_free(struct ttun_session *s);
+
+/* Reads away what waits in a device, at most `most` packets, and returns how many those were. */
+long ttun_drain(int tun, long most);
 
 #endif

@@ -1,4 +1,4 @@
-/* From the device to the connection; pump.h has the whole way.
+/* From the device to the connection; session.h has the whole way.
  *
  *  1. await_room: while the connection is busy, packets of the device go into the queue, where what
  *     is small overtakes.
@@ -14,7 +14,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "session.h"
+#include "internal.h"
 
 enum { ARRIVALS = 64 /* packets of the device that the queue takes at once */ };
 
@@ -29,7 +29,7 @@ static void await_device(struct ttun_session *s, bool room) {
                            {.fd = s->socket, .events = POLLOUT}};
     if (poll(fds, room ? 3 : 2, -1) < 0) {
         if (errno != EINTR)
-            session_end(s, TTUN_END_DEVICE, errno);
+            end_session(s, TTUN_END_DEVICE, errno);
     } else if (fds[1].revents != 0) {
         eventfd_t rings;
         if (eventfd_read(s->wake, &rings) < 0)
@@ -56,26 +56,27 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
     if (s->wire != 0 && (size == 0 || !is_ip(packet)))
         return false; /* its first byte would be taken for a type */
-    if (size + WHOLE + s->tx.now.tag_size <= TTUN_LENGTH_MAX && size <= s->connection.whole &&
+    if (size + TTUN_OFFLOADED_PREFIX + s->tx.now.tag_size <= TTUN_LENGTH_MAX &&
+        size <= s->connection.whole &&
         ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
                          s->wire & TTUN_OFFLOAD_UDP)) {
         static const struct ttun_vnet done;
         uint16_t gso_size = vnet.gso_type == TTUN_GSO_NONE ? 0 : vnet.gso_size;
-        packet -= WHOLE; /* where the vnet header was */
+        packet -= TTUN_OFFLOADED_PREFIX; /* where the vnet header was */
         packet[0] = TTUN_OFFLOADED;
         packet[1] = (uint8_t)(gso_size >> 8);
         packet[2] = (uint8_t)gso_size;
-        return ttun_segment(&s->segmenter, &done, packet, WHOLE + size);
+        return ttun_segment(&s->segmenter, &done, packet, TTUN_OFFLOADED_PREFIX + size);
     }
     return ttun_segment(&s->segmenter, &vnet, packet, size);
 }
 
 /* Looks, before the first packet of a slot is taken, whether one has to be dropped. Who sends
- * faster than a near peer takes it has to be told, or the queues of the socket, the lane and the
+ * faster than a near peer takes it has to be told, or the queues of the socket, the ring and the
  * device grow to seconds. It must be now: what is in a slot has its place among the nonces. */
 static void watch_device(struct ttun_session *s) {
     static const struct ttun_codel_pace pace = {.target = 2000, .interval = 100000};
-    uint64_t now = now_us(), delay = 0, oldest = lane_waits_since(&s->uplink);
+    uint64_t now = now_us(), delay = 0, oldest = ring_waits_since(&s->uplink);
     if (s->connection.limited)
         delay = 0; /* they wait in the queue */
     else if (oldest > 0)
@@ -100,17 +101,17 @@ static bool read_packet(struct ttun_session *s, bool wait) {
                 return false;
             await_device(s, false);
         } else if (size <= 0 && errno != EINTR) { /* 0: the end of a test's socketpair */
-            session_end(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
+            end_session(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
             if (wait)
                 watch_device(s);
             if (ttun_codel_drops(&s->codel, (size_t)size)) {
-                count(&s->congested, 1);
+                count(s, TTUN_COUNT_CONGESTED, 1);
                 continue;
             }
             if (start_packet(s, packet, (size_t)size - s->vnet_size))
                 return true;
-            count(&s->unsendable, 1);
+            count(s, TTUN_COUNT_UNSENDABLE, 1);
         }
     }
     return false;
@@ -127,8 +128,9 @@ static void queue_segments(struct ttun_session *s, uint64_t now) {
     const uint8_t *packet;
     size_t size;
     while ((packet = ttun_next_segment(&s->segmenter, &size)) != NULL)
-        ttun_fq_put(&s->queue, packet, size, is_offloaded(s, packet) ? WHOLE : 0, now);
-    count(&s->congested, s->queue.dropped - dropped);
+        ttun_fq_put(&s->queue, packet, size, is_offloaded(s, packet) ? TTUN_OFFLOADED_PREFIX : 0,
+                    now);
+    count(s, TTUN_COUNT_CONGESTED, s->queue.dropped - dropped);
 }
 
 /* Moves what the device has into the queue. */
@@ -147,7 +149,7 @@ static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *siz
                 queue_arrivals(s);
             uint64_t dropped = s->queue.dropped;
             *size = ttun_fq_take(&s->queue, s->taken, now_us(), &s->connection.pace);
-            count(&s->congested, s->queue.dropped - dropped);
+            count(s, TTUN_COUNT_CONGESTED, s->queue.dropped - dropped);
             if (*size > 0)
                 return s->taken;
         }
@@ -178,7 +180,7 @@ static void await_room(struct ttun_session *s) {
     connection_look(&s->connection, now_us(), s->uplink.count);
     while (s->connection.limited && !is_over(s)) {
         atomic_store(&s->wants_room, true);
-        bool next = lane_filled(&s->uplink) < s->connection.slots;
+        bool next = ring_filled(&s->uplink) < s->connection.slots;
         if (next && has_room(s, false))
             return;
         queue_arrivals(s);
@@ -195,7 +197,7 @@ static void seal_control(struct ttun_session *s, struct slot *slot) {
         memcpy(plaintext + 1, frame.body, size);
         slot->end += ttun_seal(&s->tx.now, slot->bytes + slot->end, plaintext, 1 + size);
         if (frame.type == TTUN_SWITCH && !next_key(s, &s->tx))
-            session_end(s, TTUN_END_CONTROL, TTUN_SWITCH);
+            end_session(s, TTUN_END_CONTROL, TTUN_SWITCH);
     }
 }
 
@@ -218,19 +220,19 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
         }
         size_t framed = ttun_seal(&s->tx.now, slot->bytes + slot->end, packet, size);
         if (framed == 0 && s->tx.now.counter == UINT64_MAX) {
-            session_end(s, TTUN_END_NONCES, 0);
+            end_session(s, TTUN_END_NONCES, 0);
             break;
         }
         if (framed == 0) {
-            count(&s->unsendable, 1);
+            count(s, TTUN_COUNT_UNSENDABLE, 1);
             continue;
         }
         slot->end += framed;
         packets++;
-        bytes += size - (is_offloaded(s, packet) ? WHOLE : 0);
+        bytes += size - (is_offloaded(s, packet) ? TTUN_OFFLOADED_PREFIX : 0);
     }
-    count(&s->uplink_packets, packets);
-    count(&s->uplink_bytes, bytes);
+    count(s, TTUN_COUNT_UPLINK_PACKETS, packets);
+    count(s, TTUN_COUNT_UPLINK_BYTES, bytes);
     return !is_over(s);
 }
 
@@ -247,11 +249,11 @@ static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
         if (sent < 0 && errno == EAGAIN)
             return true;
         if (sent < 0) {
-            session_end(s, TTUN_END_SOCKET, errno);
+            end_session(s, TTUN_END_SOCKET, errno);
             return false;
         }
         slot->begin += (size_t)sent;
-        count(&s->sent, (uint64_t)sent);
+        count(s, TTUN_COUNT_SENT, (uint64_t)sent);
     }
     uint64_t now = now_us();
     atomic_store(&s->waited, now - slot->since);
@@ -262,17 +264,17 @@ static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
 void ttun_uplink_seal(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-up-seal");
     struct slot *slot;
-    while (await_room(s), (slot = lane_free_slot(&s->uplink)) != NULL && seal_batch(s, slot))
-        if (lane_push(&s->uplink, s->direct))
-            lane_return(&s->uplink, send_slot(s, slot, MSG_DONTWAIT));
+    while (await_room(s), (slot = ring_free_slot(&s->uplink)) != NULL && seal_batch(s, slot))
+        if (ring_push(&s->uplink, s->direct))
+            ring_return(&s->uplink, send_slot(s, slot, MSG_DONTWAIT));
 }
 
 void ttun_uplink_send(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-up-send");
     struct slot *slot;
-    while ((slot = lane_take(&s->uplink)) != NULL) {
+    while ((slot = ring_take(&s->uplink)) != NULL) {
         send_slot(s, slot, 0);
-        lane_release(&s->uplink);
+        ring_release(&s->uplink);
         if (atomic_exchange(&s->wants_room, false))
             wake_uplink(s);
     }

@@ -1,6 +1,6 @@
 """Would the tests notice? Plant small mistakes in a copy of the sources, one at a time.
 
-    make mutants SEED=1 [MODULES="control.py offload.c"] [EACH=15] [WORKERS=2]
+    make mutants SEED=1 [MODULES="control.py segment.c"] [EACH=15] [WORKERS=2]
 
  1. Find the places in each module where a mistake can be made: a comparison, a number, a condition,
     a call whose result is not used. Leave out strings, log lines, errors, assertions, annotations.
@@ -47,7 +47,8 @@ MODULES = {
     "ttun/routes.py": ("test_routes", "test_device_watch", "test_resolver"),
     "ttun/mptcp.py": ("test_multipath", "test_vanished", "test_roaming"),
     "csrc/session.c": ("test_wipe", "test_pump", "test_control", "test_rekey"),
-    "csrc/offload.c": OFFLOAD,
+    "csrc/segment.c": OFFLOAD,
+    "csrc/coalesce.c": OFFLOAD,
     "csrc/codel.c": ("test_codel",),
 }
 PATIENCE = 240  # seconds: the tests of one module take less

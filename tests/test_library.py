@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from ttun._codec import lib
 from tunnel import CLIENT, ROOT, SERVER, Bench
 
 import ttun
+from ttun.cipher import CIPHERS
+from ttun.settings import MAX_MTU
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
 AS_SERVER, IN_ASYNCIO, OVER_A_SOCKETPAIR = PROGRAMS
@@ -105,6 +108,11 @@ def test_too_many_given_sockets_stay_the_callers() -> None:
 def test_wrong_values_are_refused_at_once(option: str, value: object, says: str) -> None:
     with pytest.raises(ttun.UsageError, match=re.escape(says)):
         ttun.Server(b"secret", **{option: value})  # type: ignore[arg-type]
+
+
+def test_the_largest_mtu_is_what_fits_one_frame_of_the_codec() -> None:
+    """Written down apart from it, so that the command line speaks where the codec is missing."""
+    assert lib.TTUN_LENGTH_MAX - min(cipher.tag_size for cipher in CIPHERS.values()) == MAX_MTU
 
 
 def test_a_wrong_key_is_not_shown() -> None:

@@ -227,6 +227,6 @@ def test_root_leaves_nothing_of_roots_in_a_users_tree(tree: Path, tmp_path: Path
     for command in ([tree / "ttun.py", "--version"], ["make", "uninstall", f"PREFIX={prefix}"]):
         assert run(*command, cwd=tree).returncode == 0
         assert of_root() == []
-    (tree / "csrc" / "codec.c").write_text("no C\n")
+    (tree / "csrc" / "frame.c").write_text("no C\n")
     assert make(tree, "install", f"PREFIX={prefix}").returncode != 0
     assert of_root() == [], "nor if it fails"

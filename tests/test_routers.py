@@ -1,4 +1,6 @@
-"""What docs/routers.md advises, as written there: the nftables rules lower the MSS both ways."""
+"""What docs/routers.md advises, as written there: the nftables rules lower the MSS both ways, and
+the packages of Python are enough.
+"""
 
 from __future__ import annotations
 
@@ -107,3 +109,17 @@ def test_the_rules_lower_the_mss_both_ways(
     rules.write_text(RULES)
     bench.run(CLIENT, "nft", "-f", str(rules))
     assert max(segment_sizes(bench, lan, version)) <= fits
+
+
+WITHOUT_CTYPES = """
+import importlib, pkgutil, sys
+sys.modules["ctypes"] = sys.modules["_ctypes"] = None  # an import fails
+import ttun
+for module in pkgutil.walk_packages(ttun.__path__, "ttun."):
+    if not module.name.startswith(("ttun.lab", "ttun.__main__")):
+        importlib.import_module(module.name)
+"""
+
+
+def test_no_module_takes_ctypes_which_is_a_package_of_its_own_there() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_CTYPES], cwd=ROOT, timeout=60, check=True)

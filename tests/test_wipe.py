@@ -43,15 +43,16 @@ for thread in threads:
     thread.start()
 outside.send(sent)
 theirs.sendall(CipherState(cipher, 1, keys[1]).seal(received))
-counters, end = ffi.new("struct ttun_counters *"), time.monotonic() + 20
-while not (counters.uplink_packets and counters.downlink_packets) and time.monotonic() < end:
-    lib.ttun_session_counters(session, counters)
+directions = lib.TTUN_COUNT_UPLINK_PACKETS, lib.TTUN_COUNT_DOWNLINK_PACKETS
+counted, end = [0], time.monotonic() + 20
+while not all(counted) and time.monotonic() < end:
+    counted = [lib.ttun_session_counter(session, which) for which in directions]
     time.sleep(0.01)
 lib.ttun_session_stop(session)
 for thread in threads:
     thread.join()
 lib.ttun_session_free(session)
-print(counters.uplink_packets, counters.downlink_packets)
+print(*counted)
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Callable
 
-from ttun._codec import lib
 from tunnel import enter_namespace, eventually
 
+from ttun import privileges
 from ttun.device import Device
 from ttun.device_watch import DeviceWatch
 from ttun.lab import netns
@@ -92,7 +92,7 @@ class Watched(logging.Handler):
             self.device = Device(*self.how)
             self.watch = DeviceWatch(self.device)
             if not self.privileged:
-                assert lib.ttun_drop_capabilities() == 0
+                privileges.drop_capabilities()
             self.ready.set()
             while not self.over.is_set():
                 wait = min(1.0, max(0.0, self.watch.due - time.monotonic()))

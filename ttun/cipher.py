@@ -12,7 +12,6 @@ from ttun import sodium
 from ttun._codec import ffi, lib
 from ttun.errors import TtunError, UsageError
 
-KEY_SIZE: int = lib.TTUN_KEY_SIZE
 PREFIX: int = lib.TTUN_PREFIX
 
 

@@ -37,6 +37,7 @@ LOOK_AT_CLOCK = 1.0  # seconds
 STORM_PAUSE = 0.005  # seconds after a ping: somebody who sends many does not cost a core
 REKEY_TIMEOUT = 60.0  # seconds
 SIOCOUTQ = 0x5411  # linux/sockios.h
+PING_SIZE: int = lib.TTUN_PING_SIZE
 NAMES = {
     lib.TTUN_PING: "PING",
     lib.TTUN_PONG: "PONG",
@@ -63,7 +64,6 @@ class Control:
         factor = 1 if agreement.is_client else 2
         self._limits = Limits(limits.seconds * factor, limits.bytes * factor)
         self._frame: Any = ffi.new("struct ttun_control *")
-        self._counters: Any = ffi.new("struct ttun_counters *")
         self._pinged_at = float("-inf")
         self._ping = b""
         self._acknowledged = -1
@@ -117,10 +117,10 @@ class Control:
 
     def _receive(self, kind: int, body: bytes) -> None:
         if kind == lib.TTUN_PING:
-            self._post(lib.TTUN_PONG, body[:8])
+            self._post(lib.TTUN_PONG, body[:PING_SIZE])
             time.sleep(STORM_PAUSE)
         elif kind == lib.TTUN_PONG:
-            if body[:8] == self._ping:
+            if body[:PING_SIZE] == self._ping:
                 self.rtt = time.monotonic() - self._pinged_at
                 self._ping = b""
         elif kind != self._expected and (self._expected or kind != self._first()):
@@ -131,12 +131,12 @@ class Control:
             self._finish()
 
     def _send_ping(self) -> None:
-        self._pinged_at, self._ping = time.monotonic(), os.urandom(8)
+        self._pinged_at, self._ping = time.monotonic(), os.urandom(PING_SIZE)
         self._post(lib.TTUN_PING, self._ping)
 
     def _look_at_clock(self, now: float) -> None:
-        lib.ttun_session_counters(self._c, self._counters)
-        acknowledged = self._counters.sent - self._unacknowledged()
+        sent = lib.ttun_session_counter(self._c, lib.TTUN_COUNT_SENT)
+        acknowledged = sent - self._unacknowledged()
         if acknowledged > self._acknowledged:
             self._acknowledged, self._progress_at = acknowledged, now
         silence = lib.ttun_session_silence(self._c) / 1000
@@ -158,13 +158,15 @@ class Control:
 
     def _begin_epoch(self) -> None:
         """Count from here what goes under the keys in use."""
-        lib.ttun_session_counters(self._c, self._counters)
         self._carried = self._bytes()
         self._used_since: float | None = None
         self._looked_at = time.monotonic()
 
     def _bytes(self) -> tuple[int, int]:
-        return self._counters.uplink_bytes, self._counters.downlink_bytes
+        return (
+            lib.ttun_session_counter(self._c, lib.TTUN_COUNT_UPLINK_BYTES),
+            lib.ttun_session_counter(self._c, lib.TTUN_COUNT_DOWNLINK_BYTES),
+        )
 
     def _check_key(self, now: float) -> None:
         if self._expected is not None and now - self._rekey_at >= REKEY_TIMEOUT:

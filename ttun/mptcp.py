@@ -13,12 +13,12 @@ Sources: linux/mptcp.h (MPTCP_TCPINFO, from Linux 5.16 on), linux/tcp.h (struct 
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import struct
 import time
 
 from ttun import tcp
+from ttun._codec import ffi, lib
 
 INTERVAL = 5.0  # seconds between two looks
 PATHS_MAX = 16
@@ -28,8 +28,6 @@ TCP_INFO_SIZE = 64  # bytes of struct tcp_info up to the two fields below
 LAST_DATA_RECEIVED, LAST_ACK_RECEIVED = 52, 56  # where they are in it: u32, ms ago
 MPTCP_TCPINFO = 2
 SUBFLOW_DATA = struct.Struct("=4I")  # its own size; paths; the kernel's and our size of a tcp_info
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Watch:
@@ -84,17 +82,17 @@ def local_addresses(sock: socket.socket) -> list[str]:
 
 def _paths(sock: socket.socket, option: int, size: int) -> list[bytes]:
     """Return what an option of SOL_MPTCP says about each path, size bytes of it."""
-    buffer = ctypes.create_string_buffer(SUBFLOW_DATA.size + PATHS_MAX * size)
+    buffer = bytearray(SUBFLOW_DATA.size + PATHS_MAX * size)
     SUBFLOW_DATA.pack_into(buffer, 0, SUBFLOW_DATA.size, 0, 0, size)
-    length = ctypes.c_uint32(len(buffer))
+    length = ffi.new("uint32_t *", len(buffer))
     # Python's getsockopt hands no values to the kernel, which these options want.
-    failed = _libc.getsockopt(sock.fileno(), tcp.SOL_MPTCP, option, buffer, ctypes.byref(length))
-    if failed:
+    value = ffi.from_buffer(buffer)
+    if lib.getsockopt(sock.fileno(), tcp.SOL_MPTCP, option, value, length) != 0:
         return []
     _, paths, _, step = SUBFLOW_DATA.unpack_from(buffer)
     first = SUBFLOW_DATA.size
     return [
-        buffer.raw[at : at + step]
+        bytes(buffer[at : at + step])
         for at in range(first, first + min(paths, PATHS_MAX) * step, step)
     ]
 

@@ -10,13 +10,13 @@ linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import ipaddress
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ttun._codec import ffi
 from ttun.routes import Address, Network
 
 # linux/netlink.h
@@ -122,9 +122,9 @@ class Netlink:
         code = b"".join(
             struct.pack("=HBBI", *step) for step in _program(self.port, indices, routes)
         )
-        steps = ctypes.create_string_buffer(code, len(code))
+        steps = ffi.from_buffer(code)
         # struct sock_fprog
-        program = struct.pack("@HP", len(code) // 8, ctypes.addressof(steps))
+        program = struct.pack("@HP", len(code) // 8, int(ffi.cast("uintptr_t", steps)))
         self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
     def ask(self, request: Request) -> int:

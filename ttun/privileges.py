@@ -15,7 +15,6 @@ before threads are made.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -25,12 +24,13 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ttun._codec import ffi, lib
 from ttun.errors import TtunError, UsageError
 
 log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h, as is this
-CAPABILITY_VERSION_3 = 0x20080522
+HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, of this thread
 DEFAULT_USER = "nobody"
 MAX_ID = 0xFFFFFFFE  # of a user; setresuid() takes one more for «as it is»
 NOBODY = 65534  # where the user database has none: the kernel's own overflow user
@@ -46,9 +46,8 @@ class User(NamedTuple):
 
 def has(capability: int) -> bool:
     """Return whether this thread has a capability in effect: capget(2), which needs no /proc."""
-    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
-    data = ctypes.create_string_buffer(24)  # effective, permitted, inheritable; then bits 32 to 63
-    if ctypes.CDLL(None).capget(header, data) != 0:
+    data = bytearray(24)  # effective, permitted, inheritable; then bits 32 to 63
+    if lib.capget(HEADER, ffi.from_buffer(data)) != 0:
         return False
     return bool(struct.unpack_from("=I", data, 12 * (capability // 32))[0] >> capability % 32 & 1)
 
@@ -61,10 +60,8 @@ def check() -> None:
 
 def forbid_dumps() -> None:
     """Keep what is in memory, keys among it, out of core files and other processes' reach."""
-    from ttun._codec import lib
-
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    lib.ttun_forbid_dumps()
+    lib.prctl(lib.PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def find_user(name: str | None) -> User | None:
@@ -94,10 +91,11 @@ def drop(user: User | None, *, required: bool) -> None:
 
     required: raise TtunError when that user cannot be had; else stay who we are, and say so.
     """
-    from ttun._codec import lib
-
     _load_what_comes_later()
-    lib.ttun_drop_bounding_set()
+    capability = 0
+    while lib.prctl(lib.PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
+        lib.prctl(lib.PR_CAPBSET_DROP, capability, 0, 0, 0)
+        capability += 1
     done = f"going on as user {os.geteuid()}"
     if user is not None:
         try:
@@ -108,10 +106,15 @@ def drop(user: User | None, *, required: bool) -> None:
             if required:
                 raise TtunError(why) from None
             done = f"{why}; {done}"
-    if lib.ttun_drop_capabilities() != 0:
-        raise TtunError("cannot give up capabilities")
+    drop_capabilities()
     forbid_dumps()  # the kernel forgets that when the user changes
     log.info("%s, without capabilities", done)
+
+
+def drop_capabilities() -> None:
+    """Give up those of this thread; the ambient ones go with the permitted ones."""
+    if lib.capset(HEADER, bytes(24)) != 0 or lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise TtunError("cannot give up capabilities")
 
 
 @contextlib.contextmanager

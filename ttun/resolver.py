@@ -192,7 +192,7 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         # It must not outlive the parent, nor keep the parent's device or port.
-        lib.ttun_end_with_parent()
+        lib.prctl(lib.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.alarm(int(FIRST_PATIENCE))
         os.closerange(3, writable)
         # Python 3.9 closes them one by one, and a container may allow a thousand million.

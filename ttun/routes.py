@@ -10,7 +10,6 @@ Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg), 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import ipaddress
@@ -20,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Union
 
+from ttun._codec import ffi
 from ttun.errors import TtunError, UsageError
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -28,24 +28,6 @@ SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
 NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # what the kernel says without it
 METRIC = 1024  # what the kernel gives a route of IPv6 that names none
-
-
-class _Rtentry(ctypes.Structure):
-    _fields_ = [
-        ("pad1", ctypes.c_ulong),
-        ("destination", ctypes.c_char * 16),  # struct sockaddr_in, as are the next two
-        ("gateway", ctypes.c_char * 16),
-        ("mask", ctypes.c_char * 16),
-        ("flags", ctypes.c_ushort),
-        ("pad2", ctypes.c_short),
-        ("pad3", ctypes.c_ulong),
-        ("pad4", ctypes.c_void_p),
-        ("metric", ctypes.c_short),
-        ("device", ctypes.c_char_p),
-        ("mtu", ctypes.c_ulong),
-        ("window", ctypes.c_ulong),
-        ("irtt", ctypes.c_ushort),
-    ]
 
 
 def parse(text: str) -> Network:
@@ -74,17 +56,14 @@ def add(network: Network, device: str) -> None:
 
 def _add_ipv4(network: Network, device: str) -> None:
     def sockaddr(address: bytes) -> bytes:
-        return struct.pack("=HH4s8x", socket.AF_INET, 0, address)
+        return struct.pack("=H2x4s8x", socket.AF_INET, address)
 
-    entry = _Rtentry(flags=RTF_UP, device=device.encode())
-    # Past ctypes' strings, which end at the first zero.
-    base = ctypes.addressof(entry)
-    for field, address in (
-        (_Rtentry.destination, network.network_address),
-        (_Rtentry.gateway, ipaddress.IPv4Address(0)),
-        (_Rtentry.mask, network.netmask),
-    ):
-        ctypes.memmove(base + field.offset, sockaddr(address.packed), field.size)
+    name = ffi.from_buffer(device.encode() + b"\0")
+    places = network.network_address, ipaddress.IPv4Address(0), network.netmask
+    addresses = (sockaddr(place.packed) for place in places)  # destination, gateway, mask
+    address = int(ffi.cast("uintptr_t", name))
+    # struct rtentry
+    entry = struct.pack("@L16s16s16sHhLPhPLLH", 0, *addresses, RTF_UP, 0, 0, 0, 0, address, 0, 0, 0)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCADDRT, entry)
 

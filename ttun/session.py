@@ -1,7 +1,7 @@
 """One authenticated peer: the codec's session, its four threads, and why it ended.
 
 1. Drop what waits in the device: stale packets do not go into a new session.
-2. Start two threads per direction, each inside one long C call (csrc/pump.h) without the GIL.
+2. Start two threads per direction, each inside one long C call (csrc/session.h) without the GIL.
    On wire x1 a fifth one handles control frames (control.py).
 3. Wait for all of them. The first thing that goes wrong ends all of them.
 4. Wipe the keys and say why it ended and what went through.
@@ -22,26 +22,29 @@ from ttun.device import Device
 from ttun.handshake import Keys
 from ttun.settings import DEFAULT_LIMITS, NORMAL, Buffers, Limits
 
-FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/pump.h
+FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/session.h
 
 
 class Counters(NamedTuple):
-    """What a session carried. Packets as they stand in frames, and their bytes."""
+    """What a session counted; csrc/session.h says what each of them is."""
 
     uplink_packets: int = 0
     uplink_bytes: int = 0
     downlink_packets: int = 0
     downlink_bytes: int = 0
-    refused: int = 0  # packets of the peer that the kernel did not take
-    empty: int = 0  # frames without a packet
-    unsendable: int = 0  # packets of ours that fit no frame or contradict their vnet header
-    congested: int = 0  # packets of ours dropped because the queue stood too long
-    ignored: int = 0  # frames of a type that is not known
-    forged: int = 0  # offloaded packets of the peer that do not add up
+    refused: int = 0
+    empty: int = 0
+    unsendable: int = 0
+    congested: int = 0
+    ignored: int = 0
+    forged: int = 0
 
     def plus(self, other: Counters) -> Counters:
         """Return the sum of both."""
         return Counters(*map(sum, zip(self, other)))
+
+
+IN_CODEC = [getattr(lib, f"TTUN_COUNT_{name.upper()}") for name in Counters._fields]
 
 
 class Session:
@@ -128,7 +131,7 @@ class Session:
     def is_over(self) -> bool:
         """Whether it has ended, so that wait() returns soon."""
         session = self._c
-        return session is None or lib.ttun_session_end(session, ffi.NULL) != lib.TTUN_RUNNING
+        return session is None or lib.ttun_session_reason(session, ffi.NULL) != lib.TTUN_RUNNING
 
     def wait(self) -> str:
         """Wait until it is over, release all, and return why it ended."""
@@ -137,17 +140,17 @@ class Session:
         if self.control is not None:
             self.control.join()
         detail = ffi.new("int *")
-        end = lib.ttun_session_end(self._c, detail)
+        reason = lib.ttun_session_reason(self._c, detail)
         self._counters = _read_counters(self._c)
         self._c = None  # its keys are wiped now
         self._way = congestion.way(self._sock)
         self._sock.close()
         self.duration = time.monotonic() - self._started
-        self.device_lost = end == lib.TTUN_END_DEVICE
-        if end == lib.TTUN_END_STOPPED:
+        self.device_lost = reason == lib.TTUN_END_DEVICE
+        if reason == lib.TTUN_END_STOPPED:
             control = self.control.reason if self.control is not None else None
             return self._why or control or "stopped"
-        return _reason(end, detail[0])
+        return _reason(reason, detail[0])
 
     def counters(self) -> Counters:
         """Return what it carried so far, from any thread, also afterwards."""
@@ -165,21 +168,18 @@ class Session:
 
 
 def _read_counters(session: Any) -> Counters:
-    counters: Any = ffi.new("struct ttun_counters *")
-    lib.ttun_session_counters(session, counters)
-    return Counters(*(getattr(counters, name) for name in Counters._fields))
+    return Counters(*(lib.ttun_session_counter(session, which) for which in IN_CODEC))
 
 
 def _wire(keys: Keys) -> int:
     """Return the wire as the codec takes it: v1, or x1 and what the peer's device takes."""
     if keys.agreement is None:
         return 0
-    takes = [lib.TTUN_OFFLOAD_TCP, lib.TTUN_OFFLOAD_UDP]
-    bits = [bit for n, bit in enumerate(takes) if keys.agreement.features >> n & 1]
-    return int(lib.TTUN_X1 + sum(bits))
+    takes = keys.agreement.features << 1  # of an offer; the codec's bits are one higher
+    return int(lib.TTUN_X1 | takes & (lib.TTUN_OFFLOAD_TCP | lib.TTUN_OFFLOAD_UDP))
 
 
-def _reason(end: int, detail: int) -> str:
+def _reason(reason: int, detail: int) -> str:
     """Put the codec's reason into words for the log."""
     reasons = {
         lib.TTUN_END_STOPPED: "stopped",
@@ -192,4 +192,4 @@ def _reason(end: int, detail: int) -> str:
         lib.TTUN_END_NONCES: "this session ran out of nonces",
         lib.TTUN_END_CONTROL: f"the peer sent a {NAMES.get(detail)} frame out of place",
     }
-    return reasons[end]
+    return reasons[reason]

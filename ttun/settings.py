@@ -36,7 +36,7 @@ DEFAULT_LIMITS = Limits()
 class Buffers(NamedTuple):
     """How much memory a tunnel may take for what is under way.
 
-    A slot (csrc/lane.h) holds 260 KiB of frames, so the largest one always. The socket's own
+    A slot (csrc/ring.h) holds 260 KiB of frames, so the largest one always. The socket's own
     buffers are the kernel's to size: a bound set here would bound what goes through the connection
     in a round trip. docs/performance.md has the figures.
     """

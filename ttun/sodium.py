@@ -7,6 +7,7 @@ reaches into it.
 
 from __future__ import annotations
 
+from ttun._codec import lib as codec
 from ttun.errors import TtunError
 
 try:
@@ -21,7 +22,7 @@ except (ImportError, AttributeError) as problem:
         f"ttun needs PyNaCl 1.6 or newer with its own libsodium ({problem}): pip install -U pynacl"
     ) from None
 
-KEY_SIZE = 32
+KEY_SIZE: int = codec.TTUN_KEY_SIZE
 
 
 class Secret(bytearray):

@@ -5,6 +5,13 @@ from __future__ import annotations
 from ttun.congestion import Way
 from ttun.session import Counters
 
+DROPPED = {  # counters of packets that did not go through: how many ...
+    "refused": "of the peer's packets were refused by the kernel",
+    "unsendable": "could not be sent",
+    "congested": "were dropped as the link was full",
+    "forged": "of the peer's packets did not add up",
+}
+
 
 def carried(counters: Counters) -> str:
     """Return what went through in words."""
@@ -12,14 +19,9 @@ def carried(counters: Counters) -> str:
         f"sent {counters.uplink_packets} packets, {size(counters.uplink_bytes)}; "
         f"received {counters.downlink_packets} packets, {size(counters.downlink_bytes)}"
     )
-    if counters.refused:
-        text += f"; {counters.refused} of the peer's packets were refused by the kernel"
-    if counters.unsendable:
-        text += f"; {counters.unsendable} could not be sent"
-    if counters.congested:
-        text += f"; {counters.congested} were dropped as the link was full"
-    if counters.forged:
-        text += f"; {counters.forged} of the peer's packets did not add up"
+    for name, what in DROPPED.items():
+        if number := getattr(counters, name):
+            text += f"; {number} {what}"
     return text
 
 

@@ -5,7 +5,7 @@
  *  3. What is sealed comes out as it went in; a changed byte never does.
  *
  * The AEAD is a toy, so that a fuzzer can get past the tag; the codec never looks into it. */
-#include "codec.h"
+#include "frame.h"
 #include "fuzz.h"
 
 enum { TAG = 16 };

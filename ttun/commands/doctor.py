@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import datetime
 import errno
 import fcntl
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Union
 
 from ttun import privileges, tcp, tox
+from ttun._codec import ffi
 from ttun.commands.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
 from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
 from ttun.errors import TtunError, printable
@@ -236,7 +236,7 @@ def look_at_aes() -> Finding:
 def look_at_toxcore() -> Finding:
     """Is toxcore's library installed?"""
     try:
-        ctypes.CDLL(tox.LIBRARY)
+        ffi.dlopen(tox.LIBRARY)
     except OSError:
         cost = "no tunnel through Tox; over TCP nothing is lost"
         return Finding(LESS, "toxcore", f"no {tox.LIBRARY}", cost, tox.INSTALL)

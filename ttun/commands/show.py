@@ -35,16 +35,12 @@ MOST_LINES = 10  # about what was skipped
 LAST_RESORT = 10  # seconds
 OWN_NETNS = Path("/proc/self/ns/net")
 NAMED_NETNS = Path("/run/netns")  # ip-netns(8)
-DROPPED = ("refused", "unsendable", "congested", "forged")  # fields of Counters
 COUNTERS = {  # of Prometheus: name, help, the field of Counters
     "ttun_sent_bytes_total": ("Bytes of packets sent to the peer", "uplink_bytes"),
     "ttun_sent_packets_total": ("Packets sent to the peer", "uplink_packets"),
     "ttun_received_bytes_total": ("Bytes of packets received", "downlink_bytes"),
     "ttun_received_packets_total": ("Packets received", "downlink_packets"),
-    "ttun_refused_packets_total": ("Packets of the peer that the kernel refused", "refused"),
-    "ttun_unsendable_packets_total": ("Packets that could not be sent", "unsendable"),
-    "ttun_congested_packets_total": ("Packets dropped as the link was full", "congested"),
-    "ttun_forged_packets_total": ("Packets of the peer that did not add up", "forged"),
+    **{f"ttun_{name}_packets_total": (f"How many {w}", name) for name, w in words.DROPPED.items()},
 }
 
 
@@ -160,7 +156,7 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
         f"  sent: {words.size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
         f"  received: {words.size(total['downlink_bytes'])}, {total['downlink_packets']} packets",
     ]
-    dropped = {name: total[name] for name in DROPPED if total[name]}
+    dropped = {name: total[name] for name in words.DROPPED if total[name]}
     if dropped:
         lines.append("  dropped: " + ", ".join(f"{n} {name}" for name, n in dropped.items()))
     if tunnel["sessions"] > 1:

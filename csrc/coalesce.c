@@ -1,86 +1,21 @@
-/* The flow, on the way in:
+/* From packets to one that the kernel takes in one go:
  *
- *  1. ttun_segment checks the kernel's header against the packet.
- *  2. ttun_next_segment moves the headers in front of each part of the payload, where the payload
- *     of the segment before was, so that nothing is copied but headers. As in the kernel, each
- *     checksum comes from the sum that the field held, with the length exchanged. The addresses
- *     are not looked at: with a routing header or a source route the final one is elsewhere.
- *
- * and on the way out:
- *
- *  3. ttun_coalesce looks whether a packet is the next of its flow, with nothing unusual about it
+ *  1. ttun_coalesce looks whether a packet is the next of its flow, with nothing unusual about it
  *     and right checksums. Merged packets reach the kernel as «checksum to be completed», so a
  *     wrong one would be made right: what is broken is never merged.
- *  4. ttun_flush gives the first packet's headers the length of all of them.
+ *  2. ttun_flush gives the first packet's headers the length of all of them.
  *
  * or, between two ends that both have offloads:
  *
- *  5. ttun_stays_whole asks whether the other end could restore the kernel's header.
- *  6. ttun_restore_vnet does so, from the packet alone, and refuses what does not add up. */
-#include "offload.h"
-
-#include <assert.h>
+ *  3. ttun_stays_whole asks whether the other end could restore the kernel's header.
+ *  4. ttun_restore_vnet does so, from the packet alone, and refuses what does not add up. */
 #include <string.h>
 
-#include "checksum.h"
+#include "offload.h"
+#include "packet.h"
 
-enum {
-    IPV4_HEADER = 20,
-    IPV6_HEADER = 40,
-    TCP_HEADER = 20,
-    UDP_HEADER = 8,
-    PROTO_TCP = 6,
-    PROTO_UDP = 17,
-    TCP_CHECKSUM = 16, /* where it stands in the header */
-    UDP_CHECKSUM = 6,
-    UDP_SEGMENTS_MAX = 128, /* UDP_MAX_SEGMENTS of linux/udp.h: no kernel makes more of one */
-    FIN = 0x01,
-    SYN = 0x02,
-    RST = 0x04,
-    PSH = 0x08,
-    ACK = 0x10,
-    URG = 0x20,
-    CWR = 0x80
-};
-
-static_assert(sizeof(struct ttun_vnet) == 10, "the kernel's header has no padding");
-
-static uint16_t get16(const uint8_t *p) {
-    return (uint16_t)(p[0] << 8 | p[1]);
-}
-static uint32_t get32(const uint8_t *p) {
-    return (uint32_t)get16(p) << 16 | get16(p + 2);
-}
-
-static void put16(uint8_t *p, uint16_t v) {
-    p[0] = (uint8_t)(v >> 8);
-    p[1] = (uint8_t)v;
-}
-
-static void put32(uint8_t *p, uint32_t v) {
-    put16(p, (uint16_t)(v >> 16));
-    put16(p + 2, (uint16_t)v);
-}
-
-/* ---- checksums ------------------------------------------------------------------------------ */
-
-/* Stores a folded sum, which has the byte order of the machine already. */
-static void store_sum(uint8_t *field, uint16_t sum) {
-    memcpy(field, &sum, sizeof sum);
-}
-
-static uint16_t load_sum(const uint8_t *field) {
-    uint16_t sum;
-    memcpy(&sum, field, sizeof sum);
-    return sum;
-}
-
-/* What the length of the transport's packet adds to the sum over the pseudo-header. */
-static uint64_t length_sum(size_t size) {
-    uint8_t length[4];
-    put32(length, (uint32_t)size);
-    return ttun_sum(0, length, sizeof length);
-}
+/* UDP_MAX_SEGMENTS of linux/udp.h: no kernel makes more of one. */
+enum { UDP_SEGMENTS_MAX = 128 };
 
 /* The sum over the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1). size: of the transport's packet.
  */
@@ -90,113 +25,6 @@ static uint64_t pseudo_sum(const uint8_t *packet, uint8_t protocol, size_t size)
     uint64_t sum = ttun_sum(length_sum(size), next, sizeof next);
     return v6 ? ttun_sum(sum, packet + 8, 32) : ttun_sum(sum, packet + 12, 8);
 }
-
-static void set_ip_length(uint8_t *packet, size_t size) {
-    if (packet[0] >> 4 == 6) {
-        put16(packet + 4, (uint16_t)(size - IPV6_HEADER));
-        return;
-    }
-    put16(packet + 2, (uint16_t)size);
-    put16(packet + 10, 0);
-    store_sum(packet + 10, (uint16_t)~ttun_fold(ttun_sum(0, packet, (packet[0] & 15) * 4u)));
-}
-
-/* ---- segment -------------------------------------------------------------------------------- */
-
-/* Completes the checksum of a packet whose field holds the sum over its pseudo-header. */
-static bool complete_checksum(uint8_t *packet, size_t size, size_t start, size_t offset) {
-    size_t field = start + offset;
-    if (field + 2 > size)
-        return false;
-    uint16_t sum = (uint16_t)~ttun_fold(ttun_sum(0, packet + start, size - start));
-    if (sum == 0 && offset == UDP_CHECKSUM)
-        sum = 0xffff; /* zero would mean that there is none (RFC 768) */
-    store_sum(packet + field, sum);
-    return true;
-}
-
-bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_t *packet,
-                  size_t size) {
-    g->packet = packet;
-    g->size = size;
-    g->next = size; /* nothing left, until all is checked */
-    g->gso_size = 0;
-    if (size == 0 || size > TTUN_PACKET_MAX)
-        return false;
-    if (vnet->gso_type == TTUN_GSO_NONE) {
-        if (vnet->flags & TTUN_NEEDS_CHECKSUM &&
-            !complete_checksum(packet, size, vnet->checksum_start, vnet->checksum_offset))
-            return false;
-        g->next = 0;
-        return true;
-    }
-    bool udp = vnet->gso_type == TTUN_GSO_UDP;
-    bool v6 = packet[0] >> 4 == 6;
-    if (!udp && vnet->gso_type != (v6 ? TTUN_GSO_TCP6 : TTUN_GSO_TCP4))
-        return false;
-    /* The transport starts where its checksum does; extension headers may lie before it. */
-    size_t ip = v6 ? IPV6_HEADER : (packet[0] & 15u) * 4u;
-    size_t start = vnet->checksum_start;
-    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || start < (v6 ? IPV6_HEADER : IPV4_HEADER) ||
-        (v6 ? start < ip : start != ip || packet[0] >> 4 != 4) ||
-        start + (udp ? UDP_HEADER : TCP_HEADER) > size)
-        return false;
-    size_t headers = start + (udp ? UDP_HEADER : (packet[start + 12] >> 4) * 4u);
-    if (headers < start + (udp ? UDP_HEADER : TCP_HEADER) || headers >= size || vnet->gso_size == 0)
-        return false;
-    g->udp = udp;
-    g->headers_size = headers;
-    g->transport = start;
-    g->gso_size = vnet->gso_size;
-    g->next = headers;
-    g->flags = udp ? 0 : packet[start + 13];
-    /* The kernel's sum over the pseudo-header, without the length: each segment has its own. */
-    g->partial = load_sum(packet + start + (udp ? UDP_CHECKSUM : TCP_CHECKSUM)) +
-                 (uint64_t)(uint16_t)~ttun_fold(length_sum(size - start));
-    return true;
-}
-
-const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
-    if (g->next >= g->size)
-        return NULL;
-    if (g->gso_size == 0) {
-        g->next = g->size;
-        *size = g->size;
-        return g->packet;
-    }
-    size_t left = g->size - g->next;
-    size_t payload = left < g->gso_size ? left : g->gso_size;
-    bool first = g->next == g->headers_size, last = payload == left;
-    uint8_t *segment = g->packet + g->next - g->headers_size;
-    uint8_t *transport = segment + g->transport;
-    size_t whole = g->headers_size + payload;
-    size_t transport_size = whole - g->transport;
-    if (!first) /* they may be longer than a payload */
-        memmove(segment, segment - g->gso_size, g->headers_size);
-
-    if (!first && segment[0] >> 4 == 4) /* each segment is a packet of its own (RFC 6864) */
-        put16(segment + 4, (uint16_t)(get16(segment + 4) + 1));
-    set_ip_length(segment, whole);
-    size_t field = g->udp ? UDP_CHECKSUM : TCP_CHECKSUM;
-    if (g->udp) {
-        put16(transport + 4, (uint16_t)transport_size);
-    } else {
-        if (!first)
-            put32(transport + 4, get32(transport + 4) + (uint32_t)g->gso_size);
-        transport[13] = g->flags;
-        if (!last)
-            transport[13] &= (uint8_t)~(FIN | PSH);
-        if (!first)
-            transport[13] &= (uint8_t)~CWR; /* RFC 3168, 6.1.2: once */
-    }
-    store_sum(transport + field, ttun_fold(g->partial + length_sum(transport_size)));
-    complete_checksum(segment, whole, g->transport, field);
-    g->next += payload;
-    *size = whole;
-    return segment;
-}
-
-/* ---- coalesce ------------------------------------------------------------------------------- */
 
 /* Where things are in a packet that may be merged. */
 struct layout {

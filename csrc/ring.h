@@ -1,4 +1,4 @@
-/* A lane: a ring of slots between the two threads of one direction.
+/* A ring buffer: slots between the two threads of one direction.
  *
  *  1. The first thread takes a free slot, fills it, and pushes it behind the others.
  *  2. The second one takes the oldest, empties it, and releases it.
@@ -6,8 +6,8 @@
  * Waking a thread for a slot is dear where cores are scarce. So the first thread may ask to empty
  * the slot by itself (`direct`): it may when nothing is before it and nobody works, and it returns
  * the slot emptied, or unfinished for the second thread to go on. */
-#ifndef TTUN_LANE_H
-#define TTUN_LANE_H
+#ifndef TTUN_RING_H
+#define TTUN_RING_H
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 enum {
-    SLOTS = 4,             /* per lane, at most */
+    SLOTS = 4,             /* of each ring, at most */
     SLOT_SIZE = 260 * 1024 /* bytes: four of the largest frames */
 };
 
@@ -25,7 +25,7 @@ struct slot {
     uint64_t since;    /* when its first frame came, in microseconds; the uplink's only */
 };
 
-struct lane {
+struct ring {
     pthread_mutex_t lock;
     pthread_cond_t work; /* the second thread waits for a filled slot */
     pthread_cond_t room; /* the first one for a free slot, or for all to be done */
@@ -38,38 +38,38 @@ struct lane {
 };
 
 /* Makes an empty one on count * SLOT_SIZE bytes of memory. Returns 0, or -1 with errno set. */
-int lane_init(struct lane *lane, uint8_t *memory, unsigned count);
+int ring_init(struct ring *ring, uint8_t *memory, unsigned count);
 
 /* Only when no thread uses it any more. */
-void lane_destroy(struct lane *lane);
+void ring_destroy(struct ring *ring);
 
 /* Ends it: whoever waits comes back with nothing. */
-void lane_close(struct lane *lane);
+void ring_close(struct ring *ring);
 
 /* First thread: the next slot to fill, or NULL when the session is over. Waits for a free one. */
-struct slot *lane_free_slot(struct lane *lane);
+struct slot *ring_free_slot(struct ring *ring);
 
 /* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
- * was before it, so that nobody works: the caller then empties it and calls lane_return. */
-bool lane_push(struct lane *lane, bool direct);
+ * was before it, so that nobody works: the caller then empties it and calls ring_return. */
+bool ring_push(struct ring *ring, bool direct);
 
 /* Second thread: the oldest filled slot, or NULL when the session is over. */
-struct slot *lane_take(struct lane *lane);
+struct slot *ring_take(struct ring *ring);
 
 /* Second thread: gives the emptied slot back. */
-void lane_release(struct lane *lane);
+void ring_release(struct ring *ring);
 
-/* First thread, when lane_push left the slot to it: emptied, the slot is the next one to fill,
+/* First thread, when ring_push left the slot to it: emptied, the slot is the next one to fill,
  * while it is in the cache; `unfinished`, the second thread goes on with it. */
-void lane_return(struct lane *lane, bool unfinished);
+void ring_return(struct ring *ring, bool unfinished);
 
 /* First thread: how many are filled. */
-unsigned lane_filled(struct lane *lane);
+unsigned ring_filled(struct ring *ring);
 
 /* First thread: since when the oldest filled slot has waited, or 0 when none is filled. */
-uint64_t lane_waits_since(struct lane *lane);
+uint64_t ring_waits_since(struct ring *ring);
 
 /* First thread: waits until all that it handed over is done. */
-void lane_finish(struct lane *lane);
+void ring_finish(struct ring *ring);
 
 #endif

@@ -1,5 +1,5 @@
 #define _DEFAULT_SOURCE /* explicit_bzero */
-#include "codec.h"
+#include "frame.h"
 
 #include <assert.h>
 #include <dlfcn.h>

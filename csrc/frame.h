@@ -8,19 +8,18 @@
  *
  * This file knows bytes and nothing else: no descriptor, no thread, no Python. The AEAD functions
  * are libsodium's, handed in as pointers, so the process has one libsodium: the one in PyNaCl. */
-#ifndef TTUN_CODEC_H
-#define TTUN_CODEC_H
+#ifndef TTUN_FRAME_H
+#define TTUN_FRAME_H
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include "wire.h"
+
 enum {
-    TTUN_KEY_SIZE = 32,
     TTUN_KEY_STATE = 512, /* room for an expanded key: libsodium's crypto_aead_aes256gcm_state */
     TTUN_NONCE_MAX = 32,
-    TTUN_TAG_MAX = 32,
-    TTUN_PREFIX = 2,        /* bytes of the length prefix */
-    TTUN_LENGTH_MAX = 65535 /* the largest length that the prefix can say */
+    TTUN_TAG_MAX = 32
 };
 
 /* libsodium's combined mode: crypto_aead_*_encrypt and crypto_aead_*_decrypt. Both work in place.
