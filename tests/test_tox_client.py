@@ -18,12 +18,12 @@ from toxnet import on_loop, reset
 from tunnel import eventually
 
 from ttun.tox import client as tox_client
-from ttun.tox import command, packet, protocol, toxcore
+from ttun.tox import instance, packet, protocol, toxcore
 from ttun.tox.client import Client
+from ttun.tox.instance import FriendPacket, FriendStatus, Tox
 from ttun.tox.loop import TICK, Loop
 from ttun.tox.protocol import Growth, Peer, Requested
 from ttun.tox.stream import Stream
-from ttun.tox.toxcore import FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
 
@@ -73,7 +73,7 @@ class Server:
 
         def receive() -> None:
             for data in waiting:
-                self.client.on_event(Packet(friend, data))
+                self.client.on_event(FriendPacket(friend, data))
 
         self._do(receive)
 
@@ -126,7 +126,7 @@ def test_what_comes_before_toxcore_tells_of_the_server_is_heard(server: Server) 
     """Its HELLO: else this client takes it for the original, and the end of its input ends all."""
     (friend,) = on_loop(server.client.loop, server.client.loop.tox.friends)
     hello = server.peer.control.popleft()
-    on_loop(server.client.loop, lambda: server.client.on_event(Packet(friend, hello)))
+    on_loop(server.client.loop, lambda: server.client.on_event(FriendPacket(friend, hello)))
     server.is_now(toxcore.UDP)
     (request,) = server.hears()
     server.accepts(request)
@@ -256,9 +256,9 @@ def test_a_client_takes_any_port_and_a_server_one_that_is_looked_for(
         ports.append(options["udp_ports"][0])
         return object()
 
-    monkeypatch.setattr(toxcore, "Tox", record)
+    monkeypatch.setattr(instance, "Tox", record)
     for server in (True, False):
         ports.clear()
         for _ in range(100):
-            command.open_tox(None, 0, None, server=server)
+            instance.open_tox(None, 0, None, server=server)
         assert all(33445 <= port <= 33545 for port in ports) == server

@@ -24,11 +24,11 @@ from tunnel import eventually
 from ttun.tox import packet, protocol, toxcore
 from ttun.tox import server as server_module
 from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox.instance import FriendPacket, FriendRequest, FriendStatus, Tox
 from ttun.tox.loop import Loop
 from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
 from ttun.tox.protocol import FIRST_WINDOW, Growth, Peer, Tunnel
 from ttun.tox.server import Server
-from ttun.tox.toxcore import FriendRequest, FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
 
@@ -63,7 +63,7 @@ class Friend:
 
         def receive() -> list[bytes]:
             for data in packets:
-                self.server.on_event(Packet(self.number, data))
+                self.server.on_event(FriendPacket(self.number, data))
             return self._heard()
 
         self._hear(self._do(receive))

@@ -22,6 +22,7 @@ from ttun.process.signals import ENDING, Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import Client
 from ttun.tox.forwarder import Forwarder
+from ttun.tox.instance import Tox, open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import Forward, Options
 from ttun.tox.server import Server
@@ -29,7 +30,6 @@ from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 
-ATTEMPTS = 20  # at ports that nobody else has
 PING_TIMEOUT = 120.0  # seconds
 DESCRIPTORS = 8192
 
@@ -73,50 +73,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     return end.wait(forwarder.log_status)
 
 
-def open_tox(
-    directory: Path | None,
-    relay_port: int | None,
-    udp_ports: tuple[int, int] | None,
-    proxy: toxcore.Proxy | None = None,
-    *,
-    server: bool,
-    verbose: bool = False,
-) -> toxcore.Tox:
-    """Open a Tox at the ports that were asked for, None for any. Raises TtunError.
-
-    directory: where its identity is kept, and is put if there is none; None for one that is not.
-    A server is where others on its network look. A client looks itself, and may be anywhere: with
-    one of ten ports it would have that of the last client sooner or later, whom a server may still
-    be looking for: the original's does as long as it runs.
-    """
-    saved = None if directory is None else identity.load(directory)
-    attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
-    for attempt in range(attempts):
-        anywhere = not server or attempt > 1
-        for ipv6 in (True, False):
-            try:
-                tox = toxcore.Tox(
-                    savedata=saved,
-                    tcp_port=options.any_relay_port() if relay_port is None else relay_port,
-                    udp_ports=udp_ports or options.any_udp_ports(anywhere=anywhere),
-                    proxy=proxy,
-                    ipv6=ipv6,
-                    verbose=verbose,
-                )
-                if directory is not None:
-                    identity.keep(tox, directory, saved)
-                return tox
-            except toxcore.BadIdentity as error:
-                assert directory is not None
-                raise TtunError(f"cannot use {directory / identity.SAVE}: {error}") from None
-            except TtunError as error:  # without IPv6 it may be another one
-                is_last = attempt == attempts - 1 or not isinstance(error, toxcore.NoPort)
-                if is_last and not ipv6:
-                    raise
-    raise AssertionError
-
-
-def _open(asked: Options) -> toxcore.Tox:
+def _open(asked: Options) -> Tox:
     """Open our Tox, with the identity that was kept, and say who we are."""
     keep = not asked.client or asked.keep_identity
     if asked.keep_identity:

@@ -22,13 +22,13 @@ from collections import deque
 from collections.abc import Sequence
 
 from ttun.errors import ProtocolError
+from ttun.tox import instance, protocol, toxcore
 from ttun.tox import loop as loops
-from ttun.tox import protocol, toxcore
+from ttun.tox.instance import FriendPacket, FriendRequest, FriendStatus, SelfStatus
 from ttun.tox.nodes import Node
 from ttun.tox.pace import Pace
 from ttun.tox.protocol import Peer
 from ttun.tox.stream import FULL, MORE, Stream
-from ttun.tox.toxcore import FriendStatus, Packet
 
 log = logging.getLogger("ttun")
 
@@ -124,16 +124,16 @@ class Forwarder:
         self._next_bootstrap = 0.0
         self._bootstrapping = False
 
-    def on_event(self, event: toxcore.Event) -> None:
+    def on_event(self, event: instance.Event) -> None:
         """Take what toxcore reports."""
-        if isinstance(event, Packet):
+        if isinstance(event, FriendPacket):
             # toxcore tells that a friend is there once it knows over what. Before that some packets
             # may have come through a relay, the friend's HELLO first of all.
             link = self.links.get(event.friend) or self._meet(event.friend)
             self._receive(link, event.data)
         elif isinstance(event, FriendStatus):
             self._friend_status(event)
-        elif isinstance(event, toxcore.SelfStatus):
+        elif isinstance(event, SelfStatus):
             self.online = event.connection != toxcore.OFFLINE
             self._way = toxcore.TRANSPORTS.get(event.connection, "?")
             log.info("%s", self._network())
@@ -288,7 +288,7 @@ class Forwarder:
 
     # What the two roles do differently.
 
-    def on_request(self, request: toxcore.FriendRequest) -> None:
+    def on_request(self, request: FriendRequest) -> None:
         """Somebody wants to be a friend."""
 
     def on_link(self, link: Link) -> None:

@@ -28,7 +28,7 @@ import time
 from collections import deque
 from typing import Callable, Protocol
 
-from ttun.tox.toxcore import Event, Tox
+from ttun.tox.instance import Event, Tox
 
 log = logging.getLogger("ttun")
 

@@ -2,7 +2,7 @@
 
 A file in the form of nodes.tox.chat/json: ``-b FILE``, else /etc/tuntox/nodes.json, else the list
 in this package. Hosts on the same private network find each other without any, if they have one of
-the UDP ports where toxcore looks (options.LAN_PORTS).
+the UDP ports where toxcore looks (instance.LAN_PORTS).
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from typing import Callable
 
 from ttun.tox import packet, protocol
 from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox.instance import FriendRequest
 from ttun.tox.loop import Loop
 from ttun.tox.rules import Rule, allowed
 from ttun.tox.stream import Stream
-from ttun.tox.toxcore import FriendRequest
 
 log = logging.getLogger("ttun")
 

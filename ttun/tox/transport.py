@@ -21,7 +21,7 @@ from ttun.flag import StopFlag
 from ttun.tcp import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
-from ttun.tox.command import open_tox
+from ttun.tox.instance import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
 from ttun.tox.server import Server
