@@ -285,6 +285,15 @@ def test_a_name_is_refused_where_there_are_no_threads(
     friend.open(target.getsockname()[1])
 
 
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", ".", "ä"])
+def test_a_name_that_cannot_be_one_is_refused_and_ends_nothing(server: Server, host: str) -> None:
+    """getaddrinfo() raises UnicodeError for these, no OSError: any friend could end the server."""
+    friend = Friend(server, FRIEND)
+    friend.peer.request(host, 1, object())
+    eventually(lambda: (friend.talk(), friend.refusals)[1], "an answer")
+    assert friend.refusals == [packet.NAME]
+
+
 def no_thread(_: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 

@@ -194,7 +194,7 @@ class Server(Forwarder):
         try:
             self._connect(link, request, _addresses(request, socket.AI_NUMERICHOST))
             return
-        except OSError:
+        except (OSError, UnicodeError):
             pass
         self._names.append((link, request))
         self._look_up_names()
