@@ -119,7 +119,7 @@ class Tox:
             self._tox = lib.tox_new(options, self._error)
         finally:
             lib.tox_options_free(options)
-        # With savedata of a bad format tox_new() returns an error, and a Tox of a fresh identity.
+        # For savedata of a bad format tox_new() returns an error and a Tox with a fresh identity.
         code = self._error[0]
         if self._tox != ffi.NULL and (code or not self._is_identity_in(savedata)):
             self.close()
@@ -151,7 +151,7 @@ class Tox:
             getattr(lib, f"tox_callback_{name}")(self._tox, callback)
 
     def close(self) -> None:
-        """Leave the network and free it."""
+        """Leave the network and free the instance."""
         if self._tox is not None:
             self._lib.tox_kill(self._tox)
             self._tox = None
@@ -165,7 +165,7 @@ class Tox:
         return events
 
     def interval(self) -> float:
-        """Return the seconds after which toxcore wants to be iterated again."""
+        """Return the seconds until toxcore has to be iterated again."""
         return int(self._lib.tox_iteration_interval(self._tox)) / 1000
 
     def address(self) -> bytes:
@@ -181,7 +181,7 @@ class Tox:
         return bytes(data)
 
     def bootstrap(self, host: str, port: int, key: bytes, relay_ports: tuple[int, ...]) -> None:
-        """Get to know a node of the network: over UDP, and as a TCP relay at its ports."""
+        """Introduce a node of the network: at its UDP port, and as a TCP relay at its TCP ports."""
         name = host.encode()
         self._lib.tox_bootstrap(self._tox, name, port, key, self._error)
         for relay_port in relay_ports:
@@ -198,7 +198,7 @@ class Tox:
         return int(friend)
 
     def accept_friend(self, key: bytes) -> int | None:
-        """Take somebody as a friend; return the number, None if toxcore does not want to."""
+        """Make the owner of a key a friend; return the number, None if toxcore refuses."""
         friend = self._lib.tox_friend_add_norequest(self._tox, key, self._error)
         return None if self._error[0] else int(friend)
 
@@ -219,7 +219,7 @@ class Tox:
         return bytes(key)
 
     def send(self, friend: int, data: bytes) -> bool:
-        """Send a packet; False if toxcore takes none now: its queue is full or the friend gone."""
+        """Send a packet; False if toxcore takes none: its queue is full or the friend offline."""
         return bool(
             self._lib.tox_friend_send_lossless_packet(
                 self._tox, friend, data, len(data), self._error

@@ -183,7 +183,7 @@ def join_values(arguments: Sequence[str]) -> list[str]:
 def find_secrets(arguments: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield where a secret may be behind ``ttun``: an argument's index, and its first character.
 
-    Behind -s, and in what is neither an option nor a value, as ttun.arguments.find_secrets does.
+    Behind -s, and in what is neither an option nor a value, as ttun.process.argv.find_secrets does.
     """
     index = 0  # of "tox"
     while (index := index + 1) < len(arguments):

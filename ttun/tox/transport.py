@@ -77,7 +77,7 @@ class Dialer:
                 with contextlib.suppress(queue.Empty):
                     reason = answers.get(timeout=0.1)
                     if reason is not None:
-                        raise OSError(packet.REASONS.get(reason, f"reason {reason}"))
+                        raise OSError(packet.describe(reason))
                     return ours
             if loop.over.is_set() and not stop.is_set():
                 raise TtunError(f"Tox ended: {loop.error}")
