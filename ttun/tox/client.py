@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from ttun.errors import ProtocolError
-from ttun.tox import packet, protocol, socks5
+from ttun.tox import identity, packet, protocol, socks5
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.link import Link
 from ttun.tox.loop import Loop
@@ -70,7 +70,7 @@ class Client(Forwarder):
         self._address = address
         self._message = GREETING if secret is None else secret + b"\0"
         self._waiting: set[_Waiting] = set()
-        self._listeners: list[_Listener] = []
+        self._ports: list[_OpenPort] = []
         self._talks: set[_SocksTalk] = set()
         self.link: Link | None = None
         self.on_online: Callable[[], None] | None = None
@@ -79,7 +79,7 @@ class Client(Forwarder):
 
     def listen(self, listener: socket.socket, target: tuple[str, int] | None) -> None:
         """Forward what connects to a listening socket: to target, or where SOCKS5 says."""
-        self._listeners.append(_Listener(self, listener, target))
+        self._ports.append(_OpenPort(self, listener, target))
 
     def open(
         self,
@@ -135,7 +135,7 @@ class Client(Forwarder):
             self.loop.tox.delete_friend(friend)
         self.loop.tox.add_friend(self._address, self._message)
         self._invited = time.monotonic()
-        log.info("looking for %s", self._address.hex()[:8].upper())
+        log.info("looking for %s", identity.short_name(self._address))
 
     def on_link(self, link: Link) -> None:
         """Request what waited for the server."""
@@ -176,13 +176,13 @@ class Client(Forwarder):
                 self._refuse(waiting, packet.LEFT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
-        for listener in self._listeners:
-            listener.accept(0)
+        for port in self._ports:
+            port.accept(0)
 
     def on_stop(self) -> None:
         """Close everything."""
-        for listener in self._listeners:
-            listener.close()
+        for port in self._ports:
+            port.close()
         for talk in list(self._talks):
             talk.close()
         super().on_stop()
@@ -203,7 +203,7 @@ class Client(Forwarder):
         self._talks.discard(talk)
 
 
-class _Listener:
+class _OpenPort:
     """A listening socket on the loop."""
 
     def __init__(

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from ttun.tox import protocol, toxcore
+from ttun.tox import identity, protocol, toxcore
 from ttun.tox.instance import Event, FriendPacket, FriendRequest, FriendStatus, SelfStatus
 from ttun.tox.link import UNKNOWN_WAY, Link
 from ttun.tox.loop import Loop
@@ -86,7 +86,7 @@ class Forwarder:
 
     def _meet(self, friend: int, way: str = UNKNOWN_WAY) -> Link:
         """Make the link of a friend that came online."""
-        name = self.loop.tox.friend_key(friend).hex()[:8].upper()
+        name = identity.short_name(self.loop.tox.friend_key(friend))
         mux = protocol.Multiplexer(
             server=self.is_server, first_id=int.from_bytes(os.urandom(4), "big"), growth=self.growth
         )

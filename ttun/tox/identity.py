@@ -64,6 +64,11 @@ def checksum(data: bytes) -> bytes:
     return bytes(functools.reduce(operator.xor, data[half::2], 0) for half in (0, 1))
 
 
+def short_name(key: bytes) -> str:
+    """Return how the log names the owner of a key: the first digits of the Tox ID."""
+    return key.hex()[:8].upper()
+
+
 def hosts_files() -> tuple[Path, Path]:
     """Return where names are kept, ``NAME TOXID [SECRET]`` lines: ours, and that of Tuntox."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")

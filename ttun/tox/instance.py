@@ -94,7 +94,7 @@ class Tox:
         options = lib.tox_options_new(ffi.NULL)
         if options == ffi.NULL:
             raise _start_error(toxcore.NO_MEMORY)
-        keep = []  # toxcore keeps pointers, not copies, until tox_new has returned
+        alive = []  # toxcore keeps pointers, not copies, until tox_new has returned
         try:
             lib.tox_options_set_ipv6_enabled(options, ipv6)
             lib.tox_options_set_udp_enabled(options, udp_ports is not None and proxy is None)
@@ -104,14 +104,14 @@ class Tox:
                 lib.tox_options_set_end_port(options, udp_ports[1])
             lib.tox_options_set_tcp_port(options, tcp_port)
             if proxy is not None:
-                keep.append(ffi.new("char[]", proxy.host.encode()))
+                alive.append(ffi.new("char[]", proxy.host.encode()))
                 lib.tox_options_set_proxy_type(options, proxy.kind)
-                lib.tox_options_set_proxy_host(options, keep[-1])
+                lib.tox_options_set_proxy_host(options, alive[-1])
                 lib.tox_options_set_proxy_port(options, proxy.port)
             if savedata is not None:
-                keep.append(ffi.new("uint8_t[]", savedata))
+                alive.append(ffi.new("uint8_t[]", savedata))
                 lib.tox_options_set_savedata_type(options, toxcore.SAVEDATA_TOX_SAVE)
-                lib.tox_options_set_savedata_data(options, keep[-1], len(savedata))
+                lib.tox_options_set_savedata_data(options, alive[-1], len(savedata))
                 lib.tox_options_set_savedata_length(options, len(savedata))
             if verbose:
                 self._log_callback = ffi.callback("log_cb", self._on_log)

@@ -37,15 +37,13 @@ class Node(NamedTuple):
     relay_ports: tuple[int, ...]
 
 
-def find(given: Path | None) -> list[Node]:
-    """Return the nodes to use. Raises TtunError if the file that was named cannot be used."""
-    if given is not None:
-        return read(given)
-    return read(SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE)
+def load(path: Path | None) -> list[Node]:
+    """Return the nodes in a file, None for the system's file or else the packaged one.
 
-
-def read(path: Path) -> list[Node]:
-    """Return the nodes in a file; entries without a usable address and key are left out."""
+    Entries without a usable address and key are left out. Raises TtunError.
+    """
+    if path is None:
+        path = SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE
     try:
         document = json.loads(files.read(path, MAX_SIZE).decode())
         entries = document["nodes"]

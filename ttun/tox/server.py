@@ -15,7 +15,7 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
-from ttun.tox import packet, protocol
+from ttun.tox import identity, packet, protocol
 from ttun.tox.connecting import Connector
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.instance import FriendRequest
@@ -58,7 +58,7 @@ class Server(Forwarder):
 
     def on_request(self, request: FriendRequest) -> None:
         """Accept a friend, or log why not. Its message is never logged."""
-        name = request.key.hex()[:8].upper()
+        name = identity.short_name(request.key)
         reason = self._why_not(request)
         if reason:
             log.warning("friend request of %s ignored: %s", name, reason)

@@ -45,7 +45,7 @@ class Dialer:
         """Look up who is meant. Raises TtunError."""
         self._contact = identity.find_contact(server)
         self._secret = _secret() or self._contact.secret
-        self._nodes = nodes.find(node_file)
+        self._nodes = nodes.load(node_file)
         self._loop: Loop | None = None
         self._client: Client | None = None
 
@@ -92,7 +92,7 @@ class Listener:
 
     def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
         """Open Tox with the identity in directory; nobody is served before start()."""
-        known = nodes.find(node_file)
+        known = nodes.load(node_file)
         secret = _secret()
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
