@@ -1,7 +1,7 @@
 """A client's server, played by the test: real sockets, real toxcore, but packets of our making.
 
-toxcore is not on any network here, so what the client says stays in ``Peer.control``, where the
-test reads it.
+toxcore is not on any network here, so what the client says stays in ``Multiplexer.control``, where
+the test reads it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from toxnet import on_loop, reset
 from tunnel import eventually
 
 from ttun.tox import client as tox_client
-from ttun.tox import command, packet, protocol, toxcore
+from ttun.tox import instance, packet, protocol, toxcore
 from ttun.tox.client import Client
+from ttun.tox.instance import FriendPacket, FriendStatus, Tox
 from ttun.tox.loop import TICK, Loop
-from ttun.tox.protocol import Growth, Peer, Requested
+from ttun.tox.protocol import Growth, Multiplexer, Requested
 from ttun.tox.stream import Stream
-from ttun.tox.toxcore import FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
 
@@ -50,14 +50,14 @@ class Server:
     def streams(self) -> set[Stream]:
         """What the client forwards."""
         assert self.client.link is not None
-        return self.client.link.streams
+        return self.client.link.streams.all
 
     def _do(self, function: Callable[[], T]) -> T:
         return on_loop(self.client.loop, function)
 
     def start(self) -> None:
         """Know nothing of what was before."""
-        self.peer = Peer(server=True, first_id=0, growth=Growth())
+        self.mux = Multiplexer(server=True, first_id=0, growth=Growth())
 
     def is_now(self, connection: int) -> None:
         """Have toxcore report it."""
@@ -66,14 +66,14 @@ class Server:
 
     def says(self, *packets: bytes) -> None:
         """Have the client receive what waits, and more."""
-        waiting = [*self.peer.control, *packets]
-        self.peer.control.clear()
+        waiting = [*self.mux.control, *packets]
+        self.mux.control.clear()
         assert self.client.link is not None
         friend = self.client.link.friend
 
         def receive() -> None:
             for data in waiting:
-                self.client.on_event(Packet(friend, data))
+                self.client.on_event(FriendPacket(friend, data))
 
         self._do(receive)
 
@@ -82,18 +82,18 @@ class Server:
 
         def take() -> list[bytes]:
             assert self.client.link is not None
-            said = list(self.client.link.peer.control)
-            self.client.link.peer.control.clear()
+            said = list(self.client.link.mux.control)
+            self.client.link.mux.control.clear()
             return said
 
-        events = [self.peer.receive(data) for data in self._do(take)]
+        events = [self.mux.receive(data) for data in self._do(take)]
         return [event for event in events if isinstance(event, Requested)]
 
     def accepts(self, request: Requested) -> None:
         """Open the tunnel, on which the application and the target then talk."""
-        tunnel = self.peer.accept(request.forward_id, None)
+        tunnel = self.mux.accept(request.forward_id, None)
         assert tunnel is not None
-        self.says(self.peer.data(tunnel, b"hello"))
+        self.says(self.mux.data(tunnel, b"hello"))
         assert self.answers.get(timeout=20) is None
         assert self.app.recv(10) == b"hello"
 
@@ -125,8 +125,8 @@ def test_what_was_asked_for_waits_for_a_server_that_starts_afresh(server: Server
 def test_what_comes_before_toxcore_tells_of_the_server_is_heard(server: Server) -> None:
     """Its HELLO: else this client takes it for the original, and the end of its input ends all."""
     (friend,) = on_loop(server.client.loop, server.client.loop.tox.friends)
-    hello = server.peer.control.popleft()
-    on_loop(server.client.loop, lambda: server.client.on_event(Packet(friend, hello)))
+    hello = server.mux.control.popleft()
+    on_loop(server.client.loop, lambda: server.client.on_event(FriendPacket(friend, hello)))
     server.is_now(toxcore.UDP)
     (request,) = server.hears()
     server.accepts(request)
@@ -152,7 +152,7 @@ def test_what_was_asked_for_waits_for_a_server_that_was_lost(server: Server) -> 
 def test_a_refusal_is_told_and_closes_the_connection(server: Server) -> None:
     server.is_now(toxcore.UDP)
     (request,) = server.hears()
-    server.peer.deny(request.forward_id, packet.RULE)
+    server.mux.deny(request.forward_id, packet.RULE)
     server.says()
     assert server.answers.get(timeout=20) == packet.RULE
     assert server.app.recv(1) == b""
@@ -166,7 +166,7 @@ def test_an_end_is_told_from_a_reset(server: Server, ends: list[int], resets: in
     server.is_now(toxcore.UDP)
     (request,) = server.hears()
     server.accepts(request)
-    (tunnel,) = server.peer.tunnels
+    (tunnel,) = server.mux.tunnels
     server.app.shutdown(socket.SHUT_WR)
     server.says(*(packet.pack(end, tunnel) for end in ends))
     assert server.app.recv(1) == b""
@@ -177,9 +177,9 @@ def test_an_end_is_told_from_a_reset(server: Server, ends: list[int], resets: in
 def test_more_than_is_kept_for_the_original_is_a_reset(server: Server) -> None:
     server.is_now(toxcore.UDP)
     (request,) = server.hears()
-    server.peer.control.clear()  # no HELLO: it knows no windows
+    server.mux.control.clear()  # no HELLO: it knows no windows
     server.accepts(request)
-    (tunnel,) = server.peer.tunnels
+    (tunnel,) = server.mux.tunnels
     data = packet.pack(packet.TCP, tunnel, bytes(packet.MAX_DATA))
     server.says(*[data] * (2 * protocol.BUFFER // packet.MAX_DATA))
     while server.app.recv(1 << 20):
@@ -222,7 +222,7 @@ def test_who_hangs_up_before_the_answer_is_waited_for_no_more(server: Server) ->
     assert server.answers.get(timeout=20) == packet.LEFT
     mine, others = server.hears()
     for request in (others, mine):
-        assert server.peer.accept(request.forward_id, None) is not None
+        assert server.mux.accept(request.forward_id, None) is not None
     server.says()
     assert len(server.streams()) == 1, "the other's was cancelled"
 
@@ -256,9 +256,9 @@ def test_a_client_takes_any_port_and_a_server_one_that_is_looked_for(
         ports.append(options["udp_ports"][0])
         return object()
 
-    monkeypatch.setattr(toxcore, "Tox", record)
+    monkeypatch.setattr(instance, "Tox", record)
     for server in (True, False):
         ports.clear()
         for _ in range(100):
-            command.open_tox(None, 0, None, server=server)
+            instance.open_tox(None, 0, None, server=server)
         assert all(33445 <= port <= 33545 for port in ports) == server

@@ -1,7 +1,7 @@
 """A server's friends, played by the test: real sockets, real toxcore, but packets of our making.
 
-toxcore is not on any network here, so what the server says stays in ``Peer.control``, where the
-test reads it.
+toxcore is not on any network here, so what the server says stays in ``Multiplexer.control``, where
+the test reads it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from tunnel import eventually
 
 from ttun.tox import packet, protocol, toxcore
 from ttun.tox import server as server_module
-from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox.forwarder import Forwarder
+from ttun.tox.instance import FriendPacket, FriendRequest, FriendStatus, Tox
+from ttun.tox.link import Link
 from ttun.tox.loop import Loop
 from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
-from ttun.tox.protocol import FIRST_WINDOW, Growth, Peer, Tunnel
+from ttun.tox.protocol import FIRST_WINDOW, Growth, Multiplexer, Tunnel
 from ttun.tox.server import Server
-from ttun.tox.toxcore import FriendRequest, FriendStatus, Packet, Tox
 
 pytestmark = pytest.mark.tox
 
@@ -41,11 +42,11 @@ def offline_tox() -> Tox:
 
 
 class Friend:
-    """A friend of a server on its loop. What forge() says need not be what a peer of ours would."""
+    """A friend of a server on its loop. What forge() says need not be what a ttun peer would."""
 
     def __init__(self, server: Server, number: int) -> None:
         self.server, self.number = server, number
-        self.peer = Peer(server=False, first_id=100 * number, growth=Growth())
+        self.mux = Multiplexer(server=False, first_id=100 * number, growth=Growth())
         self.refusals: list[int] = []
         self.said: list[int] = []  # types of packets
         self._do(lambda: server.on_event(FriendStatus(number, toxcore.UDP)))
@@ -63,28 +64,28 @@ class Friend:
 
         def receive() -> list[bytes]:
             for data in packets:
-                self.server.on_event(Packet(self.number, data))
+                self.server.on_event(FriendPacket(self.number, data))
             return self._heard()
 
         self._hear(self._do(receive))
 
     def talk(self) -> None:
         """Exchange what waits on both sides."""
-        packets = list(self.peer.control)
-        self.peer.control.clear()
+        packets = list(self.mux.control)
+        self.mux.control.clear()
         self.forge(*packets)
 
     def _heard(self) -> list[bytes]:
         link = self.server.links.get(self.number)
-        said = list(link.peer.control) if link else []
+        said = list(link.mux.control) if link else []
         if link:
-            link.peer.control.clear()
+            link.mux.control.clear()
         return said
 
     def _hear(self, packets: list[bytes]) -> None:
         for data in packets:
             self.said.append(unpack(data)[0])
-            event = self.peer.receive(data)
+            event = self.mux.receive(data)
             if isinstance(event, protocol.Opened):
                 event.tunnel.owner = event.owner
             elif isinstance(event, protocol.Denied):
@@ -93,11 +94,11 @@ class Friend:
     def open(self, port: int) -> Tunnel:
         """Open a tunnel to a port of this host."""
         owner = object()
-        self.peer.request("127.0.0.1", port, owner)
+        self.mux.request("127.0.0.1", port, owner)
 
         def opened() -> Tunnel | None:
             self.talk()
-            return next((each for each in self.peer.tunnels.values() if each.owner is owner), None)
+            return next((each for each in self.mux.tunnels.values() if each.owner is owner), None)
 
         return eventually(opened, "a tunnel")
 
@@ -193,7 +194,7 @@ def test_who_sends_more_than_its_window_loses_that_tunnel_alone(
         flood = [pack(TCP, greedy.id, bytes(MAX_DATA))] * (64 * FIRST_WINDOW // MAX_DATA)
         friend.forge(*flood)
         friend.talk()
-        assert greedy.id not in friend.peer.tunnels
+        assert greedy.id not in friend.mux.tunnels
         friend.forge(pack(TCP, good.id, b"still here"))
         far.settimeout(20)
         assert far.recv(100) == b"still here"
@@ -202,7 +203,7 @@ def test_who_sends_more_than_its_window_loses_that_tunnel_alone(
 def test_a_reset_shows_though_the_window_is_full(server: Server, target: socket.socket) -> None:
     friend = Friend(server, FRIEND)
     friend.open(port_of(target))
-    next(iter(friend.link.streams)).tunnel.send_window = 0
+    next(iter(friend.link.streams.all)).tunnel.send_window = 0
     far = target.accept()[0]
     reset(far)
     eventually(lambda: (friend.talk(), packet.TCP_FIN in friend.said)[1], "its end")
@@ -215,7 +216,7 @@ def test_a_window_of_small_packets_takes_no_more_memory_than_one_of_large_ones(
     friend = Friend(server, FRIEND)
     tunnel = friend.open(port_of(target))
     with target.accept()[0]:
-        stream = next(iter(friend.link.streams))
+        stream = next(iter(friend.link.streams.all))
         stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         friend.forge(*[pack(TCP, tunnel.id, b"x")] * (FIRST_WINDOW // 2))
         assert len(stream._buffer) < 4 * FIRST_WINDOW // MAX_DATA
@@ -227,9 +228,9 @@ def test_a_storm_of_requests_is_refused_beyond_the_bound(
     monkeypatch.setattr(protocol, "MAX_TUNNELS", 20)
     storm, other = Friend(server, FRIEND), Friend(server, OTHER)
     for _ in range(200):
-        storm.peer.request("127.0.0.1", port_of(target), object())
+        storm.mux.request("127.0.0.1", port_of(target), object())
     storm.talk()
-    eventually(lambda: (storm.talk(), len(storm.link.streams) == 20)[1], "all that it may have")
+    eventually(lambda: (storm.talk(), len(storm.link.streams.all) == 20)[1], "all that it may have")
     assert storm.refusals == [packet.FULL] * 180
     other.open(port_of(target))
 
@@ -245,11 +246,11 @@ def test_streams_that_outlive_their_tunnels_are_counted(
             tunnel = friend.open(port_of(target))
             stack.enter_context(target.accept()[0])
             window = [pack(TCP, tunnel.id, bytes(MAX_DATA))] * (FIRST_WINDOW // MAX_DATA)
-            stream = next(each for each in friend.link.streams if each.tunnel.id == tunnel.id)
+            stream = next(each for each in friend.link.streams.all if each.tunnel.id == tunnel.id)
             stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             friend.forge(*window, pack(packet.TCP_FIN, tunnel.id))
-            friend.peer.forget(tunnel)
-        friend.peer.request("127.0.0.1", port_of(target), "one more")
+            friend.mux.forget(tunnel)
+        friend.mux.request("127.0.0.1", port_of(target), "one more")
         eventually(lambda: (friend.talk(), friend.refusals)[1], "an answer")
         assert friend.refusals == [packet.FULL]
 
@@ -258,8 +259,8 @@ def test_connections_to_a_name_at_once_are_all_made(server: Server, target: sock
     """More than are looked up at once; under load some of 200 were refused."""
     friend = Friend(server, FRIEND)
     for _ in range(200):
-        friend.peer.request("localhost", port_of(target), object())
-    eventually(lambda: (friend.talk(), len(friend.peer.tunnels) == 200)[1], "all tunnels", 30)
+        friend.mux.request("localhost", port_of(target), object())
+    eventually(lambda: (friend.talk(), len(friend.mux.tunnels) == 200)[1], "all tunnels", 30)
     assert not friend.refusals
 
 
@@ -267,10 +268,10 @@ def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: Server)
     friend = Friend(server, FRIEND)
     for _ in range(20):
         for _ in range(protocol.MAX_TUNNELS):
-            friend.peer.request("name.invalid", 1, object())
-        friend.peer.control.append(pack(packet.HELLO, 0, b"\1\0"))
+            friend.mux.request("name.invalid", 1, object())
+        friend.mux.control.append(pack(packet.HELLO, 0, b"\1\0"))
         friend.talk()
-    assert len(server._names) <= protocol.MAX_TUNNELS
+    assert len(server._connector._names) <= protocol.MAX_TUNNELS
 
 
 def test_a_name_is_refused_where_there_are_no_threads(
@@ -279,10 +280,19 @@ def test_a_name_is_refused_where_there_are_no_threads(
     friend = Friend(server, FRIEND)
     with monkeypatch.context() as context:
         context.setattr(threading.Thread, "start", no_thread)
-        friend.peer.request("localhost", 1, "owner")
+        friend.mux.request("localhost", 1, "owner")
         friend.talk()
         assert friend.refusals == [packet.FULL]
     friend.open(target.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", ".", "ä"])
+def test_a_name_that_cannot_be_one_is_refused_and_ends_nothing(server: Server, host: str) -> None:
+    """getaddrinfo() raises UnicodeError for these, no OSError: any friend could end the server."""
+    friend = Friend(server, FRIEND)
+    friend.mux.request(host, 1, object())
+    eventually(lambda: (friend.talk(), friend.refusals)[1], "an answer")
+    assert friend.refusals == [packet.NAME]
 
 
 def no_thread(_: threading.Thread) -> None:
@@ -294,7 +304,7 @@ def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
     server = Server(loop, targets={("127.0.0.1", 20203): lambda sock, _: False})
     loop.start(server)
     friend = Friend(server, FRIEND)
-    friend.peer.request("127.0.0.1", 20203, object())
+    friend.mux.request("127.0.0.1", 20203, object())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -312,10 +322,10 @@ def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
 def test_a_forged_pong_says_nothing_about_the_round_trip(server: Server, data: bytes) -> None:
     friend = Friend(server, FRIEND)
     friend.forge(pack(packet.PONG, 0, struct.pack(">d", time.monotonic() - 0.5)))
-    assert friend.link.peer.round_trip == pytest.approx(0.5, abs=0.4)
-    before = friend.link.peer.round_trip
+    assert friend.link.mux.round_trip == pytest.approx(0.5, abs=0.4)
+    before = friend.link.mux.round_trip
     friend.forge(pack(packet.PONG, 0, data))
-    assert friend.link.peer.round_trip == before
+    assert friend.link.mux.round_trip == before
 
 
 def test_a_call_after_the_end_touches_no_file_that_came_after_it() -> None:
@@ -339,11 +349,12 @@ def test_a_call_after_the_end_touches_no_file_that_came_after_it() -> None:
 def test_a_full_queue_is_waited_for() -> None:
     """toxcore has room again after a millisecond or two; 15,000 rounds a second were seen."""
     loop = Loop(offline_tox())
-    link = Link(Forwarder(loop), FRIEND, "a friend whom toxcore does not know")
+    mux = Multiplexer(server=True, first_id=0, growth=Growth())
+    link = Link(loop, mux, FRIEND, "a friend whom toxcore does not know")
     full, again = link.fill(time.monotonic())
     assert full
     assert again == math.inf, "the loop comes again when toxcore's interval is over"
-    loop.start(link.forwarder)
+    loop.start(Forwarder(loop))
     loop.stop()
 
 

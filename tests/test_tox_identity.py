@@ -136,7 +136,7 @@ def test_no_identity_yet(tmp_path: Path) -> None:
 
 
 def test_the_packaged_nodes_are_usable() -> None:
-    packaged = nodes.read(nodes.PACKAGED_FILE)
+    packaged = nodes.load(nodes.PACKAGED_FILE)
     assert len(packaged) > 20
     assert all(len(node.key) == 32 for node in packaged)
     assert any(node.relay_ports for node in packaged)
@@ -156,7 +156,7 @@ def test_nodes_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "nodes.json"
     file.write_text(json.dumps({"last_scan": 0, "nodes": entries}))
     key = bytes.fromhex(KEY)
-    assert nodes.find(file) == [
+    assert nodes.load(file) == [
         ("192.0.2.1", 33445, key, (443, 33445)),
         ("2001:db8::1", 33445, key, (443, 33445)),
         ("192.0.2.1", 33445, key, ()),
@@ -168,12 +168,12 @@ def test_what_is_no_list_of_nodes(tmp_path: Path, text: str) -> None:
     file = tmp_path / "nodes.json"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(TtunError, match="no list of bootstrap nodes"):
-        nodes.read(file)
+        nodes.load(file)
 
 
 def test_a_list_without_nodes_or_file(tmp_path: Path) -> None:
     (tmp_path / "none").write_text('{"nodes": []}')
     with pytest.raises(TtunError, match="no usable"):
-        nodes.read(tmp_path / "none")
+        nodes.load(tmp_path / "none")
     with pytest.raises(TtunError, match="cannot read"):
-        nodes.find(tmp_path / "missing")
+        nodes.load(tmp_path / "missing")

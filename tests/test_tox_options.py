@@ -11,7 +11,7 @@ from tunnel import PROGRAM
 
 from ttun.commands.parser import Parser
 from ttun.errors import TtunError, UsageError
-from ttun.tox import options, rules, toxcore, transport
+from ttun.tox import instance, options, rules, toxcore, transport
 from ttun.tox.options import Forward, Options
 from ttun.tox.rules import Rule
 
@@ -119,22 +119,22 @@ def test_an_empty_secret_of_the_environment_is_none_and_behind_s_a_mistake(
 @pytest.mark.parametrize(
     ("value", "proxy"),
     [
-        ("socks5://127.0.0.1:9050", toxcore.Proxy(toxcore.PROXY_SOCKS5, "127.0.0.1", 9050)),
-        ("SOCKS5://h:1/", toxcore.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
-        ("socks5h://h:1", toxcore.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
-        ("socks://127.0.0.1:9050/", toxcore.Proxy(toxcore.PROXY_SOCKS5, "127.0.0.1", 9050)),
-        ("Socks://h:1", toxcore.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
+        ("socks5://127.0.0.1:9050", instance.Proxy(toxcore.PROXY_SOCKS5, "127.0.0.1", 9050)),
+        ("SOCKS5://h:1/", instance.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
+        ("socks5h://h:1", instance.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
+        ("socks://127.0.0.1:9050/", instance.Proxy(toxcore.PROXY_SOCKS5, "127.0.0.1", 9050)),
+        ("Socks://h:1", instance.Proxy(toxcore.PROXY_SOCKS5, "h", 1)),
         (
             " socks://[2001:db8::1]:1080 \n",
-            toxcore.Proxy(toxcore.PROXY_SOCKS5, "2001:db8::1", 1080),
+            instance.Proxy(toxcore.PROXY_SOCKS5, "2001:db8::1", 1080),
         ),
-        ("http://192.0.2.1:80", toxcore.Proxy(toxcore.PROXY_HTTP, "192.0.2.1", 80)),
-        ("HTTP://h:3128/path", toxcore.Proxy(toxcore.PROXY_HTTP, "h", 3128)),
+        ("http://192.0.2.1:80", instance.Proxy(toxcore.PROXY_HTTP, "192.0.2.1", 80)),
+        ("HTTP://h:3128/path", instance.Proxy(toxcore.PROXY_HTTP, "h", 3128)),
         ("", None),
         (" ", None),
     ],
 )
-def test_a_proxy(value: str, proxy: toxcore.Proxy | None) -> None:
+def test_a_proxy(value: str, proxy: instance.Proxy | None) -> None:
     assert read(ALL_PROXY=value).proxy == proxy
     assert read(all_proxy=value).proxy == proxy
 
@@ -177,10 +177,10 @@ def test_ports_of_tox() -> None:
 
 def test_udp_ports_of_no_choice_are_where_others_on_the_network_look() -> None:
     """toxcore's local discovery (friend_connection.c) sends to 33445 and the next hundred alone."""
-    ranges = {options.any_udp_ports(anywhere=False) for _ in range(1000)}
+    ranges = {instance.any_udp_ports(anywhere=False) for _ in range(1000)}
     assert len(ranges) > 1
     assert all(33445 <= first < last <= 33545 for first, last in ranges)
-    assert any(options.any_udp_ports(anywhere=True)[1] > 33545 for _ in range(1000))
+    assert any(instance.any_udp_ports(anywhere=True)[1] > 33545 for _ in range(1000))
 
 
 def test_a_mistake_is_one_line_and_code_2() -> None:

@@ -34,8 +34,8 @@ from ttun.tox.protocol import (
     Event,
     Growth,
     MaySend,
+    Multiplexer,
     Opened,
-    Peer,
     Pong,
     Requested,
     Restarted,
@@ -43,11 +43,11 @@ from ttun.tox.protocol import (
 )
 
 
-def peer(*, server: bool, first_id: int = 100, growth: Growth | None = None) -> Peer:
-    return Peer(server=server, first_id=first_id, growth=growth or Growth())
+def mux(*, server: bool, first_id: int = 100, growth: Growth | None = None) -> Multiplexer:
+    return Multiplexer(server=server, first_id=first_id, growth=growth or Growth())
 
 
-def carry(source: Peer, target: Peer) -> list[Event]:
+def carry(source: Multiplexer, target: Multiplexer) -> list[Event]:
     """Hand over everything that waits; what it meant."""
     events = []
     while source.control:
@@ -57,15 +57,17 @@ def carry(source: Peer, target: Peer) -> list[Event]:
     return events
 
 
-def pair() -> tuple[Peer, Peer]:
+def pair() -> tuple[Multiplexer, Multiplexer]:
     """A client and a server of ours that know each other."""
-    client, server = peer(server=False), peer(server=True, first_id=7000)
+    client, server = mux(server=False), mux(server=True, first_id=7000)
     carry(client, server)
     carry(server, client)
     return client, server
 
 
-def tunnel(client: Peer, server: Peer, owner: str = "stream") -> tuple[Tunnel, Tunnel]:
+def tunnel(
+    client: Multiplexer, server: Multiplexer, owner: str = "stream"
+) -> tuple[Tunnel, Tunnel]:
     """An open tunnel: the client's end and the server's."""
     forward_id = client.request("127.0.0.1", 22, owner)
     assert carry(client, server) == [Requested(forward_id, "127.0.0.1", 22)]
@@ -77,7 +79,7 @@ def tunnel(client: Peer, server: Peer, owner: str = "stream") -> tuple[Tunnel, T
     return opened.tunnel, theirs
 
 
-def original(server: Peer) -> None:
+def original(server: Multiplexer) -> None:
     """Forget what was said to an original, which ignores HELLO."""
     assert [unpack(packet)[0] for packet in server.control] == [HELLO]
     server.control.clear()
@@ -101,7 +103,7 @@ def test_packets_are_what_the_wire_has(packet: bytes, hexadecimal: str) -> None:
 
 
 def test_a_request_and_its_acknowledgement_on_the_wire() -> None:
-    client, server = peer(server=False, first_id=0x01020303), peer(server=True, first_id=0xFFFE)
+    client, server = mux(server=False, first_id=0x01020303), mux(server=True, first_id=0xFFFE)
     client.control.clear()
     original(server)
     client.request("localhost", 8022, None)
@@ -212,7 +214,7 @@ def test_who_overruns_its_window_loses_that_tunnel_alone() -> None:
 
 def test_a_window_grows_where_the_round_trip_is_long_and_within_the_budget() -> None:
     growth = Growth(3 * FIRST_WINDOW)
-    client, server = peer(server=False), peer(server=True, growth=growth)
+    client, server = mux(server=False), mux(server=True, growth=growth)
     carry(client, server)
     carry(server, client)
     server.round_trip = 1.0
@@ -260,7 +262,7 @@ def test_a_refusal_says_why_and_is_for_that_request_alone() -> None:
 
 
 def test_the_original_gets_nothing_that_it_does_not_know() -> None:
-    server = peer(server=True)
+    server = mux(server=True)
     original(server)
     for forward_id in (1, 2):
         server.receive(pack(REQUESTTUNNEL, 22, struct.pack(">I", forward_id) + b"host"))
@@ -281,7 +283,7 @@ def test_the_original_gets_nothing_that_it_does_not_know() -> None:
 
 
 def test_the_original_has_a_bounded_buffer() -> None:
-    server = peer(server=True)
+    server = mux(server=True)
     original(server)
     server.receive(pack(REQUESTTUNNEL, 22, b"\0\0\0\1host"))
     theirs = server.accept(1, None)
@@ -294,7 +296,7 @@ def test_the_original_has_a_bounded_buffer() -> None:
 
 def test_a_forward_id_twice_opens_two_tunnels_one_after_the_other() -> None:
     """The original client uses the id of a -L again for its next connection."""
-    server = peer(server=True)
+    server = mux(server=True)
     original(server)
     request = pack(REQUESTTUNNEL, 22, b"\0\0\0\1host")
     server.receive(request)
@@ -309,7 +311,7 @@ def test_a_forward_id_twice_opens_two_tunnels_one_after_the_other() -> None:
 def test_nobody_reaches_a_tunnel_of_another_friend() -> None:
     client, server = pair()
     ours, theirs = tunnel(client, server)
-    stranger_end = peer(server=True, first_id=7000)
+    stranger_end = mux(server=True, first_id=7000)
     for kind in (TCP, WINDOW, EOF, TCP_FIN):
         assert stranger_end.receive(pack(kind, theirs.id, b"\0\0\0\1")) is None
     assert server.receive(client.data(ours, b"x")) == Data(theirs, b"x")
@@ -356,7 +358,7 @@ def test_an_id_is_not_used_again_soon() -> None:
 def test_a_peer_that_says_hello_again_has_lost_everything() -> None:
     client, server = pair()
     tunnel(client, server)
-    reborn = peer(server=False, first_id=900)
+    reborn = mux(server=False, first_id=900)
     assert carry(reborn, server) == [Restarted()]
     assert not server.tunnels
     assert carry(server, reborn) == [], "it answers with its own HELLO, once"

@@ -20,7 +20,7 @@ from test_privileges import IS_NOBODY_HERE
 from tunnel import PROGRAM
 
 from ttun.errors import TtunError
-from ttun.tox import command, identity, toxcore
+from ttun.tox import identity, instance, toxcore
 
 pytestmark = pytest.mark.tox
 
@@ -33,7 +33,7 @@ KEYS = slice(HEADER + NOSPAM, HEADER + NOSPAM + 2 * toxcore.PUBLIC_KEY_SIZE)
 
 def good() -> tuple[bytes, bytes]:
     """A saved identity with a friend in it, and its address."""
-    tox, friend = toxcore.Tox(udp_ports=None), toxcore.Tox(udp_ports=None)
+    tox, friend = instance.Tox(udp_ports=None), instance.Tox(udp_ports=None)
     try:
         assert tox.accept_friend(friend.address()[: toxcore.PUBLIC_KEY_SIZE]) is not None
         return tox.savedata(), tox.address()
@@ -152,8 +152,8 @@ def test_a_damaged_identity_ends_the_start_and_stays_as_it_is(tmp_path: Path, ki
 
 def test_each_bit_of_the_header_is_seen() -> None:
     for bit in range(8 * HEADER):
-        with pytest.raises(toxcore.BadIdentity):
-            toxcore.Tox(savedata=flipped(bit), udp_ports=None)
+        with pytest.raises(instance.BadIdentity):
+            instance.Tox(savedata=flipped(bit), udp_ports=None)
 
 
 def test_each_bit_of_the_keys_is_seen_or_makes_no_difference() -> None:
@@ -161,8 +161,8 @@ def test_each_bit_of_the_keys_is_seen_or_makes_no_difference() -> None:
     harmless = []
     for bit in range(8 * KEYS.start, 8 * KEYS.stop):
         try:
-            tox = toxcore.Tox(savedata=flipped(bit), udp_ports=None)
-        except toxcore.BadIdentity:
+            tox = instance.Tox(savedata=flipped(bit), udp_ports=None)
+        except instance.BadIdentity:
             continue
         assert tox.address() == ADDRESS
         tox.close()
@@ -192,7 +192,7 @@ def test_a_good_identity_is_only_kept_from_others(tmp_path: Path, mode: int) -> 
     path.write_bytes(SAVED)
     path.chmod(mode)
     before = seen(path)[1:4]
-    tox = command.open_tox(tmp_path, 0, None, server=True)
+    tox = instance.open_tox(tmp_path, 0, None, server=True)
     assert tox.address() == ADDRESS
     assert tox.friends() == [], "they were never asked for the secret"
     tox.close()
@@ -217,7 +217,7 @@ def test_a_good_identity_that_cannot_be_changed_is_used(
         monkeypatch.setattr(os, function, read_only)
     monkeypatch.setattr(Path, "chmod", read_only)
     with caplog.at_level(logging.INFO):
-        tox = command.open_tox(tmp_path, 0, None, server=True)
+        tox = instance.open_tox(tmp_path, 0, None, server=True)
     assert tox.address() == ADDRESS
     tox.close()
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -250,4 +250,4 @@ def test_no_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(toxcore, "load", lambda: (ffi, Lack()))
     with pytest.raises(TtunError, match="not enough memory"):
-        toxcore.Tox(udp_ports=None)
+        instance.Tox(udp_ports=None)

@@ -266,9 +266,9 @@ class Lab:
     def identity(self, directory: Path) -> str:
         """Make an identity before anybody uses it; its Tox ID."""
         code = (
-            "import pathlib, sys; from ttun.tox import identity, toxcore;"
-            "tox = toxcore.Tox(udp_ports=None); directory = pathlib.Path(sys.argv[1]);"
-            "directory.mkdir(); identity.keep(tox, directory, None);"
+            "import pathlib, sys; from ttun.tox import instance;"
+            "tox = instance.Tox(udp_ports=None); directory = pathlib.Path(sys.argv[1]);"
+            "directory.mkdir(); instance.keep(tox, directory, None);"
             "print(tox.address().hex().upper())"
         )
         return self.run(NODE, sys.executable, "-c", code, str(directory)).strip()

@@ -38,49 +38,49 @@ deeds = st.tuples(st.sampled_from(["accept", "deny", "request", "cancel", "use",
                   ids, st.integers(0, 200_000))  # fmt: skip
 
 
-def do(peer: protocol.Peer, deed: str, number: int, size: int) -> None:
+def do(mux: protocol.Multiplexer, deed: str, number: int, size: int) -> None:
     """What the program itself may do at any time."""
-    tunnels = list(peer.tunnels.values())
+    tunnels = list(mux.tunnels.values())
     if deed == "accept":
-        peer.accept(number, "owner")
+        mux.accept(number, "owner")
     elif deed == "deny":
-        peer.deny(number, packet.REFUSED)
+        mux.deny(number, packet.REFUSED)
     elif deed == "request":
-        peer.request("host", 22, "owner")
+        mux.request("host", 22, "owner")
     elif deed == "cancel":
-        peer.cancel(number)
+        mux.cancel(number)
     elif tunnels:
         tunnel = tunnels[number % len(tunnels)]
         if deed == "use":
-            peer.consumed(tunnel, min(size, tunnel.buffered), number / 1000)
+            mux.consumed(tunnel, min(size, tunnel.buffered), number / 1000)
         elif deed == "end":
-            peer.end(tunnel)
+            mux.end(tunnel)
         else:
-            peer.close(tunnel)
+            mux.close(tunnel)
 
 
 @many
 @given(st.booleans(), st.lists(packets | deeds, max_size=60))
 def test_a_peer_stays_within_its_bounds_whatever_comes(server, events) -> None:  # noqa: ANN001
     growth = protocol.Growth()
-    peer = protocol.Peer(server=server, first_id=0, growth=growth)
-    peer.round_trip = 1.0
+    mux = protocol.Multiplexer(server=server, first_id=0, growth=growth)
+    mux.round_trip = 1.0
     for event in events:
         if isinstance(event, bytes):
             with contextlib.suppress(ProtocolError):
-                peer.receive(event)
+                mux.receive(event)
         else:
-            do(peer, *event)
-        assert all(0 <= tunnel.buffered <= tunnel.window for tunnel in peer.tunnels.values())
-        assert all(0 <= tunnel.send_window <= 0xFFFFFFFF for tunnel in peer.tunnels.values())
-        assert server or not peer.asked
-        grown = sum(tunnel.window - protocol.FIRST_WINDOW for tunnel in peer.tunnels.values())
+            do(mux, *event)
+        assert all(0 <= tunnel.buffered <= tunnel.window for tunnel in mux.tunnels.values())
+        assert all(0 <= tunnel.send_window <= 0xFFFFFFFF for tunnel in mux.tunnels.values())
+        assert server or not mux.asked
+        grown = sum(tunnel.window - protocol.FIRST_WINDOW for tunnel in mux.tunnels.values())
         assert grown == protocol.MAX_GROWTH - growth.left
-    for said in peer.control:
+    for said in mux.control:
         kind, _, data = packet.unpack(said)
         assert kind in KINDS
         assert len(data) <= packet.MAX_DATA
-    peer.reset()
+    mux.reset()
     assert growth.left == protocol.MAX_GROWTH
 
 

@@ -129,7 +129,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """Return what such a module needs in its environment to be found from any directory."""
-    home = str(Path(__file__).resolve().parent.parent)
+    home = str(Path(__file__).resolve().parents[2])
     return {"PYTHONPATH": home, "PYTHONUNBUFFERED": "1", **more}
 
 

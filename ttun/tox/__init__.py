@@ -4,10 +4,11 @@
                                                   |  UDP, or a TCP relay
              target <--TCP-- [server] <--packets-- toxcore
 
-``toxcore`` binds the system's library, ``packet`` and ``protocol`` know packets and tunnels and do
-no I/O, ``loop`` is the one thread that owns the Tox instance, ``stream`` joins a socket to a
-tunnel, ``forwarder`` is what ``server`` and ``client``, the two roles, have in common. ``command``
-is ``ttun tox``, ``transport`` the tunnel inside. docs/tox.md tells the whole story.
+``toxcore`` declares the system's library, ``instance`` is one Tox of it, ``loop`` the one thread
+that owns it. ``packet`` and ``protocol`` know packets and tunnels and do no I/O. A friend that is
+online is a ``link``, each of its connections a ``stream``. ``forwarder`` is what the two roles,
+``server`` and ``client``, have in common. ``command`` is ``ttun tox``, ``transport`` carries a
+tunnel. docs/tox.md has the details.
 """
 
 LIBRARY = "libtoxcore.so.2"

@@ -1,10 +1,10 @@
-"""The client: finds the server, keeps finding it, and asks it for tunnels.
+"""The client: finds the server again and again, and requests tunnels from it.
 
-1. A friend request goes to the server, with the secret. It is repeated as a new one when nothing
-   came of it within 45 seconds.
-2. The server is online: what waited is requested.
-3. Nothing was heard of it for 35 seconds though it was pinged, or toxcore says that it is gone:
-   all streams end, and the search begins anew. Listening ports stay; connections made there
+1. A friend request goes to the server, with the secret. It is repeated as a new one if the server
+   is not online within 45 seconds.
+2. The server comes online: what waited is requested.
+3. Nothing was heard of it for 35 seconds though it was pinged, or toxcore reports it offline: all
+   streams end, and the client looks for it again. Listening ports stay. Connections made there
    meanwhile wait, and so do those whose request was not answered yet.
 """
 
@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from typing import Callable
 
 from ttun.errors import ProtocolError
-from ttun.tox import packet, protocol, socks5
-from ttun.tox.forwarder import Forwarder, Link
+from ttun.tox import identity, packet, protocol, socks5
+from ttun.tox.forwarder import Forwarder
+from ttun.tox.link import Link
 from ttun.tox.loop import Loop
-from ttun.tox.stream import Stream
 
 log = logging.getLogger("ttun")
 
 INVITE_AGAIN = 45.0  # seconds
 # Seconds without a packet, pinged every five. toxcore gives up after 32 (friend_connection.h), and
-# meanwhile goes on over a relay where UDP came to an end.
+# until then switches to a relay where UDP stopped working.
 LOST_AFTER = 35.0
 WAIT_ONLINE = 60.0  # seconds that a connection waits for the server to come online
-WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; the original refuses by silence
-WAIT_MOST = 120.0  # seconds for both together, also if the server comes and goes
+WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; Tuntox refuses by silence
+WAIT_MOST = 120.0  # seconds for both together, also if the server connects and disconnects
 MAX_WAITING = 1024
 MAX_REQUEST = 1024  # bytes; more than SOCKS has in one
 SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
@@ -42,7 +42,7 @@ Answer = Callable[["int | None"], None]  # None: the tunnel is open; else why no
 
 
 @dataclass(eq=False)
-class _Wish:
+class _Waiting:
     """A connection that waits for its tunnel."""
 
     sock: socket.socket
@@ -55,20 +55,22 @@ class _Wish:
     forward_id: int = -1  # of the request, once there is one
 
     def wait(self, seconds: float) -> None:
-        """Be patient for so many seconds from now on."""
+        """Wait for that many seconds from now on."""
         self.patience = min(time.monotonic() - self.since + seconds, WAIT_MOST)
 
 
 class Client(Forwarder):
-    """Reaches one server. address: its 38 bytes. on_online is called when it is there."""
+    """Reaches one server. address: its 38 bytes. on_online is called when it is online.
+
+    Raises TtunError for an address that toxcore does not take.
+    """
 
     def __init__(self, loop: Loop, address: bytes, secret: bytes | None) -> None:
-        """Send the first friend request. Raises TtunError for an address that cannot be."""
         super().__init__(loop)
         self._address = address
         self._message = GREETING if secret is None else secret + b"\0"
-        self._wishes: set[_Wish] = set()
-        self._listeners: list[_Listener] = []
+        self._waiting: set[_Waiting] = set()
+        self._ports: list[_OpenPort] = []
         self._talks: set[_SocksTalk] = set()
         self.link: Link | None = None
         self.on_online: Callable[[], None] | None = None
@@ -77,7 +79,7 @@ class Client(Forwarder):
 
     def listen(self, listener: socket.socket, target: tuple[str, int] | None) -> None:
         """Forward what connects to a listening socket: to target, or where SOCKS5 says."""
-        self._listeners.append(_Listener(self, listener, target))
+        self._ports.append(_OpenPort(self, listener, target))
 
     def open(
         self,
@@ -89,44 +91,43 @@ class Client(Forwarder):
     ) -> None:
         """Take over a socket and connect it to a target.
 
-        answer is told how that went; on_reset is called if what was opened is reset later.
+        answer is told how that went; on_reset is called if the connection is reset later.
         """
-        wish = _Wish(sock, host, port, answer, on_reset, time.monotonic())
-        if len(self._wishes) >= MAX_WAITING:
-            self._refuse(wish, packet.FULL)
+        waiting = _Waiting(sock, host, port, answer, on_reset, time.monotonic())
+        if len(self._waiting) >= MAX_WAITING:
+            self._refuse(waiting, packet.FULL)
             return
-        self._wishes.add(wish)
+        self._waiting.add(waiting)
         if self.link is not None:
-            self._request(wish, self.link)
+            self._request(waiting, self.link)
 
-    def _request(self, wish: _Wish, link: Link) -> None:
-        wish.wait(WAIT_ANSWER)
-        wish.forward_id = link.peer.request(wish.host, wish.port, wish)
+    def _request(self, waiting: _Waiting, link: Link) -> None:
+        waiting.wait(WAIT_ANSWER)
+        waiting.forward_id = link.mux.request(waiting.host, waiting.port, waiting)
 
     def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
-        """The server has connected us to a target, or says why not."""
-        wish = answer.owner
-        assert isinstance(wish, _Wish)
+        """Forward a connection that the server made, or refuse it with the server's reason."""
+        waiting = answer.owner
+        assert isinstance(waiting, _Waiting)
         if isinstance(answer, protocol.Opened):
-            self._wishes.discard(wish)
-            wish.answer(None)
-            Stream(link, wish.sock, answer.tunnel, wish.on_reset)
+            self._waiting.discard(waiting)
+            waiting.answer(None)
+            link.join(waiting.sock, answer.tunnel, waiting.on_reset)
         else:
-            self._refuse(wish, answer.reason)
+            self._refuse(waiting, answer.reason)
 
-    def _refuse(self, wish: _Wish, reason: int) -> None:
-        self._wishes.discard(wish)
+    def _refuse(self, waiting: _Waiting, reason: int) -> None:
+        self._waiting.discard(waiting)
         if self.link is not None:
-            self.link.peer.cancel(wish.forward_id)
-        log.info("%s:%d: %s", wish.host, wish.port, packet.REASONS.get(reason, reason))
-        wish.answer(reason)
-        wish.sock.close()
+            self.link.mux.cancel(waiting.forward_id)
+        log.info("%s:%d: %s", waiting.host, waiting.port, packet.describe(reason))
+        waiting.answer(reason)
+        waiting.sock.close()
 
     def ping(self) -> None:
         """Ping the server now; on_answer_to_ping is told the seconds. It must be online."""
         if self.link is not None:
-            self.link.pinged = 0.0
-            super().on_tick(time.monotonic())
+            self.link.ping(time.monotonic())
 
     def _invite(self) -> None:
         """Make the server a friend, anew if it is one already: that sends a new request."""
@@ -134,63 +135,62 @@ class Client(Forwarder):
             self.loop.tox.delete_friend(friend)
         self.loop.tox.add_friend(self._address, self._message)
         self._invited = time.monotonic()
-        log.info("looking for %s", self._address.hex()[:8].upper())
+        log.info("looking for %s", identity.short_name(self._address))
 
     def on_link(self, link: Link) -> None:
-        """The server is online: ask it for what waited."""
+        """Request what waited for the server."""
         self.link = link
-        for wish in list(self._wishes):
-            self._request(wish, link)
+        for waiting in list(self._waiting):
+            self._request(waiting, link)
         if self.on_online is not None:
             self.on_online()
 
     def on_lost(self, link: Link) -> None:
-        """The server is gone: look for it anew."""
+        """Look for the server again."""
         self.link = None
-        for wish in self._wishes:
-            wish.wait(WAIT_ONLINE)
+        for waiting in self._waiting:
+            waiting.wait(WAIT_ONLINE)
         self._invite()
 
     def on_restarted(self, link: Link) -> None:
-        """The server knows nothing of what it was asked for: ask it again."""
-        for wish in self._wishes:
-            self._request(wish, link)
+        """Repeat the requests that the server has forgotten."""
+        for waiting in self._waiting:
+            self._request(waiting, link)
 
-    def on_pong(self, link: Link, seconds: float) -> None:
-        """Take the answer to a PING."""
-        super().on_pong(link, seconds)
-        if self.on_answer_to_ping is not None:
-            self.on_answer_to_ping(seconds)
+    def on_pong(self, link: Link) -> None:
+        """Tell on_answer_to_ping."""
+        if self.on_answer_to_ping is not None and link.mux.round_trip is not None:
+            self.on_answer_to_ping(link.mux.round_trip)
 
     def on_tick(self, now: float) -> None:
-        """See who takes too long."""
+        """End what takes too long."""
         super().on_tick(now)
         if self.link is not None and now - self.link.heard > LOST_AFTER:
             self.lose(self.link)
         elif self.link is None and now - self._invited > INVITE_AGAIN:
             self._invite()
-        for wish in list(self._wishes):
-            if now - wish.since >= wish.patience:
-                self._refuse(wish, packet.OFFLINE if self.link is None else packet.SILENT)
-            elif wish.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._refuse(wish, packet.LEFT)
+        for waiting in list(self._waiting):
+            if now - waiting.since >= waiting.patience:
+                self._refuse(waiting, packet.OFFLINE if self.link is None else packet.SILENT)
+            elif waiting.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._refuse(waiting, packet.LEFT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
-        for listener in self._listeners:
-            listener.accept(0)
+        for port in self._ports:
+            port.accept(0)
 
     def on_stop(self) -> None:
         """Close everything."""
-        for listener in self._listeners:
-            listener.close()
+        for port in self._ports:
+            port.close()
         for talk in list(self._talks):
             talk.close()
         super().on_stop()
-        for wish in list(self._wishes):
-            self._refuse(wish, packet.OFFLINE)
+        for waiting in list(self._waiting):
+            self._refuse(waiting, packet.OFFLINE)
 
     def talk_socks(self, sock: socket.socket) -> None:
-        """Have a local program say in SOCKS5 where it wants to go."""
+        """Ask a local program in SOCKS5 which target it wants."""
         if len(self._talks) >= MAX_WAITING:
             sock.close()
             return
@@ -203,7 +203,7 @@ class Client(Forwarder):
         self._talks.discard(talk)
 
 
-class _Listener:
+class _OpenPort:
     """A listening socket on the loop."""
 
     def __init__(
@@ -213,7 +213,7 @@ class _Listener:
         client.loop.add(listener, self.accept)
 
     def accept(self, _: int) -> None:
-        """Take all that wait. Out of descriptors the rest waits for the next tick."""
+        """Accept all that wait. Without descriptors the rest waits for the next tick."""
         while True:
             try:
                 sock, _address = self._listener.accept()
@@ -226,13 +226,13 @@ class _Listener:
                 self._client.open(sock, *self._target, lambda _: None)
 
     def close(self) -> None:
-        """Take nobody any more."""
+        """Accept no more connections."""
         self._client.loop.remove(self._listener)
         self._listener.close()
 
 
 class _SocksTalk:
-    """A local connection that has not said yet where it wants to go."""
+    """A local connection whose SOCKS5 request is not complete yet."""
 
     def __init__(self, client: Client, sock: socket.socket) -> None:
         self.deadline = time.monotonic() + SOCKS_TIMEOUT

@@ -1,4 +1,4 @@
-"""``ttun tox``: a command line becomes a server or a client, and runs until it is told to stop."""
+"""``ttun tox``: run the server or the client of a command line until a signal ends it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ttun.process.signals import ENDING, Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import Client
 from ttun.tox.forwarder import Forwarder
+from ttun.tox.instance import Tox, open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import Forward, Options
 from ttun.tox.server import Server
@@ -29,7 +30,6 @@ from ttun.version import __version__
 
 log = logging.getLogger("ttun")
 
-ATTEMPTS = 20  # at ports that nobody else has
 PING_TIMEOUT = 120.0  # seconds
 DESCRIPTORS = 8192
 
@@ -45,9 +45,9 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         keys = {identity.parse_key(text) for text in asked.ids}
     _allow_descriptors()
     _set_log_level(asked)
-    toxcore.load()  # before it is in the background, where nobody would read what is missing
+    toxcore.load()  # before it is in the background, where an error would not be seen
     listeners = _listen(asked.forwards)
-    known = nodes.find(asked.nodes)
+    known = nodes.load(asked.nodes)
     targets = rules.load(asked.rules) if asked.rules and not asked.client else None
     pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
     if asked.user is not None:
@@ -73,51 +73,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     return end.wait(forwarder.log_status)
 
 
-def open_tox(
-    directory: Path | None,
-    relay_port: int | None,
-    udp_ports: tuple[int, int] | None,
-    proxy: toxcore.Proxy | None = None,
-    *,
-    server: bool,
-    verbose: bool = False,
-) -> toxcore.Tox:
-    """Open a Tox at the ports that were asked for, None for any. Raises TtunError.
-
-    directory: where its identity is kept, and is put if there is none; None for one that is not.
-    A server is where others on its network look. A client looks itself, and may be anywhere: with
-    one of ten ports it would have that of the last client sooner or later, whom a server may still
-    be looking for: the original's does as long as it runs.
-    """
-    saved = None if directory is None else identity.load(directory)
-    attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
-    for attempt in range(attempts):
-        anywhere = not server or attempt > 1
-        for ipv6 in (True, False):
-            try:
-                tox = toxcore.Tox(
-                    savedata=saved,
-                    tcp_port=options.any_relay_port() if relay_port is None else relay_port,
-                    udp_ports=udp_ports or options.any_udp_ports(anywhere=anywhere),
-                    proxy=proxy,
-                    ipv6=ipv6,
-                    verbose=verbose,
-                )
-                if directory is not None:
-                    identity.keep(tox, directory, saved)
-                return tox
-            except toxcore.BadIdentity as error:
-                assert directory is not None
-                raise TtunError(f"cannot use {directory / identity.SAVE}: {error}") from None
-            except TtunError as error:  # without IPv6 it may be another one
-                is_last = attempt == attempts - 1 or not isinstance(error, toxcore.NoPort)
-                if is_last and not ipv6:
-                    raise
-    raise AssertionError
-
-
-def _open(asked: Options) -> toxcore.Tox:
-    """Open our Tox, with the identity that was kept, and say who we are."""
+def _open(asked: Options) -> Tox:
+    """Open our Tox with the saved identity, and log its ID."""
     keep = not asked.client or asked.keep_identity
     if asked.keep_identity:
         _make_directory(asked.directory)
@@ -146,7 +103,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _allow_descriptors() -> None:
-    """Raise the soft limit of descriptors: each connection has one, 1,024 are usual in all."""
+    """Raise the soft limit of descriptors, usually 1,024: each connection takes one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -163,7 +120,7 @@ def _set_log_level(asked: Options) -> None:
 
 
 def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str, int] | None]]:
-    """Open all ports, before anything else can fail or rights are given up."""
+    """Open all ports, before anything else can fail and before privileges are dropped."""
     listeners = []
     for forward in forwards:
         hosts = ["127.0.0.1", "::1"] if forward.bind is None else [forward.bind]
@@ -173,21 +130,21 @@ def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str,
                 listener = tcp.listen(address, False)
             except TtunError:
                 if host == "::1" and forward.bind is None:
-                    continue  # no IPv6 here, and nobody asked for it
+                    continue  # no IPv6 here, and none requested
                 raise
             listeners.append((listener, forward.target))
             shown = tcp.show(listener.getsockname())
             what = f"{forward.target[0]}:{forward.target[1]}" if forward.target else "SOCKS5"
             log.info("listening on %s for %s", shown, what)
             if not forward.port:
-                break  # any port: another address would get another one
+                break  # any port: the other address would get a different one
     return listeners
 
 
 def _settle(asked: Options, pid_file: int | None) -> None:
-    """Go to the background and change over to syslog, as far as asked for.
+    """Go to the background and log to syslog, as far as requested.
 
-    Sockets come along, threads would not: there is none yet.
+    A fork keeps sockets but no threads: there is none yet.
     """
     if asked.syslog and not (asked.daemonize and not os.path.exists(daemon.SYSLOG)):
         daemon.log_to_syslog()
@@ -198,7 +155,7 @@ def _settle(asked: Options, pid_file: int | None) -> None:
 
 
 class _End:
-    """Waits for a signal, the loop's end, or somebody's word that it is over."""
+    """Waits for a signal, the end of the loop, or is_over()."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -207,7 +164,7 @@ class _End:
         self._signals = Signals(*ENDING, signal.SIGUSR1)
 
     def is_over(self, code: int, message: str | None = None) -> None:
-        """End with an exit code, from any thread. What ends because we stop says nothing."""
+        """End with an exit code, from any thread. Ignored while the program stops."""
         if self._stopping or self._loop.error is not None:
             return
         self._code = code
@@ -216,7 +173,7 @@ class _End:
         self._signals.wake()
 
     def wait(self, on_question: Callable[[], None]) -> int:
-        """Return the exit code when it is over. on_question: what SIGUSR1 does, on the loop."""
+        """Wait, and return the exit code. SIGUSR1 calls on_question on the loop's thread."""
 
         def watch() -> None:
             self._loop.over.wait()
@@ -238,7 +195,7 @@ class _End:
 
 
 def _ping(client: Client, end: _End) -> None:
-    """Ping the server once it is there, print how long that took, and be done."""
+    """Ping the server once it is online, print the round trip, and end."""
     timeout = threading.Timer(PING_TIMEOUT, end.is_over, (1, "the server does not answer"))
     timeout.daemon = True
     timeout.start()
@@ -252,14 +209,14 @@ def _ping(client: Client, end: _End) -> None:
 
 
 def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
-    """Join stdin and stdout to a target; over when the target says so."""
+    """Join stdin and stdout to a target, until the target ends the connection."""
     ours, theirs = socket.socketpair()
     name = f"{target.host}:{target.port}"
     reset = threading.Event()
 
     def answer(reason: int | None) -> None:
         if reason is not None:
-            end.is_over(1, f"{name}: {packet.REASONS.get(reason, reason)}")
+            end.is_over(1, f"{name}: {packet.describe(reason)}")
             return
         threading.Thread(target=send_stdin, daemon=True).start()
         threading.Thread(target=write_stdout, daemon=True).start()
@@ -268,7 +225,7 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
         while True:
             try:
                 data = _read_stdin()
-            except OSError as error:  # not its end: the target must not take it for one
+            except OSError as error:  # the target must not take it for an end
                 end.is_over(1, f"cannot read the input: {error.strerror}")
                 return
             try:
@@ -281,7 +238,7 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
                 return
 
     def receive() -> bytes:
-        with contextlib.suppress(ConnectionResetError):  # closed, with some of stdin not read
+        with contextlib.suppress(ConnectionResetError):  # closed before all of stdin was read
             return ours.recv(65536)
         return b""
 
@@ -291,7 +248,7 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
                 while data:
                     try:
                         data = data[os.write(1, data) :]
-                    except BlockingIOError:  # a pipe that somebody made so, and it is full
+                    except BlockingIOError:  # another process made it non-blocking, and it is full
                         select.select([], [1], [])
         except OSError as error:
             end.is_over(1, f"cannot write the output: {error.strerror}")
@@ -305,8 +262,8 @@ def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
 
 
 def _read_stdin() -> bytes:
-    """Return what comes next, nothing at the end. Raises OSError."""
+    """Return the next bytes, none at the end. Raises OSError."""
     while True:
         select.select([0], [], [])
-        with contextlib.suppress(BlockingIOError):  # somebody else who has it open was faster
+        with contextlib.suppress(BlockingIOError):  # another process that reads it was faster
             return os.read(0, 65536)

@@ -21,9 +21,9 @@ SEVERITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERR
 
 
 def to_background() -> None:
-    """Go on in a process of its own, without a terminal. The one that was started returns 0.
+    """Continue in a process without a terminal. The one that was started exits with 0.
 
-    Nothing may run on other threads yet: they would not come along. Raises TtunError.
+    There may be no other threads yet: a fork does not keep them. Raises TtunError.
     """
     sys.stdout.flush()
     log_writer.flush()
@@ -34,7 +34,7 @@ def to_background() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
-    if os.fork():  # no session leader: it can never get a terminal again
+    if os.fork():  # not a session leader, so it can never get a terminal again
         os._exit(0)
     os.chdir("/")
     for descriptor in (0, 1, 2):
@@ -43,9 +43,9 @@ def to_background() -> None:
 
 
 def open_pid_file(path: Path) -> int:
-    """Return a descriptor to write the process id to, opened while we still may.
+    """Return a descriptor to write the process id to, opened before privileges are dropped.
 
-    What is in it stays until then: it may be the id of one that runs, if this start fails.
+    Until then the content stays: if this start fails, it may be the id of a running process.
     """
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
@@ -54,7 +54,7 @@ def open_pid_file(path: Path) -> int:
 
 
 def write_pid(descriptor: int) -> None:
-    """Write who we are, in place of what was there."""
+    """Replace the content by our process id."""
     with contextlib.suppress(OSError):  # no regular file
         os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -62,10 +62,9 @@ def write_pid(descriptor: int) -> None:
 
 
 class Syslog:
-    """The system's log daemon. A datagram for each line, and it is not waited for in send()."""
+    """The system's log daemon: a datagram for each line, and a send() that never waits."""
 
     def __init__(self) -> None:
-        """Connect. Raises OSError."""
         self._sock = _connect()
 
     def fileno(self) -> int:
@@ -78,7 +77,7 @@ class Syslog:
         return f"<{priority}>ttun[{os.getpid()}]: {text}\0".encode("utf-8", "backslashreplace")
 
     def write(self, data: bytes) -> int:
-        """Send it; connect again to a daemon that was started anew. Raises OSError."""
+        """Send it; connect again if the daemon was restarted. Raises OSError."""
         try:
             return self._sock.send(data)
         except BlockingIOError:

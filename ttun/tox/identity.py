@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
 import os
 import stat
@@ -17,9 +16,7 @@ from typing import NamedTuple
 
 from ttun.errors import TtunError, UsageError
 from ttun.process import files
-from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE, Tox
-
-log = logging.getLogger("ttun")
+from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE
 
 SAVE = "tox_save"
 SCHEME = "tox:"  # in front of a Tox ID, where it could be something else
@@ -65,6 +62,11 @@ def parse_key(text: str) -> bytes:
 def checksum(data: bytes) -> bytes:
     """Return the checksum of a Tox ID's other bytes."""
     return bytes(functools.reduce(operator.xor, data[half::2], 0) for half in (0, 1))
+
+
+def short_name(key: bytes) -> str:
+    """Return how the log names the owner of a key: the first digits of the Tox ID."""
+    return key.hex()[:8].upper()
 
 
 def hosts_files() -> tuple[Path, Path]:
@@ -169,26 +171,3 @@ def save(directory: Path, data: bytes) -> None:
         os.fsync(parent)
     finally:
         os.close(parent)
-
-
-def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
-    """Save who tox is, unless that is what was saved: then that file is never written to.
-
-    Others may not read it from now on. Friends in a saved identity would come in without being
-    asked for the secret: tox forgets them.
-    """
-    for friend in tox.friends():
-        tox.delete_friend(friend)
-    path = directory / SAVE
-    if saved is None:
-        try:
-            save(directory, tox.savedata())
-        except OSError as error:
-            why = error.strerror
-            log.warning("cannot save this Tox ID in %s: %s; the next start has another", path, why)
-        return
-    try:
-        if stat.S_IMODE(path.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
-            path.chmod(0o600)
-    except OSError as error:
-        log.warning("others may read the identity %s: %s (chmod 600)", path, error.strerror)

@@ -1,19 +1,19 @@
 """The thread that owns a Tox instance, and everything that happens on it.
 
-toxcore is not thread-safe and wants to be called again and again. All forwarded sockets are on the
-same thread, in one epoll: a byte on its way between a socket and toxcore waits for no other thread
-and for no lock, and two hundred connections cost two hundred descriptors.
+toxcore is not thread-safe and has to be iterated often. All forwarded sockets are on the same
+thread, in one epoll: a byte between a socket and toxcore waits for no other thread and no lock, and
+two hundred connections cost two hundred descriptors.
 
- 1. Sleep until a socket of ours or of toxcore's has something, or toxcore's own interval is over.
- 2. Serve our sockets: they are edge-triggered and say once that they became readable or writable.
- 3. Iterate toxcore if it has work, and hand on what it reports.
- 4. Let the owner flush what came for sockets and fill toxcore's queue. If that is full, nothing
-    else happens until toxcore's interval is over, a millisecond or two: that brings room for more.
-    Iterating sooner would not, and toxcore would take the empty room for congestion.
+1. Sleep until a socket of ours or of toxcore's is ready, or toxcore's own interval is over.
+2. Serve our sockets. They are edge-triggered: each reports once that it became ready.
+3. Iterate toxcore if it has work, and hand on what it reports.
+4. Let the owner flush what came for sockets and fill toxcore's queue. If that is full, nothing else
+   happens until toxcore's interval is over, a millisecond or two: only that makes room. toxcore
+   would take an earlier iteration, which finds its budget empty, for congestion.
 
-toxcore does not say which sockets it has. They are found among the descriptors of the process: once
-a second, the ones that are Internet sockets and not ours. An edge-triggered wait on them is safe
-even for one that is somebody else's: it wakes us once for what arrives, nothing more.
+toxcore has no function that names its sockets. They are looked for among the descriptors of the
+process once a second: Internet sockets that are not ours. An edge-triggered wait is safe for a
+socket of another owner too: it wakes this thread once for what arrives, nothing more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from collections import deque
 from typing import Callable, Protocol
 
-from ttun.tox.toxcore import Event, Tox
+from ttun.tox.instance import Event, Tox
 
 log = logging.getLogger("ttun")
 
@@ -46,13 +46,13 @@ DESCRIPTORS = "/proc/self/fd"
 
 
 class Owner(Protocol):
-    """Who decides what is done. All of it is called on the loop's thread."""
+    """What the loop calls, always on its thread."""
 
     def on_event(self, event: Event) -> None:
         """Take what toxcore reports."""
 
     def on_tick(self, now: float) -> None:
-        """Look at what takes too long, a few times per second."""
+        """End what takes too long. Called every TICK seconds."""
 
     def flush(self, now: float) -> tuple[bool, float]:
         """Send what can be sent; return whether toxcore is full, and when to be called again."""
@@ -62,16 +62,15 @@ class Owner(Protocol):
 
 
 class Loop:
-    """One Tox, its thread, and the sockets that are served there."""
+    """One Tox, its thread, and the sockets that are served there. start() starts the thread."""
 
     def __init__(self, tox: Tox) -> None:
-        """Take over tox; nothing happens before start()."""
         self.tox = tox
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._readable, self._writable = os.pipe()
-        self._closing = threading.Lock()  # over both: their numbers are others' once it is over
+        self._closing = threading.Lock()  # over both: their numbers are reused after the end
         for descriptor in (self._readable, self._writable):
             os.set_blocking(descriptor, False)
         self._epoll.register(self._readable, select.EPOLLIN)
@@ -84,12 +83,12 @@ class Loop:
         self._thread = threading.Thread(target=self._main, name="ttun-tox", daemon=True)
 
     def start(self, owner: Owner) -> None:
-        """Go to work."""
+        """Start the thread."""
         self._owner = owner
         self._thread.start()
 
     def stop(self) -> None:
-        """End it and wait until it is gone; from any other thread."""
+        """End it and wait until it has ended; from any other thread."""
         if not self._thread.is_alive():
             return
         self.call(self.finish)
@@ -100,7 +99,7 @@ class Loop:
         self._stopping = True
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have function called on the loop's thread; from any thread. After the end, never."""
+        """Call a function on the loop's thread; from any thread. Ignored after the end."""
         self._calls.append(function)
         with self._closing:
             if not self.over.is_set():
@@ -108,16 +107,16 @@ class Loop:
                     os.write(self._writable, b"\0")
 
     def add(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
-        """Call handler with what happens to a socket, each thing once (EPOLLET)."""
+        """Call handler with the events of a socket, each once (EPOLLET)."""
         sock.setblocking(False)
         self._handlers[sock.fileno()] = handler
         try:
             self._epoll.register(sock, EDGES)
-        except FileExistsError:  # its number was that of a socket of toxcore's
+        except FileExistsError:  # a socket of toxcore's had this number
             self._epoll.modify(sock, EDGES)
 
     def remove(self, sock: socket.socket) -> None:
-        """Serve a socket no longer. It must not be closed before."""
+        """Stop serving a socket, before it is closed."""
         if self._handlers.pop(sock.fileno(), None) is not None:
             self._epoll.unregister(sock)
 
@@ -179,24 +178,24 @@ class Loop:
                 due = now + min(max(self.tox.interval(), FULL_LEAST), FULL_MOST)
 
     def _search(self) -> None:
-        """Watch the sockets of toxcore's that are not watched yet."""
+        """Watch those sockets of toxcore's that are not watched yet."""
         try:
             names = os.listdir(DESCRIPTORS)
         except OSError:
-            return  # no such thing here: look after toxcore by the clock
+            return  # no /proc here: toxcore is iterated by the clock
         for descriptor in map(int, names):
             kind = _internet_socket(descriptor)
             if descriptor in self._handlers or kind is None:
                 continue
             try:
-                # A UDP socket becomes writable again after each packet, refused ones too: toxcore
-                # would send those again at once, each with another nonce, until the peer cannot
-                # follow those any more.
+                # A UDP socket turns writable after each packet, also one that the firewall refused.
+                # toxcore would retry that one at once, each time with the next nonce, until the
+                # peer cannot follow the nonces any more.
                 is_udp = kind == socket.SOCK_DGRAM
                 self._epoll.register(descriptor, EDGES & ~WRITABLE if is_udp else EDGES)
                 self._watched = True
             except OSError:
-                pass  # watched already; closed ones leave the epoll by themselves
+                pass  # watched already; a closed socket leaves the epoll by itself
 
 
 def _internet_socket(descriptor: int) -> int | None:

@@ -1,23 +1,31 @@
 """Nodes to bootstrap from: where the Tox network is entered.
 
-A file in the form of nodes.tox.chat/json: ``-b FILE``, else /etc/tuntox/nodes.json, else the list
-in this package. Hosts on the same private network find each other without any, if they have one of
-the UDP ports where toxcore looks (options.LAN_PORTS).
+They come from a file in the form of nodes.tox.chat/json: ``-b FILE``, else /etc/tuntox/nodes.json,
+else the list in this package. Hosts on the same private network find each other without any, if
+they have one of the UDP ports where toxcore looks (instance.LAN_PORTS).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import random
+import socket
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttun.errors import TtunError
 from ttun.process import files
+from ttun.tox.loop import Loop
 from ttun.tox.toxcore import PUBLIC_KEY_SIZE
 
 SYSTEM_FILE = Path("/etc/tuntox/nodes.json")
 PACKAGED_FILE = Path(__file__).with_name("nodes.json")
 MAX_SIZE = 16 << 20  # bytes of a file of nodes
+INTERVAL, AT_ONCE = 10.0, 8  # seconds between two attempts, and nodes in each
 
 
 class Node(NamedTuple):
@@ -29,15 +37,13 @@ class Node(NamedTuple):
     relay_ports: tuple[int, ...]
 
 
-def find(given: Path | None) -> list[Node]:
-    """Return the nodes to use. Raises TtunError if the file that was named cannot be used."""
-    if given is not None:
-        return read(given)
-    return read(SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE)
+def load(path: Path | None) -> list[Node]:
+    """Return the nodes in a file, None for the system's file or else the packaged one.
 
-
-def read(path: Path) -> list[Node]:
-    """Return the nodes in a file; entries without a usable address and key are left out."""
+    Entries without a usable address and key are left out. Raises TtunError.
+    """
+    if path is None:
+        path = SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE
     try:
         document = json.loads(files.read(path, MAX_SIZE).decode())
         entries = document["nodes"]
@@ -70,3 +76,36 @@ def _nodes(entry: dict[str, Any]) -> list[Node]:
         for host in hosts
         if isinstance(host, str) and host != "-"
     ]
+
+
+class Bootstrap:
+    """Introduces toxcore to nodes. Their names are looked up on a thread, off the loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._next = 0.0
+        self._busy = False
+
+    def try_some(self, nodes: Sequence[Node], now: float) -> None:
+        """Try some nodes, unless that was done a moment ago or is still being done."""
+        if now < self._next:
+            return
+        self._next = now + INTERVAL
+        if not self._busy:
+            some = random.sample(nodes, min(len(nodes), AT_ONCE))
+            look_up = functools.partial(self._look_up, some)
+            with contextlib.suppress(RuntimeError):  # no thread to be had: try again later
+                threading.Thread(target=look_up, name="ttun-nodes", daemon=True).start()
+                self._busy = True
+
+    def _look_up(self, nodes: Sequence[Node]) -> None:
+        """Introduce toxcore to each node when its name has been looked up."""
+        for node in nodes:
+            with contextlib.suppress(OSError, UnicodeError):
+                found = socket.getaddrinfo(node.host, None, type=socket.SOCK_DGRAM)
+                for host in {str(address[0]) for _, _, _, _, address in found}:
+                    self._loop.call(functools.partial(self._loop.tox.bootstrap, host, *node[1:]))
+        self._loop.call(self._done)
+
+    def _done(self) -> None:
+        self._busy = False

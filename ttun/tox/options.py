@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from ttun.errors import UsageError
 from ttun.process.argv import join_each
 from ttun.tox import identity, toxcore
+from ttun.tox.instance import Proxy
 from ttun.tox.rules import MAX_HOST, Rule, parse_target
 from ttun.version import __version__
 
@@ -25,8 +25,6 @@ SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")
 WITH_VALUE = "iLWPCsfItubFU"
 FLAGS = "dqSzpV"
-# Where toxcore looks for others on the same network: at ten ports every ten seconds, from 33445 on.
-LAN_PORTS = 33445, 33456  # first ports of a range
 # Schemes of ALL_PROXY. A name always goes to the proxy unresolved, which is what the h stands for.
 PROXIES = {
     **dict.fromkeys(("socks", "socks5", "socks5h"), toxcore.PROXY_SOCKS5),
@@ -72,7 +70,7 @@ class Options:
     daemonize: bool
     pid_file: Path | None
     user: str | None
-    proxy: toxcore.Proxy | None
+    proxy: Proxy | None
 
     @property
     def client(self) -> bool:
@@ -185,7 +183,7 @@ def join_values(arguments: Sequence[str]) -> list[str]:
 def find_secrets(arguments: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield where a secret may be behind ``ttun``: an argument's index, and its first character.
 
-    Behind -s, and in what is neither an option nor a value, as ttun.arguments.find_secrets does.
+    Behind -s, and in what is neither an option nor a value, as ttun.process.argv.find_secrets does.
     """
     index = 0  # of "tox"
     while (index := index + 1) < len(arguments):
@@ -223,7 +221,7 @@ def parse_socks(text: str) -> Forward:
     return Forward(None if len(fields) == 1 else _bind(fields[0]), int(fields[-1]), None)
 
 
-def parse_proxy(text: str | None) -> toxcore.Proxy | None:
+def parse_proxy(text: str | None) -> Proxy | None:
     """Read the value of ALL_PROXY, as curl(1) and desktops write it. Raises UsageError."""
     if not text or not text.strip():
         return None
@@ -240,18 +238,7 @@ def parse_proxy(text: str | None) -> toxcore.Proxy | None:
         host, port = parse_target(server)
     except UsageError as error:
         raise UsageError(f"ALL_PROXY: {error}") from None
-    return toxcore.Proxy(PROXIES[scheme], host, port)
-
-
-def any_udp_ports(*, anywhere: bool) -> tuple[int, int]:
-    """Return a range to try, another each time: among LAN_PORTS, or anywhere if those are taken."""
-    first = random.randrange(*((1024, 65500) if anywhere else LAN_PORTS))
-    return first, first + 10
-
-
-def any_relay_port() -> int:
-    """Return a port to try, another each time."""
-    return random.randrange(1024, 65536)
+    return Proxy(PROXIES[scheme], host, port)
 
 
 def _relay_port(text: str) -> int:

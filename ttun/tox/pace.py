@@ -1,16 +1,16 @@
-"""How fast packets may be handed to toxcore, so that its congestion control sees none by mistake.
+"""How fast packets may be handed to toxcore, so that it does not mistake that for congestion.
 
 toxcore (net_crypto.c) gives each friend a budget: 64 packets at first, then 1.2 times the rate that
-was sent in the last 0.6 s, at least 4 a second, so it has to be used to grow. With lost packets, or
-whenever its budget for sending again is ahead of the one for sending by a rounding, it takes each
-moment with an empty budget for congestion, and lowers the rate to 0.9 times what was sent. Who
-always sends until toxcore refuses empties the budget all the time, so a slow rate falls until it is
-4 a second: the whole transfer stands. (Seen: after 10 s of it, 0.1 Mbit/s of 700.)
+was sent in the last 0.6 s, at least 4 a second, so it grows only while it is used. After a loss, or
+whenever its budget for retransmissions exceeds the one for new packets by a rounding, toxcore takes
+each moment with an empty budget for congestion, and lowers the rate to 0.9 times what was sent. A
+sender that always goes on until toxcore refuses keeps the budget empty, so a slow rate falls to 4 a
+second and the transfer stalls. (Seen: after 10 s of it, 0.1 Mbit/s of 700.)
 
-So below 1,500 packets a second some of the budget is left alone: the rate here grows a little less
-than toxcore's. If toxcore refuses all the same, a lower rate for a little over a second fills its
-budget again and lets it forget. Faster than that each millisecond brings some packets of budget, it
-is never found empty for long, and toxcore alone decides.
+So below 1,500 packets a second some of the budget is not used: the rate here grows a little less
+than toxcore's. If toxcore refuses all the same, a lower rate for a little over a second refills its
+budget and lets it forget. Above that rate each millisecond adds some packets of budget, it is never
+empty for long, and toxcore alone decides.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ FAST = 1500.0  # packets per second
 
 
 class Pace:
-    """The budget of one friend. All times are in seconds, of any one clock."""
+    """The budget of one friend, at first BURST. All times are in seconds of one clock."""
 
     def __init__(self, now: float) -> None:
-        """Start with a burst."""
         self._credit = BURST
         self._counted_to = self._step_began = now
         self._steps: deque[int] = deque(maxlen=STEPS)
@@ -39,7 +38,7 @@ class Pace:
         self._fast = False
 
     def refill(self, now: float) -> None:
-        """Take account of the time that went by."""
+        """Add the budget of the time that has passed."""
         while now - self._step_began >= STEP:
             self._steps.append(self._in_step)
             self._in_step = 0
@@ -54,7 +53,7 @@ class Pace:
         self._counted_to = now
 
     def take(self) -> bool:
-        """Return whether one more packet may go."""
+        """Return whether one more packet may be sent."""
         return self._fast or self._credit >= 1
 
     def sent(self) -> None:
@@ -63,13 +62,13 @@ class Pace:
         self._credit = max(self._credit - 1, 0.0)
 
     def refused(self, now: float) -> None:
-        """Hold back, unless it is fast: toxcore had no budget left."""
+        """Slow down, unless it is fast: toxcore had no budget left."""
         self._credit = 0.0
         if not self._fast:
             self._back_until = now + BACK_FOR
 
     def wait(self, now: float) -> float:
-        """Return how many seconds from now one more packet may go."""
+        """Return the seconds until one more packet may be sent."""
         return max(0.0, (1 - self._credit) / self._allowed_rate(now))
 
     def _allowed_rate(self, now: float) -> float:

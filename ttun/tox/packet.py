@@ -1,10 +1,10 @@
-"""Packets as the wire has them: bytes in, fields out.
+"""Tuntox packets: bytes in, fields out.
 
 At most 1373 bytes, all fields big-endian::
 
     u16 magic 0xA26B | u16 type | u16 tunnel | u16 length | length bytes
 
-What each type means is in protocol.py, and all of it in docs/tox.md.
+protocol.py says what each type means, docs/tox.md has the details.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TCP, TCP_FIN, REQUESTTUNNEL, ACKTUNNEL = 0x0600, 0x0601, 0x0602, 0x0610
 DENYTUNNEL, WINDOW, EOF = 0x0604, 0x0606, 0x0608
 
 REFUSED, UNREACHABLE, NAME, RULE, FULL = 1, 2, 3, 4, 5  # reasons of DENYTUNNEL
-OFFLINE, SILENT, LEFT = -1, -2, -3  # never on the wire: our own
+OFFLINE, SILENT, LEFT = -1, -2, -3  # never on the wire: a client's own
 REASONS = {
     OFFLINE: "the server is not online",
     SILENT: "the server does not answer",
@@ -35,6 +35,11 @@ REASONS = {
     RULE: "the server's rules do not allow this target",
     FULL: "the server has too many connections",
 }
+
+
+def describe(reason: int) -> str:
+    """Return why a connection was not made, in words."""
+    return REASONS.get(reason, f"reason {reason}")
 
 
 def pack(kind: int, tunnel: int = 0, data: bytes | memoryview = b"") -> bytes:

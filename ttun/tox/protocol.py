@@ -1,18 +1,19 @@
-"""The state of tunnels: packets in, events out, no I/O and no clock of its own.
+"""The tunnels of one friend: packets in, events out, no I/O and no clock.
 
     client                                   server
-      HELLO                  <->               HELLO           two of ours only
+      HELLO                  <->               HELLO           ttun only
       REQUESTTUNNEL          -->                               host, port, a forward id
                              <--               ACKTUNNEL       the tunnel's id, or DENYTUNNEL
       TCP                    <->               TCP             the connection's bytes
-      WINDOW                 <->               WINDOW          room for more      two of ours only
-      EOF                    <->               EOF             no more this way   two of ours only
+      WINDOW                 <->               WINDOW          room for more      ttun only
+      EOF                    <->               EOF             no more this way   ttun only
       TCP_FIN                <->               TCP_FIN         the socket is closed
 
-Each side says HELLO before anything else, so whether a tunnel has windows and half-closes is known
-to both when it opens. The original ignores HELLO and never gets what it does not know.
+Each side says HELLO first, so both know whether a tunnel has windows and half-closes when it opens.
+Tuntox ignores HELLO and never gets what it does not know.
 
-A tunnel is looked up among those of the friend it came from: nobody reaches another's.
+A tunnel is looked up among those of the friend that the packet came from: no friend reaches the
+tunnels of another.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from ttun.tox.packet import (
 FIRST_WINDOW = 256 << 10  # bytes that each side may send before it is given more
 MAX_WINDOW = 4 << 20
 MAX_GROWTH = 64 << 20  # bytes that all windows of a process may have beyond the first
-BUFFER = 4 << 20  # bytes kept for a slow reader of a tunnel with the original, which has no windows
+BUFFER = 4 << 20  # bytes kept for a slow reader of a tunnel with Tuntox, which has no windows
 MAX_TUNNELS = 1024  # of one friend
 MAX_CONTROL = 4096  # packets that wait for one friend, not counting what connections carry
 
@@ -66,7 +67,7 @@ class Opened(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """The server did not."""
+    """The server refused what was requested for owner."""
 
     owner: Hashable
     reason: int
@@ -86,19 +87,19 @@ class MaySend(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """No more bytes will come; the other way stays open."""
+    """No more bytes will come; the other direction stays open."""
 
     tunnel: Tunnel
 
 
 class Closed(NamedTuple):
-    """The tunnel is gone. Bytes that came before are still to be delivered."""
+    """The tunnel is gone. Bytes that came before it must still be delivered."""
 
     tunnel: Tunnel
 
 
 class Restarted(NamedTuple):
-    """The peer knows nothing of what was before: all tunnels and requests are gone."""
+    """The peer lost its state: all tunnels and requests are gone."""
 
 
 class Pong(NamedTuple):
@@ -107,15 +108,17 @@ class Pong(NamedTuple):
     data: bytes
 
 
-Event = Union[Requested, Opened, Denied, Data, MaySend, Ended, Closed, Restarted, Pong]
+TunnelEvent = Union[Data, MaySend, Ended, Closed]
+TUNNEL_EVENTS = (Data, MaySend, Ended, Closed)
+Event = Union[Requested, Opened, Denied, Restarted, Pong, TunnelEvent]
 
 
 @dataclass(eq=False)
 class Tunnel:
-    """One connection through Tox. owner: whoever it belongs to on this side."""
+    """One connection through Tox. owner: what it belongs to on this side."""
 
     id: int
-    extended: bool  # between two of ours: windows, EOF
+    extended: bool  # between two ttun ends: windows, EOF
     owner: Hashable = None
     send_window: int = FIRST_WINDOW  # bytes that the peer takes now
     receive_window: int = FIRST_WINDOW  # bytes that we still take
@@ -135,7 +138,6 @@ class Growth:
     """How far windows may still grow beyond their first size, in all tunnels together."""
 
     def __init__(self, left: int = MAX_GROWTH) -> None:
-        """Start with so many bytes."""
         self.left = left
 
     def take(self, size: int) -> bool:
@@ -146,15 +148,14 @@ class Growth:
         return True
 
 
-class Peer:
-    """All that is between us and one friend. What is to be sent waits in ``control``, in order.
+class Multiplexer:
+    """All tunnels between us and one friend. ``control`` has what is to be sent, in order.
 
-    server: whether it may request tunnels of us. first_id: where tunnel and forward ids start.
+    server: whether the friend may request tunnels. first_id: where tunnel and forward ids start.
     An id is used again only after all others, so that no late packet meets a new tunnel.
     """
 
     def __init__(self, *, server: bool, first_id: int, growth: Growth) -> None:
-        """Say HELLO first."""
         self.control: deque[bytes] = deque()
         self.tunnels: dict[int, Tunnel] = {}
         self.round_trip: float | None = None  # seconds, the last PING's
@@ -174,7 +175,7 @@ class Peer:
         return forward_id
 
     def cancel(self, forward_id: int) -> None:
-        """Forget a request: if it is accepted after all, the tunnel is closed at once."""
+        """Forget a request. If the server accepts it later, the tunnel is closed at once."""
         self._requests.pop(forward_id, None)
 
     def accept(self, forward_id: int, owner: Hashable) -> Tunnel | None:
@@ -188,7 +189,7 @@ class Peer:
         return tunnel
 
     def deny(self, forward_id: int, reason: int) -> None:
-        """Refuse what was requested. The original knows no refusal: it gets a tunnel that ends."""
+        """Refuse what was requested. Tuntox knows no refusal: it gets a tunnel that ends."""
         if forward_id not in self.asked:
             return
         if self.extended:
@@ -200,18 +201,18 @@ class Peer:
             self.close(tunnel)
 
     def data(self, tunnel: Tunnel, data: bytes | memoryview) -> bytes:
-        """Return the packet for the next bytes, at most tunnel.room(); sent() counts them."""
+        """Return the packet for the next bytes, at most tunnel.room() of them."""
         return pack(TCP, tunnel.id, data)
 
     def sent(self, tunnel: Tunnel, size: int) -> None:
-        """Count bytes that were sent."""
+        """Count bytes whose packet toxcore took."""
         if tunnel.extended:
             tunnel.send_window -= size
 
     def consumed(self, tunnel: Tunnel, size: int, now: float) -> None:
         """Count bytes that left the buffer; grant the peer as many once that is worth a packet.
 
-        A window of which the peer uses a quarter in half a round trip holds it up: it is doubled.
+        A window of which the peer uses a quarter in half a round trip is too small: it is doubled.
         """
         tunnel.buffered -= size
         if not tunnel.extended or self.tunnels.get(tunnel.id) is not tunnel:
@@ -229,7 +230,7 @@ class Peer:
         self.control.append(pack(WINDOW, tunnel.id, U32.pack(grant)))
 
     def end(self, tunnel: Tunnel) -> None:
-        """Say that no more will be sent; to the original, that the connection is closed."""
+        """Say that no more will be sent; to Tuntox, that the connection is closed."""
         if self.tunnels.get(tunnel.id) is not tunnel or tunnel.ended:
             return
         if not tunnel.extended:
@@ -245,14 +246,14 @@ class Peer:
             self.forget(tunnel)
 
     def forget(self, tunnel: Tunnel) -> None:
-        """Close a tunnel that both sides know to be over: nothing is said."""
+        """Forget a tunnel that both sides know to be closed."""
         if self.tunnels.get(tunnel.id) is tunnel:
             del self.tunnels[tunnel.id]
             self._growth.left += tunnel.window - FIRST_WINDOW
 
     def ping(self, data: bytes) -> None:
         """Ask for a PONG with the same data."""
-        self.control.append(pack(PING, 0, data))
+        self._push_unless_many(PING, data)
 
     def reset(self) -> None:
         """Forget all tunnels and requests."""
@@ -265,8 +266,7 @@ class Peer:
     def receive(self, packet: bytes) -> Event | None:
         """Take a packet in; return what it means for us, None if nothing.
 
-        Raises ProtocolError for what is not to be understood; the packet is dropped then, and
-        everything else goes on.
+        Raises ProtocolError for a malformed packet, which is dropped; everything else goes on.
         """
         kind, number, data = unpack(packet)
         if kind == TCP:
@@ -290,8 +290,7 @@ class Peer:
         if kind in (ACKTUNNEL, DENYTUNNEL):
             return self._receive_answer(kind, number, data)
         if kind == PING:
-            if len(self.control) < MAX_CONTROL // 2:
-                self.control.append(pack(PONG, 0, data))
+            self._push_unless_many(PONG, data)
             return None
         if kind == PONG:
             return Pong(data)
@@ -345,7 +344,7 @@ class Peer:
         tunnel = Tunnel(number, self.extended, owner)
         self.tunnels[number] = tunnel
         if not known:
-            self.close(tunnel)  # nobody waits for it any more
+            self.close(tunnel)  # it was cancelled
             return None
         return Opened(owner, tunnel)
 
@@ -355,10 +354,15 @@ class Peer:
         if not self.extended:
             self.extended = True
             return None
-        # It said HELLO before: it has lost its state, and knows nothing of our HELLO either.
+        # A second HELLO: the peer lost its state, our HELLO included.
         self.reset()
         self._say_hello()
         return Restarted()
+
+    def _push_unless_many(self, kind: int, data: bytes) -> None:
+        """Send what may as well be left out while too many packets wait."""
+        if len(self.control) < MAX_CONTROL // 2:
+            self.control.append(pack(kind, 0, data))
 
     def _say_hello(self) -> None:
         self.control.append(pack(HELLO, 0, b"\x01\x00"))

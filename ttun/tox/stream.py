@@ -1,12 +1,12 @@
-"""One forwarded connection: a local socket and its tunnel.
+"""One forwarded connection, which is a local socket and its tunnel, and the streams of a friend.
 
-A byte's way out: the socket says that it is readable; the stream queues up at its friend's link;
-in its turn it sends a few packets while toxcore takes them. Nothing is read that toxcore has not
-taken, or the peer's window has no room for, but one small chunk: so the application waits, not the
-memory.
+From the socket: epoll reports once that it is readable, and the stream queues up among those of its
+friend. In its turn it sends a few packets while toxcore takes them. Nothing is read that toxcore
+has not taken, or the peer's window has no room for, except one small chunk: the application waits,
+and memory does not grow.
 
-A byte's way in: a packet is appended to the stream's buffer; flush() writes all that came since
-the last time at once. What left the buffer is granted to the peer again.
+To the socket: a packet is appended to the stream's buffer; flush() writes all that came since the
+last time at once. What left the buffer is granted to the peer again.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ from __future__ import annotations
 import contextlib
 import enum
 import itertools
-import logging
 import socket
 import struct
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Callable
+from typing import Callable
 
 from ttun.tox import loop as loops
-from ttun.tox import packet
-from ttun.tox.protocol import Tunnel
-
-if TYPE_CHECKING:
-    from ttun.tox.forwarder import Link
-
-log = logging.getLogger("ttun")
+from ttun.tox import packet, protocol
+from ttun.tox.protocol import Multiplexer, Tunnel
 
 CHUNK = 16 * packet.MAX_DATA  # bytes read from a socket at once, and a stream's turn
 BUFFERS = 64  # buffers written to a socket at once
 NO_LINGER = struct.pack("ii", 1, 0)
+
+Send = Callable[[bytes], bool]  # hands a packet to toxcore, False if that takes none now
 
 
 class Turn(enum.Enum):
@@ -41,24 +37,51 @@ class Turn(enum.Enum):
     FULL, MORE, DONE = range(3)
 
 
-FULL, MORE, DONE = Turn.FULL, Turn.MORE, Turn.DONE
+class Streams:
+    """The streams of one friend, and which of them have something to do."""
+
+    def __init__(self, loop: loops.Loop, mux: Multiplexer) -> None:
+        self.loop, self.mux = loop, mux
+        self.all: set[Stream] = set()
+        self.sending: deque[Stream] = deque()  # may have something to send to the friend
+        self.writing: list[Stream] = []  # have something to write to their sockets
+
+    def flush(self) -> None:
+        """Write what came to the sockets."""
+        while self.writing:
+            writing, self.writing = self.writing, []
+            for stream in writing:
+                stream.flush()
+
+    def take_turn(self, send: Send) -> bool:
+        """Let the next stream send; return whether toxcore took it all."""
+        turn = self.sending[0].send(send)
+        if turn is Turn.FULL:
+            return False
+        stream = self.sending.popleft()
+        if turn is Turn.MORE:
+            self.sending.append(stream)
+        else:
+            stream.queued = False
+        return True
 
 
 class Stream:
-    """A local socket and its open tunnel."""
+    """A local socket and its open tunnel.
+
+    on_reset is called before the socket is reset. The application at the other end of a socket pair
+    sees a reset as an ordinary end.
+    """
 
     def __init__(
         self,
-        link: Link,
+        streams: Streams,
         sock: socket.socket,
         tunnel: Tunnel,
         on_reset: Callable[[], None] | None = None,
     ) -> None:
-        """Take over the socket and start to forward. on_reset is called before the socket is reset.
-
-        The other end of a socket pair learns only so that it did not simply end.
-        """
-        self.link, self._sock, self.tunnel, self._on_reset = link, sock, tunnel, on_reset
+        self._streams, self._mux, self._sock = streams, streams.mux, sock
+        self.tunnel, self._on_reset = tunnel, on_reset
         self.queued = False
         self._readable = self._writable = True
         self._pending = memoryview(b"")  # read, not yet sent
@@ -67,29 +90,29 @@ class Stream:
         self._remote_ended = self._remote_closed = self._shut = self._gone = False
         self._aborted = self._unwritable = False
         tunnel.owner = self
-        link.streams.add(self)
-        link.forwarder.loop.add(sock, self._on_ready)
+        streams.all.add(self)
+        streams.loop.add(sock, self._on_ready)
         self.wake()
 
     def wake(self) -> None:
         """Queue up for sending."""
         if not self.queued and not self._gone:
             self.queued = True
-            self.link.queue.append(self)
+            self._streams.sending.append(self)
 
-    def send(self, send: Callable[[int, bytes], bool]) -> Turn:
+    def send(self, send: Send) -> Turn:
         """Take a turn: send some packets."""
-        tunnel, peer, friend = self.tunnel, self.link.peer, self.link.friend
+        tunnel = self.tunnel
         for _ in range(CHUNK // packet.MAX_DATA):
             if not self._has_pending(tunnel):
-                return DONE
+                return Turn.DONE
             room = tunnel.room()
             piece = self._pending[:room]
-            if not send(friend, peer.data(tunnel, piece)):
-                return FULL
-            peer.sent(tunnel, len(piece))
+            if not send(self._mux.data(tunnel, piece)):
+                return Turn.FULL
+            self._mux.sent(tunnel, len(piece))
             self._pending = self._pending[room:]
-        return MORE
+        return Turn.MORE
 
     def _has_pending(self, tunnel: Tunnel) -> bool:
         """Read a chunk if none is left; return whether there is something to send."""
@@ -113,45 +136,49 @@ class Stream:
         if self._unwritable:
             self.reset()
             return False
-        self.link.peer.end(tunnel)
+        self._mux.end(tunnel)
         if tunnel.extended:
             self._finish_if_over()
         else:
-            self.remote_closed()  # the original knows no half of a connection
+            self._remote_close(aborted=False)  # Tuntox knows no half of a connection
         return False
 
-    def receive(self, data: bytes) -> None:
-        """Take bytes for the socket. Two neighbours in the buffer have more than a packet's bytes.
+    def handle(self, event: protocol.TunnelEvent) -> None:
+        """Take what the peer says about the tunnel."""
+        if isinstance(event, protocol.Data):
+            self._receive(event.data)
+        elif isinstance(event, protocol.MaySend):
+            self.wake()
+        elif isinstance(event, protocol.Ended):
+            self._remote_ended = True
+            self._set_dirty()
+        else:
+            self._remote_close(aborted=event.tunnel.extended or event.tunnel.overrun)
 
-        A window counts bytes; kept one by one they would take fifty times as many.
+    def _receive(self, data: bytes) -> None:
+        """Buffer bytes for the socket, small packets joined.
+
+        A window counts bytes. Kept in single packets they could take fifty times as much memory.
         """
         if self._buffer and len(self._buffer[-1]) + len(data) <= packet.MAX_DATA:
             data = bytes(self._buffer.pop()) + data
         self._buffer.append(data)
         self._set_dirty()
 
-    def remote_ended(self) -> None:
-        """No more bytes will come."""
-        self._remote_ended = True
-        self._set_dirty()
-
-    def remote_closed(self, *, aborted: bool = False) -> None:
-        """The tunnel is gone: write what there is, then close; if aborted so that it shows.
-
-        Who has said that no more comes has told all there was.
-        """
+    def _remote_close(self, *, aborted: bool) -> None:
+        """Write what there is, then close; with a reset if aborted before the peer's end."""
         self._remote_closed = True
         self._aborted = aborted and not self._remote_ended
         self._set_dirty()
 
     def reset(self) -> None:
         """Close both ends at once."""
-        self.link.peer.close(self.tunnel)
+        self._mux.close(self.tunnel)
         self._aborted = True
         self._close()
 
     def flush(self) -> None:
-        """Write what came."""
+        """Write what came to the socket."""
         self._dirty = False
         if self._gone:
             return
@@ -173,7 +200,7 @@ class Stream:
             self._cannot_write()
             return
         if taken:
-            self.link.peer.consumed(self.tunnel, taken, time.monotonic())
+            self._mux.consumed(self.tunnel, taken, time.monotonic())
         if self._buffer:
             return
         if self._remote_closed:
@@ -188,7 +215,7 @@ class Stream:
             self._finish_if_over()
 
     def _cannot_write(self) -> None:
-        """Reset the connection when all that came before its end is read and sent."""
+        """Reset the connection once all that the application sent before is read and sent."""
         if self._remote_closed or self.tunnel.ended or not self.tunnel.room():
             self.reset()
             return
@@ -197,9 +224,9 @@ class Stream:
         self.wake()
 
     def _finish_if_over(self) -> None:
-        """Close when both sides have said that there is no more, and all of it was written."""
+        """Close when both ends have ended and everything was written."""
         if self.tunnel.ended and self._shut:
-            self.link.peer.forget(self.tunnel)
+            self._mux.forget(self.tunnel)
             self._close()
 
     def _on_ready(self, what: int) -> None:
@@ -217,14 +244,14 @@ class Stream:
     def _set_dirty(self) -> None:
         if not self._dirty:
             self._dirty = True
-            self.link.forwarder.dirty.append(self)
+            self._streams.writing.append(self)
 
     def _close(self) -> None:
         if self._gone:
             return
         self._gone = True
-        self.link.streams.discard(self)
-        self.link.forwarder.loop.remove(self._sock)
+        self._streams.all.discard(self)
+        self._streams.loop.remove(self._sock)
         if self._aborted and not self._shut:
             if self._on_reset is not None:
                 self._on_reset()

@@ -22,7 +22,7 @@ from ttun.flag import StopFlag
 from ttun.settings import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
-from ttun.tox.command import open_tox
+from ttun.tox.instance import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
 from ttun.tox.server import Server
@@ -48,7 +48,7 @@ class Dialer(transport.Dialer):
         self.name = server if len(server) < SHOWN_WHOLE else server[:12]
         self._contact = identity.find_contact(server)
         self._secret = _secret() or self._contact.secret
-        self._nodes = nodes.find(node_file)
+        self._nodes = nodes.load(node_file)
         self._loop: Loop | None = None
         self._client: Client | None = None
 
@@ -88,7 +88,7 @@ class Dialer(transport.Dialer):
                 with contextlib.suppress(queue.Empty):
                     reason = answers.get(timeout=0.1)
                     if reason is not None:
-                        raise OSError(packet.REASONS.get(reason, f"reason {reason}"))
+                        raise OSError(packet.describe(reason))
                     return ours
             if loop.over.is_set() and not stop.is_set():
                 raise TtunError(f"Tox ended: {loop.error}")
@@ -104,7 +104,7 @@ class Listener(transport.GivenSockets):
     def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
         """Open Tox with the identity in directory; nobody is served before start()."""
         super().__init__()
-        known = nodes.find(node_file)
+        known = nodes.load(node_file)
         secret = _secret()
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -1,0 +1,177 @@
+"""Connections to targets, made without holding up the loop.
+
+1. A numeric address is used at once. A name is looked up on a thread, MAX_LOOKUPS at a time.
+2. The addresses are tried one after the other, all within CONNECT_TIMEOUT.
+3. The caller gets the socket, or the reason why there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from typing import Callable
+
+from ttun.tox import packet
+from ttun.tox.loop import Loop
+
+log = logging.getLogger("ttun")
+
+CONNECT_TIMEOUT = 15.0  # seconds for all addresses of a target together
+MAX_LOOKUPS = 64  # names being looked up; more of them wait
+
+Sockaddr = tuple[int, tuple[object, ...]]  # family, address
+Done = Callable[["socket.socket | None", int], None]  # the socket, or a reason of DENYTUNNEL
+
+
+class Connector:
+    """All connections that are being made, each for an owner. Only on the loop's thread."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._attempts: set[_Attempt] = set()
+        self._names: deque[_Attempt] = deque()  # to be looked up
+        self._lookups = 0
+
+    def connect(self, owner: object, host: str, port: int, done: Done) -> None:
+        """Connect to a target; done gets the result, unless it is given up before."""
+
+        def over(sock: socket.socket | None, reason: int) -> None:
+            self._attempts.discard(attempt)
+            done(sock, reason)
+
+        attempt = _Attempt(self._loop, owner, host, port, over)
+        self._attempts.add(attempt)
+        try:
+            addresses = attempt.look_up(socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):
+            self._names.append(attempt)
+            self._look_up_names()
+        else:
+            attempt.begin(addresses)
+
+    def give_up(self, owner: object) -> None:
+        """Close the connections of an owner; done is not called."""
+        for attempt in [each for each in self._attempts if each.owner is owner]:
+            attempt.close()
+            self._attempts.discard(attempt)
+        self._names = deque(each for each in self._names if each.owner is not owner)
+
+    def on_tick(self, now: float) -> None:
+        """End what takes too long."""
+        for attempt in [each for each in self._attempts if each.deadline <= now]:
+            attempt.fail(packet.UNREACHABLE)
+
+    def on_stop(self) -> None:
+        """Close everything."""
+        for attempt in self._attempts:
+            attempt.close()
+
+    def _look_up_names(self) -> None:
+        """Look up names that wait, as many at once as there may be threads."""
+        while self._names and self._lookups < MAX_LOOKUPS:
+            attempt = self._names.popleft()
+            look_up = functools.partial(self._look_up_name, attempt)
+            try:
+                threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
+                self._lookups += 1
+            except RuntimeError:  # no thread to be had
+                attempt.fail(packet.FULL)
+
+    def _look_up_name(self, attempt: _Attempt) -> None:
+        """Look up a name, on a thread of its own."""
+        addresses: list[Sockaddr] = []
+        with contextlib.suppress(OSError, UnicodeError):
+            addresses = attempt.look_up(0)
+
+        def found() -> None:
+            self._lookups -= 1
+            if attempt in self._attempts:
+                attempt.begin(addresses)
+            self._look_up_names()
+
+        self._loop.call(found)
+
+
+class _Attempt:
+    """One connection that is being made."""
+
+    def __init__(self, loop: Loop, owner: object, host: str, port: int, done: Done) -> None:
+        self.owner = owner
+        self.deadline = float("inf")  # a look-up ends when the resolver does
+        self._loop, self._host, self._port, self._done = loop, host, port, done
+        self._addresses: list[Sockaddr] = []
+        self._sock: socket.socket | None = None
+        self._reason = packet.NAME
+
+    def look_up(self, flags: int) -> list[Sockaddr]:
+        """Return the target's addresses; from any thread. Raises OSError, UnicodeError."""
+        flags |= socket.AI_NUMERICSERV
+        found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=flags)
+        return [(family, address) for family, _, _, _, address in found]
+
+    def begin(self, addresses: list[Sockaddr]) -> None:
+        """Connect to one of the addresses."""
+        self._addresses = addresses
+        self.deadline = time.monotonic() + CONNECT_TIMEOUT
+        self._next()
+
+    def _next(self) -> None:
+        """Try the next address; when none is left it has failed."""
+        while self._addresses:
+            family, address = self._addresses.pop(0)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                self._reason = packet.FULL  # no descriptors, or no such family
+                continue
+            sock.setblocking(False)
+            error = sock.connect_ex(address)
+            if error in (0, errno.EINPROGRESS):
+                self._sock = sock
+                self._loop.add(sock, self._on_ready)
+                return
+            self._note(error)
+            sock.close()
+        self.fail(self._reason)
+
+    def fail(self, reason: int) -> None:
+        """Close it and say why."""
+        self.close()
+        self._done(None, reason)
+
+    def close(self) -> None:
+        """Close it; done is not called."""
+        if self._sock is not None:
+            self._loop.remove(self._sock)
+            self._sock.close()
+            self._sock = None
+
+    def _note(self, error: int) -> None:
+        refused = error == errno.ECONNREFUSED
+        self._reason = packet.REFUSED if refused else packet.UNREACHABLE
+        log.debug("connecting to a target: %s", os.strerror(error))
+
+    def _on_ready(self, _: int) -> None:
+        sock = self._sock
+        assert sock is not None
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self._note(error)
+            self.close()
+            self._next()
+            return
+        try:
+            sock.getpeername()
+        except OSError:
+            return  # not connected yet
+        self._loop.remove(sock)
+        self._sock = None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._done(sock, 0)

@@ -1,0 +1,131 @@
+"""A friend that is online: its tunnels and streams, and how fast packets go to it.
+
+1. receive() takes a packet through the multiplexer. What it means to a stream goes to that stream;
+   what it means to the role is returned.
+2. fill() hands packets to toxcore: first the multiplexer's own, then the streams' in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import socket
+import struct
+import time
+from typing import Callable
+
+from ttun.errors import ProtocolError
+from ttun.tox import protocol
+from ttun.tox.loop import Loop
+from ttun.tox.pace import Pace
+from ttun.tox.protocol import Event, Multiplexer, Tunnel
+from ttun.tox.stream import Stream, Streams
+
+log = logging.getLogger("ttun")
+
+CLOCK = struct.Struct(">d")  # seconds of our clock: what a PING carries
+MAX_ROUND_TRIP = 60.0  # seconds
+UNKNOWN_WAY = "a way that is not known yet"
+COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
+
+
+class Link:
+    """A friend that is online. way: how toxcore reaches it, for the log."""
+
+    def __init__(
+        self, loop: Loop, mux: Multiplexer, friend: int, name: str, way: str = UNKNOWN_WAY
+    ) -> None:
+        self.mux, self.friend, self.name, self.way = mux, friend, name, way
+        self.streams = Streams(loop, mux)
+        self.heard = self.pinged = time.monotonic()
+        self._toxcore_send = functools.partial(loop.tox.send, friend)
+        self._pace = Pace(self.heard)
+        self._complaints = 0
+
+    def receive(self, data: bytes) -> Event | None:
+        """Take a packet in; return what it means to the role, None if nothing."""
+        self.heard = time.monotonic()
+        try:
+            event = self.mux.receive(data)
+        except ProtocolError as error:
+            self._complaints += 1
+            level = logging.WARNING if self._complaints <= COMPLAINTS else logging.DEBUG
+            log.log(level, "peer %s: %s", self.name, error)
+            return None
+        if isinstance(event, protocol.TUNNEL_EVENTS):
+            if isinstance(event.tunnel.owner, Stream):
+                event.tunnel.owner.handle(event)
+            return None
+        if isinstance(event, protocol.Pong):
+            seconds = _round_trip(event.data)
+            if seconds is None:
+                return None
+            self.mux.round_trip = seconds
+        elif isinstance(event, protocol.Restarted):
+            count = len(self.streams.all)
+            log.info("peer %s started afresh; %d connections closed", self.name, count)
+            self.drop()
+        return event
+
+    def join(
+        self,
+        sock: socket.socket,
+        tunnel: Tunnel | None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> None:
+        """Forward between a socket and a tunnel; None is one that was not to be had any more."""
+        if tunnel is None:
+            sock.close()
+        else:
+            Stream(self.streams, sock, tunnel, on_reset)
+
+    def ping(self, now: float) -> None:
+        """Measure the round trip."""
+        self.pinged = now
+        self.mux.ping(CLOCK.pack(now))
+
+    def fill(self, now: float) -> tuple[bool, float]:
+        """Send what may be sent; return whether toxcore is full, and when to be called again."""
+        self._pace.refill(now)
+        if self._send_all():
+            return False, math.inf
+        if self._pace.take():  # so it was toxcore that refused
+            self._pace.refused(now)
+            return True, math.inf  # until there is room
+        return False, now + self._pace.wait(now)
+
+    def _send_all(self) -> bool:
+        """Send; return whether that was all."""
+        control, pace, toxcore_send = self.mux.control, self._pace, self._toxcore_send
+
+        def send(data: bytes) -> bool:
+            if not pace.take() or not toxcore_send(data):
+                return False
+            pace.sent()
+            return True
+
+        while True:
+            while control:
+                if not send(control[0]):
+                    return False
+                control.popleft()
+            if not self.streams.sending:
+                return True
+            if not self.streams.take_turn(send):
+                return False
+
+    def drop(self) -> None:
+        """End all streams, for a reason that is not theirs."""
+        counts = len(self.mux.tunnels), len(self.streams.all)
+        log.debug("peer %s: %d tunnels, %d connections end", self.name, *counts)
+        for stream in list(self.streams.all):
+            stream.reset()
+
+
+def _round_trip(data: bytes) -> float | None:
+    """Return the seconds since a PING; None for data that ping() cannot have sent."""
+    if len(data) != CLOCK.size:
+        return None
+    seconds = time.monotonic() - float(CLOCK.unpack(data)[0])
+    return seconds if 0 <= seconds <= MAX_ROUND_TRIP else None
