@@ -13,16 +13,17 @@ import pytest
 from peer import X1Peer
 from test_handshake import K, shake
 from test_times import Clock
-from test_x1 import terms
+from test_x1 import marked_nonce, terms
 from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
 from ttun import handshake, pending
+from ttun.cipher import TO_SERVER
 from ttun.flag import StopFlag
 from ttun.peer import SILENT_AFTER, Host, Peer, Pending
 from ttun.pending import Handshakes
-from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
+from ttun.x1 import AnsweredNonces
 
 FEW = 4
 
@@ -205,7 +206,7 @@ def test_a_connection_is_silent_only_after_a_while() -> None:
 
 def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> None:
     house.pending.hold()
-    client = house.connect(marked_nonce(K, TO_SERVER))
+    client = house.connect(marked_nonce(TO_SERVER))
     house.turns()
     for _ in range(3 * FEW):
         house.connect(bytes(16))
@@ -218,7 +219,7 @@ def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> N
 
 
 def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(house: House) -> None:
-    client = house.connect(marked_nonce(K, TO_SERVER))
+    client = house.connect(marked_nonce(TO_SERVER))
     house.turns()
     for _ in range(3 * FEW):
         house.connect(bytes(16))

@@ -13,8 +13,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Callable, Protocol
 
-from ttun.handshake import Keys, Steps
-from ttun.x1 import NONCE_SIZE
+from ttun.handshake import NONCE_SIZE, Keys, Steps
 
 SILENT_AFTER = 0.1  # seconds without a byte
 

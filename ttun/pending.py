@@ -32,10 +32,9 @@ from collections.abc import Iterator
 from ttun import tcp
 from ttun.errors import ProtocolError, UnrecognizedError
 from ttun.flag import SLICE, StopFlag
-from ttun.handshake import TIMEOUT, Keys, Steps
+from ttun.handshake import NONCE_SIZE, TIMEOUT, Keys, Steps
 from ttun.peer import Host, Peer, Pending, network
 from ttun.summary import Summary
-from ttun.x1 import NONCE_SIZE
 
 log = logging.getLogger("ttun")
 

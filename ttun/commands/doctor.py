@@ -219,11 +219,12 @@ def look_at_ipv6() -> Finding:
 
 def look_at_aes() -> Finding:
     """Has the processor AES, and does libsodium use it?"""
-    from ttun import sodium
+    from ttun import cipher, sodium
 
     if sodium.HAS_AES:
-        return Finding(OK, "AES", "in the processor: aegis-256 and aes-256-gcm")
-    cost = "chacha20-poly1305 carries the packets, at a third to a quarter of the speed"
+        with_it = (each.name for each in cipher.CIPHERS.values() if each.without_aes != "fast")
+        return Finding(OK, "AES", f"in the processor: {' and '.join(with_it)}")
+    cost = f"{cipher.fast()[0].name} carries the packets, at a third to a quarter of the speed"
     words = Path("/proc/cpuinfo").read_text(errors="replace").split()
     if "aes" in words:
         found = "in the processor, but this libsodium does not use it"
