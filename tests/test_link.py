@@ -11,10 +11,10 @@ import pytest
 from connections import KINDS, connected, need_mptcp
 
 from ttun import tcp
+from ttun.address import Address
 from ttun.client import Backoff
 from ttun.errors import TtunError, UsageError
 from ttun.flag import StopFlag
-from ttun.tcp import Address
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,14 @@ def test_addresses(text: str, listening: bool, expected: Address) -> None:
         ("a:65536", True, "port is a number"),
         ("a:", True, "port is a number"),
         ("a:b", True, "port is a number"),
+        ("h" * 256 + ":1", True, "more than 255 characters"),
         ("a:-1", True, "port is a number"),
         pytest.param("a:" + "9" * 5000, True, "port is a number", id="5,000 digits"),
         ("a:\u0661", True, "port is a number"),
         ("2001:db8::1", False, "brackets"),
         ("2001:db8::1:20203", True, "brackets"),
         ("::\r", True, "brackets"),
+        ("2001]:1", True, "brackets"),
         ("[2001:db8::1", True, "looks like"),
         ("[]:1", True, "looks like"),
         ("[::1]1", True, "port is a number"),

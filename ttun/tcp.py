@@ -12,10 +12,10 @@ import os
 import select
 import socket
 import time
-from typing import NamedTuple
 
 from ttun import congestion, resolver
-from ttun.errors import TtunError, UsageError
+from ttun.address import Address, parse_host_port
+from ttun.errors import TtunError
 from ttun.flag import StopFlag
 from ttun.resolver import SocketAddress, Target, reason
 
@@ -33,38 +33,9 @@ IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
 SOL_MPTCP, MPTCP_INFO = 284, 1
 
 
-class Address(NamedTuple):
-    """A host (a name, an IPv4 or an IPv6 address; empty: every one of ours) and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        """Return it as it is written on the command line."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
 def parse_address(text: str, *, listening: bool) -> Address:
     """Read HOST:PORT, [IPv6]:PORT and, when listening, :PORT. Raises UsageError."""
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket or not host:
-            raise UsageError(f"{text!r}: an IPv6 address looks like [2001:db8::1]:{DEFAULT_PORT}")
-    else:
-        host, colon, port = text.partition(":")
-        rest = colon + port
-        if ":" in port:
-            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:PORT")
-    if not host and not listening:
-        raise UsageError(f"{text!r}: a host is missing before the colon")
-    if not rest:
-        rest = f":{DEFAULT_PORT}"
-    port = rest[1:]
-    least = 0 if listening else 1
-    digits = port.isascii() and port.isdigit() and len(port) <= 5
-    if rest[0] != ":" or not (digits and least <= int(port) <= 65535):
-        raise UsageError(f"{text!r}: the port is a number from {least} to 65535")
-    return Address(host, int(port))
+    return parse_host_port(text, DEFAULT_PORT, 0 if listening else 1, any_host=listening)
 
 
 def listen(

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import privileges, tcp, tox
+from ttun import privileges, tox
+from ttun.address import Address
 from ttun.commands.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
 from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
 from ttun.errors import TtunError, printable
@@ -46,7 +47,7 @@ MANY_ADDRESSES = 1000
 WRITTEN = datetime.date(2026, 1, 1)  # no clock that is right shows a day before this program
 
 
-def run(peer: tcp.Address | None) -> int:
+def run(peer: Address | None) -> int:
     """Print what is found, as it is found; return 0 if a tunnel can run here, else 1."""
     if not Path("/proc/self").exists():
         raise TtunError(
@@ -67,7 +68,7 @@ def run(peer: tcp.Address | None) -> int:
     return 0
 
 
-def look(peer: tcp.Address | None) -> Iterator[Finding]:
+def look(peer: Address | None) -> Iterator[Finding]:
     """Yield what is found, in the order of the report."""
     packages = look_at_packages()
     yield packages

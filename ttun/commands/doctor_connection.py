@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ttun import congestion, tcp
+from ttun.address import Address
 from ttun.commands import path_mtu
 from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
 from ttun.flag import StopFlag
@@ -87,7 +88,7 @@ def look_at_windows(rtt: float) -> Finding:
     )
 
 
-def look_at_peer(peer: tcp.Address) -> Iterator[Finding]:
+def look_at_peer(peer: Address) -> Iterator[Finding]:
     """Does a server answer there, and how large a packet gets through?"""
     subject = "server"
     try:

@@ -23,10 +23,11 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
+from ttun.address import Address
 from ttun.tox import packet, protocol
 from ttun.tox.forwarder import Forwarder, Link
 from ttun.tox.loop import Loop
-from ttun.tox.rules import Rule, allowed
+from ttun.tox.rules import allowed
 from ttun.tox.stream import Stream
 from ttun.tox.toxcore import FriendRequest
 
@@ -53,7 +54,7 @@ class Server(Forwarder):
         *,
         secret: bytes | None = None,
         keys: Collection[bytes] | None = None,
-        rules: Sequence[Rule] | None = None,
+        rules: Sequence[Address] | None = None,
         targets: Mapping[tuple[str, int], Target] | None = None,
     ) -> None:
         """Serve nobody yet. With targets, those alone are answered."""
