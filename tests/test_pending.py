@@ -21,22 +21,22 @@ import ttun
 from ttun import handshake, pending
 from ttun.cipher import TO_SERVER
 from ttun.flag import StopFlag
-from ttun.peer import SILENT_AFTER, Host, Peer, Pending
-from ttun.pending import Handshakes
+from ttun.peer import SILENT_AFTER, HalfOpen, Host, Peer
+from ttun.pending import Pending
 from ttun.x1 import AnsweredNonces
 
 FEW = 4
 
 
 class House:
-    """Handshakes with a real listener that has room for a few."""
+    """Pending handshakes and a real listener, with room for a few."""
 
     def __init__(self, silent: bool = False) -> None:
         self.answered = AnsweredNonces(100)
         ours = terms(wire="x1" if silent else "auto")
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
-        self.pending = Handshakes(StopFlag())
+        self.pending = Pending(StopFlag())
         self.pending.listen(
             Host(
                 self.listener,
@@ -71,7 +71,7 @@ class House:
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     monkeypatch.setattr(pending, "MOST", FEW)
     monkeypatch.setattr(pending, "MOST_PER_NETWORK", FEW)
-    monkeypatch.setattr(Handshakes, "_most", lambda _: FEW)
+    monkeypatch.setattr(Pending, "_most", lambda _: FEW)
     monkeypatch.setattr(pending, "SHARE", 1)
     made = House()
     yield made
@@ -145,7 +145,7 @@ def test_one_address_has_64_connections_and_all_have_256(full_size: House) -> No
             more = [full_size.connect(source="127.0.0.2") for _ in range(6)]
             settles(64)
             assert [is_open(sock) for sock in crowds[0] + more] == [False] * 6 + [True] * 64
-    assert len(full_size.pending._pending) == sum(map(is_open, full_size.socks)) == 256
+    assert len(full_size.pending._half_open) == sum(map(is_open, full_size.socks)) == 256
     assert [sum(map(is_open, crowd)) for crowd in crowds] == [0, 64, 64, 64, 64]
 
 
@@ -198,10 +198,10 @@ def secrets(peer: Peer) -> bytes:
 
 def test_a_connection_is_silent_only_after_a_while() -> None:
     with socket.socket() as sock:
-        peer = Pending(sock, "x", "x", since=100.0, deadline=110.0)
+        peer = HalfOpen(sock, "x", "x", since=100.0, deadline=110.0)
         assert peer.worth(100.0 + SILENT_AFTER / 2) > peer.worth(101.0)
-        peer.spoke = True
-        assert peer.worth(101.0) > Pending(sock, "x", "x", 100.0, 110.0).worth(101.0)
+        peer.nonce += b"1"
+        assert peer.worth(101.0) > HalfOpen(sock, "x", "x", 100.0, 110.0).worth(101.0)
 
 
 def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> None:
@@ -233,11 +233,11 @@ def test_a_client_that_leaves_while_it_waits_is_let_go_of(house: House) -> None:
     house.pending.hold()
     waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
     house.turns()
-    assert len(house.pending._pending) == 3
+    assert len(house.pending._half_open) == 3
     for sock in waiting:
         sock.close()
     house.turns()
-    assert not house.pending._pending
+    assert not house.pending._half_open
 
 
 def test_nobody_is_held_for_longer_than_a_client_would_wait(
@@ -308,11 +308,11 @@ def test_a_stranger_who_ends_and_then_resets_costs_no_time(size: int, held: bool
         house.turns()
         sock.shutdown(socket.SHUT_WR)
         house.turns()
-        assert len(house.pending._pending) == 1, "its end is no reason for ours"
+        assert len(house.pending._half_open) == 1, "its end is no reason for ours"
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
         house.turns()
-        assert not house.pending._pending
+        assert not house.pending._half_open
     finally:
         house.close()
 

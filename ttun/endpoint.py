@@ -53,7 +53,7 @@ from ttun.flag import SLICE, StopFlag
 from ttun.handshake import Keys, agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
-from ttun.pending import Handshakes
+from ttun.pending import Pending
 from ttun.routes import Network
 from ttun.session import Counters, Session
 from ttun.version import __version__
@@ -169,7 +169,7 @@ class Endpoint(abc.ABC):
         self._device: Device | None = None
         self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
-        self._pending = Handshakes(self._stop)
+        self._pending = Pending(self._stop)
         self._last = _Last()
         self._moved = False  # the last connection was given up for what _why_dead() said
         self._error: TtunError | None = None
@@ -398,7 +398,7 @@ class Endpoint(abc.ABC):
             self._pending.watch(watch.fileno(), select.POLLIN)
 
     def _turn(self, seconds: float = SLICE) -> Peer | None:
-        """Wait for something to happen and look after it, as Handshakes.turn() does."""
+        """Wait for something to happen and look after it, as Pending.turn() does."""
         assert self._watch is not None
         return self._pending.turn(min(seconds, max(0.0, self._watch.due - time.monotonic())))
 

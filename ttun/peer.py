@@ -1,7 +1,7 @@
-"""A peer from its connection to the proof of the key, and how a server meets it.
+"""A peer from its connection to the proof of the key, and how a server accepts it.
 
 1. Host: the listener, and how a handshake begins.
-2. Pending: a connection that has proved nothing yet, and how much there is to lose with it.
+2. HalfOpen: a connection whose peer has proved nothing yet, and how much is lost by dropping it.
 3. Peer: one that has proved the key; a session takes it over.
 """
 
@@ -13,7 +13,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import Callable, Protocol
 
-from ttun.handshake import NONCE_SIZE, Keys, Steps
+from ttun.conversation import Conversation
+from ttun.handshake import Keys, Steps
 
 SILENT_AFTER = 0.1  # seconds without a byte
 
@@ -22,15 +23,15 @@ class Listener(Protocol):
     """What is used of a listening socket."""
 
     def fileno(self) -> int:
-        """Return what is readable when somebody waits to be accepted."""
+        """Return the descriptor that is readable when a connection waits to be accepted."""
 
     def accept(self) -> tuple[socket.socket, tuple[str, int]]:
-        """Return a connection and where it comes from."""
+        """Return a connection and the address of its peer."""
 
 
 @dataclass
 class Host:
-    """How a server meets its peers."""
+    """How a server accepts its peers."""
 
     listener: Listener
     begin: Callable[[], Steps]  # a handshake for the next peer
@@ -47,13 +48,13 @@ class Peer:
     keys: Keys
 
     def close(self) -> None:
-        """Give it up: there will be no session with it."""
+        """Drop it: there will be no session with it."""
         self.keys.discard()
         self.sock.close()
 
 
 @dataclass(eq=False)
-class Pending:
+class HalfOpen:
     """A connection whose peer has not proved the key yet."""
 
     sock: socket.socket
@@ -61,16 +62,18 @@ class Pending:
     network: str
     since: float
     deadline: float
-    steps: Steps | None = None  # None: held, or never to be answered
-    wanted: int = NONCE_SIZE
-    received: bytearray = field(default_factory=bytearray)
-    spoke: bool = False  # it sent something
-    greeted: bool = False  # it was sent something
+    handshake: Conversation[Keys] | None = None  # None: not begun, or never to be
+    nonce: bytearray = field(default_factory=bytearray)  # of a client, before that
     knows_key: bool = False  # as far as its nonce tells
     unrecognized: bool = False
 
+    @property
+    def spoke(self) -> bool:
+        """Whether its peer has sent anything."""
+        return bool(self.nonce) or (self.handshake is not None and self.handshake.heard)
+
     def worth(self, now: float) -> int:
-        """Return how much there is to lose with it: the least goes first."""
+        """Return how much is lost by dropping it: the least is dropped first."""
         if self.knows_key:
             return 3
         if self.unrecognized:
@@ -79,7 +82,7 @@ class Pending:
 
 
 def network(address: str) -> str:
-    """Return what one host can easily have many addresses of: an IPv6 /64; else the address."""
+    """Return the network that one host easily has many addresses in: an IPv6 /64; else itself."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
