@@ -20,7 +20,7 @@ from x1_rig import rigged
 import ttun
 from ttun import handshake, pending
 from ttun.cipher import TO_SERVER
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.peer import SILENT_AFTER, HalfOpen, Host, Peer
 from ttun.pending import Pending
 from ttun.x1 import AnsweredNonces
@@ -36,7 +36,7 @@ class House:
         ours = terms(wire="x1" if silent else "auto")
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
-        self.pending = Pending(StopFlag())
+        self.pending = Pending(Flag())
         self.pending.listen(
             Host(
                 self.listener,

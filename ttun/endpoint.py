@@ -49,7 +49,7 @@ from ttun.device import (
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import TtunError, UsageError
-from ttun.flag import SLICE, StopFlag
+from ttun.flag import SLICE, Flag
 from ttun.handshake import Keys, agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
@@ -160,7 +160,7 @@ class Endpoint(abc.ABC):
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
         try:
-            self._stop, self._over = StopFlag(), StopFlag()
+            self._stop, self._over = Flag(), Flag()
         except OSError as error:
             raise TtunError(f"cannot start: {error.strerror}") from None
         self._taken: dict[str, list[int]] = {}  # the steps of its life, each taken by one thread

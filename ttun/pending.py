@@ -31,7 +31,7 @@ import time
 from ttun import tcp
 from ttun.conversation import CLOSED, Conversation
 from ttun.errors import ProtocolError, UnrecognizedError
-from ttun.flag import SLICE, StopFlag
+from ttun.flag import SLICE, Flag
 from ttun.handshake import NONCE_SIZE, TIMEOUT, Keys, Steps
 from ttun.peer import HalfOpen, Host, Peer, network
 from ttun.summary import Summary
@@ -53,7 +53,7 @@ GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 class Pending:
     """The pending handshakes of an endpoint. Close it to close all that are left."""
 
-    def __init__(self, stop: StopFlag) -> None:
+    def __init__(self, stop: Flag) -> None:
         """Begin with none. turn() returns at once when stop is set, and leaves its beats there."""
         self._stop = stop
         self._poll = select.poll()

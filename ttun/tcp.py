@@ -11,12 +11,11 @@ import logging
 import os
 import select
 import socket
-import time
 
 from ttun import congestion, resolver
 from ttun.address import Address, parse_host_port
 from ttun.errors import TtunError
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.resolver import SocketAddress, Target, reason
 
 log = logging.getLogger("ttun")
@@ -41,7 +40,7 @@ def parse_address(text: str, *, listening: bool) -> Address:
 def listen(
     address: Address,
     mptcp: bool | None,
-    stop: StopFlag | None = None,
+    stop: Flag | None = None,
     control: str = congestion.AUTO,
 ) -> socket.socket:
     """Return a listening socket. mptcp: True or None take both kinds of peer where they can.
@@ -49,7 +48,7 @@ def listen(
 
     Raises TtunError, InterruptedError when stop was set while a name was looked up.
     """
-    stop = stop or StopFlag()
+    stop = stop or Flag()
     dual = not address.host and _has_ipv6()
     try:
         if dual:
@@ -84,7 +83,7 @@ def _has_ipv6() -> bool:
     return True
 
 
-def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
+def dial(address: Address, mptcp: bool | None, stop: Flag) -> socket.socket:
     """Return a socket connected to one of the addresses of a name, looked up now.
 
     Raises OSError with a line that names what was tried; InterruptedError when stop was set.
@@ -107,7 +106,7 @@ def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
 
 
 def connect(
-    target: Target, mptcp: bool | None, stop: StopFlag, control: str = congestion.AUTO
+    target: Target, mptcp: bool | None, stop: Flag, control: str = congestion.AUTO
 ) -> socket.socket:
     """Return a non-blocking socket connected to an address. control: of congestion, to come.
 
@@ -128,7 +127,7 @@ def named(what: str, error: OSError) -> OSError:
     return renamed
 
 
-def _connect(target: Target, mptcp: bool, stop: StopFlag, control: str) -> socket.socket:
+def _connect(target: Target, mptcp: bool, stop: Flag, control: str) -> socket.socket:
     sock = _open(target.family, mptcp, control, quietly=False)
     try:
         sock.setblocking(False)
@@ -143,20 +142,11 @@ def _connect(target: Target, mptcp: bool, stop: StopFlag, control: str) -> socke
         raise
 
 
-def _await_connection(sock: socket.socket, stop: StopFlag) -> int:
+def _await_connection(sock: socket.socket, stop: Flag) -> int:
     """Wait until a connection is there or has failed; return its error number, 0 for none."""
-    waiting = select.poll()
-    waiting.register(sock, select.POLLOUT)
-    waiting.register(stop, select.POLLIN)
-    end = time.monotonic() + DIAL_TIMEOUT
-    while (left := end - time.monotonic()) > 0:
-        stop.beat()
-        ready = waiting.poll(min(left, 1.0) * 1000)
-        if stop.is_set():
-            raise InterruptedError
-        if ready:
-            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    return errno.ETIMEDOUT
+    if not stop.wait_for(sock.fileno(), select.POLLOUT, DIAL_TIMEOUT):
+        return errno.ETIMEDOUT
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
 def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.socket:

@@ -17,7 +17,7 @@ import socket
 from pathlib import Path
 
 from ttun.errors import TtunError
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.tcp import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
@@ -61,7 +61,7 @@ class Dialer:
         if self._loop is not None:
             self._loop.stop()
 
-    def dial(self, stop: StopFlag) -> socket.socket:
+    def dial(self, stop: Flag) -> socket.socket:
         """Return a socket connected to the server's end of the tunnel, when it is online.
 
         Raises OSError with the reason, InterruptedError when stop was set.
