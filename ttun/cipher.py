@@ -39,7 +39,7 @@ CIPHERS = {
 EVERYWHERE = CIPHERS["chacha20-poly1305"]  # every end has it: for frames before an agreement
 
 
-def find(name: str) -> Cipher:
+def by_name(name: str) -> Cipher:
     """Return the cipher of that name.
 
     Raises UsageError for an unknown name, TtunError where the processor lacks the cipher.

@@ -28,8 +28,16 @@ from dataclasses import dataclass, field
 
 from ttun import x1
 from ttun._codec import lib
-from ttun.cipher import EVERYWHERE, PREFIX, TO_CLIENT, TO_SERVER, Cipher, CipherState, fast
-from ttun.cipher import find as find_cipher
+from ttun.cipher import (
+    EVERYWHERE,
+    PREFIX,
+    TO_CLIENT,
+    TO_SERVER,
+    Cipher,
+    CipherState,
+    by_name,
+    fast,
+)
 from ttun.errors import ProtocolError, UnrecognizedError, UsageError
 from ttun.sodium import KeyPair
 
@@ -195,7 +203,7 @@ def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
     """Return what to agree to. Raises UsageError for what no peer could agree to."""
     if wire not in WIRES:
         raise UsageError(f"unknown wire {wire!r}: choose {', '.join(WIRES)}")
-    cipher = None if name is None else find_cipher(name)
+    cipher = None if name is None else by_name(name)
     offers = [
         offer
         for offer in ([cipher] if cipher else fast())
