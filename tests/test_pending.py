@@ -229,6 +229,37 @@ def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(ho
     assert is_open(client)
 
 
+def test_a_client_that_is_let_in_a_moment_before_the_next_session_waits_on(house: House) -> None:
+    """And costs no time meanwhile, whatever it sends."""
+    house.pending.hold()
+    client = house.connect(bytes(17))
+    house.turns()
+    house.pending.release()
+    house.pending.hold()
+    house.turns()
+    began = time.monotonic()
+    house.pending.turn(0.3)
+    assert time.monotonic() - began >= 0.25, "there is nothing to do"
+    assert is_open(client)
+    house.pending.release()
+    house.turns()
+    client.settimeout(5)
+    assert len(client.recv(16)) == 16
+
+
+def test_a_handshake_that_lacks_memory_is_over(house: House) -> None:
+    def no_memory() -> handshake.Steps:
+        raise MemoryError
+
+    assert house.pending._host is not None
+    house.pending._host.begin = no_memory
+    client = house.connect(bytes(16))
+    with pytest.raises(MemoryError):
+        house.turns(5)
+    assert not house.pending._half_open
+    assert not is_open(client)
+
+
 def test_a_client_that_leaves_while_it_waits_is_let_go_of(house: House) -> None:
     house.pending.hold()
     waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
