@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Generator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from ttun.errors import ProtocolError
 
@@ -39,16 +39,17 @@ class Conversation(Generic[Result]):
         """
         try:
             while True:
-                taken = None if self._wanted is None else self._take(self._wanted)
-                data, self._wanted = next(self._steps) if taken is None else self._steps.send(taken)
+                if self._wanted is None:
+                    data, self._wanted = next(self._steps)
+                else:
+                    data, self._wanted = self._steps.send(self._take(self._wanted))
                 # An answer is far less than an empty socket buffer takes at once.
                 if data and self._sock.send(data) != len(data):
                     raise OSError("it does not read what it is sent")
         except BlockingIOError:
             return None
         except StopIteration as done:
-            result: Result = done.value
-            return result
+            return cast(Result, done.value)
 
     def close(self) -> None:
         """End the generator."""

@@ -28,16 +28,7 @@ from dataclasses import dataclass, field
 
 from ttun import x1
 from ttun._codec import lib
-from ttun.cipher import (
-    EVERYWHERE,
-    PREFIX,
-    TO_CLIENT,
-    TO_SERVER,
-    Cipher,
-    CipherState,
-    by_name,
-    fast,
-)
+from ttun.cipher import EVERYWHERE, PREFIX, TO_CLIENT, TO_SERVER, Cipher, CipherState, by_name, fast
 from ttun.errors import ProtocolError, UnrecognizedError, UsageError
 from ttun.sodium import KeyPair
 

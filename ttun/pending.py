@@ -60,6 +60,7 @@ class Pending:
         self._poll.register(stop, select.POLLIN)
         self._half_open: dict[int, HalfOpen] = {}  # by descriptor, the oldest first
         self._host: Host | None = None
+        self._silent = False  # strangers get no answer
         self._holding = False
         self._told: set[str] = set()  # networks of clients that were logged as waiting
         self._resume_at: float | None = None  # when the listener is looked at again
@@ -71,7 +72,7 @@ class Pending:
 
     def listen(self, host: Host) -> None:
         """Accept the connections of a listener."""
-        self._host = host
+        self._host, self._silent = host, host.silent
         self._poll.register(host.listener, select.POLLIN)
 
     def watch(self, descriptor: int, events: int = 0) -> None:
@@ -96,11 +97,10 @@ class Pending:
 
     def release(self) -> None:
         """Serve those that were held, in the order in which they came, and all that come."""
-        assert self._host is not None
         self._holding = False
         for peer in [each for each in self._half_open.values() if not each.unrecognized]:
             self._announce(peer, "handshaking")
-            if not self._host.silent:
+            if not self._silent:
                 peer.deadline = time.monotonic() + TIMEOUT
             if len(peer.nonce) == NONCE_SIZE:
                 self._poll.modify(peer.sock, select.POLLOUT)  # turn() begins its handshake
@@ -187,12 +187,11 @@ class Pending:
                 return
 
     def _welcome(self, sock: socket.socket, name: str, network: str) -> None:
-        assert self._host is not None
         same = [peer for peer in self._half_open.values() if peer.network == network]
         if len(same) >= min(MOST_PER_NETWORK, self._most() // SHARE + 1):
             self._make_way(same)
         now = time.monotonic()
-        if self._host.silent:
+        if self._silent:
             deadline = now + random.uniform(*UNRECOGNIZED_TIMEOUT)
         else:
             deadline = now + (HELD_TIMEOUT if self._holding else TIMEOUT)
@@ -230,8 +229,7 @@ class Pending:
         if now - self._room_at >= 1:
             self._room, self._room_at = _room(len(self._half_open)), now
         # A stranger that gets no answer in any case must not see that a session runs.
-        few = self._holding and not (self._host is not None and self._host.silent)
-        return min(MOST_HELD if few else MOST, self._room)
+        return min(MOST_HELD if self._holding and not self._silent else MOST, self._room)
 
     def _make_way(self, many: list[HalfOpen]) -> None:
         """Drop one of many: of those that lose the least, the oldest or a random one."""
@@ -253,28 +251,27 @@ class Pending:
         try:
             keys = peer.handshake.advance() if peer.handshake else self._take_nonce(peer, what)
         except BlockingIOError:
-            return None
+            pass
         except UnrecognizedError as error:
             self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, error)
             self._leave_unanswered(peer)
-            return None
         except (ProtocolError, OSError) as error:
             self._drop(peer, getattr(error, "strerror", None) or str(error))
-            return None
         except BaseException:  # no memory: it cannot go on from here
             self._close(peer)
             raise
-        if keys is None:
-            return None
-        self._forget(peer)
-        return Peer(peer.sock, peer.name, keys)
+        else:
+            if keys is not None:
+                self._forget(peer)
+                return Peer(peer.sock, peer.name, keys)
+        return None
 
     def _take_nonce(self, peer: HalfOpen, what: int) -> Keys | None:
         """Take a client's nonce; begin its handshake or, during a session, hold it."""
         assert self._host is not None
         if (missing := NONCE_SIZE - len(peer.nonce)) > 0:
             data = peer.sock.recv(missing)
-            if not data and self._host.silent:
+            if not data and self._silent:
                 raise UnrecognizedError("it closed the connection before it showed the key")
             if not data:
                 raise ProtocolError(CLOSED)
@@ -291,8 +288,7 @@ class Pending:
 
     def _hold(self, peer: HalfOpen) -> None:
         """Answer a client later, and notice when it leaves before that."""
-        assert self._host is not None
-        if self._host.silent and not peer.knows_key:
+        if self._silent and not peer.knows_key:
             raise UnrecognizedError("it speaks wire v1 alone, or has another key")
         self._limit(peer, HELD_TIMEOUT)
         self._poll.modify(peer.sock, select.POLLRDHUP)
@@ -310,7 +306,7 @@ class Pending:
 
     def _limit(self, peer: HalfOpen, seconds: float) -> None:
         """Where strangers have a random time, give a peer that showed the key its usual one."""
-        if self._host is not None and self._host.silent:
+        if self._silent:
             peer.deadline = time.monotonic() + seconds
 
     def _leave_unanswered(self, peer: HalfOpen) -> None:
