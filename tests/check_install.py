@@ -19,9 +19,9 @@ from known_answers import SESSIONS, frames, plaintext
 
 import ttun
 from ttun import handshake, sodium
-from ttun.cipher import CIPHERS, CipherState
+from ttun.cipher import CIPHERS, TO_CLIENT, TO_SERVER, CipherState
 
-DIRECTIONS = {"client to server": handshake.TO_SERVER, "server to client": handshake.TO_CLIENT}
+DIRECTIONS = {"client to server": TO_SERVER, "server to client": TO_CLIENT}
 
 
 def known_answers(session: dict) -> int:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from ttun import tcp
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.tcp import Address
 
 
 @contextlib.contextmanager
 def connected(
-    stop: StopFlag, listener_mptcp: bool | None = False, dial_mptcp: bool | None = None
+    stop: Flag, listener_mptcp: bool | None = False, dial_mptcp: bool | None = None
 ) -> Iterator[list[socket.socket]]:
     """Both ends of a connection over which a byte went."""
     with tcp.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:

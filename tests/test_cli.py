@@ -14,6 +14,7 @@ from tunnel import CLIENT, PROGRAM, SCRIPT, SERVER, Bench, eventually
 
 import ttun
 from ttun import cli, sodium
+from ttun.cipher import CIPHERS
 from ttun.cli import main
 from ttun.commands.parser import build_parser, join_values
 from ttun.errors import TtunError
@@ -133,6 +134,12 @@ def test_another_system_is_told_so(
     monkeypatch.setattr(sys, "platform", "darwin")
     assert main(["genkey"]) == 1
     assert "ttun runs on Linux only" in capsys.readouterr().err
+
+
+def test_the_help_names_every_cipher() -> None:
+    """It is written out there: help is to be had without the extension that the table needs."""
+    text = " ".join(run("server", "-h")[1].split())
+    assert all(name in text for name in CIPHERS)
 
 
 def test_options_of_the_original_and_their_long_forms() -> None:

@@ -15,7 +15,7 @@ from tunnel import CLIENT, PROGRAM, SERVER, Bench
 
 from ttun import congestion
 from ttun.errors import TtunError, UsageError
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.lab import netns
 
 PROC = Path("/proc/sys/net/ipv4")
@@ -27,8 +27,8 @@ def control(sock: socket.socket) -> str:
 
 
 @pytest.fixture
-def stop() -> StopFlag:
-    return StopFlag()
+def stop() -> Flag:
+    return Flag()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_far_peer_gets_bbr_and_a_near_one_is_not_paced(
     expected: str,
     system: str,
     bbr: None,
-    stop: StopFlag,
+    stop: Flag,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     need_mptcp()
@@ -72,7 +72,7 @@ def test_a_far_peer_gets_bbr_and_a_near_one_is_not_paced(
 
 @pytest.mark.parametrize("near", [True, False])
 def test_one_that_was_named_is_taken_near_and_far(
-    near: bool, stop: StopFlag, monkeypatch: pytest.MonkeyPatch
+    near: bool, stop: Flag, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(congestion, "NEAR", 10.0 if near else 0.0)
     with connected(stop) as ends:
@@ -90,7 +90,7 @@ def test_system_leaves_a_socket_alone(system: str) -> None:
 
 
 def test_one_that_a_route_chose_is_left_alone(
-    bbr: None, stop: StopFlag, monkeypatch: pytest.MonkeyPatch
+    bbr: None, stop: Flag, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the kernel does for a route with congctl: while it connects."""
     monkeypatch.setattr(congestion, "NEAR", 10.0)
@@ -109,7 +109,7 @@ def test_what_has_no_congestion_control_is_no_trouble() -> None:
             assert congestion.way(end) is None
 
 
-def test_the_way_says_what_the_kernel_measured(stop: StopFlag) -> None:
+def test_the_way_says_what_the_kernel_measured(stop: Flag) -> None:
     with connected(stop) as ends:
         ends[0].sendall(b"x" * 100)
         way = congestion.way(ends[0])
@@ -120,7 +120,7 @@ def test_the_way_says_what_the_kernel_measured(stop: StopFlag) -> None:
 
 
 def test_without_a_descriptor_it_says_that_bbr_cannot_be_had(
-    stop: StopFlag,
+    stop: Flag,
 ) -> None:
     with connected(stop) as ends:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -11,10 +11,10 @@ import pytest
 from connections import KINDS, connected, need_mptcp
 
 from ttun import tcp
+from ttun.address import Address
 from ttun.client import Backoff
 from ttun.errors import TtunError, UsageError
-from ttun.flag import StopFlag
-from ttun.tcp import Address
+from ttun.flag import Flag
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,14 @@ def test_addresses(text: str, listening: bool, expected: Address) -> None:
         ("a:65536", True, "port is a number"),
         ("a:", True, "port is a number"),
         ("a:b", True, "port is a number"),
+        ("h" * 256 + ":1", True, "more than 255 characters"),
         ("a:-1", True, "port is a number"),
         pytest.param("a:" + "9" * 5000, True, "port is a number", id="5,000 digits"),
         ("a:\u0661", True, "port is a number"),
         ("2001:db8::1", False, "brackets"),
         ("2001:db8::1:20203", True, "brackets"),
         ("::\r", True, "brackets"),
+        ("2001]:1", True, "brackets"),
         ("[2001:db8::1", True, "looks like"),
         ("[]:1", True, "looks like"),
         ("[::1]1", True, "port is a number"),
@@ -67,14 +69,14 @@ def test_an_address_is_shown_as_it_is_written() -> None:
 
 
 @pytest.fixture
-def stop() -> StopFlag:
-    return StopFlag()
+def stop() -> Flag:
+    return Flag()
 
 
 @pytest.mark.parametrize("mptcp", [True, False, None])
 @pytest.mark.parametrize("dialled", ["127.0.0.1", "::1", "localhost"])
 def test_a_port_alone_listens_on_both_families(
-    mptcp: bool | None, dialled: str, stop: StopFlag
+    mptcp: bool | None, dialled: str, stop: Flag
 ) -> None:
     try:
         socket.getaddrinfo(dialled, 1)
@@ -87,7 +89,7 @@ def test_a_port_alone_listens_on_both_families(
 
 
 def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+    monkeypatch: pytest.MonkeyPatch, stop: Flag
 ) -> None:
     real = socket.socket
 
@@ -106,7 +108,7 @@ def test_a_kernel_without_ipv6_gets_a_listener_for_ipv4(
 
 @KINDS
 def test_what_a_connection_really_is(
-    listener_mptcp: bool | None, dial_mptcp: bool | None, expected: str, stop: StopFlag
+    listener_mptcp: bool | None, dial_mptcp: bool | None, expected: str, stop: Flag
 ) -> None:
     need_mptcp()
     with connected(stop, listener_mptcp, dial_mptcp) as ends:
@@ -131,7 +133,7 @@ def test_a_peer_that_is_gone_is_noticed_after_35_seconds() -> None:
         assert option(socket.TCP_NODELAY) == 1
 
 
-def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:
+def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
     with tcp.listen(Address("127.0.0.1", 0), False) as listener:
         port = listener.getsockname()[1]
         answers = [
@@ -146,9 +148,7 @@ def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop:
             tcp.dial(Address("many.example", port), None, stop)
 
 
-def test_a_dial_that_nobody_answers_has_an_end(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
-) -> None:
+def test_a_dial_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
     """A queue that is full: the kernel drops what asks for a connection."""
     monkeypatch.setattr(tcp, "DIAL_TIMEOUT", 0.5)
     with socket.socket() as full, contextlib.ExitStack() as connected:
@@ -160,13 +160,13 @@ def test_a_dial_that_nobody_answers_has_an_end(
                 connected.enter_context(tcp.dial(address, None, stop))
 
 
-def test_a_name_that_does_not_exist_is_an_error(stop: StopFlag) -> None:
+def test_a_name_that_does_not_exist_is_an_error(stop: Flag) -> None:
     with pytest.raises(OSError, match=r"nothing\.invalid: "):
         tcp.dial(Address("nothing.invalid", 1), None, stop)
 
 
 def test_a_silent_name_server_is_named_where_musl_says_try_again(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+    monkeypatch: pytest.MonkeyPatch, stop: Flag
 ) -> None:
     def silent(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Try again")
@@ -177,7 +177,7 @@ def test_a_silent_name_server_is_named_where_musl_says_try_again(
 
 
 def test_a_look_up_that_hangs_is_left_when_stopped(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+    monkeypatch: pytest.MonkeyPatch, stop: Flag
 ) -> None:
     answered = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(30) and [])

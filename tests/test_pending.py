@@ -13,29 +13,30 @@ import pytest
 from peer import X1Peer
 from test_handshake import K, shake
 from test_times import Clock
-from test_x1 import terms
+from test_x1 import marked_nonce, terms
 from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
 from ttun import handshake, pending, tcp
-from ttun.flag import StopFlag
-from ttun.peer import SILENT_AFTER, Host, Peer, Pending
-from ttun.pending import Handshakes
-from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
+from ttun.cipher import TO_SERVER
+from ttun.flag import Flag
+from ttun.peer import SILENT_AFTER, HalfOpen, Host, Peer
+from ttun.pending import Pending
+from ttun.x1 import AnsweredNonces
 
 FEW = 4
 
 
 class House:
-    """Handshakes with a real listener that has room for a few."""
+    """Pending handshakes and a real listener, with room for a few."""
 
     def __init__(self, silent: bool = False) -> None:
         self.answered = AnsweredNonces(100)
         ours = terms(wire="x1" if silent else "auto")
         self.listener = tcp.Listener("127.0.0.1:0", None, "system")
-        self.listener.open(StopFlag())
-        self.pending = Handshakes(StopFlag())
+        self.listener.open(Flag())
+        self.pending = Pending(Flag())
         self.pending.listen(
             Host(
                 self.listener,
@@ -70,7 +71,7 @@ class House:
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     monkeypatch.setattr(pending, "MOST", FEW)
     monkeypatch.setattr(pending, "MOST_PER_SOURCE", FEW)
-    monkeypatch.setattr(Handshakes, "_most", lambda _: FEW)
+    monkeypatch.setattr(Pending, "_most", lambda _: FEW)
     monkeypatch.setattr(pending, "SHARE", 1)
     made = House()
     yield made
@@ -144,7 +145,7 @@ def test_one_address_has_64_connections_and_all_have_256(full_size: House) -> No
             more = [full_size.connect(source="127.0.0.2") for _ in range(6)]
             settles(64)
             assert [is_open(sock) for sock in crowds[0] + more] == [False] * 6 + [True] * 64
-    assert len(full_size.pending._pending) == sum(map(is_open, full_size.socks)) == 256
+    assert len(full_size.pending._half_open) == sum(map(is_open, full_size.socks)) == 256
     assert [sum(map(is_open, crowd)) for crowd in crowds] == [0, 64, 64, 64, 64]
 
 
@@ -197,15 +198,15 @@ def secrets(peer: Peer) -> bytes:
 
 def test_a_connection_is_silent_only_after_a_while() -> None:
     with socket.socket() as sock:
-        peer = Pending(sock, "x", "tcp", "x", since=100.0, deadline=110.0)
+        peer = HalfOpen(sock, "x", "tcp", "x", since=100.0, deadline=110.0)
         assert peer.worth(100.0 + SILENT_AFTER / 2) > peer.worth(101.0)
-        peer.spoke = True
-        assert peer.worth(101.0) > Pending(sock, "x", "tcp", "x", 100.0, 110.0).worth(101.0)
+        peer.nonce += b"1"
+        assert peer.worth(101.0) > HalfOpen(sock, "x", "tcp", "x", 100.0, 110.0).worth(101.0)
 
 
 def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> None:
     house.pending.hold()
-    client = house.connect(marked_nonce(K, TO_SERVER))
+    client = house.connect(marked_nonce(TO_SERVER))
     house.turns()
     for _ in range(3 * FEW):
         house.connect(bytes(16))
@@ -218,7 +219,7 @@ def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> N
 
 
 def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(house: House) -> None:
-    client = house.connect(marked_nonce(K, TO_SERVER))
+    client = house.connect(marked_nonce(TO_SERVER))
     house.turns()
     for _ in range(3 * FEW):
         house.connect(bytes(16))
@@ -228,15 +229,46 @@ def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(ho
     assert is_open(client)
 
 
+def test_a_client_that_is_let_in_a_moment_before_the_next_session_waits_on(house: House) -> None:
+    """And costs no time meanwhile, whatever it sends."""
+    house.pending.hold()
+    client = house.connect(bytes(17))
+    house.turns()
+    house.pending.release()
+    house.pending.hold()
+    house.turns()
+    began = time.monotonic()
+    house.pending.turn(0.3)
+    assert time.monotonic() - began >= 0.25, "there is nothing to do"
+    assert is_open(client)
+    house.pending.release()
+    house.turns()
+    client.settimeout(5)
+    assert len(client.recv(16)) == 16
+
+
+def test_a_handshake_that_lacks_memory_is_over(house: House) -> None:
+    def no_memory() -> handshake.Steps:
+        raise MemoryError
+
+    assert house.pending._host is not None
+    house.pending._host.begin = no_memory
+    client = house.connect(bytes(16))
+    with pytest.raises(MemoryError):
+        house.turns(5)
+    assert not house.pending._half_open
+    assert not is_open(client)
+
+
 def test_a_client_that_leaves_while_it_waits_is_let_go_of(house: House) -> None:
     house.pending.hold()
     waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
     house.turns()
-    assert len(house.pending._pending) == 3
+    assert len(house.pending._half_open) == 3
     for sock in waiting:
         sock.close()
     house.turns()
-    assert not house.pending._pending
+    assert not house.pending._half_open
 
 
 def test_nobody_is_held_for_longer_than_a_client_would_wait(
@@ -307,11 +339,11 @@ def test_a_stranger_who_ends_and_then_resets_costs_no_time(size: int, held: bool
         house.turns()
         sock.shutdown(socket.SHUT_WR)
         house.turns()
-        assert len(house.pending._pending) == 1, "its end is no reason for ours"
+        assert len(house.pending._half_open) == 1, "its end is no reason for ours"
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
         house.turns()
-        assert not house.pending._pending
+        assert not house.pending._half_open
     finally:
         house.close()
 

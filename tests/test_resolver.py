@@ -19,7 +19,7 @@ from test_waiting import names
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
 from ttun import resolver
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.resolver import Resolver
 
 NAME_SERVER = "203.0.113.53"  # behind the server's host: the default route leads there
@@ -170,11 +170,11 @@ def test_of_a_names_addresses_the_one_that_a_route_catches_is_not_dialled(
 
 
 @pytest.fixture
-def stop() -> StopFlag:
-    return StopFlag()
+def stop() -> Flag:
+    return Flag()
 
 
-def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop: StopFlag) -> None:
+def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop: Flag) -> None:
     before = set(children(os.getpid()))  # of other tests
     found = resolver._in_a_child("localhost", 5, 0, stop)
     assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
@@ -184,7 +184,7 @@ def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop:
 
 
 def test_there_is_one_look_up_at_a_time_however_long_it_hangs(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
+    monkeypatch: pytest.MonkeyPatch, stop: Flag
 ) -> None:
     """A client that dials again and again must not leave a thread behind each time."""
     hangs, calls = threading.Event(), []
@@ -205,7 +205,7 @@ def test_there_is_one_look_up_at_a_time_however_long_it_hangs(
     assert asking.targets(stop)[0].sockaddr == ("192.0.2.8", 1)
 
 
-def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> None:
+def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
     monkeypatch.setattr(threading, "Thread", None)
     monkeypatch.setattr(os, "fork", None)
     for host in ("192.0.2.1", "2001:db8::1"):
@@ -213,7 +213,7 @@ def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: 
         assert resolver.look_up(host, 7, stop)[0].sockaddr[:2] == (host, 7)
 
 
-def test_a_child_is_waited_for_by_whoever_wants_to(stop: StopFlag) -> None:
+def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
     """Whoever started the program may have SIGCHLD ignored: then the kernel does it."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
@@ -223,9 +223,7 @@ def test_a_child_is_waited_for_by_whoever_wants_to(stop: StopFlag) -> None:
     assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
 
 
-def test_of_very_many_addresses_some_are_taken(
-    monkeypatch: pytest.MonkeyPatch, stop: StopFlag
-) -> None:
+def test_of_very_many_addresses_some_are_taken(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
     """4,000 fit into an answer of DNS over TCP, and not into what the child may say."""
 
     def many(*_: object, **__: object) -> list[object]:

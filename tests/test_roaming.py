@@ -19,6 +19,7 @@ from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, eventually
 from watched import Watched
 
 from ttun import roaming, tcp
+from ttun.address import Address
 from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
@@ -36,7 +37,7 @@ def connection(
     """A connection from the client's host to the server's, or to itself."""
     listener = bench.on(
         CLIENT if source.startswith("127.") else SERVER,
-        lambda: tcp.listen(tcp.Address("", PORT), None),
+        lambda: tcp.listen(Address("", PORT), None),
     )
 
     def dial() -> socket.socket:

@@ -10,13 +10,14 @@ import time
 import pytest
 from peer import X1Peer
 from test_peers import connect
-from test_x1 import K, terms
+from test_x1 import K, marked_nonce, terms
 from tunnel import CLIENT, Bench
 
-from ttun import handshake
+from ttun import handshake, x1
+from ttun.cipher import TO_CLIENT, TO_SERVER
 from ttun.errors import UnrecognizedError
 from ttun.tcp import network
-from ttun.x1 import TO_SERVER, AnsweredNonces, marked_nonce
+from ttun.x1 import AnsweredNonces
 
 SIZES = [0, 1, 15, 16, 17, 18, 100, 100_000]
 
@@ -87,7 +88,7 @@ def test_a_recorded_mark_gets_no_answer_and_a_client_still_gets_in(plain: Bench)
 
 def test_a_mark_is_answered_once() -> None:
     answered = AnsweredNonces(100)
-    nonce = marked_nonce(K, TO_SERVER)
+    nonce = marked_nonce(TO_SERVER)
     steps = handshake.server(K, terms(wire="x1"), answered)
     next(steps)
     assert len(steps.send(nonce)[0]) == 16
@@ -99,12 +100,12 @@ def test_a_mark_is_answered_once() -> None:
     steps = handshake.server(K, terms(), answered)
     next(steps)
     answer = steps.send(nonce)[0]
-    assert not handshake.x1.is_marked(K, handshake.x1.TO_CLIENT, answer)
+    assert not x1.is_marked(K, TO_CLIENT, answer)
 
 
 def test_of_the_nonces_answered_the_oldest_are_forgotten_first() -> None:
     answered = AnsweredNonces(10)
-    nonces = [marked_nonce(K, TO_SERVER) for _ in range(25)]
+    nonces = [marked_nonce(TO_SERVER) for _ in range(25)]
     for number, nonce in enumerate(nonces):
         assert nonce not in answered
         answered.add(nonce)

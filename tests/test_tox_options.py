@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from tunnel import PROGRAM
 
+from ttun.address import Address
 from ttun.commands.parser import Parser
 from ttun.errors import TtunError, UsageError
 from ttun.tox import instance, options, rules, toxcore, transport
 from ttun.tox.options import Forward, Options
-from ttun.tox.rules import Rule
 
 ID = "1B9A5FD500A45D4719DA3EA9535A4913AC4763811D90F243A32458698BDEDD0121206484ECB5"
 
@@ -294,4 +294,4 @@ def test_what_is_no_target(text: str) -> None:
     with pytest.raises(UsageError) as raised:
         rules.parse_target(text)
     assert len(str(raised.value).splitlines()) == 1
-    assert rules.parse_target("[::1]@22") == Rule("::1", 22)
+    assert rules.parse_target("[::1]@22") == Address("::1", 22)

@@ -14,6 +14,7 @@ from peer import Peer
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
 from ttun import mptcp, tcp
+from ttun.address import Address
 
 pytestmark = pytest.mark.hosts
 
@@ -146,7 +147,7 @@ def cpu(pid: int) -> float:
 
 @needs_mptcp
 def test_the_kernel_tells_how_long_a_path_has_been_silent(plain: Bench) -> None:
-    with plain.on(SERVER, lambda: tcp.listen(tcp.Address("", 9999), None)) as listener:
+    with plain.on(SERVER, lambda: tcp.listen(Address("", 9999), None)) as listener:
         with connect(plain, 9999, True) as sock:
             listener.setblocking(True)
             with listener.accept()[0] as accepted:

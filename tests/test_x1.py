@@ -16,7 +16,7 @@ from test_handshake import K, against, drive
 from ttun import handshake, x1
 from ttun.cipher import CIPHERS, CipherState
 from ttun.errors import ProtocolError
-from ttun.handshake import Keys, Terms
+from ttun.handshake import NONCE_SIZE, Keys, Terms
 from ttun.sodium import KeyPair, Secret, blake2b
 
 ROLES = {"client": 0, "server": 1}
@@ -26,6 +26,10 @@ LOW_ORDER = [bytes(32), bytes([1]) + bytes(31), bytes([0xEC]) + b"\xff" * 30 + b
 
 def terms(*ciphers: str, wire: str = "auto", features: int = 3) -> Terms:
     return Terms(wire, offers=[CIPHERS[name] for name in ciphers or BITS], features=features)
+
+
+def marked_nonce(direction: int, k: bytes = K) -> bytes:
+    return x1.mark(k, direction, os.urandom(NONCE_SIZE))
 
 
 def x1_against(role: str, peer: Callable[[X1Peer], None], ours: Terms | None = None) -> Keys:
@@ -145,8 +149,8 @@ def test_what_carries_no_valid_mark_is_v1(role: str, nonce: str) -> None:
     theirs = 1 - ROLES[role]
     sent = {
         "random": os.urandom(16),
-        "of another key": x1.marked_nonce(os.urandom(32), theirs),
-        "of the other role": x1.marked_nonce(K, ROLES[role]),
+        "of another key": marked_nonce(theirs, os.urandom(32)),
+        "of the other role": marked_nonce(ROLES[role]),
     }[nonce]
     seen = []
 
@@ -239,7 +243,7 @@ def test_an_unfinished_handshake_wants_few_bytes() -> None:
     for prefix in range(65536):
         steps = handshake.server(K, terms())
         next(steps)
-        steps.send(x1.marked_nonce(K, 0))
+        steps.send(marked_nonce(0))
         try:
             _, wanted = steps.send(prefix.to_bytes(2, "big"))
         except ProtocolError:

@@ -13,55 +13,57 @@ from ttun._codec import ffi, lib
 from ttun.errors import TtunError, UsageError
 
 PREFIX: int = lib.TTUN_PREFIX
+TO_SERVER, TO_CLIENT = 0, 1  # the direction in the nonce of a frame, and in a mark of x1.py
 
 
 class Cipher(NamedTuple):
-    """An AEAD with a 32-byte key: its name on the command line, in libsodium, its tag in bytes."""
+    """An AEAD with a 32-byte key."""
 
-    name: str
-    function: str
-    tag_size: int
+    name: str  # on the command line
+    function: str  # of libsodium, without what the function does
+    tag_size: int  # bytes
+    bit: int  # in an offer of protocol x1
+    in_v1: bool
+    without_aes: str  # what it is on a processor without AES instructions: "fast", "slow", "absent"
 
 
+# The best first. RFC 10032, NIST SP 800-38D, RFC 8439.
 CIPHERS = {
     cipher.name: cipher
     for cipher in (
-        # RFC 8439
-        Cipher("chacha20-poly1305", "crypto_aead_chacha20poly1305_ietf", 16),
-        # NIST SP 800-38D
-        Cipher("aes-256-gcm", "crypto_aead_aes256gcm", 16),
-        # RFC 10032; on wire x1 alone
-        Cipher("aegis-256", "crypto_aead_aegis256", 32),
+        Cipher("aegis-256", "crypto_aead_aegis256", 32, 4, False, "slow"),
+        Cipher("aes-256-gcm", "crypto_aead_aes256gcm", 16, 2, True, "absent"),
+        Cipher("chacha20-poly1305", "crypto_aead_chacha20poly1305_ietf", 16, 1, True, "fast"),
     )
 }
+EVERYWHERE = CIPHERS["chacha20-poly1305"]  # every end has it: for frames before an agreement
 
 
-def find(name: str) -> Cipher:
+def by_name(name: str) -> Cipher:
     """Return the cipher of that name.
 
-    Raises UsageError for a name that is none, TtunError where the processor lacks it.
+    Raises UsageError for an unknown name, TtunError where the processor lacks the cipher.
     """
     if name not in CIPHERS:
-        raise UsageError(f"unknown cipher {name!r}: choose {' or '.join(CIPHERS)}")
-    if name == "aes-256-gcm" and not sodium.HAS_AES:
+        raise UsageError(f"unknown cipher {name!r}: choose {' or '.join(reversed(CIPHERS))}")
+    if CIPHERS[name].without_aes == "absent" and not sodium.HAS_AES:
         raise TtunError(
             f"{name} needs AES instructions, which this processor lacks: "
-            "use -m chacha20-poly1305 on both ends"
+            f"use -m {EVERYWHERE.name} on both ends"
         )
     return CIPHERS[name]
 
 
 def fast() -> list[Cipher]:
     """Return the ciphers that run well on this processor, the best first."""
-    names = ["aegis-256", "aes-256-gcm"] if sodium.HAS_AES else []
-    return [CIPHERS[name] for name in [*names, "chacha20-poly1305"]]
+    return [cipher for cipher in CIPHERS.values() if sodium.HAS_AES or cipher.without_aes == "fast"]
 
 
 class CipherState:
     """One direction of a session: a key and the counter of its frames.
 
-    ``c`` is the ``struct ttun_cipher_state`` for the codec. ``direction`` is 0 for frames from
-    client to server, 1 for the others; ``key`` has 32 bytes.
+    ``c`` is the ``struct ttun_cipher_state`` for the codec, which wipes it when it frees it.
+    ``direction`` is TO_SERVER or TO_CLIENT; ``key`` has 32 bytes.
     """
 
     def __init__(self, cipher: Cipher, direction: int, key: bytes | bytearray) -> None:
@@ -89,7 +91,7 @@ class CipherState:
         return None if size < 0 else bytes(ffi.buffer(buffer, size))
 
     def wipe(self) -> None:
-        """Overwrite the key now, not when the collector comes by."""
+        """Overwrite the key now, whoever still refers to it."""
         lib.ttun_cipher_wipe(self.c)
 
 

@@ -199,10 +199,7 @@ class Control:
         self._pair = None
         self._agreement.rekey(pair, public)
         sending, receiving = self._agreement.states()
-        code = lib.ttun_session_rekey(self._c, sending.c, receiving.c)
-        sending.wipe()
-        receiving.wipe()
-        if code != 0:
+        if lib.ttun_session_rekey(self._c, sending.c, receiving.c) != 0:
             raise ProtocolError("the peer began another rekey too early")
         self._expect(lib.TTUN_SWITCH)
         if self._agreement.is_client:

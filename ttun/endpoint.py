@@ -27,11 +27,11 @@ from ttun.device import Device
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import LACKS, TtunError, UsageError, reason
-from ttun.flag import SLICE, StopFlag
+from ttun.flag import SLICE, Flag
 from ttun.handshake import Keys, agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
-from ttun.pending import Handshakes
+from ttun.pending import Pending
 from ttun.record import Record, Status
 from ttun.session import Session
 from ttun.settings import BUFFERS, Addresses, Settings, check_type
@@ -83,7 +83,7 @@ class Endpoint(abc.ABC):
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
         try:
-            self._stop, self._over = StopFlag(), StopFlag()
+            self._stop, self._over = Flag(), Flag()
         except OSError as error:
             raise TtunError(f"cannot start: {error.strerror}") from None
         self._taken: dict[str, list[int]] = {}  # the steps of its life, each taken by one thread
@@ -92,7 +92,7 @@ class Endpoint(abc.ABC):
         self._device: Device | None = None
         self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
-        self._pending = Handshakes(self._stop)
+        self._pending = Pending(self._stop)
         self._record = Record()
         self._moved = False  # the last connection was given up for what _why_dead() said
         self._error: TtunError | None = None
@@ -312,7 +312,7 @@ class Endpoint(abc.ABC):
             self._pending.watch(watch.fileno(), select.POLLIN)
 
     def _turn(self, seconds: float = SLICE) -> Peer | None:
-        """Wait for something to happen and look after it, as Handshakes.turn() does."""
+        """Wait for something to happen and look after it, as Pending.turn() does."""
         assert self._watch is not None
         return self._pending.turn(min(seconds, max(0.0, self._watch.due - time.monotonic())))
 

@@ -1,6 +1,6 @@
 """Prove the pre-shared key to each other: bytes in, bytes out, no socket.
 
-Wire v1, ``||`` is concatenation::
+Protocol v1, ``||`` is concatenation::
 
     client                                        server
       Nc, 16 random bytes               -->
@@ -10,12 +10,12 @@ Wire v1, ``||`` is concatenation::
 
     K = blake2s("ttun/psk/v1" || psk)      SK = blake2s("ttun/sk/v1" || K || Nc || Ns)
 
-Wire x1 is the same, but Nc and Ns carry marks, and an offer follows each magic as frame 1, in the
-same write. What comes behind it is under keys that both offers made (x1.py).
+Protocol x1 is the same, but Nc and Ns carry marks, and an offer follows each magic as frame 1, in
+the same write. What follows is under keys that both offers made (x1.py).
 
 Each side is a generator. It yields what to send and how many bytes it wants next, is sent exactly
-those, and returns the keys. It raises ProtocolError when the peer is not one of ours. The caller
-owns the socket and the 10 seconds that all of it may take.
+those, and returns the keys. It raises ProtocolError when the peer does not prove the key. The
+caller owns the socket and the 10 seconds that all of it may take.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ from dataclasses import dataclass, field
 
 from ttun import x1
 from ttun._codec import lib
-from ttun.cipher import CIPHERS, PREFIX, Cipher, CipherState, fast
-from ttun.cipher import find as find_cipher
+from ttun.cipher import EVERYWHERE, PREFIX, TO_CLIENT, TO_SERVER, Cipher, CipherState, by_name, fast
 from ttun.errors import ProtocolError, UnrecognizedError, UsageError
 from ttun.sodium import KeyPair
-from ttun.x1 import NONCE_SIZE, TO_CLIENT, TO_SERVER
 
 TIMEOUT = 10.0  # seconds
+NONCE_SIZE = 16  # bytes of Nc and of Ns
 MAGIC = b"TTUN/v1\0"
-V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
-V1_DEFAULT = CIPHERS["chacha20-poly1305"]  # every end has it: the frames before an agreement
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class Terms:
     """What this end agrees to."""
 
     wire: str = "auto"  # "v1", "x1", or "auto": x1 with a peer that has it, else v1
-    cipher: Cipher = V1_DEFAULT  # of wire v1
-    offers: list[Cipher] = field(default_factory=list)  # on wire x1
+    cipher: Cipher = EVERYWHERE  # of protocol v1
+    offers: list[Cipher] = field(default_factory=list)  # in protocol x1
     features: int = 0  # of this end's device, as in an offer
     needs_x1: str = "--wire x1 refuses that"  # why, where wire is "x1"
 
@@ -57,11 +54,11 @@ class Keys:
 
     sending: CipherState
     receiving: CipherState
-    agreement: x1.Agreement | None = None  # None on wire v1
+    agreement: x1.Agreement | None = None  # None in protocol v1
 
     @property
     def wire(self) -> str:
-        """The name of the wire that these keys are for."""
+        """The name of the protocol that these keys are for."""
         return "x1" if self.agreement else "v1"
 
     def wipe(self) -> None:
@@ -70,7 +67,7 @@ class Keys:
         self.receiving.wipe()
 
     def discard(self) -> None:
-        """Overwrite all that a session which will not be could have been made of."""
+        """Overwrite all keys of a session that will not be started."""
         self.wipe()
         if self.agreement is not None:
             self.agreement.p.wipe()
@@ -100,7 +97,7 @@ def client(k: bytes, terms: Terms) -> Steps:
     if not is_x1 and terms.wire == "x1":
         raise ProtocolError(_why_not_x1(terms))
     sk = session_key(k, client_nonce, server_nonce)
-    cipher = V1_DEFAULT if is_x1 else terms.cipher
+    cipher = EVERYWHERE if is_x1 else terms.cipher
     keys = Keys(CipherState(cipher, TO_SERVER, sk), CipherState(cipher, TO_CLIENT, sk))
     magic = keys.sending.seal(MAGIC)
     if not is_x1:
@@ -116,9 +113,9 @@ def client(k: bytes, terms: Terms) -> Steps:
 def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) -> Steps:
     """Shake hands as the server, which sends no frame before it has verified the client's.
 
-    answered: the marks that were answered before; a recorded one is then taken for no mark at all.
-    Where only x1 is accepted, raises UnrecognizedError for whoever shows no fresh mark: nothing
-    was sent by then.
+    answered: the marks that were answered before; a replayed one counts as no mark at all. Where
+    only x1 is accepted, raises UnrecognizedError for a client without a fresh mark: nothing was
+    sent by then.
     """
     client_nonce = yield b"", NONCE_SIZE
     is_x1 = knows_key(k, terms, client_nonce, answered)
@@ -128,7 +125,7 @@ def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) ->
         answered.add(client_nonce)
     server_nonce = _nonce(k, TO_CLIENT, is_x1)
     sk = session_key(k, client_nonce, server_nonce)
-    cipher = V1_DEFAULT if is_x1 else terms.cipher
+    cipher = EVERYWHERE if is_x1 else terms.cipher
     keys = Keys(CipherState(cipher, TO_CLIENT, sk), CipherState(cipher, TO_SERVER, sk))
     yield from _receive_magic(keys.receiving, server_nonce)
     if not is_x1:
@@ -142,7 +139,8 @@ def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) ->
 
 
 def _nonce(k: bytes, direction: int, marked: bool) -> bytes:
-    return x1.marked_nonce(k, direction) if marked else os.urandom(NONCE_SIZE)
+    nonce = os.urandom(NONCE_SIZE)
+    return x1.mark(k, direction, nonce) if marked else nonce
 
 
 def knows_key(
@@ -162,7 +160,7 @@ def _why_not_x1(terms: Terms) -> str:
 
 
 def _agreed(keys: Keys, agreement: x1.Agreement) -> Keys:
-    """Go over to the keys that nobody can compute again."""
+    """Switch to the keys that nobody can compute again."""
     keys.wipe()
     return Keys(*agreement.states(), agreement)
 
@@ -177,7 +175,7 @@ def _receive_magic(state: CipherState, send_first: bytes) -> _Step:
 def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Frame:
     """Send, then read the next frame, which holds size bytes.
 
-    A frame of another length is refused before a byte of it is read: an unfinished handshake never
+    A frame of another length is refused before a byte of it is read: a pending handshake never
     keeps more than a few dozen bytes.
     """
     prefix = yield send_first, PREFIX
@@ -193,7 +191,7 @@ def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Fr
 
 def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
     """Return what to agree to. Raises UsageError for what no peer could agree to."""
-    cipher = None if name is None else find_cipher(name)
+    cipher = None if name is None else by_name(name)
     offers = [
         offer
         for offer in ([cipher] if cipher else fast())
@@ -201,8 +199,8 @@ def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
     ]
     if not offers:
         raise UsageError(f"{name} and an MTU of {mtu}: with its tag a packet fits no frame")
-    if cipher is None or cipher.name in V1_CIPHERS:
-        return Terms(wire, cipher or V1_DEFAULT, offers)
+    if cipher is None or cipher.in_v1:
+        return Terms(wire, cipher or EVERYWHERE, offers)
     if wire == "v1":
         raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
-    return Terms("x1", V1_DEFAULT, offers, needs_x1=f"{cipher.name} needs wire x1")
+    return Terms("x1", EVERYWHERE, offers, needs_x1=f"{cipher.name} needs wire x1")

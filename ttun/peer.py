@@ -1,7 +1,7 @@
-"""A peer from its connection to the proof of the key, and how a server meets it.
+"""A peer from its connection to the proof of the key, and how a server accepts it.
 
 1. Host: the listener, and how a handshake begins.
-2. Pending: a connection that has proved nothing yet, and how much there is to lose with it.
+2. HalfOpen: a connection whose peer has proved nothing yet, and how much is lost by dropping it.
 3. Peer: one that has proved the key; a session takes it over.
 """
 
@@ -11,16 +11,16 @@ import socket
 from dataclasses import dataclass, field
 from typing import Callable
 
+from ttun.conversation import Conversation
 from ttun.handshake import Keys, Steps
 from ttun.transport import Listener
-from ttun.x1 import NONCE_SIZE
 
 SILENT_AFTER = 0.1  # seconds without a byte
 
 
 @dataclass
 class Host:
-    """How a server meets its peers."""
+    """How a server accepts its peers."""
 
     listener: Listener
     begin: Callable[[], Steps]  # a handshake for the next peer
@@ -38,13 +38,13 @@ class Peer:
     keys: Keys
 
     def close(self) -> None:
-        """Give it up: there will be no session with it."""
+        """Drop it: there will be no session with it."""
         self.keys.discard()
         self.sock.close()
 
 
 @dataclass(eq=False)
-class Pending:
+class HalfOpen:
     """A connection whose peer has not proved the key yet."""
 
     sock: socket.socket
@@ -53,16 +53,18 @@ class Pending:
     source: str  # as in transport.Arrival
     since: float
     deadline: float
-    steps: Steps | None = None  # None: held, or never to be answered
-    wanted: int = NONCE_SIZE
-    received: bytearray = field(default_factory=bytearray)
-    spoke: bool = False  # it sent something
-    greeted: bool = False  # it was sent something
+    handshake: Conversation[Keys] | None = None  # None: not begun, or never to be
+    nonce: bytearray = field(default_factory=bytearray)  # of a client, before that
     knows_key: bool = False  # as far as its nonce tells
     unrecognized: bool = False
 
+    @property
+    def spoke(self) -> bool:
+        """Whether its peer has sent anything."""
+        return bool(self.nonce) or (self.handshake is not None and self.handshake.heard)
+
     def worth(self, now: float) -> int:
-        """Return how much there is to lose with it: the least goes first."""
+        """Return how much is lost by dropping it: the least is dropped first."""
         if self.knows_key:
             return 3
         if self.unrecognized:

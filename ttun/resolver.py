@@ -1,15 +1,15 @@
-"""The addresses of a name: looked up where nothing else can be held up by it, and remembered.
+"""The addresses of a name: looked up where that delays nothing else, and remembered.
 
 getaddrinfo() cannot be interrupted and may take half a minute. So it runs
 
 1. nowhere, for a numeric address;
 2. in a child process, before the program has dropped its privileges: they belong to each thread,
-   so no thread may be there yet;
+   so no thread may exist yet;
 3. on a thread, afterwards, and in a program that has threads already. There is one at a time,
-   however long a resolver is silent.
+   however long a resolver takes.
 
 A name that was found once is dialled also while it cannot be looked up: the question may have gone
-into the very tunnel that is to be built.
+into the tunnel that is to be built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import ipaddress
 import json
 import logging
 import os
-import queue
 import resource
 import select
 import signal
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple, Union
 
 from ttun._codec import lib
 from ttun.errors import reason
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 
 log = logging.getLogger("ttun")
 
@@ -59,7 +58,7 @@ def numeric(host: str, port: int, flags: int = 0) -> list[Target]:
         return []
 
 
-def look_up(host: str, port: int, stop: StopFlag, flags: int = 0) -> list[Target]:
+def look_up(host: str, port: int, stop: Flag, flags: int = 0) -> list[Target]:
     """Return the targets of a host, which may be a name.
 
     Raises OSError with the reason, InterruptedError when stop was set.
@@ -67,7 +66,7 @@ def look_up(host: str, port: int, stop: StopFlag, flags: int = 0) -> list[Target
     if found := numeric(host, port, flags):
         return found
     if threading.active_count() > 1:
-        return _wait_for(_on_a_thread(host, port, flags), FIRST_PATIENCE, stop)
+        return _LookUp(host, port, flags).wait(FIRST_PATIENCE, stop)
     return _in_a_child(host, port, flags, stop)
 
 
@@ -78,14 +77,14 @@ class Resolver:
         """Ask nobody yet."""
         self._host, self._port = host, port
         self.known: list[Target] = []  # found last
-        self._asked: queue.SimpleQueue[list[Target] | Exception] | None = None
+        self._asked: _LookUp | None = None
 
-    def first(self, stop: StopFlag) -> list[Target]:
+    def first(self, stop: Flag) -> list[Target]:
         """Look it up as look_up() does, and remember what was found."""
         self.known = look_up(self._host, self._port, stop)
         return self.known
 
-    def targets(self, stop: StopFlag) -> list[Target]:
+    def targets(self, stop: Flag) -> list[Target]:
         """Look it up on a thread; return what is known from before when that fails or takes long.
 
         Raises OSError with the reason when nothing is known, InterruptedError when stop was set.
@@ -93,9 +92,8 @@ class Resolver:
         if found := numeric(self._host, self._port):
             return found
         try:
-            if self._asked is None:
-                self._asked = _on_a_thread(self._host, self._port, 0)
-            self.known = _wait_for(self._asked, PATIENCE if self.known else FIRST_PATIENCE, stop)
+            self._asked = self._asked or _LookUp(self._host, self._port)
+            self.known = self._asked.wait(PATIENCE if self.known else FIRST_PATIENCE, stop)
             self._asked = None
         except InterruptedError:
             raise
@@ -116,46 +114,38 @@ def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
     return [Target(family, sockaddr) for family, _, _, _, sockaddr in found[:MOST]]  # type: ignore[arg-type]
 
 
-def _on_a_thread(host: str, port: int, flags: int) -> queue.SimpleQueue[list[Target] | Exception]:
-    """Begin a look-up; its answer comes through the queue. Raises OSError without a thread."""
-    answers: queue.SimpleQueue[list[Target] | Exception] = queue.SimpleQueue()
+class _LookUp:
+    """A look-up on a thread of its own. Raises OSError where there is no thread for it."""
 
-    def ask() -> None:
+    def __init__(self, host: str, port: int, flags: int = 0) -> None:
+        self._done = Flag()
+        self._answer: list[Target] | Exception = []
         try:
-            answers.put(_getaddrinfo(host, port, flags))
-        except Exception as error:  # whatever it is: somebody waits for an answer
-            answers.put(error)
+            threading.Thread(
+                target=self._ask, args=(host, port, flags), name="ttun-lookup", daemon=True
+            ).start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error)) from None
 
-    try:
-        threading.Thread(target=ask, name="ttun-lookup", daemon=True).start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, str(error)) from None
-    return answers
-
-
-def _wait_for(
-    answers: queue.SimpleQueue[list[Target] | Exception], seconds: float, stop: StopFlag
-) -> list[Target]:
-    """Wait for the answer of a look-up. Raises TimeoutError when it takes longer."""
-    tries = int(seconds / 0.1)
-    while not stop.is_set():
-        stop.beat()
+    def _ask(self, host: str, port: int, flags: int) -> None:
         try:
-            answer = answers.get(timeout=0.1)
-        except queue.Empty:
-            tries -= 1
-            if tries <= 0:
-                raise TimeoutError(f"no answer from the resolver for {seconds:.0f} s") from None
-            continue
-        if isinstance(answer, Exception):
-            renamed = OSError(reason(answer))
-            renamed.errno = getattr(answer, "errno", None)
+            self._answer = _getaddrinfo(host, port, flags)
+        except Exception as error:  # whatever it is: the other thread waits for an answer
+            self._answer = error
+        self._done.set()
+
+    def wait(self, seconds: float, stop: Flag) -> list[Target]:
+        """Return what was found. Raises OSError, TimeoutError when it takes longer."""
+        if not stop.wait_for(self._done.fileno(), select.POLLIN, seconds):
+            raise TimeoutError(f"no answer from the resolver for {seconds:.0f} s")
+        if isinstance(self._answer, Exception):
+            renamed = OSError(reason(self._answer))
+            renamed.errno = getattr(self._answer, "errno", None)
             raise renamed
-        return answer
-    raise InterruptedError
+        return self._answer
 
 
-def _in_a_child(host: str, port: int, flags: int, stop: StopFlag) -> list[Target]:
+def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
     """Look a host up in a process of its own, which is ended with the wait."""
     readable, writable = os.pipe()
     try:
@@ -207,20 +197,10 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
         os._exit(0)
 
 
-def _read_all(readable: int, stop: StopFlag) -> bytes:
+def _read_all(readable: int, stop: Flag) -> bytes:
+    """Return what a look-up in a child wrote before its end."""
     answer = b""
-    waiting = select.poll()
-    waiting.register(readable, select.POLLIN)
-    waiting.register(stop, select.POLLIN)
-    end = FIRST_PATIENCE
-    while len(answer) < ANSWER_MAX and end > 0:
-        stop.beat()
-        ready = waiting.poll(1000)
-        if stop.is_set():
-            raise InterruptedError
-        if not ready:
-            end -= 1
-            continue
+    while len(answer) < ANSWER_MAX and stop.wait_for(readable, select.POLLIN, FIRST_PATIENCE):
         part = os.read(readable, ANSWER_MAX)
         if not part:
             break

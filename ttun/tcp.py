@@ -12,14 +12,13 @@ import logging
 import os
 import select
 import socket
-import time
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 from ttun import congestion, resolver, transport
-from ttun.errors import TtunError, UsageError, reason
-from ttun.flag import StopFlag
+from ttun.address import Address, parse_host_port
+from ttun.errors import TtunError, reason
+from ttun.flag import Flag
 from ttun.resolver import Resolver, SocketAddress, Target
 from ttun.settings import DEFAULT_PORT
 from ttun.transport import Arrival, Way
@@ -37,44 +36,15 @@ IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
 SOL_MPTCP, MPTCP_INFO = 284, 1
 
 
-class Address(NamedTuple):
-    """A host (a name, an IPv4 or an IPv6 address; empty: every one of ours) and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        """Return it as it is written on the command line."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
 def parse_address(text: str, *, listening: bool) -> Address:
     """Read HOST:PORT, [IPv6]:PORT and, when listening, :PORT. Raises UsageError."""
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket or not host:
-            raise UsageError(f"{text!r}: an IPv6 address looks like [2001:db8::1]:{DEFAULT_PORT}")
-    else:
-        host, colon, port = text.partition(":")
-        rest = colon + port
-        if ":" in port:
-            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:PORT")
-    if not host and not listening:
-        raise UsageError(f"{text!r}: a host is missing before the colon")
-    if not rest:
-        rest = f":{DEFAULT_PORT}"
-    port = rest[1:]
-    least = 0 if listening else 1
-    digits = port.isascii() and port.isdigit() and len(port) <= 5
-    if rest[0] != ":" or not (digits and least <= int(port) <= 65535):
-        raise UsageError(f"{text!r}: the port is a number from {least} to 65535")
-    return Address(host, int(port))
+    return parse_host_port(text, DEFAULT_PORT, 0 if listening else 1, any_host=listening)
 
 
 def listen(
     address: Address,
     mptcp: bool | None,
-    stop: StopFlag | None = None,
+    stop: Flag | None = None,
     control: str = congestion.AUTO,
 ) -> socket.socket:
     """Return a listening socket. mptcp: True or None take both kinds of peer where they can.
@@ -82,7 +52,7 @@ def listen(
 
     Raises TtunError, InterruptedError when stop was set while a name was looked up.
     """
-    stop = stop or StopFlag()
+    stop = stop or Flag()
     dual = not address.host and _has_ipv6()
     try:
         if dual:
@@ -117,7 +87,7 @@ def _has_ipv6() -> bool:
     return True
 
 
-def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
+def dial(address: Address, mptcp: bool | None, stop: Flag) -> socket.socket:
     """Return a socket connected to one of the addresses of a name, looked up now.
 
     Raises OSError with a line that names what was tried; InterruptedError when stop was set.
@@ -140,7 +110,7 @@ def dial(address: Address, mptcp: bool | None, stop: StopFlag) -> socket.socket:
 
 
 def connect(
-    target: Target, mptcp: bool | None, stop: StopFlag, control: str = congestion.AUTO
+    target: Target, mptcp: bool | None, stop: Flag, control: str = congestion.AUTO
 ) -> socket.socket:
     """Return a non-blocking socket connected to an address. control: of congestion, to come.
 
@@ -161,7 +131,7 @@ def named(what: str, error: OSError) -> OSError:
     return renamed
 
 
-def _connect(target: Target, mptcp: bool, stop: StopFlag, control: str) -> socket.socket:
+def _connect(target: Target, mptcp: bool, stop: Flag, control: str) -> socket.socket:
     sock = _open(target.family, mptcp, control, quietly=False)
     try:
         sock.setblocking(False)
@@ -176,20 +146,11 @@ def _connect(target: Target, mptcp: bool, stop: StopFlag, control: str) -> socke
         raise
 
 
-def _await_connection(sock: socket.socket, stop: StopFlag) -> int:
+def _await_connection(sock: socket.socket, stop: Flag) -> int:
     """Wait until a connection is there or has failed; return its error number, 0 for none."""
-    waiting = select.poll()
-    waiting.register(sock, select.POLLOUT)
-    waiting.register(stop, select.POLLIN)
-    end = time.monotonic() + DIAL_TIMEOUT
-    while (left := end - time.monotonic()) > 0:
-        stop.beat()
-        ready = waiting.poll(min(left, 1.0) * 1000)
-        if stop.is_set():
-            raise InterruptedError
-        if ready:
-            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    return errno.ETIMEDOUT
+    if not stop.wait_for(sock.fileno(), select.POLLOUT, DIAL_TIMEOUT):
+        return errno.ETIMEDOUT
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
 def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.socket:
@@ -273,7 +234,7 @@ class Dialer(transport.Dialer):
         self._mptcp, self._control = mptcp, control
         self._resolver = Resolver(*address)
 
-    def look_up(self, stop: StopFlag) -> Sequence[str]:
+    def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the addresses of the name."""
         try:
             self._resolver.first(stop)
@@ -283,7 +244,7 @@ class Dialer(transport.Dialer):
             raise named(self._host, error) from None
         return [target.sockaddr[0] for target in self._resolver.known]
 
-    def ways(self, stop: StopFlag) -> Sequence[Way]:
+    def ways(self, stop: Flag) -> Sequence[Way]:
         """Return a way for each address."""
         try:
             found = self._resolver.targets(stop)
@@ -298,7 +259,7 @@ class Dialer(transport.Dialer):
             for target in found
         ]
 
-    def _dial(self, target: Target, stop: StopFlag) -> socket.socket:
+    def _dial(self, target: Target, stop: Flag) -> socket.socket:
         return connect(target, self._mptcp, stop, self._control)
 
     def kind(self, sock: socket.socket) -> str:
@@ -316,7 +277,7 @@ class Listener(transport.Listener):
         self._mptcp, self._control = mptcp, control
         self._listening: socket.socket | None = None
 
-    def open(self, stop: StopFlag) -> None:
+    def open(self, stop: Flag) -> None:
         """Open the port."""
         self._listening = listen(self._address, self._mptcp, stop, self._control)
         sockaddr = self._listening.getsockname()

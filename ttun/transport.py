@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 from ttun.errors import TtunError
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 
 
 class Way(NamedTuple):
@@ -22,7 +22,7 @@ class Way(NamedTuple):
 
     name: str  # for people: "192.0.2.1:20203"
     address: str | None  # the IP address that is dialled, if there is one: a route could catch it
-    dial: Callable[[StopFlag], socket.socket]  # raises OSError, InterruptedError when stop was set
+    dial: Callable[[Flag], socket.socket]  # raises OSError, InterruptedError when stop was set
 
 
 class Dialer(abc.ABC):
@@ -30,7 +30,7 @@ class Dialer(abc.ABC):
 
     name: str  # the server, for people
 
-    def look_up(self, stop: StopFlag) -> Sequence[str]:
+    def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the IP addresses of the server, as far as routes could catch them.
 
         It is called while the tunnel has no routes that catch the question. Raises OSError with a
@@ -45,7 +45,7 @@ class Dialer(abc.ABC):
         """End them, and what they have open."""
 
     @abc.abstractmethod
-    def ways(self, stop: StopFlag) -> Sequence[Way]:
+    def ways(self, stop: Flag) -> Sequence[Way]:
         """Return how the server may be reached now. Raises as look_up() does."""
 
     @abc.abstractmethod
@@ -67,7 +67,7 @@ class Listener(abc.ABC):
     name: str  # where it listens, for people
     port: int | None = None  # of TCP, once it is open
 
-    def open(self, stop: StopFlag) -> None:  # noqa: B027
+    def open(self, stop: Flag) -> None:  # noqa: B027
         """Open what takes privileges. Raises TtunError, InterruptedError when stop was set."""
 
     def start(self) -> None:  # noqa: B027
@@ -98,13 +98,13 @@ class GivenSocket(Dialer):
         self.name = name
         self._sock: socket.socket | None = sock
 
-    def ways(self, stop: StopFlag) -> Sequence[Way]:
+    def ways(self, stop: Flag) -> Sequence[Way]:
         """Return the only one; raise TtunError when that is over."""
         if self._sock is None:
             raise TtunError(f"the connection over {self.name} has ended, and there is no other")
         return [Way(self.name, None, self._take)]
 
-    def _take(self, stop: StopFlag) -> socket.socket:
+    def _take(self, stop: Flag) -> socket.socket:
         sock, self._sock = self._sock, None
         assert sock is not None
         return sock

@@ -1,10 +1,10 @@
-"""Wire x1: what two of ours agree on inside the v1 handshake. Bytes and keys, no I/O.
+"""Protocol x1: what two ttun ends agree on inside the v1 handshake. Bytes and keys, no I/O.
 
-1. Marks: each side's nonce says, to holders of the key alone, that it speaks x1.
+1. Marks: each side's nonce tells only holders of the key that it speaks x1.
 2. Offers: each side names its ciphers, what its device takes, and a fresh X25519 key.
 3. Agreement: the best cipher of both, and keys that nobody can compute afterwards, not even with
    the pre-shared key.
-4. Rekeying: the same again, from the keys before and two fresh X25519 keys.
+4. Rekeying: the same again, from the previous keys and two fresh X25519 keys.
 
 docs/protocol.md has the bytes.
 """
@@ -13,44 +13,36 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ttun.cipher import CIPHERS, Cipher, CipherState
+from ttun.cipher import CIPHERS, TO_CLIENT, TO_SERVER, Cipher, CipherState
 from ttun.errors import ProtocolError
 from ttun.sodium import KeyPair, Secret, blake2b
 
-NONCE_SIZE, MARK_SIZE = 16, 6
-TO_SERVER, TO_CLIENT = 0, 1  # the direction byte of a frame's nonce; the role byte of a mark
+MARK_SIZE = 6  # bytes at the end of a nonce
 MAGIC = b"TTUN/x1\0"
 OFFER = struct.Struct(">8sBB2x32s")
-BITS = {"chacha20-poly1305": 1, "aes-256-gcm": 2, "aegis-256": 4}
-BEST_FIRST = ["aegis-256", "aes-256-gcm", "chacha20-poly1305"]
 
 
-def marked_nonce(k: bytes, direction: int) -> bytes:
-    """Return a nonce that looks random to everyone without K."""
-    r = os.urandom(NONCE_SIZE - MARK_SIZE)
-    return r + _mark(k, direction, r)
+def mark(k: bytes, direction: int, nonce: bytes) -> bytes:
+    """Return a nonce with its end replaced by a mark, which looks random to everyone without K."""
+    r = nonce[:-MARK_SIZE]
+    digest = hashlib.blake2s(b"ttun/x1/mark" + bytes([direction]) + r, key=k).digest()
+    return r + digest[:MARK_SIZE]
 
 
 def is_marked(k: bytes, direction: int, nonce: bytes) -> bool:
     """Return whether the sender of a nonce has K and speaks x1; one in 2**48 random ones passes."""
-    r, mark = nonce[:-MARK_SIZE], nonce[-MARK_SIZE:]
-    return hmac.compare_digest(mark, _mark(k, direction, r))
-
-
-def _mark(k: bytes, direction: int, r: bytes) -> bytes:
-    return hashlib.blake2s(b"ttun/x1/mark" + bytes([direction]) + r, key=k).digest()[:MARK_SIZE]
+    return hmac.compare_digest(nonce, mark(k, direction, nonce))
 
 
 class AnsweredNonces:
-    """Which nonces of clients a server has answered, so that a recorded one gets no answer again.
+    """The nonces of clients that a server has answered, so that a replayed one gets no answer.
 
-    Bounded: the oldest are forgotten first. It holds the first 8 bytes of each, packed; they are
+    Bounded: the oldest are forgotten first. It holds the first 8 bytes of each, packed: they are
     random, and only a holder of the key makes a nonce that gets here.
     """
 
@@ -82,7 +74,7 @@ class AnsweredNonces:
 class Offer(NamedTuple):
     """What one side can do in a session."""
 
-    ciphers: int  # BITS
+    ciphers: int  # the bit of each
     features: int  # 1: takes TCP super-packets, 2: UDP
     public: bytes  # X25519, fresh
 
@@ -100,12 +92,16 @@ class Offer(NamedTuple):
 
     def names(self) -> str:
         """Return its ciphers for the log."""
-        return ", ".join(name for name, bit in BITS.items() if self.ciphers & bit) or "none known"
+        return ", ".join(cipher.name for cipher in _in(self.ciphers)) or "none known"
+
+
+def _in(bits: int) -> list[Cipher]:
+    return [cipher for cipher in CIPHERS.values() if bits & cipher.bit]
 
 
 def make_offer(ciphers: Sequence[Cipher], features: int, pair: KeyPair) -> Offer:
     """Offer some ciphers and what the device takes."""
-    return Offer(sum(BITS[cipher.name] for cipher in ciphers), features, pair.public)
+    return Offer(sum(cipher.bit for cipher in ciphers), features, pair.public)
 
 
 @dataclass
@@ -119,15 +115,11 @@ class Agreement:
 
     def states(self) -> tuple[CipherState, CipherState]:
         """Return the sending and the receiving state; their next frames are number 0."""
-        to_server = blake2b(b"", self.p, b"ttun/x1 c2s")
-        to_client = blake2b(b"", self.p, b"ttun/x1 s2c")
-        states = (
-            CipherState(self.cipher, TO_SERVER, to_server),
-            CipherState(self.cipher, TO_CLIENT, to_client),
+        to_server, to_client = (
+            CipherState(self.cipher, direction, blake2b(b"", self.p, person))
+            for direction, person in ((TO_SERVER, b"ttun/x1 c2s"), (TO_CLIENT, b"ttun/x1 s2c"))
         )
-        to_server.wipe()
-        to_client.wipe()
-        return states if self.is_client else (states[1], states[0])
+        return (to_server, to_client) if self.is_client else (to_client, to_server)
 
     def rekey(self, pair: KeyPair, public: bytes) -> None:
         """Go on to the next P, with a fresh pair of ours and the peer's public key."""
@@ -138,13 +130,12 @@ class Agreement:
 def agree(sk: bytes, is_client: bool, pair: KeyPair, ours: bytes, theirs: bytes) -> Agreement:
     """Make the agreement of two encoded offers, the same on both sides. Raises ProtocolError."""
     mine, other = Offer.decode(ours), Offer.decode(theirs)
-    common = mine.ciphers & other.ciphers
-    best = next((name for name in BEST_FIRST if common & BITS[name]), None)
-    if best is None:
+    common = _in(mine.ciphers & other.ciphers)
+    if not common:
         raise ProtocolError(f"no common cipher: ours {mine.names()}, the peer's {other.names()}")
     client, server = (ours, theirs) if is_client else (theirs, ours)
     p = _exchange(pair, other.public, client + server, sk, b"ttun/x1 session")
-    return Agreement(CIPHERS[best], is_client, other.features, p)
+    return Agreement(common[0], is_client, other.features, p)
 
 
 def _exchange(

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import privileges, tcp, tox
+from ttun import privileges, tox
 from ttun._codec import ffi
+from ttun.address import Address
 from ttun.commands.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
 from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
 from ttun.errors import TtunError, printable
@@ -46,7 +47,7 @@ MANY_ADDRESSES = 1000
 WRITTEN = datetime.date(2026, 1, 1)  # no clock that is right shows a day before this program
 
 
-def run(peer: tcp.Address | None) -> int:
+def run(peer: Address | None) -> int:
     """Print what is found, as it is found; return 0 if a tunnel can run here, else 1."""
     if not Path("/proc/self").exists():
         raise TtunError(
@@ -67,7 +68,7 @@ def run(peer: tcp.Address | None) -> int:
     return 0
 
 
-def look(peer: tcp.Address | None) -> Iterator[Finding]:
+def look(peer: Address | None) -> Iterator[Finding]:
     """Yield what is found, in the order of the report."""
     packages = look_at_packages()
     yield packages
@@ -219,11 +220,12 @@ def look_at_ipv6() -> Finding:
 
 def look_at_aes() -> Finding:
     """Has the processor AES, and does libsodium use it?"""
-    from ttun import sodium
+    from ttun import cipher, sodium
 
     if sodium.HAS_AES:
-        return Finding(OK, "AES", "in the processor: aegis-256 and aes-256-gcm")
-    cost = "chacha20-poly1305 carries the packets, at a third to a quarter of the speed"
+        with_it = (each.name for each in cipher.CIPHERS.values() if each.without_aes != "fast")
+        return Finding(OK, "AES", f"in the processor: {' and '.join(with_it)}")
+    cost = f"{cipher.fast()[0].name} carries the packets, at a third to a quarter of the speed"
     words = Path("/proc/cpuinfo").read_text(errors="replace").split()
     if "aes" in words:
         found = "in the processor, but this libsodium does not use it"

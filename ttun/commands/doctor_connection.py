@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ttun import congestion, tcp
+from ttun.address import Address
 from ttun.commands import path_mtu
 from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 
 SYSCTL = Path("/proc/sys/net/ipv4")
 FAST = 200e6  # bit/s that the windows should let through
@@ -87,11 +88,11 @@ def look_at_windows(rtt: float) -> Finding:
     )
 
 
-def look_at_peer(peer: tcp.Address) -> Iterator[Finding]:
+def look_at_peer(peer: Address) -> Iterator[Finding]:
     """Does a server answer there, and how large a packet gets through?"""
     subject = "server"
     try:
-        sock = tcp.dial(peer, None, StopFlag())
+        sock = tcp.dial(peer, None, Flag())
     except (OSError, UnicodeError) as error:
         fix = "start ttun server there, and let its port through the firewalls in between"
         yield Finding(NO, subject, str(error), UNREACHED, fix)
@@ -115,7 +116,7 @@ def look_at_peer(peer: tcp.Address) -> Iterator[Finding]:
 def look_at_path(family: int, address: tuple[object, ...]) -> Finding:
     """How large a packet gets to the peer?"""
     with path_mtu.Probe(family, address) as probe:
-        passes, known = path_mtu.find(probe)
+        passes, known = path_mtu.measure(probe)
     if passes == 0:
         found = f"{known} bytes as far as this kernel knows: the peer answers no probe"
         return Finding(UNSEEN, "path MTU", found)

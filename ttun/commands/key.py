@@ -6,7 +6,6 @@ A key is bytes, taken as given; a file may end in a newline, which is not part o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -30,7 +29,7 @@ def generate() -> str:
 
 
 def find(given: str | None, file: str | None) -> bytes | None:
-    """Return the key that the user named or left in a place of ours; None if there is none.
+    """Return the key that the user gave or keeps in a usual place; None if there is none.
 
     given, file: the values of -k and --psk-file. Raises UsageError for an empty key, TtunError
     for a file that cannot be used.
@@ -45,12 +44,12 @@ def find(given: str | None, file: str | None) -> bytes | None:
         if not DEFAULT_FILE.exists():
             return None
     except PermissionError:
-        return None  # the directory is root's: for everybody else there is no key in it
+        return None  # the directory is root's: for other users there is no key in it
     return read_file(DEFAULT_FILE)
 
 
 def read_file(path: Path) -> bytes:
-    """Return the key in a file that nobody but those who may can read or change, or in a pipe."""
+    """Return the key in a pipe, or in a file that nobody else can read or change."""
     if not os.path.lexists(path) and not _is_name_of_file(path):
         # It may be a key where a file's name should be, so it is not shown.
         raise TtunError(
@@ -65,25 +64,10 @@ def _is_name_of_file(path: Path) -> bool:
 
 
 def create(path: Path = DEFAULT_FILE) -> bytes:
-    """Make a key, keep it in path (mode 0600) and return it; if there is one by now, return that.
-
-    The file appears whole or not at all: it is written beside its place and linked there.
-    """
-    key = generate()
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    """Make a key, keep it in a file (mode 0600) and return it; return the one that exists."""
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(key.encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(fresh, path)
-        finally:
-            fresh.unlink()
+        files.write_secret(path, generate().encode() + b"\n", replace=False)
     except OSError as error:
         raise TtunError(
             f"cannot keep a key in {path}: {error.strerror}; name one with -k or --psk-file"
@@ -92,7 +76,7 @@ def create(path: Path = DEFAULT_FILE) -> bytes:
 
 
 def warn_if_short(key: bytes) -> None:
-    """Say so when a key can be guessed by somebody who recorded a handshake."""
+    """Log a warning for a weak key, which an attacker who records a handshake can guess."""
     if len(key) < SHORT:
         log.warning(
             "the key has %d bytes, so whoever records this link can try out all such keys: "

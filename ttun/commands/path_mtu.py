@@ -23,7 +23,7 @@ WAIT = 1.1  # seconds for an answer: Linux gives one per second, after the first
 STEP = 8  # bytes: how exactly to find the largest packet that gets through
 
 
-def find(probe: Probe) -> tuple[int, int]:
+def measure(probe: Probe) -> tuple[int, int]:
     """Return the largest packet that gets there, and the MTU that the kernel knows, in bytes.
 
     They differ where larger packets are lost and no router says so. The first is 0 where nothing is

@@ -52,7 +52,7 @@ def run(device: str | None, how: str) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             _watch(device)
         return 0
-    tunnels = find(device)
+    tunnels = ask(device)
     if how == "json":
         print(json.dumps(tunnels, indent=1))
     elif how == "prometheus":
@@ -62,7 +62,7 @@ def run(device: str | None, how: str) -> int:
     return 0
 
 
-def find(device: str | None, told: list[str] | None = None) -> list[Tunnel]:
+def ask(device: str | None, told: list[str] | None = None) -> list[Tunnel]:
     """Return what every tunnel answers, and say on stderr what was skipped, but not what was told.
 
     Raises TtunError if there is none, or none for us.
@@ -290,7 +290,7 @@ def _watch(device: str | None) -> None:
     seen = False
     while True:
         try:
-            tunnels = find(device, told)
+            tunnels = ask(device, told)
         except TtunError:
             if not seen:
                 raise

@@ -25,7 +25,6 @@ from typing import Any
 
 from ttun.cipher import CIPHERS, CipherState, fast
 from ttun.errors import TtunError, UsageError
-from ttun.handshake import V1_CIPHERS
 from ttun.lab import netns
 from ttun.lab.demo import end, measured, progress
 from ttun.lab.netns import SERVER, Hosts
@@ -91,11 +90,10 @@ def tunnel(
     plot_file: str | None,
 ) -> int:
     """Measure, print the table, and write what was asked for; return the exit code."""
-    names = [cipher.name for cipher in fast()]
     mine = [
         RAW,
-        *(ours("-m", name) for name in names),
-        *(ours("--wire", "v1", "-m", name) for name in names if name in V1_CIPHERS),
+        *(ours("-m", cipher.name) for cipher in fast()),
+        *(ours("--wire", "v1", "-m", cipher.name) for cipher in fast() if cipher.in_v1),
     ]
     subjects = [*mine, *(against(text) for text in others)]
     if plot_file is not None:

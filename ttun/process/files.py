@@ -1,13 +1,15 @@
-"""Files that the user names, read whole: within bounds of size and time, secrets from safe hands.
+"""Files that the user names, read whole within bounds of size and time; secrets, read and written.
 
 A name may lead to a pipe, as in ``--psk-file <(pass show ttun)``, to a FIFO that nobody writes to,
-or to /dev/zero. What is not a regular file is waited for, WAIT seconds in all.
+or to /dev/zero. What is not a regular file is waited for, WAIT seconds in all. A secret is read
+only where nobody else can read or replace it.
 
-Sources: fifo(7), poll(2), pipe(7).
+Sources: fifo(7), poll(2), pipe(7), open(2), fsync(2).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -75,10 +77,37 @@ def _await(descriptor: int, started: float, path: Path) -> bool:
     return False
 
 
-def read_secret(path: Path, most: int, what: str) -> bytes:
-    """Return a secret in a file that nobody can read, or put there, but those who may.
+def write_secret(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write a file of mode 0600: it is there whole, or as before, after a power failure too.
 
-    what: it is, for the error. Raises TtunError.
+    replace: a file that exists; else it stays as it is. Raises OSError.
+    """
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(fresh, path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_secret(path: Path, most: int, what: str) -> bytes:
+    """Return the secret in a file that nobody else can read or replace.
+
+    what: the kind of file, for the error. Raises TtunError.
     """
     try:
         return read(path, most, lambda found: check_secret(path, found, what))
@@ -89,9 +118,9 @@ def read_secret(path: Path, most: int, what: str) -> bytes:
 
 
 def check_secret(path: Path, found: os.stat_result, what: str) -> None:
-    """Raise TtunError if others can read a secret that is in an open file, or have put it there."""
+    """Raise TtunError if others can read the secret in an open file, or have put it there."""
     if stat.S_ISFIFO(found.st_mode) and _is_nameless(found):
-        return  # who started us has made it, whoever that was then
+        return  # the process that started this one made it
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
         raise TtunError(f"{path} is not a {what}: it is a device")
     if _is_credential(path, found.st_mode):
@@ -102,7 +131,7 @@ def check_secret(path: Path, found: os.stat_result, what: str) -> None:
 
 
 def check_owner(path: Path, found: os.stat_result, what: str) -> None:
-    """Raise TtunError unless a file belongs to root, to us, or to who called us through sudo."""
+    """Raise TtunError unless a file belongs to root, to this user, or to the caller of sudo."""
     caller = os.environ.get(SUDO_VARIABLE, "")
     trusted = {"0", str(os.getuid()), str(os.geteuid()), caller}
     if str(found.st_uid) in trusted:
@@ -121,7 +150,7 @@ def _user(number: int) -> str:
 
 
 def _is_nameless(found: os.stat_result) -> bool:
-    """Return whether a pipe is of pipe(2), which only its maker's children can have."""
+    """Return whether a pipe is of pipe(2), which only its creator's children can have."""
     descriptors = os.pipe()
     try:
         return os.fstat(descriptors[0]).st_dev == found.st_dev
@@ -133,8 +162,8 @@ def _is_nameless(found: os.stat_result) -> bool:
 def _is_credential(path: Path, mode: int) -> bool:
     """Return whether systemd keeps a file for this service alone (systemd.exec(5), Credentials).
 
-    It may give the service its right by an access control list, whose mask stat shows as the right
-    of a group; nobody but root and the service can enter the directory.
+    It may grant the service access by an access control list, whose mask stat shows as the
+    permissions of a group; nobody but root and the service can enter the directory.
     """
     directory = os.environ.get(CREDENTIALS)
     return directory is not None and path.parent == Path(directory) and not mode & ~0o440 & 0o777

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Callable
 
+from ttun.conversation import Conversation
 from ttun.errors import ProtocolError
 from ttun.tox import identity, packet, protocol, socks5
 from ttun.tox.forwarder import Forwarder
@@ -237,13 +238,11 @@ class _SocksTalk:
     def __init__(self, client: Client, sock: socket.socket) -> None:
         self.deadline = time.monotonic() + SOCKS_TIMEOUT
         self._client, self._sock = client, sock
-        self._steps = socks5.server()
-        self._wanted, self._received = 0, bytearray()
+        self._conversation = Conversation(sock, socks5.server())
 
     def begin(self) -> None:
         """Listen to it."""
         self._client.loop.add(self._sock, self._on_ready)
-        _, self._wanted = next(self._steps)
         self._on_ready(0)
 
     def close(self) -> None:
@@ -257,20 +256,9 @@ class _SocksTalk:
 
     def _on_ready(self, _: int) -> None:
         try:
-            while True:
-                data = self._sock.recv(self._wanted - len(self._received)) if self._wanted else b""
-                if self._wanted and not data:
-                    raise ProtocolError("it hung up")
-                self._received += data
-                if len(self._received) == self._wanted:
-                    taken, self._received = bytes(self._received), bytearray()
-                    answer, self._wanted = self._steps.send(taken)
-                    if answer:
-                        self._sock.send(answer)
-        except BlockingIOError:
-            return
-        except StopIteration as done:
-            self._connect(*done.value)
+            target = self._conversation.advance()
+            if target is not None:
+                self._connect(*target)
         except socks5.Refusal as refusal:
             log.info("SOCKS5: %s", refusal)
             with contextlib.suppress(OSError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Callable
 
 from ttun import privileges, tcp
+from ttun.address import Address
 from ttun.errors import TtunError
 from ttun.process import log_writer
 from ttun.process.signals import ENDING, Signals
@@ -125,7 +126,7 @@ def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str,
     for forward in forwards:
         hosts = ["127.0.0.1", "::1"] if forward.bind is None else [forward.bind]
         for host in hosts:
-            address = tcp.Address(host, forward.port)
+            address = Address(host, forward.port)
             try:
                 listener = tcp.listen(address, False)
             except TtunError:
@@ -208,7 +209,7 @@ def _ping(client: Client, end: _End) -> None:
     client.on_online = client.ping
 
 
-def _pipe(client: Client, target: rules.Rule, end: _End) -> None:
+def _pipe(client: Client, target: Address, end: _End) -> None:
     """Join stdin and stdout to a target, until the target ends the connection."""
     ours, theirs = socket.socketpair()
     name = f"{target.host}:{target.port}"

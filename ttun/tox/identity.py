@@ -152,22 +152,5 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 
 def save(directory: Path, data: bytes) -> None:
-    """Save an identity, mode 0600: the file is there whole, or as it was before. Raises OSError."""
-    path = directory / SAVE
-    fresh = path.with_name(f".{SAVE}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    """Save an identity. Raises OSError; the one saved before is then left as it was."""
+    files.write_secret(directory / SAVE, data, replace=True)

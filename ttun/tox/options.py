@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ttun.address import MAX_HOST, Address, parse_port
 from ttun.errors import UsageError
 from ttun.process.argv import join_each
 from ttun.tox import identity, toxcore
 from ttun.tox.instance import Proxy
-from ttun.tox.rules import MAX_HOST, Rule, parse_target
+from ttun.tox.rules import parse_target
 from ttun.version import __version__
 
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
@@ -54,7 +55,7 @@ class Options:
 
     ids: list[str]
     forwards: list[Forward]
-    pipe: Rule | None
+    pipe: Address | None
     ping: bool
     directory: Path
     keep_identity: bool
@@ -215,10 +216,11 @@ def parse_forward(text: str) -> Forward:
 def parse_socks(text: str) -> Forward:
     """Read [BIND:]PORT. Raises UsageError."""
     fields = _fields(text)
-    if len(fields) not in (1, 2) or not _is_port(fields[-1]):
+    port = parse_port(fields[-1], 0)
+    if len(fields) not in (1, 2) or port is None:
         # Not shown: behind a bare -D it may be anything, a secret too.
         raise UsageError("a SOCKS5 port is PORT or BIND:PORT, as in 1080")
-    return Forward(None if len(fields) == 1 else _bind(fields[0]), int(fields[-1]), None)
+    return Forward(None if len(fields) == 1 else _bind(fields[0]), port, None)
 
 
 def parse_proxy(text: str | None) -> Proxy | None:
@@ -262,13 +264,10 @@ def _bind(text: str) -> str:
 
 
 def _port(text: str, least: int, whole: str) -> int:
-    if not _is_port(text) or int(text) < least:
+    port = parse_port(text, least)
+    if port is None:
         raise UsageError(f"{whole!r}: a port is a number from {least} to 65535")
-    return int(text)
-
-
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535
+    return port
 
 
 class _checked:

@@ -9,42 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from ttun.address import Address, parse_host_port
 from ttun.errors import TtunError, UsageError
 from ttun.process import files
 
 log = logging.getLogger("ttun")
 
 MAX_SIZE = 1 << 20  # bytes of a file of rules
-MAX_HOST = 255  # as long as a name can be; a request for it has to fit a packet
 
 
-class Rule(NamedTuple):
-    """A host, or ``*``, and a port, or 0."""
-
-    host: str
-    port: int
-
-
-def parse_target(text: str, least_port: int = 1) -> Rule:
+def parse_target(text: str, least_port: int = 1) -> Address:
     """Read HOST:PORT, HOST@PORT or [IPv6]:PORT. Raises UsageError."""
-    host, separator, port = text.replace("@", ":").rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:22")
-    if len(host) > MAX_HOST:
-        raise UsageError(f"the host {host[:20]!r}... has more than {MAX_HOST} characters")
-    if not separator or not host or not (port.isascii() and port.isdigit()):
-        raise UsageError(f"{text!r}: a target is HOST:PORT, as in 127.0.0.1:22")
-    if len(port) > 5 or not least_port <= int(port) <= 65535:
-        raise UsageError(f"{text!r}: the port is a number from {least_port} to 65535")
-    return Rule(host, int(port))
+    return parse_host_port(text.replace("@", ":"), None, least_port)
 
 
-def load(path: Path) -> list[Rule]:
-    """Return the rules in a file; lines that are none are logged. Raises TtunError."""
+def load(path: Path) -> list[Address]:
+    """Return the rules in a file; invalid lines are logged. Raises TtunError."""
     rules = []
     try:
         lines = files.read(path, MAX_SIZE).decode(errors="replace").splitlines()
@@ -61,6 +42,6 @@ def load(path: Path) -> list[Rule]:
     return rules
 
 
-def allowed(rules: Sequence[Rule], host: str, port: int) -> bool:
+def allowed(rules: Sequence[Address], host: str, port: int) -> bool:
     """Return whether a rule allows a target."""
     return any(rule.host in ("*", host) and rule.port in (0, port) for rule in rules)

@@ -15,13 +15,14 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
+from ttun.address import Address
 from ttun.tox import identity, packet, protocol
 from ttun.tox.connecting import Connector
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.instance import FriendRequest
 from ttun.tox.link import Link
 from ttun.tox.loop import Loop
-from ttun.tox.rules import Rule, allowed
+from ttun.tox.rules import allowed
 
 log = logging.getLogger("ttun")
 
@@ -46,7 +47,7 @@ class Server(Forwarder):
         *,
         secret: bytes | None = None,
         keys: Collection[bytes] | None = None,
-        rules: Sequence[Rule] | None = None,
+        rules: Sequence[Address] | None = None,
         targets: Mapping[tuple[str, int], Take] | None = None,
     ) -> None:
         super().__init__(loop)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ttun import transport
 from ttun.errors import TtunError
-from ttun.flag import StopFlag
+from ttun.flag import Flag
 from ttun.settings import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
 from ttun.tox.client import Client
@@ -64,7 +64,7 @@ class Dialer(transport.Dialer):
         if self._loop is not None:
             self._loop.stop()
 
-    def ways(self, stop: StopFlag) -> Sequence[Way]:
+    def ways(self, stop: Flag) -> Sequence[Way]:
         """Return the only one."""
         return [Way(self.name, None, self.dial)]
 
@@ -72,7 +72,7 @@ class Dialer(transport.Dialer):
         """Return "tox"."""
         return "tox"
 
-    def dial(self, stop: StopFlag) -> socket.socket:
+    def dial(self, stop: Flag) -> socket.socket:
         """Return a socket connected to the server's end of the tunnel, when it is online.
 
         Raises OSError with the reason, InterruptedError when stop was set.

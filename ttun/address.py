@@ -1,0 +1,56 @@
+"""HOST:PORT as it is written on a command line; an IPv6 address stands in brackets (RFC 3986)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ttun.errors import UsageError
+
+MAX_HOST = 255  # characters: no name is longer (RFC 1035)
+
+
+class Address(NamedTuple):
+    """A host (a name, an IPv4 or an IPv6 address; empty: all addresses of this machine), a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        """Return it as it is written on the command line."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_host_port(
+    text: str, default: int | None, least: int = 1, *, any_host: bool = False
+) -> Address:
+    """Read HOST:PORT or [IPv6]:PORT. Raises UsageError.
+
+    default: the port where none is given; None: it has to be. least: the lowest port. any_host:
+    take :PORT too.
+    """
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or not host:
+            raise UsageError(f"{text!r}: an IPv6 address looks like [2001:db8::1]:PORT")
+    else:
+        host, colon, port = text.partition(":")
+        rest = colon + port
+        if ":" in port or "]" in host:
+            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:PORT")
+    if not host and not any_host:
+        raise UsageError(f"{text!r}: a host is missing before the colon")
+    if len(host) > MAX_HOST:
+        raise UsageError(f"the host {host[:20]!r}... has more than {MAX_HOST} characters")
+    if not rest and default is None:
+        raise UsageError(f"{text!r}: a port is missing, as in HOST:PORT")
+    number = parse_port(rest[1:], least) if rest else default
+    if number is None or rest[:1] not in ("", ":"):
+        raise UsageError(f"{text!r}: the port is a number from {least} to 65535")
+    return Address(host, number)
+
+
+def parse_port(text: str, least: int = 1) -> int | None:
+    """Return the number of a port; None for what is not one."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5):
+        return None
+    return int(text) if least <= int(text) <= 65535 else None
