@@ -205,9 +205,10 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The wheels of what ttun needs stay: with them the next build takes no network, nor does make install.
+# The wheels of what ttun and its man page need stay: with them the next build takes no network, nor
+# does make install.
 $(VENV)/.built: $(VENV)/.venv $(SOURCES) Makefile
-	@needs="$$($(LISTED) requires) $$($(LISTED) dependencies)"; \
+	@needs="$$($(LISTED) requires) $$($(LISTED) dependencies) $$($(LISTED) manual)"; \
 	$(PIP) wheel --no-index --find-links $(WHEELS) -w $(WHEELS) $$needs > $(VENV)/pip.log 2>&1 || \
 	  { $(call fetch,wheel -w $(WHEELS) $$needs); } && \
 	$(PIP) install --no-index --find-links $(WHEELS) $$needs

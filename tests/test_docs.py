@@ -11,8 +11,7 @@ import pytest
 from tunnel import ROOT
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-TREE = manual.tree()
-COMMANDS = {command.path: command for command in TREE.all()}
+COMMANDS = dict(manual.each(manual.whole_parser()))
 
 
 def code_lines(page: Path) -> list[str]:
@@ -50,7 +49,7 @@ def test_command_lines_are_ones_that_the_parser_has(page: Path) -> None:
             command = COMMANDS.get(words[0])
             if command is None:
                 continue  # prose, or a diagram
-            known = {name for option in command.options for name in option.names}
+            known = command._option_string_actions
             for flag in re.findall(r"(?<=\s)(--?[a-zA-Z][\w-]*)", words[1]):
                 assert flag in known, f"{flag} in: {line}"
 
@@ -58,11 +57,15 @@ def test_command_lines_are_ones_that_the_parser_has(page: Path) -> None:
 def test_flags_in_the_table_of_the_readme_have_the_defaults_that_it_says() -> None:
     rows = re.findall(r"^\| (`-.*?) \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
     assert len(rows) > 10
-    known = {n: o for c in ("server", "client") for o in COMMANDS[c].options for n in o.names}
+    known = {
+        name: (option.help or "") % vars(option)
+        for command in ("server", "client")
+        for name, option in COMMANDS[command]._option_string_actions.items()
+    }
     for flags, default in rows:
         for flag in re.findall(r"(?<=`)--?[\w-]+", flags):
             assert flag in known, flag
-            told = re.search(r"\(default: ([^,)]+)", known[flag].help)
+            told = re.search(r"\(default: ([^,)]+)", known[flag])
             given = re.fullmatch(r"`(.+)`", default)
             if told and given:
                 assert told[1].startswith(given[1]), flag

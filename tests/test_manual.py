@@ -16,10 +16,10 @@ import manual
 import pytest
 from tunnel import ROOT
 
-from ttun.commands import parser
+from ttun.commands import key
 
-TREE = manual.read(parser.build_parser(), [], "")
-NAMES = sorted({name for c in TREE.all() for option in c.options for name in option.names})
+pytest.importorskip("shtab", reason="shtab is not installed")
+PARSERS = dict(manual.each(manual.whole_parser()))
 
 
 def needs(program: str) -> pytest.MarkDecorator:
@@ -31,41 +31,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """All four, written by the command that ``make install`` runs."""
     directory = tmp_path_factory.mktemp("manual")
     files = {}
-    for form in manual.FORMATS:
+    for form in manual.FORMS:
         text = subprocess.run(
             [sys.executable, "packaging/manual.py", form],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-            check=True,
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": "86400"},
+            capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         files[form] = directory / {"man": "ttun.1", "zsh": "_ttun"}.get(form, f"ttun.{form}")
         files[form].write_text(text)
     return files
 
 
-def test_the_tree_is_the_parsers_own() -> None:
-    paths = {command.path for command in TREE.all()}
-    assert {
-        "",
-        "server",
-        "client",
-        "bench",
-        "bench codec",
-        "bench tunnel",
-        "bench link",
-        "doctor",
-    } <= paths
-    assert {"-mtu", "--mtu", "-k", "--psk-file", "--against", "--version"} <= set(NAMES)
-
-
 def test_every_option_and_command_is_in_each(made: dict[str, Path]) -> None:
+    assert {"bench link", "doctor", "tox"} <= set(PARSERS)
     for form, file in made.items():
-        text = re.sub(r"\\f[BIR]", "", file.read_text().replace(r"\-", "-"))
-        for name in NAMES:
-            written = manual._fish_name(name) if form == "fish" else name
-            assert re.search(rf"(?<![\w-]){re.escape(written)}(?![\w-])", text), (form, name)
-        for command in TREE.all():
-            for word in command.words:
-                assert word in text, (form, word)
+        text = file.read_text().replace(r"\-", "-")
+        text = re.sub(r"\\f[BIR]", " ", text)
+        for words, parser in PARSERS.items():
+            for name in {*parser._option_string_actions, *words.split()} - {"--help"}:
+                written = re.sub("^--?", "", name) if form == "fish" else name
+                assert re.search(rf"(?<![\w-]){re.escape(written)}(?![\w-])", text), (form, name)
+
+
+def test_what_the_page_says_of_the_key_is_what_the_program_does(made: dict[str, Path]) -> None:
+    page = made["man"].read_text()
+    assert f".B {key.VARIABLE}\n" in page
+    assert f".I {key.DEFAULT_FILE}\n" in page
+    assert '"1970-01-02"' in page, "SOURCE_DATE_EPOCH"
 
 
 def test_an_unknown_form_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,9 +87,24 @@ def test_man_shows_it_without_a_warning(made: dict[str, Path]) -> None:
     assert "SIGTERM, SIGINT, SIGHUP" in done.stdout
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with two files, and where a user's tunnel says what it does."""
+    (tmp_path / "ttun").mkdir()
+    for name in ("secret key", "secret.txt", "ttun/office.7.sock"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def environment(place: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": str(place),
+            "XDG_RUNTIME_DIR": str(place)}  # fmt: skip
+
+
 COMPLETIONS = [
     (["se"], {"server"}),
-    ([""], {"server", "client", "bench", "--version"}),
+    ([""], {"server", "client", "bench", "tox"}),
+    (["--ver"], {"--version"}),
     (["server", "--lis"], {"--listen"}),
     (["server", "-mt"], {"-mtu"}),
     (["server", "-l", ":1", "--mt"], {"--mtu"}),
@@ -109,16 +116,17 @@ COMPLETIONS = [
     (["client", "--wire", ""], {"auto", "v1", "x1"}),
     (["server", "--buffers", ""], {"normal", "small"}),
     (["server", "-psk-file", "secret"], {"secret key", "secret.txt"}),
+    (["server", "--mptcp", "--rou"], {"--route"}),
+    (["tox", "-I", "secret.t"], {"secret.txt"}),
+    (["show", "of"], {"office"}),
 ]
 
 
 @needs("bash")
 @pytest.mark.parametrize(("words", "expected"), COMPLETIONS)
 def test_bash_completes(
-    made: dict[str, Path], tmp_path: Path, words: list[str], expected: set[str]
+    made: dict[str, Path], place: Path, words: list[str], expected: set[str]
 ) -> None:
-    for name in ("secret key", "secret.txt"):
-        (tmp_path / name).touch()
     # compopt is for a completion that readline started; here it would only complain.
     script = f"""
         source {made["bash"]}; compopt() {{ :; }}
@@ -126,7 +134,7 @@ def test_bash_completes(
     """
     out = subprocess.run(
         ["bash", "--norc", "-c", script, "bash", *words],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
+        cwd=place, env=environment(place), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert out.stderr == ""
     offered = set(out.stdout.splitlines())
@@ -147,9 +155,8 @@ def press(shell: list[str], start: str, line: str, expected: str, directory: Pat
     """Type a line and a tab into a shell on a terminal; wait for what it makes of them."""
     pid, terminal = pty.fork()
     if pid == 0:
-        environment = {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": str(directory)}
         os.chdir(directory)
-        os.execvpe(shell[0], shell, environment)
+        os.execvpe(shell[0], shell, environment(directory))
     shown = b""
 
     def wait_for(text: str) -> None:
@@ -176,26 +183,24 @@ PRESSED = [
     ("ttun client --ci", "ttun client --cipher"),
     ("ttun server --mptcp=t", "ttun server --mptcp=true"),
     ("ttun server -mptcp=f", "ttun server -mptcp=false"),
+    ("ttun server --wire=v", "ttun server --wire=v1"),
+    ("ttun show --watch off", "ttun show --watch office"),
     ("ttun client -m ch", "ttun client -m chacha20-poly1305"),
-    ("ttun.py server --psk-file sec", "ttun.py server --psk-file secret.txt"),
+    ("ttun.py server --psk-file secret.", "ttun.py server --psk-file secret.txt"),
 ]
 
 
 @needs("bash")
 @pytest.mark.parametrize(("line", "expected"), PRESSED)
-def test_bash_on_a_terminal(
-    made: dict[str, Path], tmp_path: Path, line: str, expected: str
-) -> None:
-    (tmp_path / "secret.txt").touch()
-    press(["bash", "--norc", "-i"], f"source {made['bash']}", line, expected, tmp_path)
+def test_bash_on_a_terminal(made: dict[str, Path], place: Path, line: str, expected: str) -> None:
+    press(["bash", "--norc", "-i"], f"source {made['bash']}", line, expected, place)
 
 
 @needs("zsh")
 @pytest.mark.parametrize(("line", "expected"), PRESSED)
-def test_zsh_on_a_terminal(made: dict[str, Path], tmp_path: Path, line: str, expected: str) -> None:
-    (tmp_path / "secret.txt").touch()
+def test_zsh_on_a_terminal(made: dict[str, Path], place: Path, line: str, expected: str) -> None:
     start = f"fpath=({made['zsh'].parent} $fpath); autoload -U compinit; compinit -u -D"
-    press(["zsh", "-f", "-i"], start, line, expected, tmp_path)
+    press(["zsh", "-f", "-i"], start, line, expected, place)
 
 
 @needs("fish")
@@ -205,15 +210,12 @@ def test_zsh_on_a_terminal(made: dict[str, Path], tmp_path: Path, line: str, exp
     [case for case in COMPLETIONS if case[0][-1] != "-mt"],
 )
 def test_fish_completes(
-    made: dict[str, Path], tmp_path: Path, words: list[str], expected: set[str]
+    made: dict[str, Path], place: Path, words: list[str], expected: set[str]
 ) -> None:
-    for name in ("secret key", "secret.txt"):
-        (tmp_path / name).touch()
     line = " ".join(["ttun", *words])
     out = subprocess.run(
         ["fish", "--no-config", "-c", f"source {made['fish']}; complete -C '{line}'"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-        env={**os.environ, "HOME": str(tmp_path)},
+        cwd=place, env=environment(place), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert out.stderr == ""
     offered = {row.split("\t")[0] for row in out.stdout.splitlines()}
