@@ -8,7 +8,7 @@ WHEELS := $(VENV)/wheels
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 MADE := $(VENV) build dist *.egg-info ttun/_codec*.so ttun/__pycache__ ttun/*/__pycache__ \
   .mypy_cache .ruff_cache .pytest_cache .hypothesis
-C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] ttun/lab/*.c tests/*.c tests/fuzz/*.[ch]))
+C_FILES := $(filter-out %.cdef.h,$(wildcard csrc/*.[ch] ttun/lab/*.c tests/*/*.[ch]))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # $(LISTED) NAME: the strings of that list in pyproject.toml.
 LISTED := $(BIN)/python -c "import re, sys; text = open('pyproject.toml').read(); \
@@ -157,16 +157,16 @@ check-services: $(VENV)/.built
 	$(BIN)/python packaging/check_services.py
 
 pictures: $(VENV)/.built
-	PYTHONPATH=. $(BIN)/python -B packaging/pictures.py
+	PYTHONPATH=.:tests/helpers $(BIN)/python -B packaging/pictures.py
 
 faults: $(VENV)/.built
-	PYTHONPATH=. $(BIN)/python -B tests/faults.py $(SECONDS) $(SEED) $(WIRE)
+	PYTHONPATH=.:tests/helpers $(BIN)/python -B tests/soak/faults.py $(SECONDS) $(SEED) $(WIRE)
 
 mutants: $(VENV)/.built $(VENV)/.tools-test
-	PYTHONPATH=. $(BIN)/python -B tests/mutants.py $(SEED) $(EACH) $(WORKERS) $(MODULES)
+	PYTHONPATH=.:tests/helpers $(BIN)/python -B tests/mutants.py $(SEED) $(EACH) $(WORKERS) $(MODULES)
 
 soak: $(VENV)/.built
-	PYTHONPATH=. $(BIN)/python -B tests/toxsoak.py $(SECONDS) $(SEED)
+	PYTHONPATH=.:tests/helpers $(BIN)/python -B tests/soak/toxsoak.py $(SECONDS) $(SEED)
 
 lint: $(VENV)/.built $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from packets import ACK, PSH, TIMESTAMPS, Packet
 from peer import MAGIC, PING, PONG, X1Peer, echo_request, is_reply
-from test_peers import connect
+from strangers import connect
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench
 
 from ttun.lab import netns

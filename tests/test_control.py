@@ -11,7 +11,7 @@ import time
 
 import pytest
 from peer import PING, PONG, REKEY, SWITCH, checksum
-from test_x1 import ROLES
+from shaking import ROLES
 from ttun._codec import lib
 from tunnel import eventually
 from x1_rig import PACKET, rigged

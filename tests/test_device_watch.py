@@ -13,17 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import cpu
 from peer import Peer
-from test_peers import connect
-from test_vanished import cpu
+from strangers import connect
 from tunnel import (
     CLIENT,
     OTHER,
     PROGRAM,
+    ROOT,
     SERVER,
     TUNNEL4,
     TUNNEL6,
@@ -373,7 +373,7 @@ def test_a_client_that_is_shaking_hands_notices_too(plain: Bench) -> None:
 def clock(plain: Bench) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
     """The environment of an end whose machine sleeps when the function says for how long."""
     library, path = plain.directory / "clock.so", plain.directory / "clock"
-    source = Path(__file__).with_name("clock.c")
+    source = ROOT / "tests/helpers/clock.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
     path.write_bytes(bytes(16))
     path.chmod(0o644)

@@ -16,19 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from peer import Peer, X1Peer
-from test_peers import client_gets_in, connect
-from tunnel import CLIENT, SERVER_ADDRESS, Bench, End, eventually
+from strangers import client_gets_in, connect
+from tunnel import CLIENT, ROOT, SERVER_ADDRESS, Bench, End, eventually
 
 from ttun import summary
 from ttun.lab import netns
 from ttun.summary import Summary
 
 COUNT = int(os.environ.get("TTUN_TEST_HANDSHAKES", "2000"))
-FLOOD = [sys.executable, str(Path(__file__).with_name("flood.py"))]
+FLOOD = [sys.executable, str(ROOT / "tests/helpers/flood.py")]
 OTHERS = [f"192.0.2.{number}" for number in range(101, 121)]
 
 

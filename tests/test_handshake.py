@@ -4,63 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
-from collections.abc import Callable
 
 import pytest
 from peer import MAGIC, Peer
+from shaking import K, against, drive
 
 from ttun import handshake
 from ttun.cipher import CIPHERS
 from ttun.errors import ProtocolError
 
-K = handshake.psk_key(b"secret")
 V1 = handshake.Terms("v1")
 V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
-
-
-def shake(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
-    """Run a handshake over a blocking socket, giving it exactly the bytes that it wants."""
-    try:
-        send, wanted = next(steps)
-        while True:
-            if send:
-                sock.sendall(send)
-            data = b""
-            while len(data) < wanted:
-                part = sock.recv(wanted - len(data))
-                if not part:
-                    raise EOFError
-                data += part
-            send, wanted = steps.send(data)
-    except StopIteration as done:
-        return done.value
-
-
-def drive(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
-    """Run a handshake and close the socket."""
-    with sock:
-        return shake(steps, sock)
-
-
-def against(steps: handshake.Steps, peer: Callable[[socket.socket], None]) -> handshake.Keys:
-    """Run a handshake against what a peer does on the other end of a socketpair."""
-    ours, theirs = socket.socketpair()
-
-    def run() -> None:
-        try:
-            peer(theirs)
-        except (EOFError, OSError):
-            pass
-        finally:
-            theirs.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        return drive(steps, ours)
-    finally:
-        thread.join()
 
 
 @pytest.mark.parametrize("wire", ["v1", "auto"])

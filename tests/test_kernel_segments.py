@@ -16,8 +16,8 @@ from dataclasses import replace
 import pytest
 import pytun
 from packets import ACK, ECE, FIN, PSH, SYN, TIMESTAMPS, Packet, Vnet, coalesce, segment
-from test_whole import restore, stays_whole
 from tunnel import in_namespace
+from vnet import restore, stays_whole
 
 from ttun.lab import netns
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import IS_NOBODY_HERE
 from peer import Peer
-from test_peers import connect
-from test_privileges import IS_NOBODY_HERE
+from strangers import connect
 from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
 
 from ttun.lab import netns

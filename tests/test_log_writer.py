@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import random
 import re
@@ -16,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from flood import nonsense
+from machine import record
 from peer import Peer
-from test_peers import connect
+from strangers import connect
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, eventually
 
 from ttun.lab import netns
@@ -71,10 +71,6 @@ def pipe(request: pytest.FixtureRequest) -> Iterator[Pipe]:
     made = Pipe(request.param)
     yield made
     made.close()
-
-
-def record(text: str, level: int = logging.INFO) -> logging.LogRecord:
-    return logging.LogRecord("ttun", level, "", 0, text, None, None)
 
 
 @pytest.mark.parametrize("threaded", [False, True], ids=["before start", "after start"])

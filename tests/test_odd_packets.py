@@ -16,8 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
-from test_tunnel import PORT, every_way
-from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench
+from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, every_way
 
 pytestmark = pytest.mark.hosts
 
@@ -52,7 +51,7 @@ def send_whole(bench: Bench, address: str, prepare: Callable[[socket.socket], No
     with bench.on(CLIENT, lambda: socket.socket(family)) as sock:
         prepare(sock)
         sock.settimeout(20)
-        sock.connect((address, int(PORT)))
+        sock.connect((address, 5001))
         payload = random.Random(1).randbytes(SIZE)
         sock.sendall(struct.pack(">BQ", 0, SIZE) + payload + hashlib.sha256(payload).digest())
         assert sock.recv(1) == b"1"

@@ -10,34 +10,13 @@ import time
 
 import pytest
 from peer import Peer, echo_request
-from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench
+from strangers import STRANGERS, TO_SERVER, client_gets_in, connect, listen
+from tunnel import CLIENT, SERVER, TUNNEL4, Bench
 
 pytestmark = pytest.mark.hosts
 
 CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
-PORT = 20203
-TO_SERVER = TUNNEL4[CLIENT], TUNNEL4[SERVER]
 TO_CLIENT = TUNNEL4[SERVER], TUNNEL4[CLIENT]
-
-
-def connect(bench: Bench) -> socket.socket:
-    """A connection from the client's host to the server."""
-    return bench.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, PORT), 15))
-
-
-def listen(bench: Bench) -> socket.socket:
-    """A listener on the server's host, where clients of ours dial."""
-    listener = bench.on(SERVER, lambda: socket.create_server((SERVER_ADDRESS, PORT)))
-    listener.settimeout(15)
-    return listener
-
-
-def client_gets_in(bench: Bench, seconds: float = 5) -> None:
-    """A true client connects, is let in, gets an answer, and leaves."""
-    client = bench.client()
-    client.says("authenticated", seconds=seconds)
-    bench.answers()
-    client.stop()
 
 
 @pytest.mark.parametrize("cipher", CIPHERS)
@@ -143,20 +122,6 @@ def test_a_session_that_is_over_at_once_is_followed_by_a_wait(bench: Bench) -> N
             client.says("reconnecting in", times=number)
         listener.accept()[0].close()
         assert time.monotonic() - ended > 1, "the third wait is 3 s at least"
-
-
-# What somebody may send who does not have the key, and what the log says of it.
-STRANGERS = {
-    "nothing, and leaves": (b"", "closed the connection before the handshake was over"),
-    "half a nonce": (os.urandom(8), "closed the connection before the handshake was over"),
-    "random bytes": (bytes([7]) * 16 + b"\x01\x00" + os.urandom(1000), "not a ttun peer"),
-    "a request of HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not a ttun peer"),
-    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has a length of 0"),
-    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has a length of 15"),
-    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has a length of 65535"),
-    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "wrong key, or another cipher"),
-    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed the connection before"),
-}
 
 
 @pytest.mark.parametrize("name", STRANGERS)

@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from machine import Clock
 from peer import X1Peer
-from test_handshake import K, shake
-from test_times import Clock
-from test_x1 import marked_nonce, terms
+from shaking import K, marked_nonce, shake, terms
 from ttun._codec import ffi
 from x1_rig import rigged
 

@@ -7,10 +7,10 @@ import pwd
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import IS_NOBODY_HERE, threads
 from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, Program, eventually
 
 from ttun import privileges
@@ -18,17 +18,6 @@ from ttun.errors import UsageError
 from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
-
-IS_NOBODY_HERE = len(Path("/proc/self/uid_map").read_text().splitlines()) == 1 and (
-    int(Path("/proc/self/uid_map").read_text().split()[2]) > privileges.NOBODY
-)
-
-
-def threads(pid: int) -> Iterator[dict[str, str]]:
-    """/proc/PID/task/*/status."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        lines = (task / "status").read_text().splitlines()
-        yield dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
 def has_nothing(pid: int, uid: int, gid: int) -> None:

@@ -14,10 +14,8 @@ import time
 
 import pytest
 from peer import PING, PONG, REKEY, SWITCH, X1Peer
+from shaking import LOW_ORDER, OURS, ROLES, K, shake, terms
 from socket_device import SocketDevice
-from test_handshake import K, shake
-from test_pump import FEW, MANY
-from test_x1 import LOW_ORDER, OURS, ROLES, terms
 from tunnel import eventually
 from x1_rig import PACKET, rigged
 
@@ -25,6 +23,7 @@ from ttun import control, handshake
 from ttun.session import Session
 from ttun.settings import Limits
 
+FEW, MANY = [0, 1], [0, 1, 2, 3]
 AT_ONCE = Limits(seconds=0.01)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_waiting import names
+from machine import names
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
 from ttun import resolver

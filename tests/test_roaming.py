@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, eventually
+from tunnel import CLIENT, ROOT, SERVER, SERVER_ADDRESS, Bench, eventually
 from watched import Watched
 
 from ttun import roaming, tcp
@@ -260,7 +260,7 @@ def test_a_machine_that_slept_is_noticed_and_one_whose_clock_was_set_is_not(
     tmp_path: Path,
 ) -> None:
     library, clock = tmp_path / "clock.so", tmp_path / "clock"
-    source = Path(__file__).with_name("clock.c")
+    source = ROOT / "tests/helpers/clock.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
     clock.write_bytes(bytes(16))
     environment = netns.environment(LD_PRELOAD=str(library), TTUN_TEST_CLOCK=str(clock))

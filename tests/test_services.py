@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_privileges import threads
+from machine import threads
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
 
 from ttun import privileges

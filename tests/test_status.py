@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from impostor import line
-from test_privileges import IS_NOBODY_HERE
+from machine import IS_NOBODY_HERE
 from tunnel import PROGRAM, SERVER, Bench, eventually
 
 import ttun

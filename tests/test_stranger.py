@@ -9,8 +9,8 @@ import time
 
 import pytest
 from peer import X1Peer
-from test_peers import connect
-from test_x1 import K, marked_nonce, terms
+from shaking import K, marked_nonce, terms
+from strangers import connect
 from tunnel import CLIENT, Bench
 
 from ttun import handshake, x1

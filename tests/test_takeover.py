@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
-from peer import Peer, echo_request
-from test_peers import STRANGERS, TO_SERVER, connect
+from peer import Peer
+from strangers import STRANGERS, arrive, connect
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench, End, eventually
 
 pytestmark = pytest.mark.hosts
@@ -18,16 +17,6 @@ def takeover_tunnel(bench: Bench) -> tuple[End, End]:
     server, client = bench.server("--takeover"), bench.client()
     client.says("authenticated")
     return server, client
-
-
-def arrive(bench: Bench) -> Peer:
-    """A peer that proves the key and is answered."""
-    peer = Peer(connect(bench), b"secret")
-    peer.handshake_as_client()
-    request = echo_request(*TO_SERVER, os.urandom(20))
-    peer.send(request)
-    peer.receive_reply(request)
-    return peer
 
 
 def is_gone(peer: Peer) -> bool:

@@ -10,22 +10,13 @@ import time
 from typing import Any
 
 import pytest
+from machine import Clock
 from peer import PING, PONG, REKEY
 from ttun._codec import lib
 from tunnel import eventually
 from x1_rig import Rig, rigged
 
 from ttun import control
-
-
-class Clock:
-    """The time module, as control.py uses it."""
-
-    ahead = 0.0
-    sleep = staticmethod(time.sleep)
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self.ahead
 
 
 class Codec:

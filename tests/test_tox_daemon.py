@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_log_writer import record
+from machine import record
 from tunnel import PROGRAM, SERVER, Bench, eventually
 
 from ttun.lab import netns

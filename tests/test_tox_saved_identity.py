@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import toxlab
-from test_privileges import IS_NOBODY_HERE
+from machine import IS_NOBODY_HERE
 from tunnel import PROGRAM
 
 from ttun.errors import TtunError

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-from ttun.lab import netns
+from tunnel import ROOT
 
 
 @pytest.mark.hosts
@@ -17,10 +15,11 @@ from ttun.lab import netns
 @pytest.mark.slow
 def test_random_connections_leave_nothing_behind() -> None:
     """TTUN_TEST_SEED: others of them."""
-    script = Path(__file__).with_name("toxsoak.py")
+    script = ROOT / "tests/soak/toxsoak.py"
     done = subprocess.run(
         [sys.executable, script, "20", os.environ.get("TTUN_TEST_SEED", "1")],
-        env={**os.environ, **netns.environment()}, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/helpers"},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)  # pytest -rP shows it
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually
+from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, TUNNEL6, Bench, End, eventually, every_way
 
 from ttun.lab import netns
 
@@ -26,9 +26,6 @@ pytestmark = pytest.mark.hosts
 MIB = 1 << 20
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # what CPU time is counted in
 PORT = "5001"
-every_way = pytest.mark.parametrize(
-    "bench", ["x1", "x1-no-offload", "v1", "v1-no-offload"], indirect=True
-)
 PUMP_THREADS = {"ttun-up-seal", "ttun-up-send", "ttun-down-recv", "ttun-down-open"}
 
 

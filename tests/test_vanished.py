@@ -7,9 +7,9 @@ import os
 import socket
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from machine import cpu
 from peer import Peer
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
@@ -137,12 +137,6 @@ def test_an_idle_mptcp_session_goes_on_and_takes_no_time(plain: Bench) -> None:
         assert "disconnected" not in end.log()
     print(f"{max(used):.2f} s")
     assert max(used) <= 0.3, "0.03 s in 30 s are usual at most"
-
-
-def cpu(pid: int) -> float:
-    """CPU seconds of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @needs_mptcp

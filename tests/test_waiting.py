@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from embedded import run
+from machine import names
 from peer import MAGIC, Peer
-from test_life import run
-from test_peers import connect, listen
-from test_takeover import arrive
+from strangers import arrive, connect, listen
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, eventually
 
 pytestmark = pytest.mark.hosts
@@ -92,18 +90,6 @@ def test_of_those_that_waited_the_ones_who_lose_dial_again_soon(plain: Bench) ->
                 count += 1
     print(client.log())
     assert count >= 8, "5 or 6 with the usual back-off"
-
-
-@contextlib.contextmanager
-def names(directory: Path, **hosts: list[str]) -> Iterator[None]:
-    """Give hosts addresses, in place of this machine's /etc/hosts, where only the tests see it."""
-    text = [f"{address} {name}" for name, addresses in hosts.items() for address in addresses]
-    (directory / "hosts").write_text("\n".join(["127.0.0.1 localhost", *text, ""]))
-    subprocess.run(["mount", "--bind", directory / "hosts", "/etc/hosts"], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "/etc/hosts"], check=True)
 
 
 def test_after_a_failed_handshake_the_next_address_is_next(plain: Bench, tmp_path: Path) -> None:

@@ -25,33 +25,12 @@ from packets import (
     UDP,
     URG,
     Packet,
-    Vnet,
     segment,
 )  # fmt: skip
 from peer import checksum
-from ttun._codec import ffi, lib
+from vnet import Vnet, restore, stays_whole
 
 GSO_MIN, UDP_SEGMENTS_MAX = 8, 128
-
-
-def restore(
-    packet: bytes, gso_size: int, tcp: bool = True, udp: bool = True
-) -> tuple[Vnet, bytes] | None:
-    """The header that the receiver makes, and the packet that goes with it."""
-    buffer = ffi.new("uint8_t[]", packet)
-    vnet = ffi.new("struct ttun_vnet *")
-    if not lib.ttun_restore_vnet(vnet, buffer, len(packet), gso_size, tcp, udp):
-        return None
-    header = struct.unpack("=BBHHHH", bytes(ffi.buffer(vnet)))
-    return header, bytes(ffi.buffer(buffer, len(packet)))
-
-
-def stays_whole(vnet: Vnet, packet: bytes, tcp: bool = True, udp: bool = True) -> bool:
-    buffer = ffi.new("uint8_t[]", packet)
-    header = ffi.new("struct ttun_vnet *", vnet)
-    answer = bool(lib.ttun_stays_whole(header, buffer, len(packet), tcp, udp))
-    assert bytes(ffi.buffer(buffer, len(packet))) == packet, "a question does not write"
-    return answer
 
 
 @FAMILIES

@@ -65,7 +65,7 @@ libc.free(block)
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer has its own free()")
 def test_a_session_leaves_neither_keys_nor_packets_in_memory(tmp_path: Path) -> None:
     library = tmp_path / "freed.so"
-    source = Path(__file__).with_name("freed.c")
+    source = ROOT / "tests/helpers/freed.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
     patterns = ",".join(os.urandom(32).hex() for _ in SECRETS)
     environment = {"LD_PRELOAD": str(library), "TTUN_TEST_FREED": patterns, "PYTHONPATH": str(ROOT)}

@@ -11,25 +11,13 @@ from collections.abc import Callable
 import pytest
 from aegis import AEGIS256
 from peer import AEADS, BITS, MAGIC, Direction, Peer, X1Peer, blake2s
-from test_handshake import K, against, drive
+from shaking import LOW_ORDER, OURS, ROLES, K, against, drive, marked_nonce, terms
 
 from ttun import handshake, x1
 from ttun.cipher import CIPHERS, CipherState
 from ttun.errors import ProtocolError
-from ttun.handshake import NONCE_SIZE, Keys, Terms
+from ttun.handshake import Keys, Terms
 from ttun.sodium import KeyPair, Secret, blake2b
-
-ROLES = {"client": 0, "server": 1}
-OURS = {"client": handshake.client, "server": handshake.server}
-LOW_ORDER = [bytes(32), bytes([1]) + bytes(31), bytes([0xEC]) + b"\xff" * 30 + b"\x7f"]
-
-
-def terms(*ciphers: str, wire: str = "auto", features: int = 3) -> Terms:
-    return Terms(wire, offers=[CIPHERS[name] for name in ciphers or BITS], features=features)
-
-
-def marked_nonce(direction: int, k: bytes = K) -> bytes:
-    return x1.mark(k, direction, os.urandom(NONCE_SIZE))
 
 
 def x1_against(role: str, peer: Callable[[X1Peer], None], ours: Terms | None = None) -> Keys:

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from ttun import cipher as ciphers
 from ttun.commands import query, runtime
 from ttun.lab import netns
 from ttun.lab.netns import CLIENT, SERVER, Hosts, Namespaces
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "ttun.py"
 # TTUN_TEST_PROGRAM: what to run in its place (tests/sanitize.py: with an instrumented codec).
 PROGRAM = shlex.split(os.environ.get("TTUN_TEST_PROGRAM", "")) or [sys.executable, str(SCRIPT)]
@@ -30,6 +32,9 @@ TUNNEL4 = {SERVER: "10.1.1.1", CLIENT: "10.1.1.2"}
 TUNNEL6 = {SERVER: "fc11::1", CLIENT: "fc11::2"}
 # What two of ours agree on without -m.
 BEST = {"v1": "chacha20-poly1305", "x1": ciphers.fast()[0].name}
+every_way = pytest.mark.parametrize(
+    "bench", ["x1", "x1-no-offload", "v1", "v1-no-offload"], indirect=True
+)
 OTHER = {SERVER: CLIENT, CLIENT: SERVER}
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000  # linux/sched.h
 libc = ctypes.CDLL(None, use_errno=True)

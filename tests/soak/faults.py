@@ -1,6 +1,6 @@
 """A host of faults: a tunnel under traffic, and one thing after another that goes wrong.
 
-    python tests/faults.py SECONDS SEED WIRE        make faults SECONDS=600 SEED=1 WIRE=x1
+    python tests/soak/faults.py SECONDS SEED WIRE        make faults SECONDS=600 SEED=1 WIRE=x1
 
 1. Both ends run on two hosts, with checked datagrams both ways all the while.
 2. Faults come in an order, and with durations, that the seed decides: all kinds, then all again.
@@ -39,14 +39,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
 
-from tunnel import CLIENT, OTHER, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End, eventually
+from tunnel import CLIENT, OTHER, ROOT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End, eventually
 
 from ttun.lab import netns
 
 BACK = 5.0  # seconds after the repair
 VANISHED = 40.0  # seconds until both ends know that the other one is gone
 GROWTH = 8192  # KiB of memory that an end may gain
-FLOOD = [sys.executable, str(Path(__file__).with_name("flood.py"))]
+FLOOD = [sys.executable, str(ROOT / "tests/helpers/flood.py")]
 
 
 class Datagrams:
@@ -101,7 +101,7 @@ class World:
         self.set_clock(0)
         self.clock.chmod(0o644)  # the ends open it, and read it as an unprivileged user
         library = bench.directory / "clock.so"
-        source = Path(__file__).with_name("clock.c")
+        source = ROOT / "tests/helpers/clock.c"
         subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
         self.environment = {"LD_PRELOAD": str(library), "TTUN_TEST_CLOCK": str(self.clock)}
         self.ends: dict[str, End] = {}

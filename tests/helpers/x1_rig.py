@@ -9,9 +9,8 @@ import threading
 from collections.abc import Iterator
 
 from peer import X1Peer
+from shaking import OURS, ROLES, K, shake, terms
 from socket_device import RunningSession, SocketDevice
-from test_handshake import K, shake
-from test_x1 import OURS, ROLES, terms
 
 from ttun.session import Session
 from ttun.settings import DEFAULT_LIMITS, NORMAL, Buffers, Limits

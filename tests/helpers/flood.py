@@ -1,7 +1,7 @@
 """A crowd that connects and means no good, run on the client's host by test_flood.py.
 
-    python tests/flood.py hold ADDRESS PORT OPEN RATE SOURCE...   until it is killed
-    python tests/flood.py malformed ADDRESS PORT COUNT SEED       then it says how many a second
+    python tests/helpers/flood.py hold ADDRESS PORT OPEN RATE SOURCE...   until killed
+    python tests/helpers/flood.py malformed ADDRESS PORT COUNT SEED       says how many a second
 
 ``hold`` opens OPEN connections that say nothing, then RATE new ones each second, of which some say
 nothing, some a few bytes and some a whole nonce; from all SOURCE addresses in turn.

@@ -7,7 +7,9 @@ import json
 import re
 from pathlib import Path
 
-SESSIONS = json.loads((Path(__file__).parent / "vectors" / "wire-v1.json").read_text())["sessions"]
+SESSIONS = json.loads((Path(__file__).parents[1] / "vectors" / "wire-v1.json").read_text())[
+    "sessions"
+]
 
 
 def frames(session: dict, direction: str) -> list[dict]:

@@ -1,6 +1,6 @@
 """Connections through Tox, opened and dropped at random, and what they leave behind.
 
-    python tests/toxsoak.py SECONDS SEED        make soak SECONDS=1200 SEED=1
+    python tests/soak/toxsoak.py SECONDS SEED        make soak SECONDS=1200 SEED=1
 
 1. Both ends run on two hosts. Eight programs connect again and again: through a forward, to a
    port where nobody listens, through SOCKS5. The seed decides how each goes: a whole echo, a cut,

@@ -1,0 +1,56 @@
+"""Connections to a server from those who are no clients of it, and a listener in its place."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from peer import Peer, echo_request
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench
+
+PORT = 20203
+TO_SERVER = TUNNEL4[CLIENT], TUNNEL4[SERVER]
+
+
+def connect(bench: Bench) -> socket.socket:
+    """A connection from the client's host to the server."""
+    return bench.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, PORT), 15))
+
+
+def listen(bench: Bench) -> socket.socket:
+    """A listener on the server's host, where clients of ours dial."""
+    listener = bench.on(SERVER, lambda: socket.create_server((SERVER_ADDRESS, PORT)))
+    listener.settimeout(15)
+    return listener
+
+
+def client_gets_in(bench: Bench, seconds: float = 5) -> None:
+    """A true client connects, is let in, gets an answer, and leaves."""
+    client = bench.client()
+    client.says("authenticated", seconds=seconds)
+    bench.answers()
+    client.stop()
+
+
+# What somebody may send who does not have the key, and what the log says of it.
+STRANGERS = {
+    "nothing, and leaves": (b"", "closed the connection before the handshake was over"),
+    "half a nonce": (os.urandom(8), "closed the connection before the handshake was over"),
+    "random bytes": (bytes([7]) * 16 + b"\x01\x00" + os.urandom(1000), "not a ttun peer"),
+    "a request of HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not a ttun peer"),
+    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has a length of 0"),
+    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has a length of 15"),
+    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has a length of 65535"),
+    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "wrong key, or another cipher"),
+    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed the connection before"),
+}
+
+
+def arrive(bench: Bench) -> Peer:
+    """A peer that proves the key and is answered."""
+    peer = Peer(connect(bench), b"secret")
+    peer.handshake_as_client()
+    request = echo_request(*TO_SERVER, os.urandom(20))
+    peer.send(request)
+    peer.receive_reply(request)
+    return peer
