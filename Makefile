@@ -144,17 +144,17 @@ dist: $(VENV)/.built $(VENV)/.tools-dist
 	$(BIN)/python -m twine check --strict dist/ttun_tunnel-*
 
 check-dist: dist $(VENV)/.tools-test
-	$(BIN)/python packaging/check_dist.py
+	packaging/check_dist.sh
 
-# PLATFORMS: all of them if empty; packaging/wheels.py -h names them.
-wheels: $(VENV)/.venv
+# PLATFORMS: all of them if empty; packaging/wheels.py names them.
+wheels: $(VENV)/.tools-wheels
 	nice $(BIN)/python packaging/wheels.py $(PLATFORMS)
 
-check-wheels: $(VENV)/.venv
+check-wheels: $(VENV)/.tools-wheels
 	nice $(BIN)/python packaging/check_wheels.py
 
 check-services: $(VENV)/.built
-	$(BIN)/python packaging/check_services.py
+	packaging/check_services.sh
 
 pictures: $(VENV)/.built
 	PYTHONPATH=.:tests/helpers $(BIN)/python -B packaging/pictures.py

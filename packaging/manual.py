@@ -22,7 +22,6 @@ from ttun.commands import parser as grammar
 from ttun.tox import options as tox
 from ttun.version import __version__
 
-FORMS = ["man", "bash", "zsh", "fish"]
 # A status socket is named DEVICE.PID.sock: ttun.commands.runtime.
 DEVICES = (
     "find /run/ttun $XDG_RUNTIME_DIR/ttun -name '*.sock' 2> /dev/null"
@@ -73,7 +72,6 @@ def man(parser: argparse.ArgumentParser) -> str:
     from argparse_manpage.manpage import Manpage
 
     os.environ["COLUMNS"] = "9999"  # argparse would break lines
-    summary = parser.description or ""
     for _, command in each(parser):
         command.description = command.epilog  # what a command's description says, its help says
     parser._positionals.title = "commands"
@@ -82,7 +80,7 @@ def man(parser: argparse.ArgumentParser) -> str:
     date = time.strftime("%Y-%m-%d", time.gmtime(float(seconds)))
     data = {
         "date": date,
-        "description": summary[:1].lower() + summary[1:].rstrip("."),
+        "description": "a point-to-point tunnel over one TCP connection",
         "include": Path(__file__).with_suffix(".inc"),
         "manual_title": "User Commands",
         "version": __version__,
@@ -126,15 +124,6 @@ def _fish(text: str) -> str:
     return text + "complete -c ttun.py -w ttun\n"
 
 
-def main(arguments: list[str]) -> int:
-    """Print one of the four."""
-    if len(arguments) != 1 or arguments[0] not in FORMS:
-        print(f"usage: python packaging/manual.py {'|'.join(FORMS)}", file=sys.stderr)
-        return 2
-    form, parser = arguments[0], whole_parser()
-    print(man(parser) if form == "man" else completion(parser, form), end="")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    form, parser = sys.argv[1], whole_parser()
+    print(man(parser) if form == "man" else completion(parser, form), end="")

@@ -3,14 +3,10 @@
 1. Run a command on a pseudo-terminal, and note what is on its screen, and when that changes.
 2. Draw each line as a text, visible for as long as it was on the screen; the last screen stays, and
    is all there is where nothing may move.
-
-docs/demo.svg is ``make demo``; docs/watch.svg is ``ttun show --watch`` on a client's host, while a
-transfer goes up and another one down, all of it on this machine.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import fcntl
 import html
@@ -24,6 +20,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from ttun.commands import key
@@ -35,14 +32,11 @@ from ttun.lab.netns import CLIENT, SERVER, Hosts
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, COLUMNS = 40, 88
 SETTLED = 0.02  # seconds after which a screen counts: what follows sooner belongs to it
-WATCHED = 17.0  # seconds of ttun show --watch
 LOAD = "sleep 2; {0} flood 10.1.1.1 5001 1 6; sleep 2; {0} drain 10.1.1.1 5001 1 9"
 WIDTH, HEIGHT, MARGIN = 7.83, 19, 14  # of a character, of a line, around all: pixels
 STYLE = """
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  fill: #d6dde6 }
-.typed { fill: #7ee2a8; font-weight: 600 }
-.past { visibility: hidden }
+  fill: #d6dde6 } .typed { fill: #7ee2a8; font-weight: 600 } .past { visibility: hidden }
 @keyframes wait { from, to { visibility: hidden } }
 @keyframes show { from, to { visibility: visible } }
 @media (prefers-reduced-motion: reduce) { text { animation: none !important } }
@@ -60,16 +54,14 @@ def record(command: list[str], seconds: float) -> Screens:
         command, cwd=ROOT, env=own, stdin=theirs, stdout=theirs, stderr=theirs, text=True
     )
     os.close(theirs)
-    decoder, text, screens = codecs.getincrementaldecoder("utf-8")(), "", Screens()
-    start = time.monotonic()
+    data, screens, start = b"", Screens(), time.monotonic()
     with contextlib.suppress(OSError):  # EIO: the command has ended
         while select.select([ours], [], [], max(0.0, start + seconds - time.monotonic()))[0]:
-            text += decoder.decode(os.read(ours, 65536)).replace("\r", "")
-            text = text.rpartition(CLEAR)[2]
+            data = (data + os.read(ours, 65536)).rpartition(CLEAR.encode())[2]
             now = time.monotonic() - start
             if screens and now - screens[-1][0] < SETTLED:
                 screens.pop()
-            screens.append((now, text.splitlines()))
+            screens.append((now, data.decode(errors="ignore").replace("\r", "").splitlines()))
     os.close(ours)
     end(process)
     return screens
@@ -77,52 +69,43 @@ def record(command: list[str], seconds: float) -> Screens:
 
 def texts(screens: Screens) -> Iterator[tuple[int, str, float, float | None]]:
     """Yield each text: its row, and from when until when it is there; None: to the end."""
-    shown: dict[int, tuple[str, float]] = {}
-    for when, lines in screens:
-        for row in range(max(len(lines), *shown, 0) + 1):
-            text = lines[row] if row < len(lines) else ""
-            before, since = shown.get(row, ("", 0.0))
-            if text != before:
-                if before:
-                    yield row, before, since, when
-                shown[row] = text, when
-    for row, (text, since) in shown.items():
-        if text:
-            yield row, text, since, None
-
-
-def part(found: re.Match[str]) -> str:
-    """Return what stands between wide gaps, in its column whatever the font's width is."""
-    text, x = found[0], MARGIN + found.start() * WIDTH
-    # The bars of a graph may come from another font.
-    wide = "" if text.isascii() else f' textLength="{len(text) * WIDTH:.0f}"'
-    return f'<tspan x="{x:.0f}"{wide}>{html.escape(text)}</tspan>'
+    for row in range(max(len(lines) for _, lines in screens)):
+        shown = [(when, lines[row] if row < len(lines) else "") for when, lines in screens]
+        changed = [now for before, now in zip([(0.0, ""), *shown], shown) if now[1] != before[1]]
+        for (since, text), after in zip_longest(changed, changed[1:]):
+            if text:
+                yield row, text, since, after[0] if after else None
 
 
 def draw(typed: str, screens: Screens, file: Path) -> None:
     """Draw a command line and what it showed."""
     height = (1 + max(len(lines) for _, lines in screens)) * HEIGHT + 2 * MARGIN
     width, top, typed = round(COLUMNS * WIDTH) + 2 * MARGIN, MARGIN + 13, html.escape(typed)
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>{typed}</title><style>{STYLE}</style>",
-        '<rect width="100%" height="100%" rx="8" fill="#171b21"/>',
-        f'<text class="typed" x="{MARGIN}" y="{top}"># {typed}</text>',
-    ]
+    svg = f"""\
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" \
+viewBox="0 0 {width} {height}" role="img">
+<title>{typed}</title><style>{STYLE}</style>
+<rect width="100%" height="100%" rx="8" fill="#171b21"/>
+<text class="typed" x="{MARGIN}" y="{top}"># {typed}</text>
+"""
     for row, text, since, until in texts(screens):
         play = f"show {until - since:.2f}s {since:.2f}s" if until else f"wait {since:.2f}s"
         past = ' class="past"' if until else ""
-        parts = "".join(map(part, re.finditer(r"\S+( \S+)*", text)))
-        y = top + (row + 1) * HEIGHT
-        lines.append(f'<text{past} y="{y}" style="animation:{play}">{parts}</text>')
-    file.write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
+        svg += f'<text{past} y="{top + (row + 1) * HEIGHT}" style="animation:{play}">'
+        # What stands between wide gaps is in its column whatever the font's width is.
+        for part in re.finditer(r"\S+( \S+)*", text):
+            svg += f'<tspan x="{MARGIN + part.start() * WIDTH:.0f}"'
+            if not part[0].isascii():  # the bars of a graph may come from another font
+                svg += f' textLength="{len(part[0]) * WIDTH:.0f}"'
+            svg += f">{html.escape(part[0])}</tspan>"
+        svg += "</text>\n"
+    file.write_text(f"{svg}</svg>\n", encoding="utf-8")
     print(f"{file.relative_to(ROOT)}: {len(screens)} screens, {file.stat().st_size / 1000:.0f} kB")
 
 
 def watch(command: list[str]) -> Screens:
-    """Record a command on a client's host, with traffic through its tunnel."""
-    environment = netns.environment(TTUN_PSK=key.generate())
+    """Record a command on a client's host, while a transfer goes up and another one down."""
+    environment, quiet = netns.environment(TTUN_PSK=key.generate()), subprocess.DEVNULL
     traffic = netns.python("ttun.lab.traffic")
     with Hosts() as pair, contextlib.ExitStack() as running:
         for host, arguments in (
@@ -131,11 +114,10 @@ def watch(command: list[str]) -> Screens:
             (SERVER, [*traffic, "serve", "0.0.0.0", "5001"]),
             (CLIENT, ["sh", "-c", LOAD.format(" ".join(traffic))]),
         ):
-            quiet = subprocess.DEVNULL
             ends = pair.start(host, arguments, environment=environment, stdout=quiet, stderr=quiet)
             running.callback(end, ends)
             time.sleep(0.5)  # the one before it is there by then
-        return record(command, WATCHED)
+        return record(command, 17)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+#!/bin/sh
+# make check-services: the systemd units under a real systemd, booted in namespaces. As root.
+#
+# A Debian 12 with systemd is made by debootstrap (once), make install puts ttun into it, and its
+# systemd is started in namespaces and a control group of its own, with two tunnels: a server and a
+# client of that server. A unit of the test's own then looks at them, kills one, stops another, and
+# writes down what came of it. Nothing of it reaches this machine's network, services or /dev.
+set -eu
+cd "$(dirname "$0")/.."
+system=$PWD/build/check-services
+if [ "$(id -u)" != 0 ] || ! command -v debootstrap > /dev/null; then
+    echo 'it takes root and debootstrap: apt install debootstrap; sudo make check-services' >&2
+    exit 1
+fi
+if [ ! -e "$system/made" ]; then
+    rm -rf "$system"
+    debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,python3,iproute2 bookworm \
+        "$system" > /dev/null
+    touch "$system/made"
+fi
+make install PREFIX=/usr/local DESTDIR="$system" > /dev/null
+
+mkdir -p "$system/etc/ttun"
+cat > "$system/etc/ttun/office.conf" << 'END'
+OPTIONS=-l :20203
+END
+cat > "$system/etc/ttun/home.conf" << 'END'
+OPTIONS=-s 127.0.0.1 --dev ttun9 --local4 10.9.9.2 --peer4 10.9.9.1 --local6 fd00::2 --peer6 fd00::1
+END
+for name in office home; do
+    (umask 077; echo 'a key of two tunnels' > "$system/etc/ttun/$name.psk")
+done
+cat > "$system/etc/systemd/system/report.service" << 'END'
+[Unit]
+After=multi-user.target
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /report.sh
+[Install]
+WantedBy=multi-user.target
+END
+cat > "$system/report.sh" << 'END'
+exec > /report.txt 2>&1
+unit=ttun-server@office
+pid() { systemctl show -P MainPID $unit; }
+state() { echo "$1=$(systemctl show -P ActiveState $unit) $(systemctl show -P NRestarts $unit)"; }
+sleep 5
+state ready
+echo "client=$(systemctl show -P ActiveState ttun-client@home)"
+echo "shown=$(/usr/local/bin/ttun show | grep -c 'wire: x1')"
+echo "user=$(stat -c %U /proc/$(pid))"
+sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
+echo "sockets=$(find /run/ttun -type s | wc -l)"
+kill -KILL $(pid); sleep 6; state killed
+echo "sockets=$(find /run/ttun -type s | wc -l)"
+kill -STOP $(pid); sleep 45; state hung
+systemctl stop $unit ttun-client@home; echo "left=$(ls -A /run/ttun)"
+echo "end=$(systemctl show -P Result $unit)"
+END
+cat > "$system/expected.txt" << 'END'
+ready=active 0
+client=active
+shown=2
+user=ttun
+capabilities=0000000000000000
+seccomp=2
+sockets=2
+killed=active 1
+sockets=2
+hung=active 2
+left=
+end=success
+END
+chroot "$system" systemd-sysusers
+chroot "$system" systemctl -q enable ttun-server@office ttun-client@home report
+chroot "$system" systemctl -q mask systemd-udevd console-getty getty@tty1
+
+rm -f "$system/report.txt"
+# What kills it kills, by --kill-child, the systemd of that namespace too.
+unshare --mount sh -ec '
+    mount --make-rprivate /
+    mount --bind "$0" "$0"
+    mkdir -p "$0.cgroup"
+    mount -t cgroup2 none "$0.cgroup"
+    mkdir -p "$0.cgroup/ttun-check"
+    echo 0 > "$0.cgroup/ttun-check/cgroup.procs"
+    exec unshare --cgroup --fork --kill-child --pid --uts --ipc --net sh -ec "
+        ip link set lo up
+        cd \"\$0\"
+        mount -t proc proc proc
+        mount -t sysfs -o ro sysfs sys
+        mount -t cgroup2 none sys/fs/cgroup
+        mount -t tmpfs -o mode=755 tmpfs dev
+        mkdir dev/net dev/pts dev/shm
+        for name in null zero full random urandom tty; do
+            touch dev/\$name
+            mount --bind /dev/\$name dev/\$name
+        done
+        mknod -m 666 dev/net/tun c 10 200
+        mount --make-rshared .
+        mount -t tmpfs tmpfs run
+        mount -t tmpfs tmpfs tmp
+        exec env -i container=other PATH=/usr/sbin:/usr/bin chroot . /lib/systemd/systemd
+    " "$0"
+' "$system" < /dev/null &
+booted=$!
+trap 'kill -KILL $booted 2> /dev/null || :' EXIT
+for _ in $(seq 180); do
+    if grep -qs '^end=' "$system/report.txt" || ! kill -0 $booted 2> /dev/null; then break; fi
+    sleep 1
+done
+cat "$system/report.txt"
+diff "$system/expected.txt" "$system/report.txt"
