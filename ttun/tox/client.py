@@ -43,7 +43,7 @@ Answer = Callable[["int | None"], None]  # None: the tunnel is open; else why no
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _Connection:
     """A connection that waits for its tunnel."""
 
     sock: socket.socket
@@ -70,7 +70,7 @@ class Client(Forwarder):
         super().__init__(loop)
         self._address = address
         self._message = GREETING if secret is None else secret + b"\0"
-        self._waiting: set[_Waiting] = set()
+        self._waiting: set[_Connection] = set()
         self._ports: list[_OpenPort] = []
         self._talks: set[_SocksTalk] = set()
         self.link: Link | None = None
@@ -94,36 +94,36 @@ class Client(Forwarder):
 
         answer is told how that went; on_reset is called if the connection is reset later.
         """
-        waiting = _Waiting(sock, host, port, answer, on_reset, time.monotonic())
+        connection = _Connection(sock, host, port, answer, on_reset, time.monotonic())
         if len(self._waiting) >= MAX_WAITING:
-            self._refuse(waiting, packet.FULL)
+            self._refuse(connection, packet.FULL)
             return
-        self._waiting.add(waiting)
+        self._waiting.add(connection)
         if self.link is not None:
-            self._request(waiting, self.link)
+            self._request(connection, self.link)
 
-    def _request(self, waiting: _Waiting, link: Link) -> None:
-        waiting.wait(WAIT_ANSWER)
-        waiting.forward_id = link.mux.request(waiting.host, waiting.port, waiting)
+    def _request(self, connection: _Connection, link: Link) -> None:
+        connection.wait(WAIT_ANSWER)
+        connection.forward_id = link.mux.request(connection.host, connection.port, connection)
 
     def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
         """Forward a connection that the server made, or refuse it with the server's reason."""
-        waiting = answer.owner
-        assert isinstance(waiting, _Waiting)
+        connection = answer.owner
+        assert isinstance(connection, _Connection)
         if isinstance(answer, protocol.Opened):
-            self._waiting.discard(waiting)
-            waiting.answer(None)
-            link.join(waiting.sock, answer.tunnel, waiting.on_reset)
+            self._waiting.discard(connection)
+            connection.answer(None)
+            link.join(connection.sock, answer.tunnel, connection.on_reset)
         else:
-            self._refuse(waiting, answer.reason)
+            self._refuse(connection, answer.reason)
 
-    def _refuse(self, waiting: _Waiting, reason: int) -> None:
-        self._waiting.discard(waiting)
+    def _refuse(self, connection: _Connection, reason: int) -> None:
+        self._waiting.discard(connection)
         if self.link is not None:
-            self.link.mux.cancel(waiting.forward_id)
-        log.info("%s:%d: %s", waiting.host, waiting.port, packet.describe(reason))
-        waiting.answer(reason)
-        waiting.sock.close()
+            self.link.mux.cancel(connection.forward_id)
+        log.info("%s:%d: %s", connection.host, connection.port, packet.describe(reason))
+        connection.answer(reason)
+        connection.sock.close()
 
     def ping(self) -> None:
         """Ping the server now; on_answer_to_ping is told the seconds. It must be online."""
@@ -141,22 +141,22 @@ class Client(Forwarder):
     def on_link(self, link: Link) -> None:
         """Request what waited for the server."""
         self.link = link
-        for waiting in list(self._waiting):
-            self._request(waiting, link)
+        for connection in list(self._waiting):
+            self._request(connection, link)
         if self.on_online is not None:
             self.on_online()
 
     def on_lost(self, link: Link) -> None:
         """Look for the server again."""
         self.link = None
-        for waiting in self._waiting:
-            waiting.wait(WAIT_ONLINE)
+        for connection in self._waiting:
+            connection.wait(WAIT_ONLINE)
         self._invite()
 
     def on_restarted(self, link: Link) -> None:
         """Repeat the requests that the server has forgotten."""
-        for waiting in self._waiting:
-            self._request(waiting, link)
+        for connection in self._waiting:
+            self._request(connection, link)
 
     def on_pong(self, link: Link) -> None:
         """Tell on_answer_to_ping."""
@@ -170,11 +170,11 @@ class Client(Forwarder):
             self.lose(self.link)
         elif self.link is None and now - self._invited > INVITE_AGAIN:
             self._invite()
-        for waiting in list(self._waiting):
-            if now - waiting.since >= waiting.patience:
-                self._refuse(waiting, packet.OFFLINE if self.link is None else packet.SILENT)
-            elif waiting.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._refuse(waiting, packet.LEFT)
+        for connection in list(self._waiting):
+            if now - connection.since >= connection.patience:
+                self._refuse(connection, packet.OFFLINE if self.link is None else packet.SILENT)
+            elif connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._refuse(connection, packet.LEFT)
         for talk in [each for each in self._talks if each.deadline <= now]:
             talk.close()
         for port in self._ports:
@@ -187,8 +187,8 @@ class Client(Forwarder):
         for talk in list(self._talks):
             talk.close()
         super().on_stop()
-        for waiting in list(self._waiting):
-            self._refuse(waiting, packet.OFFLINE)
+        for connection in list(self._waiting):
+            self._refuse(connection, packet.OFFLINE)
 
     def talk_socks(self, sock: socket.socket) -> None:
         """Ask a local program in SOCKS5 which target it wants."""

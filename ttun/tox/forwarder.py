@@ -46,7 +46,9 @@ class Forwarder:
             # toxcore reports a friend once it knows the way to it. Packets may have come through a
             # relay before that, the friend's HELLO first of all.
             link = self.links.get(event.friend) or self._meet(event.friend)
-            self._handle(link, link.receive(event.data))
+            meaning = link.receive(event.data)
+            if meaning is not None:
+                self._handle(link, meaning)
         elif isinstance(event, FriendStatus):
             self._friend_status(event)
         elif isinstance(event, SelfStatus):
@@ -102,7 +104,7 @@ class Forwarder:
         link.drop()
         self.on_lost(link)
 
-    def _handle(self, link: Link, event: protocol.Event | None) -> None:
+    def _handle(self, link: Link, event: protocol.Event) -> None:
         if isinstance(event, protocol.Requested):
             self.on_requested(link, event)
         elif isinstance(event, (protocol.Opened, protocol.Denied)):

@@ -19,7 +19,7 @@ from ttun.errors import ProtocolError
 from ttun.tox import protocol
 from ttun.tox.loop import Loop
 from ttun.tox.pace import Pace
-from ttun.tox.protocol import Event, Multiplexer, Tunnel
+from ttun.tox.protocol import TUNNEL_EVENTS, Event, Multiplexer, Tunnel
 from ttun.tox.stream import Stream, Streams
 
 log = logging.getLogger("ttun")
@@ -53,9 +53,10 @@ class Link:
             level = logging.WARNING if self._complaints <= COMPLAINTS else logging.DEBUG
             log.log(level, "peer %s: %s", self.name, error)
             return None
-        if isinstance(event, protocol.TUNNEL_EVENTS):
-            if isinstance(event.tunnel.owner, Stream):
-                event.tunnel.owner.handle(event)
+        if isinstance(event, TUNNEL_EVENTS):
+            stream = event.tunnel.owner
+            if isinstance(stream, Stream):
+                stream.handle(event)
             return None
         if isinstance(event, protocol.Pong):
             seconds = _round_trip(event.data)

@@ -9,6 +9,7 @@ In place of the network a target can be a function that takes the socket: ttun.t
 
 from __future__ import annotations
 
+import functools
 import hmac
 import logging
 import socket
@@ -126,23 +127,17 @@ class Server(Forwarder):
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
         """Connect a friend to a target."""
         target = request.host, request.port
+        answer = functools.partial(self._answer, link, request)
         by_rule = self._rules is None or allowed(self._rules, *target)
         if not by_rule or (self._targets is not None and target not in self._targets):
-            self._refuse(link, request, packet.RULE)
+            answer(None, packet.RULE)
         elif self._is_full(link):
-            self._refuse(link, request, packet.FULL)
+            answer(None, packet.FULL)
         elif self._targets is not None:
-            self._connect_inside(link, request, self._targets[target])
+            answer(_connect_inside(self._targets[target], link.name), packet.FULL)
         else:
             log.debug("peer %s: connecting to %s:%d", link.name, *target)
-
-            def done(sock: socket.socket | None, reason: int) -> None:
-                if sock is None:
-                    self._refuse(link, request, reason)
-                else:
-                    link.join(sock, link.mux.accept(request.forward_id, None))
-
-            self._connector.connect(link, *target, done)
+            self._connector.connect(link, *target, answer)
 
     def _is_full(self, link: Link) -> bool:
         """Return whether a friend, or all of them, have as many connections as they may.
@@ -152,24 +147,16 @@ class Server(Forwarder):
         streams = sum(len(each.streams.all) for each in self.links.values())
         return len(link.streams.all) >= protocol.MAX_TUNNELS or streams >= MAX_STREAMS
 
-    def _refuse(self, link: Link, request: protocol.Requested, reason: int) -> None:
+    def _answer(
+        self, link: Link, request: protocol.Requested, sock: socket.socket | None, reason: int
+    ) -> None:
+        """Open the tunnel to a socket, or refuse it for a reason."""
+        if sock is not None:
+            link.join(sock, link.mux.accept(request.forward_id, None))
+            return
         why = packet.describe(reason)
         log.info("peer %s: %s:%d: %s", link.name, request.host, request.port, why)
         link.mux.deny(request.forward_id, reason)
-
-    def _connect_inside(self, link: Link, request: protocol.Requested, take: Take) -> None:
-        """Connect a friend to a target inside this process."""
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError:  # no descriptors
-            self._refuse(link, request, packet.FULL)
-            return
-        if take(theirs, link.name):
-            link.join(ours, link.mux.accept(request.forward_id, None))
-            return
-        ours.close()
-        theirs.close()
-        self._refuse(link, request, packet.FULL)
 
     def on_tick(self, now: float) -> None:
         """End what takes too long, and have toxcore forget who left."""
@@ -181,3 +168,16 @@ class Server(Forwarder):
         """Close everything."""
         self._connector.on_stop()
         super().on_stop()
+
+
+def _connect_inside(take: Take, name: str) -> socket.socket | None:
+    """Return a socket that is connected to a target inside this process, None if it takes none."""
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError:  # no descriptors
+        return None
+    if take(theirs, name):
+        return ours
+    ours.close()
+    theirs.close()
+    return None
