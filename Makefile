@@ -25,6 +25,7 @@ FUZZ_SECONDS ?= 60
 SECONDS ?= 120
 SEED ?= 1
 EACH ?= 15
+JOBS ?= 6
 WORKERS ?= 2
 WIRE ?= x1
 PYTHON_FILES := ttun ttun.py setup.py csrc tests packaging
@@ -83,8 +84,14 @@ help:
 demo: $(VENV)/.built
 	./ttun.py demo
 
+# JOBS at once, as most of them wait; then those that measure, alone. With TESTS: pytest's arguments.
 test: $(VENV)/.built $(VENV)/.tools-test
+ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
+else
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not alone'
+	$(BIN)/python -m pytest -m alone
+endif
 
 asan ubsan tsan: $(VENV)/.built $(VENV)/.tools-test
 	$(BIN)/python tests/sanitize.py $@ $(TESTS)

@@ -16,7 +16,7 @@ sys.path.append("packaging")
 from compact import compact
 
 # help(ttun.Server) shows them.
-PUBLIC = {"__init__", "client", "endpoint", "errors", "server"}
+PUBLIC = {"__init__", "client", "endpoint", "errors", "record", "server"}
 
 
 class BuildPython(build_py):  # type: ignore[misc]

@@ -41,6 +41,7 @@ def share_compiled(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: for a quarter of a minute and more it mostly waits")
+    config.addinivalue_line("markers", "alone: measures what others beside it would change")
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
     config.addinivalue_line("markers", "nft: needs nftables on this machine")
     config.addinivalue_line("markers", "tox: needs toxcore and a bootstrap node on this machine")
@@ -84,6 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if why_not and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=why_not))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # beside all the others
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

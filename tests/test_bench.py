@@ -31,6 +31,7 @@ def test_codec_has_a_line_for_each_cipher() -> None:
 
 
 @pytest.mark.hosts
+@pytest.mark.alone
 def test_tunnel_measures_everything_of_every_subject(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     me = " ".join(PROGRAM)
@@ -69,6 +70,7 @@ def test_traffic_counts_what_arrives(bench: Bench) -> None:
 
 @pytest.mark.hosts
 @pytest.mark.slow
+@pytest.mark.alone
 def test_link_measures_everything_of_every_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

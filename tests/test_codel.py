@@ -116,6 +116,7 @@ def shaped(bench: Bench, rate: str) -> Iterator[None]:
 
 
 @pytest.mark.hosts
+@pytest.mark.alone
 @pytest.mark.parametrize("sender", [SERVER, CLIENT])
 def test_a_full_tunnel_still_answers(bench: Bench, sender: str) -> None:
     """Eight streams whose congestion control knows losses only fill whatever queue there is.

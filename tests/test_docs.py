@@ -34,12 +34,20 @@ def test_tests_that_are_named_exist(page: Path) -> None:
         assert f"def {name}(" in sources, name
 
 
-def test_the_design_names_every_source_file() -> None:
-    table = (ROOT / "docs/design.md").read_text(encoding="utf-8")
-    plain = {"__init__.py", "__main__.py", "errors.py", "version.py"}
-    for path in [*ROOT.glob("ttun/**/*.py"), *ROOT.glob("csrc/*.c"),
-                 *ROOT.glob("ttun/lab/*.c")]:  # fmt: skip
-        assert path.name in table or path.name in plain, path
+def test_the_map_has_every_room_and_names_files_that_are_there() -> None:
+    """And each file says what it is for."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    rooms = {f"`{path.parent.relative_to(ROOT)}/`" for path in ROOT.glob("ttun/*/__init__.py")}
+    assert {room for room in rooms if room in text} == rooms
+    sources = [path for place in ("ttun", "csrc") for path in ROOT.glob(f"{place}/**/*.[pch]*")]
+    others = [path for place in ("tests", "packaging") for path in ROOT.glob(f"{place}/**/*.*")]
+    names = {path.name for path in [*sources, *others]}
+    for name in re.findall(r"`(?:ttun/|csrc/)?(?:\w+/)?(\w+\.(?:py|c|h))`", text):
+        assert name in names, name
+    for path in sources:
+        has_header = path.with_suffix(".h").exists() and path.suffix == ".c"
+        if path.suffix in (".py", ".c", ".h") and not has_header:
+            assert path.read_text(encoding="utf-8").startswith(('"""', "/*")), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
