@@ -15,8 +15,7 @@ from setuptools.command.build_py import build_py
 sys.path.append("packaging")
 from compact import compact
 
-# help(ttun.Server) shows them.
-PUBLIC = {"__init__", "client", "endpoint", "errors", "record", "server"}
+PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # help(ttun.Server) shows them
 
 
 class BuildPython(build_py):  # type: ignore[misc]
@@ -32,9 +31,10 @@ class BuildPython(build_py):  # type: ignore[misc]
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
         """Copy one."""
         outfile, copied = super().build_module(module, module_file, package)
-        source = Path(module_file).read_text(encoding="utf-8")
-        text = compact(source, package == "ttun" and module in PUBLIC)
-        Path(outfile).write_text(text, encoding="utf-8")
+        if (package, module) != ("ttun", "__init__"):  # which is there to be read
+            source = Path(module_file).read_text(encoding="utf-8")
+            text = compact(source, package == "ttun" and module in PUBLIC)
+            Path(outfile).write_text(text, encoding="utf-8")
         return outfile, copied
 
 

@@ -31,7 +31,10 @@ SOURCES = [
 ]
 # No tables for debuggers, no names but the module's, and no tables to unwind a stack with: a
 # process that holds keys leaves no core file to look at.
-SMALL = "-g0 -fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident"
+SMALL = (
+    "-g0 -fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident "
+    "-ffunction-sections -fdata-sections"
+)
 FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", SMALL))
 # What cffi writes is more than half of the codec, and no packet passes it.
 SPARE = """
@@ -44,7 +47,7 @@ LIBC = """
 #include <sys/socket.h>
 int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *data);
 """
-STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s"]
+STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections"]
 
 # A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
 # a quarter more time per segment; -Os would double that time: docs/performance.md).

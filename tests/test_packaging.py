@@ -109,7 +109,7 @@ FOR_ANNOTATIONS = {"__future__", "typing", "collections.abc"}
 
 
 def bones(source: str) -> list[str]:
-    """The statements of a program with their lines; definitions without what describes them."""
+    """The statements of a program; definitions without what describes them."""
     shown = []
     tree = ast.parse(source)
     tree.body = [n for n in tree.body if "TYPE_CHECKING:" not in ast.unparse(n).split("\n")[0]]
@@ -128,11 +128,11 @@ def bones(source: str) -> list[str]:
             text = f"{type(node).__name__} {node.name} {args}"
         elif hasattr(node, "body"):
             continue  # what is in it is seen by itself
-        shown.append(f"{node.lineno} {text}")
+        shown.append(text)
     return shown
 
 
-def test_the_wheel_has_the_same_program_on_the_same_lines(wheel: Path) -> None:
+def test_the_wheel_has_the_same_program(wheel: Path) -> None:
     """Comments, docstrings and annotations are not in it; what help(ttun.Server) shows is."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -166,16 +166,16 @@ def test_what_a_wheel_has_not_is_one_line_and_where_it_is(wheel: Path, tmp_path:
     ("source", "expected"),
     [
         ('def f(a: int, *b: str, c: "x" = 1) -> int:\n    """Say."""\n    return a  # why\n',
-         "def f(a,*b,c=1):\n\n return a\n"),
-        ("x = 1 if  a else f'{b } - {c!r}' 'd'\n", "x=1 if a else f'{b } - {c!r}' 'd'\n"),
+         "def f(a,*b,c=1):\n return a\n"),
+        ("x = 1 if  a else f'{b } - {c!r}' 'd'\n", "x=1 if a else f'{b} - {c!r}d'\n"),
         ('def f():\n    """Nothing else."""\n', "def f():\n ...\n"),
         ("class A:\n    x: int = 1\n\n    def f(self):\n        self.y: int = 2\n",
-         "class A:\n x:int=1\n\n def f(self):\n  self.y=2\n"),
-        ('x = """\n    # text\n    """\n', 'x="""\n    # text\n    """\n'),
+         "class A:\n x:int=1\n def f(self):\n  self.y=2\n"),
+        ('x = """\n    # text\n    """\n', 'x="\\n    # text\\n    "\n'),
         ('if x:\n    y = f(\n        1,  # one\n        "#",\n    )\n',
-         'if x:\n y=f(\n1,\n"#",\n)\n'),
+         "if x:\n y=f(1,'#')\n"),
         ("def f() -> A[\n    int\n]:\n    x: A[\n        int\n    ] = 1\n",
-         "def f()->A[\nint\n]:\n x:A[\nint\n]=1\n"),
+         "def f():\n x=1\n"),
         ('def gr\u00fc\u00df(\u00e4: "\u00f6") -> "\u00fc":\n    return \u00e4\n',
          "def gr\u00fc\u00df(\u00e4):\n return \u00e4\n"),
     ],

@@ -20,7 +20,13 @@ from ttun.errors import TtunError, UsageError
 from ttun.version import __version__
 
 if TYPE_CHECKING:
-    from ttun.interface import *
+    from ttun.client import Client
+    from ttun.record import Status
+    from ttun.routes import Network
+    from ttun.server import Server
+    from ttun.session import Counters
+    from ttun.settings import Addresses, Limits, Settings
+    from ttun.transport import Arrival, Dialer, GivenSocket, GivenSockets, Listener, Way
 
 __all__ = [
     "Addresses",
@@ -49,9 +55,10 @@ def __getattr__(name: str) -> Any:
     """Import what needs the extension when it is asked for: ``ttun -h`` works without it."""
     if name not in __all__:
         raise AttributeError(f"module 'ttun' has no attribute {name!r}")
-    from ttun import interface
+    from ttun import client, record, server, settings, transport
 
-    return getattr(interface, name)
+    rooms = (client, server, record, settings, transport)
+    return next(getattr(room, name) for room in rooms if hasattr(room, name))
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Callable, ClassVar, TypeVar
 
-from ttun import congestion, words
+from ttun import congestion
 from ttun.device import Device
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
@@ -32,7 +32,7 @@ from ttun.handshake import Keys, agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
 from ttun.pending import Pending
-from ttun.record import Record, Status
+from ttun.record import Record, Status, carried, lost
 from ttun.session import Session
 from ttun.settings import BUFFERS, Addresses, Settings, check_type
 from ttun.version import __version__
@@ -353,8 +353,8 @@ class Endpoint(abc.ABC):
                 peer.name,
                 session.duration,
                 why,
-                words.carried(session.counters()),
-                words.lost(session.way()),
+                carried(session.counters()),
+                lost(session.way()),
             )
             self._tell(self.on_disconnected, peer.name, why)
         if session.device_lost:

@@ -23,10 +23,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ttun import words
 from ttun.commands import query, runtime
 from ttun.commands.answer import Tunnel
 from ttun.errors import TtunError, printable
+from ttun.record import DROPPED, size
 
 BARS = " ▁▂▃▄▅▆▇█"
 GRAPH_WIDTH = 60  # samples, one a second
@@ -40,7 +40,7 @@ COUNTERS = {  # of Prometheus: name, help, the field of Counters
     "ttun_sent_packets_total": ("Packets sent to the peer", "uplink_packets"),
     "ttun_received_bytes_total": ("Bytes of packets received", "downlink_bytes"),
     "ttun_received_packets_total": ("Packets received", "downlink_packets"),
-    **{f"ttun_{name}_packets_total": (f"How many {w}", name) for name, w in words.DROPPED.items()},
+    **{f"ttun_{name}_packets_total": (f"How many {w}", name) for name, w in DROPPED.items()},
 }
 
 
@@ -153,10 +153,10 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
             lines.append(f"  congestion control: {printable(tunnel['congestion_control'])}{share}")
     total = tunnel["totals"]
     lines += [
-        f"  sent: {words.size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
-        f"  received: {words.size(total['downlink_bytes'])}, {total['downlink_packets']} packets",
+        f"  sent: {size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
+        f"  received: {size(total['downlink_bytes'])}, {total['downlink_packets']} packets",
     ]
-    dropped = {name: total[name] for name in words.DROPPED if total[name]}
+    dropped = {name: total[name] for name in DROPPED if total[name]}
     if dropped:
         lines.append("  dropped: " + ", ".join(f"{n} {name}" for name, n in dropped.items()))
     if tunnel["sessions"] > 1:
