@@ -1,7 +1,7 @@
 """Python source without what only its readers need: setup.py puts that into wheels.
 
-A wheel goes to routers. Comments, docstrings, annotations of functions and the look of the source would
-be a third of it. What help(ttun.Server) shows and what a type checker wants of that stays.
+A wheel goes to routers. Comments, docstrings, annotations of functions and the look of the source
+would be a third of it. What help(ttun.Server) shows and what a type checker wants of that stays.
 
 1. Parse it, and take out of the tree what goes, imports for annotations among it.
 2. Write the tree down again, with as few blanks as it takes.

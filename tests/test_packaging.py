@@ -171,7 +171,7 @@ def test_what_a_wheel_has_not_is_one_line_and_where_it_is(wheel: Path, tmp_path:
         ('def f():\n    """Nothing else."""\n', "def f():\n ...\n"),
         ("class A:\n    x: int = 1\n\n    def f(self):\n        self.y: int = 2\n",
          "class A:\n x:int=1\n def f(self):\n  self.y=2\n"),
-        ('x = """\n    # text\n    """\n', 'x="\\n    # text\\n    "\n'),
+        ('x = """\n    # text\n    """\n', "x='\\n    # text\\n    '\n"),
         ('if x:\n    y = f(\n        1,  # one\n        "#",\n    )\n',
          "if x:\n y=f(1,'#')\n"),
         ("def f() -> A[\n    int\n]:\n    x: A[\n        int\n    ] = 1\n",

@@ -1,4 +1,4 @@
-"""What an endpoint is doing and has done: the session that runs, the sums of those before it, words.
+"""What an endpoint is doing and has done: its session, the sums of those before it, in words too.
 
 The endpoint's own thread writes it; any thread, and a signal handler, may read it. So what belongs
 together is replaced as a whole, and nobody needs a lock.

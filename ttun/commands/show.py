@@ -321,8 +321,8 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
     left, words = int(seconds), []
-    for name, size in units:
-        if left >= size:
-            words.append(f"{left // size} {name}")
-            left %= size
+    for name, each in units:
+        if left >= each:
+            words.append(f"{left // each} {name}")
+            left %= each
     return " ".join(words[:2])
