@@ -19,7 +19,7 @@ from tunnel import eventually
 
 from ttun.tox import client as tox_client
 from ttun.tox import instance, packet, protocol, toxcore
-from ttun.tox.client import Client
+from ttun.tox.client import ForwardingClient
 from ttun.tox.instance import FriendPacket, FriendStatus, Tox
 from ttun.tox.loop import TICK, Loop
 from ttun.tox.protocol import Growth, Multiplexer, Requested
@@ -33,7 +33,7 @@ T = TypeVar("T")
 class Server:
     """What a client's server would be, and one connection that it is asked for."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: ForwardingClient) -> None:
         self.client = client
         self.answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.resets: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -102,7 +102,7 @@ class Server:
 def server() -> Iterator[Server]:
     other = Tox(udp_ports=None)
     loop = Loop(Tox(udp_ports=None))
-    client = Client(loop, other.address(), None)
+    client = ForwardingClient(loop, other.address(), None)
     loop.start(client)
     played = Server(client)
     yield played

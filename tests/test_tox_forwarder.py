@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
 import pytest
 from toxnet import on_loop, reset
@@ -29,7 +29,7 @@ from ttun.tox.link import Link
 from ttun.tox.loop import Loop
 from ttun.tox.packet import MAX_DATA, TCP, pack, unpack
 from ttun.tox.protocol import FIRST_WINDOW, Growth, Multiplexer, Tunnel
-from ttun.tox.server import Server
+from ttun.tox.server import ForwardingServer
 
 pytestmark = pytest.mark.tox
 
@@ -44,7 +44,7 @@ def offline_tox() -> Tox:
 class Friend:
     """A friend of a server on its loop. What forge() says need not be what a ttun peer would."""
 
-    def __init__(self, server: Server, number: int) -> None:
+    def __init__(self, server: ForwardingServer, number: int) -> None:
         self.server, self.number = server, number
         self.mux = Multiplexer(server=False, first_id=100 * number, growth=Growth())
         self.refusals: list[int] = []
@@ -104,9 +104,9 @@ class Friend:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server() -> Iterator[ForwardingServer]:
     loop = Loop(offline_tox())
-    made = Server(loop)
+    made = ForwardingServer(loop)
     loop.start(made)
     yield made
     loop.stop()
@@ -126,7 +126,7 @@ def test_a_friend_that_left_may_come_back_but_where_it_was_is_forgotten(
 ) -> None:
     """toxcore takes no packet of another friend from where it still looks for one that left."""
     loop = Loop(offline_tox())
-    server = Server(loop)
+    server = ForwardingServer(loop)
     forgotten: list[int] = []
     delete = loop.tox.delete_friend
     monkeypatch.setattr(loop.tox, "delete_friend", lambda n: (forgotten.append(n), delete(n)))
@@ -155,7 +155,7 @@ def test_of_friends_that_do_not_come_the_last_are_kept(monkeypatch: pytest.Monke
     """None is forgotten before the tick: its number could be another's in the same round."""
     monkeypatch.setattr(server_module, "MAX_FRIENDS", 2)
     loop = Loop(offline_tox())
-    server = Server(loop)
+    server = ForwardingServer(loop)
     keys = []
     for count in (1, 2, 3, 4, 4):
         other = offline_tox()
@@ -173,7 +173,9 @@ def port_of(listener: socket.socket) -> int:
     return int(listener.getsockname()[1])
 
 
-def test_a_friend_cannot_touch_the_tunnel_of_another(server: Server, target: socket.socket) -> None:
+def test_a_friend_cannot_touch_the_tunnel_of_another(
+    server: ForwardingServer, target: socket.socket
+) -> None:
     victim, attacker = Friend(server, FRIEND), Friend(server, OTHER)
     tunnel = victim.open(port_of(target))
     with target.accept()[0] as far:
@@ -186,7 +188,7 @@ def test_a_friend_cannot_touch_the_tunnel_of_another(server: Server, target: soc
 
 
 def test_who_sends_more_than_its_window_loses_that_tunnel_alone(
-    server: Server, target: socket.socket
+    server: ForwardingServer, target: socket.socket
 ) -> None:
     friend = Friend(server, FRIEND)
     greedy, good = friend.open(port_of(target)), friend.open(port_of(target))
@@ -200,7 +202,9 @@ def test_who_sends_more_than_its_window_loses_that_tunnel_alone(
         assert far.recv(100) == b"still here"
 
 
-def test_a_reset_shows_though_the_window_is_full(server: Server, target: socket.socket) -> None:
+def test_a_reset_shows_though_the_window_is_full(
+    server: ForwardingServer, target: socket.socket
+) -> None:
     friend = Friend(server, FRIEND)
     friend.open(port_of(target))
     next(iter(friend.link.streams.all)).tunnel.send_window = 0
@@ -210,7 +214,7 @@ def test_a_reset_shows_though_the_window_is_full(server: Server, target: socket.
 
 
 def test_a_window_of_small_packets_takes_no_more_memory_than_one_of_large_ones(
-    server: Server, target: socket.socket
+    server: ForwardingServer, target: socket.socket
 ) -> None:
     target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     friend = Friend(server, FRIEND)
@@ -223,7 +227,7 @@ def test_a_window_of_small_packets_takes_no_more_memory_than_one_of_large_ones(
 
 
 def test_a_storm_of_requests_is_refused_beyond_the_bound(
-    server: Server, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+    server: ForwardingServer, target: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "MAX_TUNNELS", 20)
     storm, other = Friend(server, FRIEND), Friend(server, OTHER)
@@ -236,7 +240,7 @@ def test_a_storm_of_requests_is_refused_beyond_the_bound(
 
 
 def test_streams_that_outlive_their_tunnels_are_counted(
-    server: Server, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+    server: ForwardingServer, target: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose target does not read may not collect buffers by closing the tunnels before them."""
     monkeypatch.setattr(protocol, "MAX_TUNNELS", 3)
@@ -255,7 +259,9 @@ def test_streams_that_outlive_their_tunnels_are_counted(
         assert friend.refusals == [packet.FULL]
 
 
-def test_connections_to_a_name_at_once_are_all_made(server: Server, target: socket.socket) -> None:
+def test_connections_to_a_name_at_once_are_all_made(
+    server: ForwardingServer, target: socket.socket
+) -> None:
     """More than are looked up at once; under load some of 200 were refused."""
     friend = Friend(server, FRIEND)
     for _ in range(200):
@@ -264,7 +270,7 @@ def test_connections_to_a_name_at_once_are_all_made(server: Server, target: sock
     assert not friend.refusals
 
 
-def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: Server) -> None:
+def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: ForwardingServer) -> None:
     friend = Friend(server, FRIEND)
     for _ in range(20):
         for _ in range(protocol.MAX_TUNNELS):
@@ -274,8 +280,30 @@ def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: Server)
     assert len(server._connector._names) <= protocol.MAX_TUNNELS
 
 
+def test_a_name_that_is_found_after_its_friend_started_afresh_is_not_connected_to(
+    server: ForwardingServer, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_be_found, look_up = threading.Event(), socket.getaddrinfo
+
+    def slow(*arguments: Any, flags: int, **options: Any) -> list[Any]:
+        if not flags & socket.AI_NUMERICHOST:
+            may_be_found.wait(20)
+        return look_up(*arguments, flags=flags, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    friend = Friend(server, FRIEND)
+    friend.mux.request("localhost", port_of(target), object())
+    friend.talk()
+    friend.forge(pack(packet.HELLO, 0, b"\1\0"))
+    may_be_found.set()
+    eventually(lambda: server._connector._lookups == 0, "the end of the look-up")
+    target.settimeout(1)
+    with pytest.raises(TimeoutError):
+        target.accept()
+
+
 def test_a_name_is_refused_where_there_are_no_threads(
-    server: Server, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+    server: ForwardingServer, target: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     friend = Friend(server, FRIEND)
     with monkeypatch.context() as context:
@@ -287,7 +315,9 @@ def test_a_name_is_refused_where_there_are_no_threads(
 
 
 @pytest.mark.parametrize("host", ["a" * 64, "a..b", ".", "ä"])
-def test_a_name_that_cannot_be_one_is_refused_and_ends_nothing(server: Server, host: str) -> None:
+def test_a_name_that_cannot_be_one_is_refused_and_ends_nothing(
+    server: ForwardingServer, host: str
+) -> None:
     """getaddrinfo() raises UnicodeError for these, no OSError: any friend could end the server."""
     friend = Friend(server, FRIEND)
     friend.mux.request(host, 1, object())
@@ -301,7 +331,7 @@ def no_thread(_: threading.Thread) -> None:
 
 def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
     loop = Loop(offline_tox())
-    server = Server(loop, targets={("127.0.0.1", 20203): lambda sock, _: False})
+    server = ForwardingServer(loop, targets={("127.0.0.1", 20203): lambda sock, _: False})
     loop.start(server)
     friend = Friend(server, FRIEND)
     friend.mux.request("127.0.0.1", 20203, object())
@@ -319,7 +349,9 @@ def test_a_target_inside_is_refused_where_there_are_no_descriptors() -> None:
 @pytest.mark.parametrize(
     "data", [struct.pack(">d", value) for value in (float("-inf"), float("nan"), -1e9, 1e18)]
 )
-def test_a_forged_pong_says_nothing_about_the_round_trip(server: Server, data: bytes) -> None:
+def test_a_forged_pong_says_nothing_about_the_round_trip(
+    server: ForwardingServer, data: bytes
+) -> None:
     friend = Friend(server, FRIEND)
     friend.forge(pack(packet.PONG, 0, struct.pack(">d", time.monotonic() - 0.5)))
     assert friend.link.mux.round_trip == pytest.approx(0.5, abs=0.4)

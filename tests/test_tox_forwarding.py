@@ -91,8 +91,9 @@ def test_two_hundred_connections_at_once_are_all_answered(net: Net) -> None:
             sock.sendall(b"number %03d" % number)
         for number, sock in enumerate(socks):
             assert receive(sock, 10) == b"number %03d" % number
+    late = 4  # programs of the net with -W find the server meanwhile, and stay connected
     for program, count in zip((net.client, net.server), before):
-        eventually(lambda p=program, c=count: p.descriptors() <= c, "descriptors are closed")
+        eventually(lambda p=program, c=count: p.descriptors() <= c + late, "descriptors are closed")
 
 
 def test_an_idle_round_trip_takes_a_moment(net: Net) -> None:
@@ -303,8 +304,9 @@ def test_through_a_proxy(net: Net, kind: str) -> None:
 
 def test_without_the_secret_nobody_gets_in(net: Net) -> None:
     net.server.says("ignored: wrong secret")
-    assert net.uninvited.process.poll() is None
+    assert net.uninvited.process.poll() in (None, 1), "it gives up after two minutes"
     assert "connected over" not in net.uninvited.log()
+    assert "pong" not in net.uninvited.log()
     for program in (net.server, net.client, net.uninvited):
         assert SECRET not in program.log()
         assert "wrong\n" not in program.log()

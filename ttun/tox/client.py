@@ -60,7 +60,7 @@ class _Connection:
         self.patience = min(time.monotonic() - self.since + seconds, WAIT_MOST)
 
 
-class Client(Forwarder):
+class ForwardingClient(Forwarder):
     """Reaches one server. address: its 38 bytes. on_online is called when it is online.
 
     Raises TtunError for an address that toxcore does not take.
@@ -208,7 +208,7 @@ class _OpenPort:
     """A listening socket on the loop."""
 
     def __init__(
-        self, client: Client, listener: socket.socket, target: tuple[str, int] | None
+        self, client: ForwardingClient, listener: socket.socket, target: tuple[str, int] | None
     ) -> None:
         self._client, self._listener, self._target = client, listener, target
         client.loop.add(listener, self.accept)
@@ -235,7 +235,7 @@ class _OpenPort:
 class _SocksTalk:
     """A local connection whose SOCKS5 request is not complete yet."""
 
-    def __init__(self, client: Client, sock: socket.socket) -> None:
+    def __init__(self, client: ForwardingClient, sock: socket.socket) -> None:
         self.deadline = time.monotonic() + SOCKS_TIMEOUT
         self._client, self._sock = client, sock
         self._conversation = Conversation(sock, socks5.server())

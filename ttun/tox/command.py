@@ -21,12 +21,12 @@ from ttun.errors import TtunError
 from ttun.process import log_writer
 from ttun.process.signals import ENDING, Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
-from ttun.tox.client import Client
+from ttun.tox.client import ForwardingClient
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.instance import Tox, open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import Forward, Options
-from ttun.tox.server import Server
+from ttun.tox.server import ForwardingServer
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
@@ -59,16 +59,16 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     loop = Loop(tox)
     forwarder: Forwarder
     if contact is not None:
-        forwarder = Client(loop, contact.address, asked.secret or contact.secret)
+        forwarder = ForwardingClient(loop, contact.address, asked.secret or contact.secret)
         for listener, target in listeners:
             forwarder.listen(listener, target)
     else:
-        forwarder = Server(loop, secret=asked.secret, keys=keys, rules=targets)
+        forwarder = ForwardingServer(loop, secret=asked.secret, keys=keys, rules=targets)
     forwarder.nodes = known
     end = _End(loop)
-    if isinstance(forwarder, Client) and asked.ping:
+    if isinstance(forwarder, ForwardingClient) and asked.ping:
         _ping(forwarder, end)
-    elif isinstance(forwarder, Client) and asked.pipe:
+    elif isinstance(forwarder, ForwardingClient) and asked.pipe:
         _pipe(forwarder, asked.pipe, end)
     loop.start(forwarder)
     return end.wait(forwarder.log_status)
@@ -195,7 +195,7 @@ class _End:
         return self._code
 
 
-def _ping(client: Client, end: _End) -> None:
+def _ping(client: ForwardingClient, end: _End) -> None:
     """Ping the server once it is online, print the round trip, and end."""
     timeout = threading.Timer(PING_TIMEOUT, end.is_over, (1, "the server does not answer"))
     timeout.daemon = True
@@ -209,7 +209,7 @@ def _ping(client: Client, end: _End) -> None:
     client.on_online = client.ping
 
 
-def _pipe(client: Client, target: Address, end: _End) -> None:
+def _pipe(client: ForwardingClient, target: Address, end: _End) -> None:
     """Join stdin and stdout to a target, until the target ends the connection."""
     ours, theirs = socket.socketpair()
     name = f"{target.host}:{target.port}"

@@ -34,7 +34,7 @@ MAX_FRIENDS = 256  # online, and as many offline, of which the first to leave is
 Take = Callable[[socket.socket, str], bool]
 
 
-class Server(Forwarder):
+class ForwardingServer(Forwarder):
     """Serves friends. secret: None accepts everybody who has our ID. keys: None accepts any key.
 
     targets: if given, these alone are answered, inside this process.

@@ -21,11 +21,11 @@ from ttun.errors import TtunError
 from ttun.flag import Flag
 from ttun.settings import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
-from ttun.tox.client import Client
+from ttun.tox.client import ForwardingClient
 from ttun.tox.instance import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
-from ttun.tox.server import Server
+from ttun.tox.server import ForwardingServer
 from ttun.transport import Way
 
 log = logging.getLogger("ttun")
@@ -50,12 +50,12 @@ class Dialer(transport.Dialer):
         self._secret = _secret() or self._contact.secret
         self._nodes = nodes.load(node_file)
         self._loop: Loop | None = None
-        self._client: Client | None = None
+        self._client: ForwardingClient | None = None
 
     def start(self) -> None:
         """Open Tox and begin to look for the server. Raises TtunError."""
         self._loop = Loop(open_tox(None, 0, None, server=False))
-        self._client = Client(self._loop, self._contact.address, self._secret)
+        self._client = ForwardingClient(self._loop, self._contact.address, self._secret)
         self._client.nodes = self._nodes
         self._loop.start(self._client)
 
@@ -111,7 +111,7 @@ class Listener(transport.GivenSockets):
         tox = open_tox(directory, 0, None, server=True)
         self.name = identity.SCHEME + tox.address().hex().upper()
         self._loop = Loop(tox)
-        self._server = Server(self._loop, secret=secret, targets={TARGET: self._take})
+        self._server = ForwardingServer(self._loop, secret=secret, targets={TARGET: self._take})
         self._server.nodes = known
         self._count = 0
 
