@@ -52,7 +52,7 @@ STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections"]
 # A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
 # a quarter more time per segment; -Os would double that time: docs/performance.md).
 WHEEL = "bdist_wheel" in sys.argv and "TTUN_WHOLE" not in os.environ
-LEVEL = "-O2" if WHEEL else "-O3"
+LEVEL = "-O2 -fno-align-functions -fno-align-jumps -fno-align-loops" if WHEEL else "-O3"
 
 
 def definitions(name: str) -> str:
@@ -79,7 +79,7 @@ ffibuilder.set_source(
     include_dirs=["csrc"],
     # The asserts guard memory that a peer's bytes reach: they stay in a release build.
     undef_macros=["NDEBUG"],
-    extra_compile_args=["-std=c11", LEVEL, "-Wall", "-Wextra", "-pthread", *FLAGS],
+    extra_compile_args=["-std=c11", *LEVEL.split(), "-Wall", "-Wextra", "-pthread", *FLAGS],
     libraries=["dl"],
     extra_link_args=["-pthread", *FLAGS, *STRIP],
 )
