@@ -44,6 +44,7 @@ setup(
     # cffi compiles against the stable ABI, so one wheel serves every Python from 3.9 on.
     options={"bdist_wheel": {"py_limited_api": "cp39"}},
     # What it is; the README's pictures and links lead nowhere outside of the source.
-    long_description=Path("README.md").read_text(encoding="utf-8").split("\n\n")[1] + "\n",
+    long_description=Path("README.md").read_text(encoding="utf-8").split("\n\n")[1].split(". ")[0]
+    + ".\n",
     long_description_content_type="text/markdown",
 )

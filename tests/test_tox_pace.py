@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from ttun.tox.pace import BURST, FAST, LEAST, Pace
+from ttun.tox.link import BURST, FAST, LEAST, Pace
 
 MOST = 10_000.0  # packets per second: what the model's network carries
 
