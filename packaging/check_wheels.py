@@ -59,7 +59,7 @@ def make_debian(processor: str, root: Path) -> None:
     """Unpack a Debian with Python; nothing of it is run, so nothing is configured."""
     wanted = ["--include=python3,python3-venv", f"--arch={processor}", "--variant=minbase"]
     packages = root / "var" / "packages"
-    run(["debootstrap", "--foreign", "--download-only", *wanted, "bookworm", packages])
+    run(["debootstrap", "--download-only", *wanted, "bookworm", packages])
     for name in ("bin", "sbin", "lib"):
         (root / name).symlink_to(f"usr/{name}")
     for package in packages.glob("var/cache/apt/archives/*.deb"):

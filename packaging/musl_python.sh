@@ -18,7 +18,7 @@ export CFLAGS=-fPIC LDFLAGS=
 "$zlib/configure" --static --prefix="$ffi"
 make libz.a
 cp libz.a "$ffi/lib"
-cp "$zlib"/*.h zconf.h "$ffi/include"
+cp "$zlib/zlib.h" zconf.h "$ffi/include"
 
 cd "$build/python"
 { echo '*static*'; sed -nE "s/^#(($modules) .*)/\1/p" "$python/Modules/Setup"; } > Modules/Setup.local
