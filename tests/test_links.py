@@ -105,6 +105,7 @@ def linked(tmp_path: Path) -> Iterator[Far]:
         yield made
 
 
+@pytest.mark.alone
 def test_bbr_leaves_its_start_up_and_a_ping_does_not_wait_for_a_download(linked: Far) -> None:
     """Without help it stays there, with a queue of two round trips (csrc/connection.c).
 

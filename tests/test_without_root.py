@@ -27,7 +27,9 @@ NO_RIGHTS = ["setpriv", "--bounding-set", "-net_admin,-sys_admin"]
 
 def test_what_takes_no_root_runs_where_no_namespace_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "test_both.py").write_text(TESTS.replace("BASE", repr(str(tmp_path))))
-    paths = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "packaging"))
+    paths = os.pathsep.join(
+        str(ROOT / name) for name in ("", "tests", "tests/helpers", "packaging")
+    )
     done = subprocess.run(
         [*(NO_RIGHTS if os.geteuid() == 0 else []), sys.executable, "-m", "pytest",
          "-p", "conftest", "-p", "no:cacheprovider", "-rs", tmp_path],
