@@ -89,8 +89,8 @@ test: $(VENV)/.built $(VENV)/.tools-test
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not alone'
-	$(BIN)/python -m pytest -m alone
+	@code=0; set -x; $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not alone' || code=1; \
+	$(BIN)/python -m pytest -m alone || code=1; exit $$code
 endif
 
 asan ubsan tsan: $(VENV)/.built $(VENV)/.tools-test
