@@ -180,7 +180,7 @@ lint: $(VENV)/.built $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/mypy --strict ttun.py
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	@for compiler in gcc clang musl-gcc; do \
 	  command -v $$compiler > /dev/null || { echo "$$compiler: not here, left out"; continue; }; \

@@ -8,7 +8,6 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <linux/random.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -16,6 +15,8 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+enum { NONBLOCK = 1 }; /* GRND_NONBLOCK of linux/random.h, which musl-gcc does not find */
 
 uint64_t now_ms(void) {
     struct timespec t;
@@ -67,7 +68,7 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->scratch = s->memory + 2 * ring_size;
     s->taken = s->scratch + SCRATCH_SIZE;
     uint64_t salt = now_us(); /* where there are no random numbers yet, at boot */
-    if (syscall(SYS_getrandom, &salt, sizeof salt, GRND_NONBLOCK) < 0) /* glibc 2.17 has none */
+    if (syscall(SYS_getrandom, &salt, sizeof salt, NONBLOCK) < 0) /* glibc 2.17 has none */
         salt *= 0x9E3779B97F4A7C15u;
     ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, salt);
     connection_init(&s->connection, socket, slots);
