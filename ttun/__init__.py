@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from ttun.server import Server
     from ttun.session import Counters
     from ttun.settings import Addresses, Limits, Settings
-    from ttun.transport import Arrival, Dialer, GivenSocket, GivenSockets, Listener, Way
+    from ttun.transport import Arrival, Candidate, Dialer, GivenSocket, GivenSockets, Listener
 
 __all__ = [
     "Addresses",
     "Arrival",
+    "Candidate",
     "Client",
     "Counters",
     "Dialer",
@@ -44,7 +45,6 @@ __all__ = [
     "Status",
     "TtunError",
     "UsageError",
-    "Way",
     "__version__",
 ]
 

@@ -18,7 +18,7 @@ from ttun.errors import LACKS, UsageError, is_lack
 from ttun.peer import Peer
 from ttun.routes import Network, catching
 from ttun.settings import CLIENT, DEFAULT_LIMITS, Addresses, Limits, Settings, check_type
-from ttun.transport import Dialer, Way
+from ttun.transport import Candidate, Dialer
 
 log = logging.getLogger("ttun")
 
@@ -138,7 +138,7 @@ class Client(Endpoint):
             server = dialer(server, mptcp, congestion_control)
         self._dialer = server
         self._known: Sequence[str] = ()  # addresses that routes could catch
-        self._best: str | None = None  # the way that led to the last session
+        self._best: str | None = None  # the candidate of the last session
 
     def _prepare(self) -> None:
         """Find the server's addresses before routes are there that may catch the question."""
@@ -214,9 +214,10 @@ class Client(Endpoint):
         self._watch_connection(None)
         waits, failures = [], []
         try:
-            for way in sorted(self._dialer.ways(self._stop), key=lambda w: w.name != self._best):
+            found = self._dialer.candidates(self._stop)
+            for candidate in sorted(found, key=lambda each: each.name != self._best):
                 try:
-                    sock = self._dial(way)
+                    sock = self._dial(candidate)
                 except InterruptedError:
                     raise
                 except LACKS as error:
@@ -225,9 +226,9 @@ class Client(Endpoint):
                         # It was taken; one that was not is ECONNREFUSED: tcp_reset() of Linux.
                         waits.append(backoff.after_silence(0.0))
                     continue
-                peer, silent_for = self._shake_hands(sock, way)
+                peer, silent_for = self._shake_hands(sock, candidate)
                 if peer is not None:
-                    self._best = way.name
+                    self._best = candidate.name
                     return peer, 0.0
                 if silent_for is not None:
                     waits.append(backoff.after_silence(silent_for))
@@ -242,16 +243,18 @@ class Client(Endpoint):
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
         return None, min(waits, default=usual)
 
-    def _dial(self, way: Way) -> socket.socket:
-        if way.address is not None and (why := self._caught(way.address)):
+    def _dial(self, candidate: Candidate) -> socket.socket:
+        if candidate.address is not None and (why := self._caught(candidate.address)):
             raise OSError(why)
-        return way.dial(self._stop)
+        return candidate.dial(self._stop)
 
-    def _shake_hands(self, sock: socket.socket, way: Way) -> tuple[Peer | None, float | None]:
+    def _shake_hands(
+        self, sock: socket.socket, candidate: Candidate
+    ) -> tuple[Peer | None, float | None]:
         """Prove the key to each other; return as _connect() does."""
         began = time.monotonic()
         steps = handshake.client(self._k, self._terms)
-        attempt = self._pending.add(sock, way.name, self._dialer.kind(sock), steps)
+        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)
         try:
             self._watch_connection(sock)
             silent_for: float | None = None  # until it answered

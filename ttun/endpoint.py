@@ -1,7 +1,7 @@
 """What a server and a client have in common: the device, one session at a time, start and stop.
 
 A thread of the endpoint's own looks for a peer, looks after its session until that ends, and looks
-again. It waits in one place (handshakes.py), a second at most, so it notices everything that is to
+again. It waits in one place (pending.py), a second at most, so it notices everything that is to
 end a session, and shows that it lives. The device is opened by open() or start() and outlives the
 sessions.
 
@@ -105,14 +105,11 @@ class Endpoint(abc.ABC):
             log.info("ttun %s %s", __version__, self.role)
             self._prepare()
             self._congestion.prepare()
+            given = self._settings
             self._device = Device(
-                self._addresses,
-                self._settings.mtu,
-                self._settings.offload,
-                self._settings.device,
-                self._settings.routes,
+                self._addresses, given.mtu, given.offload, given.device, given.routes,
                 queue=self._buffers.queue,
-            )
+            )  # fmt: skip
             self._device_name_shown = self._device.name
             self._watch = DeviceWatch(self._device)
             self._terms = replace(self._terms, features=self._device.offload >> 1)
@@ -206,16 +203,7 @@ class Endpoint(abc.ABC):
 
     def facts(self) -> dict[str, str | None]:
         """Return what does not change while a session lasts, in words."""
-        ours, last = self._addresses, self._record
-        return {
-            "role": self.role,
-            "device": self._device_name_shown,
-            "peer": last.peer,
-            "wire": last.wire,
-            "cipher": last.cipher,
-            "local4": str(ours.ipv4),
-            "local6": str(ours.ipv6),
-        }
+        return self._record.facts(self.role, self._device_name_shown, self._addresses)
 
     # ---- what a side adds ----
 
@@ -331,9 +319,8 @@ class Endpoint(abc.ABC):
         assert self._device is not None
         try:
             self._congestion.choose(peer.sock)
-            session = Session(
-                peer.sock, self._device, peer.keys, self._settings.limits, self._buffers
-            )
+            limits = self._settings.limits
+            session = Session(peer.sock, self._device, peer.keys, limits, self._buffers)
         except LACKS as error:
             peer.close()
             log.warning("no session with %s: %s", peer.name, reason(error))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from ttun.congestion import Way
 from ttun.peer import Peer
 from ttun.session import Counters, Session
+from ttun.settings import Addresses
 
 DROPPED = {  # counters of packets that did not go through: how many ...
     "refused": "of the peer's packets were refused by the kernel",
@@ -99,6 +100,18 @@ class Record:
             totals=self.earlier.plus(counters),
             missing=missing,
         )
+
+    def facts(self, role: str, device: str | None, ours: Addresses) -> dict[str, str | None]:
+        """Return what does not change while a session lasts, in words."""
+        return {
+            "role": role,
+            "device": device,
+            "peer": self.peer,
+            "wire": self.wire,
+            "cipher": self.cipher,
+            "local4": str(ours.ipv4),
+            "local6": str(ours.ipv6),
+        }
 
 
 def carried(counters: Counters) -> str:

@@ -21,7 +21,7 @@ from ttun.errors import TtunError, reason
 from ttun.flag import Flag
 from ttun.resolver import Resolver, SocketAddress, Target
 from ttun.settings import DEFAULT_PORT
-from ttun.transport import Arrival, Way
+from ttun.transport import Arrival, Candidate
 
 log = logging.getLogger("ttun")
 
@@ -244,8 +244,8 @@ class Dialer(transport.Dialer):
             raise named(self._host, error) from None
         return [target.sockaddr[0] for target in self._resolver.known]
 
-    def ways(self, stop: Flag) -> Sequence[Way]:
-        """Return a way for each address."""
+    def candidates(self, stop: Flag) -> Sequence[Candidate]:
+        """Return one for each address."""
         try:
             found = self._resolver.targets(stop)
         except InterruptedError:
@@ -255,7 +255,7 @@ class Dialer(transport.Dialer):
         if not found:
             raise OSError(f"{self._host} has no address")
         return [
-            Way(show(target.sockaddr), target.sockaddr[0], partial(self._dial, target))
+            Candidate(show(target.sockaddr), target.sockaddr[0], partial(self._dial, target))
             for target in found
         ]
 

@@ -17,8 +17,8 @@ from ttun.errors import TtunError
 from ttun.flag import Flag
 
 
-class Way(NamedTuple):
-    """One of the ways to a server, such as one of the addresses of its name."""
+class Candidate(NamedTuple):
+    """How a server may be reached, such as at one of the addresses of its name."""
 
     name: str  # for people: "192.0.2.1:20203"
     address: str | None  # the IP address that is dialled, if there is one: a route could catch it
@@ -45,7 +45,7 @@ class Dialer(abc.ABC):
         """End them, and what they have open."""
 
     @abc.abstractmethod
-    def ways(self, stop: Flag) -> Sequence[Way]:
+    def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return how the server may be reached now. Raises as look_up() does."""
 
     @abc.abstractmethod
@@ -98,11 +98,11 @@ class GivenSocket(Dialer):
         self.name = name
         self._sock: socket.socket | None = sock
 
-    def ways(self, stop: Flag) -> Sequence[Way]:
+    def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return the only one; raise TtunError when that is over."""
         if self._sock is None:
             raise TtunError(f"the connection over {self.name} has ended, and there is no other")
-        return [Way(self.name, None, self._take)]
+        return [Candidate(self.name, None, self._take)]
 
     def _take(self, stop: Flag) -> socket.socket:
         sock, self._sock = self._sock, None

@@ -26,7 +26,7 @@ from ttun.tox.instance import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
 from ttun.tox.server import ForwardingServer
-from ttun.transport import Way
+from ttun.transport import Candidate
 
 log = logging.getLogger("ttun")
 
@@ -64,9 +64,9 @@ class Dialer(transport.Dialer):
         if self._loop is not None:
             self._loop.stop()
 
-    def ways(self, stop: Flag) -> Sequence[Way]:
+    def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return the only one."""
-        return [Way(self.name, None, self.dial)]
+        return [Candidate(self.name, None, self.dial)]
 
     def kind(self, sock: socket.socket) -> str:
         """Return "tox"."""
