@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, SCRIPT, SERVER, Bench, eventually
+from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually
 
 import ttun
 from ttun import cli, sodium
@@ -355,3 +356,25 @@ def test_callbacks_and_status(bench: Bench) -> None:
     assert done[0] == "done"
     assert int(done[1]) >= 1
     eventually(lambda: host.poll() == 0, "it ended")
+
+
+def test_without_the_codec_there_is_help_and_a_line_that_says_what_to_do(tmp_path: Path) -> None:
+    """As before make, and where a wheel of another platform was unpacked."""
+    shutil.copytree(
+        ROOT / "ttun", tmp_path / "ttun", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ttun", *arguments], cwd=tmp_path,
+            env={name: v for name, v in os.environ.items() if name != "PYTHONPATH"},
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+
+    for arguments in (["-h"], ["--version"], ["server", "-h"], ["genkey"]):
+        assert run(*arguments).returncode == 0, arguments
+    for arguments in (["server", "-k", "x"], ["doctor"], ["show"], ["tox", "-i", "x"]):
+        done = run(*arguments)
+        assert (done.returncode, done.stderr) == (
+            1, "ttun: the codec is not built here: run make in the source directory\n",
+        ), arguments  # fmt: skip

@@ -22,10 +22,9 @@ from ttun.version import __version__
 if TYPE_CHECKING:
     from ttun.client import Client
     from ttun.record import Status
-    from ttun.routes import Network
     from ttun.server import Server
     from ttun.session import Counters
-    from ttun.settings import Addresses, Limits, Settings
+    from ttun.settings import Addresses, Limits, Network, Settings
     from ttun.transport import Arrival, Candidate, Dialer, GivenSocket, GivenSockets, Listener
 
 __all__ = [

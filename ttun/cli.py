@@ -60,6 +60,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     except OSError as error:
         return _fail(_describe(error))
     except ImportError as error:
+        if error.name == "ttun._codec":
+            return _fail("the codec is not built here: run make in the source directory")
         return _fail(f"cannot load what it needs: {error} (ttun doctor says what is missing)")
     except MemoryError:
         return _fail("not enough memory")

@@ -16,8 +16,16 @@ from ttun import handshake, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
 from ttun.errors import LACKS, UsageError, is_lack
 from ttun.peer import Peer
-from ttun.routes import Network, catching
-from ttun.settings import CLIENT, DEFAULT_LIMITS, Addresses, Limits, Settings, check_type
+from ttun.routes import catching
+from ttun.settings import (
+    CLIENT,
+    DEFAULT_LIMITS,
+    Addresses,
+    Limits,
+    Network,
+    Settings,
+    check_type,
+)
 from ttun.transport import Candidate, Dialer
 
 log = logging.getLogger("ttun")

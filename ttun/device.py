@@ -23,7 +23,7 @@ import pytun
 from ttun import privileges, routes
 from ttun._codec import lib
 from ttun.errors import TtunError
-from ttun.settings import MIN_IPV6_MTU, NORMAL, Addresses, Settings
+from ttun.settings import MIN_IPV6_MTU, NORMAL, Addresses, Network, Settings
 
 log = logging.getLogger("ttun")
 
@@ -57,7 +57,7 @@ class Device:
         mtu: int,
         offload: bool = True,
         name: str = Settings.device,
-        networks: Sequence[routes.Network] = (),
+        networks: Sequence[Network] = (),
         *,
         queue: int = NORMAL.queue,
     ) -> None:

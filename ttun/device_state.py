@@ -17,8 +17,8 @@ from typing import Callable, NamedTuple, Union
 from ttun import netlink
 from ttun.device import Device
 from ttun.netlink import Message, Request, new_address, new_route
-from ttun.routes import Address, Network
-from ttun.settings import MIN_IPV6_MTU
+from ttun.routes import Address
+from ttun.settings import MIN_IPV6_MTU, Network
 
 IFF_UP = 0x1  # linux/if.h
 SHOWN = 6  # changes, and commands, in one line of the log

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ttun._codec import ffi
-from ttun.routes import Address, Network
+from ttun.routes import Address
+from ttun.settings import Network
 
 # linux/netlink.h
 NLM_REQUEST, NLM_MULTI, NLM_ACK, NLM_DUMP = 0x01, 0x02, 0x04, 0x300

@@ -20,24 +20,14 @@ from pathlib import Path
 from typing import Union
 
 from ttun._codec import ffi
-from ttun.errors import TtunError, UsageError
+from ttun.errors import TtunError
+from ttun.settings import Network
 
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
 NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # what the kernel says without it
 METRIC = 1024  # what the kernel gives a route of IPv6 that names none
-
-
-def parse(text: str) -> Network:
-    """Read NET/LENGTH. Raises UsageError."""
-    try:
-        if "%" in text:
-            raise ValueError("a network has no zone")
-        return ipaddress.ip_network(text)
-    except ValueError as error:
-        raise UsageError(f"--route {text}: {error}") from None
 
 
 def add(network: Network, device: str) -> None:

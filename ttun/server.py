@@ -16,7 +16,6 @@ from ttun import handshake, tcp
 from ttun.endpoint import Endpoint
 from ttun.errors import TtunError
 from ttun.peer import Host, Peer
-from ttun.routes import Network
 from ttun.session import Session
 from ttun.settings import (
     DEFAULT_LIMITS,
@@ -24,6 +23,7 @@ from ttun.settings import (
     SERVER,
     Addresses,
     Limits,
+    Network,
     Settings,
     check_type,
 )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, Union
 
 from ttun import congestion
 from ttun.errors import UsageError
-from ttun.routes import Network
 
 DEFAULT_PORT = 20203
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 WIRES = ("auto", "v1", "x1")
 MIN_MTU, MAX_MTU = 576, 65519  # RFC 791's least that every host takes; what fits one frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
@@ -158,6 +158,16 @@ class Settings:
             if network.version == 6 and self.mtu < MIN_IPV6_MTU:
                 least = f"IPv6 takes an MTU of {MIN_IPV6_MTU} or more"
                 raise UsageError(f"--route {network}: {least}, and it is {self.mtu}")
+
+
+def parse_network(text: str) -> Network:
+    """Read NET/LENGTH. Raises UsageError."""
+    try:
+        if "%" in text:
+            raise ValueError("a network has no zone")
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise UsageError(f"--route {text}: {error}") from None
 
 
 def check_type(name: str, value: Any, *kinds: type) -> None:

@@ -23,8 +23,8 @@ from ttun import privileges
 from ttun.device import Device
 from ttun.device_watch import DeviceWatch
 from ttun.lab import netns
-from ttun.routes import parse
 from ttun.settings import SERVER, Addresses
+from ttun.settings import parse_network as parse
 
 log = logging.getLogger("ttun")
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import privileges, routes, tcp
+from ttun import privileges, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status
 from ttun.commands.hooks import Hooks
@@ -25,7 +25,7 @@ from ttun.errors import UsageError
 from ttun.process import log_writer
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
-from ttun.settings import CLIENT, SERVER, Addresses, Limits
+from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
@@ -80,7 +80,7 @@ def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, 
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
         "addresses": Addresses.parse(usual, *given),
-        "routes": [routes.parse(text) for text in options.route],
+        "routes": [parse_network(text) for text in options.route],
     }
 
 
