@@ -2,9 +2,9 @@
 # make check-dist: is what make dist made whole? It takes no network and no root.
 #
 # 1. The sdist has each file that git has, and no other.
-# 2. In an empty virtual environment pip installs the wheel, without an index: tests/check_install.py,
+# 2. In an empty virtual environment pip installs the wheel, without an index: tests/helpers/check_install.py,
 #    and its help is that of the source, which has all comments.
-# 3. In the unpacked sdist the codec is built, and the tests that need no root pass.
+# 3. In the unpacked sdist the codec is built, and the tests that need no root pass (TESTS: those).
 set -eu
 cd "$(dirname "$0")/.."
 here=$PWD python=$PWD/.venv/bin/python work=$PWD/build/check-dist
@@ -24,7 +24,7 @@ ln -s "$here/.venv" .venv
 installed=$work/venv/bin/python
 "$installed" -m pip -q --disable-pip-version-check install --no-index \
     --find-links "$here/.venv/wheels" "$here"/dist/ttun_tunnel-*-linux_*.whl
-(cd "$work" && "$installed" "$here/tests/check_install.py")
+(cd "$work" && "$installed" "$here/tests/helpers/check_install.py")
 "$python" setup.py -q build_ext --inplace
 help='import pydoc, ttun
 for each in ttun.Server, ttun.Client, ttun.Status, ttun.TtunError: print(pydoc.render_doc(each))
@@ -33,5 +33,6 @@ print(ttun.__doc__)'
 (cd "$work" && "$installed" -c "$help" > help.wheel)
 cmp "$work/help.source" "$work/help.wheel"
 
-"$python" -m pytest -q -n 2 -m 'not hosts and not slow'
+# shellcheck disable=SC2086 # TESTS: words, for pytest; all of them if there are none
+"$python" -m pytest -q -n 2 -m 'not hosts and not slow' ${TESTS:-}
 echo 'the sdist and its wheel are whole'

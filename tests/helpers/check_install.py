@@ -1,6 +1,6 @@
 """Is the ttun that is installed here a working one? Needs no pytest, no source and no root.
 
-    python tests/check_install.py
+    python tests/helpers/check_install.py
 
 The known answers of wire v1 (known_answers.py), a key exchange, and the program itself. It is for a
 fresh installation on another processor or libc; see packaging/check_wheels.py.
