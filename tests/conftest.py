@@ -85,7 +85,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if why_not and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=why_not))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # beside all the others
+    # Each worker begins with its share of those that mostly wait, beside which the others run.
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    bounds = [len(quick) * number // workers for number in range(workers + 1)]
+    shares = [quick[first:end] for first, end in zip(bounds, bounds[1:])]
+    items[:] = [
+        item for number, share in enumerate(shares) for item in (*slow[number::workers], *share)
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
