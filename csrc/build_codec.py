@@ -47,7 +47,7 @@ LIBC = """
 #include <sys/socket.h>
 int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *data);
 """
-STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections"]
+STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 
 # A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
 # a quarter more time per segment; -Os would double that time: docs/performance.md).

@@ -343,14 +343,14 @@ def test_process_1_leaves_its_own_children_to_whoever_waits_for_them(first: list
     script = """if True:
         import os, subprocess, threading, time
         from pathlib import Path
-        from ttun.process import children
+        from ttun.process import process_group
         from ttun.process.signals import Signals
         assert os.getpid() == 1
         signals = Signals()
         codes, left = [], []
         def many():
             for number in range(40):
-                start = children.start if number % 2 else subprocess.Popen
+                start = process_group.start if number % 2 else subprocess.Popen
                 child = start(["sh", "-c", f"sleep 0.02 & exit {number}"])
                 time.sleep(0.02 * (number % 3))  # it has ended, and nobody has waited yet
                 codes.append(child.wait())
@@ -358,9 +358,9 @@ def test_process_1_leaves_its_own_children_to_whoever_waits_for_them(first: list
         threading.Thread(target=many).start()
         assert signals.wait(60) == 0
         assert codes == list(range(40)), codes
-        ours = children.start(["sh", "-c", "exit 5"])
+        ours = process_group.start(["sh", "-c", "exit 5"])
         def one():
-            assert children.start(["sh", "-c", "sleep 0.2 &"]).wait() == 0
+            assert process_group.start(["sh", "-c", "sleep 0.2 &"]).wait() == 0
             time.sleep(1)  # the orphan has ended, behind ours
             codes.append(ours.wait())  # no signal comes of that
             time.sleep(2)

@@ -29,9 +29,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ttun.commands import key, process_group
-from ttun.commands.process_group import TICK, ProcessGroup
+from ttun.commands import key
 from ttun.errors import TtunError, is_lack, printable
+from ttun.process import process_group
+from ttun.process.process_group import TICK, ProcessGroup
 
 log = logging.getLogger("ttun")
 

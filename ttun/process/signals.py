@@ -9,7 +9,7 @@
 
 SIGINT and SIGHUP that were ignored from the start stay ignored: nohup(1) and the background jobs of
 a shell script ask for that. SIGTERM is always taken. As process 1 of a container the main thread
-also reaps orphans (children.py). Sources: signal(7), nohup(1), pid_namespaces(7).
+also reaps orphans (process_group.py). Sources: signal(7), nohup(1), pid_namespaces(7).
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class Signals:
 
     def _reap(self) -> float:
         """Reap the orphans of others; return in how many seconds to look again."""
-        from ttun.process import children
+        from ttun.process import process_group
 
-        return children.reap()
+        return process_group.reap()
 
     def _ignore(self) -> None:
         """Be deaf from now on: the interpreter takes its handlers away before the process is gone.

@@ -6,7 +6,13 @@ what a program expects: the signal mask of the thread that starts it, three desc
 read. What it writes to stderr becomes log lines, a bounded number of them: it can neither fill the
 log nor hold up who reads it.
 
-Sources: setsid(2), kill(2), signal(7).
+Who starts a program here waits for it as with subprocess. As process 1 of a container this one also
+gets the orphans of such programs: they stay zombies until reap() has them, which signals.py calls
+for each SIGCHLD. It must not reap a child of our own, or whoever waits for that one learns nothing.
+Orphans come to the main thread, so it looks at that thread's children alone, and leaves out those
+that start() has started, there or on a thread that is gone.
+
+Sources: setsid(2), kill(2), signal(7), wait(2), pid_namespaces(7).
 """
 
 from __future__ import annotations
@@ -16,12 +22,13 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ttun.errors import is_lack, printable
-from ttun.process import children
 
 TICK = 0.05  # seconds between two looks at a command
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
@@ -29,6 +36,12 @@ KILL_SECONDS = 1.0  # more than a killed process takes to be gone, unless the ke
 MOST_LINES = 20  # of a command's stderr in the log
 MOST_BYTES = 400  # of a line there
 CHUNK = 65536  # as much as a pipe holds
+
+WNOTHREAD = 0x20000000  # linux/wait.h, __WNOTHREAD; waitid() takes it from Linux 4.7 on
+AGAIN = 1.0  # seconds until a child of ours, which is first in line, was waited for
+
+_lock = threading.Lock()  # a child is known before reap() can see it
+_ours: set[subprocess.Popen[bytes]] = set()
 
 
 class ProcessGroup:
@@ -168,7 +181,7 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
             theirs.callback(os.close, stdin)
             os.close(nowhere)
             stdout = writable
-        process = children.start(
+        process = start(
             ["/bin/sh", "-c", command],
             env=environment,
             stdin=stdin,
@@ -178,3 +191,36 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
         )
         ours.pop_all()
         return readable, process
+
+
+def start(arguments: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a program as subprocess.Popen does; the caller waits for it. Raises OSError."""
+    with _lock:
+        _forget()
+        child: subprocess.Popen[bytes] = subprocess.Popen(arguments, **how)
+        _ours.add(child)
+    return child
+
+
+def reap() -> float:
+    """Reap orphans, on the main thread; return in how many seconds to look again, or infinity."""
+    ended_already = os.WEXITED | os.WNOWAIT | os.WNOHANG | WNOTHREAD
+    with _lock:
+        _forget()
+        ours = {child.pid for child in _ours}
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, ended_already)
+            except OSError:  # there are no children, or the kernel is too old
+                return float("inf")
+            if ended is None:
+                return float("inf")
+            if ended.si_pid in ours:
+                return AGAIN  # the kernel shows the ones behind it when this one is gone
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def _forget() -> None:
+    """Forget those that were waited for."""
+    _ours.difference_update([child for child in _ours if child.returncode is not None])
