@@ -1,8 +1,9 @@
 """``make check-wheels``: install what ``make wheels`` made where there is nothing else, and run it.
 
 Each place gets a fresh virtual environment, the wheels by pip, and tests/helpers/check_install.py:
-this machine; with root, Debian 12 for aarch64 and armv7l, with Python and no compiler; with root, musl
-and CPython 3.11 for each processor, and nothing else (musl_python.sh; if the wheels are for 3.11).
+this machine; with root, Debian 12 for aarch64 and armv7l, with Python and no compiler; with root,
+musl and CPython 3.11 for each processor, and nothing else (musl_python.sh; if the wheels are for
+3.11).
 Other processors' programs run in qemu-user (enter.sh): apt install debootstrap qemu-user-static
 With names (here, debian-arm64, debian-armhf, musl-amd64, musl-arm64, musl-armhf): only those.
 """

@@ -18,7 +18,7 @@ from ttun.lab import link_emulator, netns
 from ttun.lab.demo import end, measured
 from ttun.lab.link_emulator import DOWN, UP, Link, LinkedHosts
 
-pytestmark = [pytest.mark.hosts, pytest.mark.alone]
+pytestmark = pytest.mark.hosts
 
 ADDRESS = netns.IPV4[SERVER]
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h

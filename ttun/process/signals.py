@@ -46,7 +46,7 @@ def end_while_starting(command: str) -> None:
     if command in LONG_RUNNING:
         # Signals wants it later, when this user may not be able to read it any more.
         from ttun._codec import lib
-        from ttun.process import children  # noqa: F401
+        from ttun.process import process_group  # noqa: F401
 
         for number in ENDING:
             if _is_taken(number):
