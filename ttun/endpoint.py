@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from dataclasses import replace
-from types import TracebackType
 from typing import Callable, ClassVar, TypeVar
 
 from ttun import congestion
@@ -148,12 +147,7 @@ class Endpoint(abc.ABC):
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
