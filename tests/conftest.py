@@ -6,6 +6,7 @@ tests have a /run of their own, so tunnels that run on this machine and the test
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -85,15 +86,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if why_not and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=why_not))
-    # Each worker begins with its share of those that mostly wait, beside which the others run.
+    # Each worker has its share of those that mostly wait, every other one at its end: so there is
+    # always somebody to use the time.
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = [item for item in items if not item.get_closest_marker("slow")]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     bounds = [len(quick) * number // workers for number in range(workers + 1)]
-    shares = [quick[first:end] for first, end in zip(bounds, bounds[1:])]
-    items[:] = [
-        item for number, share in enumerate(shares) for item in (*slow[number::workers], *share)
-    ]
+    items.clear()
+    for number in range(workers):
+        share = [slow[number::workers], quick[bounds[number] : bounds[number + 1]]]
+        items.extend(itertools.chain(*(share if number % 2 else reversed(share))))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
