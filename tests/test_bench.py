@@ -70,7 +70,6 @@ def test_traffic_counts_what_arrives(bench: Bench) -> None:
 
 @pytest.mark.hosts
 @pytest.mark.slow
-@pytest.mark.alone
 def test_link_measures_everything_of_every_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
