@@ -6,7 +6,6 @@ tests have a /run of their own, so tunnels that run on this machine and the test
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -86,16 +85,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if why_not and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=why_not))
-    # Each worker has its share of those that mostly wait, every other one at its end: so there is
-    # always somebody to use the time.
+    # Each worker begins with its share of those that mostly wait: none is left over at the end.
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = [item for item in items if not item.get_closest_marker("slow")]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     bounds = [len(quick) * number // workers for number in range(workers + 1)]
     items.clear()
     for number in range(workers):
-        share = [slow[number::workers], quick[bounds[number] : bounds[number + 1]]]
-        items.extend(itertools.chain(*(share if number % 2 else reversed(share))))
+        items += [*slow[number::workers], *quick[bounds[number] : bounds[number + 1]]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
