@@ -50,7 +50,8 @@ int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *dat
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 
 # A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
-# a quarter more time per segment; -Os would double that time: docs/performance.md).
+# a quarter more time per segment; -Os would double that time: docs/performance.md), nor padding
+# between loops (0.4 kB; what that costs was not measured).
 WHEEL = "bdist_wheel" in sys.argv and "TTUN_WHOLE" not in os.environ
 LEVEL = "-O2 -fno-align-functions -fno-align-jumps -fno-align-loops" if WHEEL else "-O3"
 

@@ -26,4 +26,4 @@ def test_a_short_while_of_faults(wire: str) -> None:
     print(done.stdout)  # pytest -rP shows it
     assert done.returncode == 0, done.stdout + done.stderr
     faults = int(done.stdout.splitlines()[1].split()[0])
-    assert faults >= 3, "it got somewhere"
+    assert faults >= 5, "it got somewhere"

@@ -81,6 +81,8 @@ def test_too_many_given_sockets_stay_the_callers() -> None:
     assert given.accept().sock is pairs[0][0]
     given.close()
     assert [ours.fileno() >= 0 for ours, _ in pairs] == [True, *[False] * (given.MOST - 1), True]
+    assert not given.give(pairs[-1][0], "x"), "it is closed"
+    assert pairs[-1][0].fileno() >= 0
     for ours, theirs in pairs:
         ours.close()
         theirs.close()

@@ -293,9 +293,16 @@ def test_tox_answers_sigusr1_with_a_line_and_goes_on(plain: Bench, tmp_path: Pat
         return tox.log().count("status: off the Tox network: offline; no peer") >= 3
 
     eventually(answers, "three lines")
+
+    def has_answered_all() -> bool:
+        before = tox.log()
+        time.sleep(0.5)
+        return tox.log() == before
+
+    eventually(has_answered_all, "no more lines")
     tox.process.send_signal(signal.SIGTERM)
     assert tox.ended() == 0
-    assert "SIGTERM: stopping" in tox.log()
+    assert "SIGTERM: stopping" in tox.log().splitlines()[-1]
 
 
 AS_FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]

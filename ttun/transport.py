@@ -134,12 +134,18 @@ class GivenSockets(Listener):
     def give(self, sock: socket.socket, name: str, source: str | None = None) -> bool:
         """Hand over a connected stream socket, and say where it comes from; source as in Arrival.
 
-        False when too many wait: then it stays the caller's.
+        False when too many wait, or after close(): then it stays the caller's.
         """
         if len(self._waiting) >= self.MOST:
             return False
-        self._waiting.append(Arrival(sock, name, source or name))
-        self._writable.send(b"\0")
+        arrival = Arrival(sock, name, source or name)
+        self._waiting.append(arrival)
+        try:
+            self._writable.send(b"\0")
+        except OSError:  # closed
+            with contextlib.suppress(ValueError):  # close() has it, and closes it
+                self._waiting.remove(arrival)
+            return False
         return True
 
     def fileno(self) -> int:

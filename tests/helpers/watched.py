@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Callable
 
 from tunnel import enter_namespace, eventually
@@ -61,16 +60,11 @@ class Watched(logging.Handler):
         self.thread.start()
         assert self.ready.wait(20)
         if self.failed:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise self.failed[0]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *what: object) -> None:
         self.over.set()
         os.write(self.writable, b"x")
         self.thread.join(20)

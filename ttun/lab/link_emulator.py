@@ -27,7 +27,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 from ttun.errors import TtunError, UsageError
 from ttun.lab import netns
@@ -98,15 +97,10 @@ class LinkedHosts(Hosts):
         self._is_cut = False
         self._emulator: _Relay | _Netem = choose(emulator)(self, seed)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *what: object) -> None:
         """Remove them."""
         try:
-            super().__exit__(kind, error, traceback)
+            super().__exit__(*what)
         finally:
             self._emulator.close()
 

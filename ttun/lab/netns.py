@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
 
 from ttun import privileges
@@ -55,16 +54,11 @@ class Namespaces:
                 ip("-n", name, "link", "set", "lo", "up")
             self._join()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *what: object) -> None:
         """Remove them."""
         for name in self.names.values():
             _remove(name)
