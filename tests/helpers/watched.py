@@ -60,7 +60,7 @@ class Watched(logging.Handler):
         self.thread.start()
         assert self.ready.wait(20)
         if self.failed:
-            self.__exit__()
+            self.__exit__(None)
             raise self.failed[0]
         return self
 
@@ -73,7 +73,7 @@ class Watched(logging.Handler):
         os.close(self.readable)
         os.close(self.writable)
         assert not self.thread.is_alive()
-        if kind is None:
+        if what[0] is None:
             assert not self.failed, self.failed
 
     def emit(self, record: logging.LogRecord) -> None:
