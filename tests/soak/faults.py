@@ -4,7 +4,7 @@
 
 1. Both ends run on two hosts, with checked datagrams both ways all the while.
 2. Faults come in an order, and with durations, that the seed decides: all kinds, then all again.
-3. After each repair the tunnel has to be back within 5 s and the time that it takes to notice.
+3. After each repair the tunnel has to be back within 20 s and the time that it takes to notice.
    That is the length of an outage once more, as TCP doubles the time between its attempts, or 40 s
    where a peer has vanished.
 4. No datagram may arrive changed; a transfer after each fault has to arrive whole.
@@ -43,7 +43,9 @@ from tunnel import CLIENT, OTHER, ROOT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, 
 
 from ttun.lab import netns
 
-BACK = 5.0  # seconds after the repair
+BACK = (
+    20.0  # seconds after the repair; up to 5 are usual, as a client waits up to 4 before it dials
+)
 VANISHED = 40.0  # seconds until both ends know that the other one is gone
 GROWTH = 8192  # KiB of memory that an end may gain
 FLOOD = [sys.executable, str(ROOT / "tests/helpers/flood.py")]
