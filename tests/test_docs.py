@@ -107,11 +107,11 @@ def test_no_command_asks_an_index_for_a_package_of_this_name() -> None:
         ("pip install --find-links dist ttun", ["ttun"]),
         ("sudo pip3 install -U ttun", ["ttun"]),
         ("pip install --find-links dist \\\n  ttun-tunnel", ["ttun-tunnel"]),
-        ("python -m pip download -d dist ttun-tunnel==0.1.0", ["ttun-tunnel"]),
+        ("python -m pip download -d dist ttun-tunnel==0.2.0", ["ttun-tunnel"]),
         ("`pipx install ttun`, or", ["ttun"]),
         ("/opt/ttun/bin/pip install --no-index --find-links /tmp/dist ttun-tunnel", []),
         ("pip install .", []),
-        ("pip install dist/ttun_tunnel-0.1.0-cp39-abi3-linux_x86_64.whl", []),
+        ("pip install dist/ttun_tunnel-0.2.0-cp39-abi3-linux_x86_64.whl", []),
     ):
         assert fetched_by_name(command) == names, command
     places = [*PAGES, *ROOT.glob("ttun/**/*.py"), *ROOT.glob("packaging/*.*"),
