@@ -6,6 +6,7 @@ hosts on this machine, and its modules are compact. With TTUN_WHOLE in the envir
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,13 +39,27 @@ class BuildPython(build_py):  # type: ignore[misc]
         return outfile, copied
 
 
+def description(whole: bool) -> str:
+    """Return what a package index shows.
+
+    For an sdist that is the README with absolute links, if pyproject.toml says where the project
+    lives; upload it first, because an index keeps the description of the first file. Otherwise it
+    is the README's first sentence: a wheel has to be small.
+    """
+    text = Path("README.md").read_text(encoding="utf-8")
+    project = Path("pyproject.toml").read_text(encoding="utf-8")
+    source = re.search(r'^Source = "(.+)"', project, re.M)
+    if not whole or source is None:
+        return text.split("\n\n")[1].split(". ")[0] + ".\n"
+    text = re.sub(r"(!\[[^]]*\]\()(?![a-z]+:)", rf"\1{source[1]}/raw/HEAD/", text)
+    return re.sub(r"(\]\()(?![a-z]+:|#)", rf"\1{source[1]}/blob/HEAD/", text)
+
+
 setup(
     cmdclass={} if "TTUN_WHOLE" in os.environ else {"build_py": BuildPython},
     cffi_modules=["csrc/build_codec.py:ffibuilder"],
     # cffi compiles against the stable ABI, so one wheel serves every Python from 3.9 on.
     options={"bdist_wheel": {"py_limited_api": "cp39"}},
-    # What it is; the README's pictures and links lead nowhere outside of the source.
-    long_description=Path("README.md").read_text(encoding="utf-8").split("\n\n")[1].split(". ")[0]
-    + ".\n",
+    long_description=description("sdist" in sys.argv),
     long_description_content_type="text/markdown",
 )

@@ -23,8 +23,18 @@ def code_lines(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
+
+
+def anchors(page: Path) -> list[str]:
+    """Those of the headings, as a forge makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -32,6 +42,14 @@ def test_tests_that_are_named_exist(page: Path) -> None:
     sources = "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
     for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
         assert f"def {name}(" in sources, name
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("docs/*.md"), ROOT / "SECURITY.md"], ids=str)
+def test_a_page_says_first_whom_it_is_for_and_the_index_has_it(page: Path) -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert page.name == "README.md" or f"{page.name}](" in index
+    first = page.read_text(encoding="utf-8").split("\n\n")[1]
+    assert re.search(r"\bfor\b", first, re.I), first
 
 
 def test_the_map_has_every_room_and_names_files_that_are_there() -> None:
@@ -79,6 +97,60 @@ def test_flags_in_the_table_of_the_readme_have_the_defaults_that_it_says() -> No
                 assert told[1].startswith(given[1]), flag
 
 
+# What no manual of another tunnel would say, and the word for it.
+INVENTED = {
+    r"two (ends )?of ours|(the|an) original\b(?! bytes)": "two ttun ends; Go ttun, Tuntox",
+    r"(?<!-)wires? [vx]1": "protocol v1, protocol x1",
+    r"who may\b": "authentication, authorized",
+    r"mailbox": "inbox, outbox",
+    r"going on as|g[ia]ven? up (its|all|their) (rights|privileges)": "drop privileges",
+    r"did not add up|does not add up": "failed validation",
+    r"unsendable": "dropped: too large",
+    r"speaks? against": "limitations",
+    r"and no other\b": "only",
+    r"without a word": "silently",
+    r"talk(ed)? down": "downgrade",
+    r"use a recording again": "replay",
+    r"all that is to be known": "the details",
+    r"gone with the tunnel": "removed when the tunnel stops",
+    r"who to be\b": "user to switch to",
+    r"holds on over": "survives",
+    r"\b(he|his|him|himself)\b": "an attacker, they",
+}
+
+
+def prose(page: Path) -> str:
+    """What a page says in words: no block of code, no code within a line, no name of a file."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"^    .*", "", text, flags=re.M)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_use_the_terms_of_the_field(page: Path) -> None:
+    assert invented(prose(page)) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_uses_the_terms_of_the_field(command: str) -> None:
+    assert invented(COMMANDS[command].format_help()) == []
+
+
+def invented(text: str) -> list[str]:
+    """Each term that is not of the field, and what to say instead."""
+    text = " ".join(text.lower().split())
+    return [
+        f"{found[0]!r}: say {instead!r}"
+        for term, instead in INVENTED.items()
+        for found in re.finditer(term, text)
+    ]
+
+
+def test_an_invented_term_is_found_also_over_the_end_of_a_line() -> None:
+    assert len(invented("Two\nof ours, on Wire\nx1, and what speaks against him")) == 4
+    assert invented("with --wire x1 between two ttun ends the client reconnects") == []
+
+
 # pip, pipx and uv, up to what ends a command in a shell, in prose or in a string of Python.
 INSTALLS = re.compile(r"\b(?:pip[x3]?|uv)\b[^\n|;&`]*? (?:install|download|wheel) [^\n|;&`()\"#]*")
 WITH_A_VALUE = {"-w", "-d", "-t", "-r", "--find-links", "--no-binary", "--target"}
@@ -107,11 +179,11 @@ def test_no_command_asks_an_index_for_a_package_of_this_name() -> None:
         ("pip install --find-links dist ttun", ["ttun"]),
         ("sudo pip3 install -U ttun", ["ttun"]),
         ("pip install --find-links dist \\\n  ttun-tunnel", ["ttun-tunnel"]),
-        ("python -m pip download -d dist ttun-tunnel==0.1.0", ["ttun-tunnel"]),
+        ("python -m pip download -d dist ttun-tunnel==0.2.0", ["ttun-tunnel"]),
         ("`pipx install ttun`, or", ["ttun"]),
         ("/opt/ttun/bin/pip install --no-index --find-links /tmp/dist ttun-tunnel", []),
         ("pip install .", []),
-        ("pip install dist/ttun_tunnel-0.1.0-cp39-abi3-linux_x86_64.whl", []),
+        ("pip install dist/ttun_tunnel-0.2.0-cp39-abi3-linux_x86_64.whl", []),
     ):
         assert fetched_by_name(command) == names, command
     places = [*PAGES, *ROOT.glob("ttun/**/*.py"), *ROOT.glob("packaging/*.*"),

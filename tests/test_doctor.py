@@ -254,8 +254,8 @@ def test_a_processor_without_aes_and_a_system_without_toxcore(
 
 def test_another_distribution_of_the_name_is_named(tmp_path: Path) -> None:
     """PyPI's ttun 2.4.1 is another project, whose package and command overwrite ours."""
-    (tmp_path / "ttun_tunnel-0.1.0.dist-info").mkdir()
-    (tmp_path / "ttun_tunnel-0.1.0.dist-info" / "METADATA").write_text("Name: ttun-tunnel\n")
+    (tmp_path / "ttun_tunnel-0.2.0.dist-info").mkdir()
+    (tmp_path / "ttun_tunnel-0.2.0.dist-info" / "METADATA").write_text("Name: ttun-tunnel\n")
     command, path = [sys.executable, "-m", "ttun", "doctor"], f"{ROOT}:{tmp_path}"
 
     def says() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,28 @@ def test_the_sdist_has_every_file(unpacked: Path) -> None:
     }
     assert whole - files(unpacked) == set()
     assert {"csrc/uplink.c", "tests/fuzz/fuzz.h", "tests/vectors/wire-v1.json"} < whole
+
+
+def test_an_index_shows_the_readme_with_links_that_lead_there(tree: Path) -> None:
+    """Once pyproject.toml says where the project lives; before that, its first sentence."""
+    project = tree / "pyproject.toml"
+    script = "import sys; from setuptools import build_meta; build_meta.build_sdist('.')"
+    shown = []
+    for more in "", '\n[project.urls]\nSource = "https://git.example/me/ttun"\n':
+        project.write_text(project.read_text() + more)
+        done = run(sys.executable, "-c", script, cwd=tree)
+        assert done.returncode == 0, done.stderr
+        (sdist,) = tree.glob("ttun_tunnel-*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            file = archive.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/PKG-INFO")
+            assert file is not None
+            shown.append(file.read().decode().partition("\n\n")[2])
+    sentence, readme = shown
+    assert sentence.count(".") == 1 and "](" not in sentence
+    targets = re.findall(r"\]\(([^)]+)\)", readme)
+    assert "https://git.example/me/ttun/raw/HEAD/docs/demo.svg" in targets
+    assert "https://git.example/me/ttun/blob/HEAD/docs/services.md" in targets
+    assert all(target.startswith(("https://", "#")) for target in targets), targets
 
 
 def test_the_wheel_is_small_and_stripped(wheel: Path) -> None:

@@ -1,9 +1,10 @@
-"""What docs/routers.md advises, as written there: the nftables rules lower the MSS both ways, and
-the packages of Python are enough.
+"""What docs/routers.md advises, as written there: the nftables rules lower the MSS both ways, two
+LANs reach each other, and the packages of Python are enough.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -12,11 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, ROOT, SERVER, Bench
+from tunnel import CLIENT, ROOT, SERVER, SERVER_ADDRESS, Bench, End, eventually, in_namespace
 
-from ttun.lab import netns
+from ttun.lab import netns, traffic
+from ttun.lab.netns import LinkEnd, Namespaces
 
-RULES = re.search(r"```nft\n(.*?)```", (ROOT / "docs" / "routers.md").read_text(), re.DOTALL)[1]
+DOC = (ROOT / "docs" / "routers.md").read_text()
+RULES = re.search(r"```nft\n(.*?)```", DOC, re.DOTALL)[1]
+SYSCTL = re.search(r"```sysctl\n(.*?)```", DOC, re.DOTALL)[1]
+SITES = re.findall(
+    r"^# .* on the (\w+), whose LAN is (\S+)\.0/24\nOPTIONS=(.*)$", DOC, re.MULTILINE
+)
 MTU = 1280
 HEADERS = {"4": 40, "6": 60}
 LAN = {"4": "198.51.100.2", "6": "2001:db8:1::2"}  # RFC 5737, RFC 3849
@@ -109,6 +116,48 @@ def test_the_rules_lower_the_mss_both_ways(
     rules.write_text(RULES)
     bench.run(CLIENT, "nft", "-f", str(rules))
     assert max(segment_sizes(bench, lan, version)) <= fits
+
+
+class TwoLans(Namespaces):
+    """The two routers of "LAN to LAN", and a host behind each."""
+
+    def __init__(self) -> None:
+        super().__init__(*(f"{kind}_{role}" for role, _, _ in SITES for kind in ("router", "lan")))
+
+    def _join(self) -> None:
+        self.link(
+            LinkEnd("router_server", "eth0", [f"{SERVER_ADDRESS}/24"]),
+            LinkEnd("router_client", "eth0", ["192.0.2.2/24"]),
+        )
+        for role, lan, _ in SITES:
+            self.link(
+                LinkEnd(f"router_{role}", "eth1", [f"{lan}.1/24"]),
+                LinkEnd(f"lan_{role}", "eth0", [f"{lan}.2/24"]),
+            )
+            netns.ip("-n", self.names[f"lan_{role}"], "route", "add", "default", "via", f"{lan}.1")
+            in_namespace(self.names[f"router_{role}"], forward_as_written)
+
+
+def forward_as_written() -> None:
+    for name, value in re.findall(r"^(\S+) = (\S+)$", SYSCTL, re.MULTILINE):
+        Path("/proc/sys", *name.split(".")).write_text(value)
+
+
+@pytest.mark.hosts
+def test_two_lans_reach_each_other_as_the_page_says(tmp_path: Path) -> None:
+    with TwoLans() as hosts, contextlib.ExitStack() as running:
+        for role, _, options in SITES:
+            here = options.replace("vpn.example.net", SERVER_ADDRESS).split()
+            command = [role, "-k", "secret", *here]
+            end = End(hosts, f"router_{role}", command, tmp_path / f"{role}.log")
+            running.callback(end.kill)
+        for (role, _, _), (_, other, _) in zip(SITES, reversed(SITES)):
+            lan = hosts.names[f"lan_{role}"]
+
+            def answered(lan: str = lan, address: str = f"{other}.2") -> bool:
+                return in_namespace(lan, lambda: traffic.ping(address, 1, 0)) != [None]
+
+            eventually(answered, f"a ping from the LAN of the {role} to the other one")
 
 
 WITHOUT_CTYPES = """
