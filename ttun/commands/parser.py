@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         type=int,
         default=64,
         metavar="MIB",
-        help="amount to send each way and verify by SHA-256 (default: %(default)s MiB)",
+        help="how much to send each way (default: %(default)s MiB)",
     )
     _bench_commands(_command(commands, "bench", "measure how fast it is on this machine"))
     show = _command(commands, "show", "what the tunnels of this machine are doing")
