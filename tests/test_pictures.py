@@ -96,7 +96,7 @@ def test_the_chart_of_the_docs_has_the_figures_of_their_table() -> None:
     for row in (
         "one stream up, Gbit/s",
         "one stream down, Gbit/s",
-        "64-byte datagrams per second",
+        "64-byte datagrams per second, flooded |",
         "CPU seconds per million 64-byte datagrams, evenly",
         "ping during one",
     ):

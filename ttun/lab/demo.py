@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,8 +55,10 @@ def run(size: int) -> int:
     for name, figure, good in rows:
         state = terminal.colored("ok  ", "green") if good else terminal.colored("FAIL", "red")
         print(f"  {state}  {name:<34} {figure}")
-    print(f"\nThroughput: {SECONDS:g} s each way. Both ends and the load share this machine")
-    print(f"({machine.name()}).")
+    shared = f"Both ends and the load share {machine.name()}."
+    print(
+        "\n" + textwrap.fill(f"One TCP stream: {SECONDS:g} s each way. {shared}", terminal.width())
+    )
     print("The tunnel works." if not failed else "The tunnel does not work: see FAIL above.")
     return 1 if failed else 0
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ matplotlib.rcParams.update({
     "svg.hashsalt": "ttun",  # the same figures give the same file
     "font.family": "sans-serif",
     "font.size": 9,
-    "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+    "axes.prop_cycle": matplotlib.rcsetup.cycler("color", SERIES),
     "legend.frameon": False,
     "grid.color": GRID,
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER),
@@ -42,6 +43,7 @@ matplotlib.rcParams.update({
                      "xtick.color", "ytick.color"), INK),
 })  # fmt: skip
 WIDTH, ROW = 11, 0.35  # inches of a chart, of a target in one panel
+CAPTION = 150  # characters of a line
 
 Panels = list[tuple[str, str, tuple[str, ...]]]  # title, what is better, figures
 HIGHER, LOWER = "higher is better", "lower is better"
@@ -102,7 +104,7 @@ def _draw_bars(panels: Panels, rows: dict[str, dict[str, float]], caption: str, 
             bars = axis.barh(places, [v if math.isfinite(v) else 0 for v in values], height * 0.9)
             axis.bar_label(bars, [_shown(v) for v in values], padding=3)
         axis.set_yticks([row + (len(columns) - 1) * height / 2 for row in range(len(names))], names)
-        axis.margins(x=0.15)
+        axis.margins(x=0.15, y=0.02)
         axis.set_xticks([])  # each bar has its figure
         axis.tick_params(left=False)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
@@ -147,8 +149,9 @@ def _set_title(axis: Any, title: str, better: str) -> None:
 
 
 def _save(figure: Any, caption: str, file: Path) -> None:
-    figure.text(0.01, 0.01, caption)
-    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
+    lines = textwrap.wrap(caption, CAPTION)
+    figure.text(0.01, 0.01, "\n".join(lines))
+    figure.tight_layout(rect=(0, (0.15 + 0.17 * len(lines)) / figure.get_figheight(), 1, 1))
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     dark = "".join(

@@ -1,10 +1,10 @@
-"""What a measurement does now, and about how long the rest of it takes, on stderr.
+"""Report on stderr what a measurement does now, and about how long the rest takes.
 
-On a terminal that is one line, rewritten each second and removed at the end. Elsewhere each part is
-a line of its own. stdout has the results alone.
+On a terminal this is one line, rewritten each second and removed at the end. Elsewhere each part is
+a line of its own. stdout has only the results.
 
-The time left comes from the plan (how many seconds each step should take) and, the further the
-measurement is, from how long the steps so far really took.
+The time left is the plan (how many seconds each step should take) at first. The more of the plan is
+done, the more the time left follows the measured pace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 
 STDERR = 2
 INTERVAL = 1.0  # seconds between two updates of the time left
-LEARNED = 0.1  # of the plan: from then on the time left comes from the measured pace alone
 ERASE = "\r\033[K"  # console_codes(4)
 
 
@@ -93,9 +92,8 @@ class Progress:
 def seconds_left(planned: float, done: float, took: float) -> float:
     """Return how long the rest of a plan takes. done: planned seconds that took so many."""
     part = min(1.0, done / planned)
-    weight = min(1.0, part / LEARNED)
     pace = took / done if done else 1.0
-    return (planned - min(done, planned)) * (weight * pace + 1 - weight)
+    return planned * (1 - part) * (part * pace + 1 - part)
 
 
 def duration(seconds: float) -> str:
