@@ -39,7 +39,7 @@ from ttun.lab.netns import CLIENT, SERVER, Hosts
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, COLUMNS = 40, 80
 SETTLED = 0.02  # seconds: a screen that changes sooner than that is not drawn
-LONGEST = 120  # seconds that a command may run
+LONGEST = 600  # seconds that a command may run
 LOAD = "sleep 2; {0} flood 10.1.1.1 5001 1 6; sleep 2; {0} drain 10.1.1.1 5001 1 9"
 WIDTH, HEIGHT, MARGIN = 7.83, 19, 14  # of a character, of a line, around everything: pixels
 STYLES = {"1": "bold", "31": "red", "32": "green", "33": "yellow"}  # by SGR parameter
