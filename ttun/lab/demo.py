@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,10 +54,8 @@ def run(size: int) -> int:
     for name, figure, good in rows:
         state = terminal.colored("ok  ", "green") if good else terminal.colored("FAIL", "red")
         print(f"  {state}  {name:<34} {figure}")
-    shared = f"Both ends and the load share {machine.name()}."
-    print(
-        "\n" + textwrap.fill(f"One TCP stream: {SECONDS:g} s each way. {shared}", terminal.width())
-    )
+    where = f"Both ends and the load share {machine.name()}."
+    print("", *terminal.wrapped(f"One TCP stream: {SECONDS:g} s each way. {where}", 0), sep="\n")
     print("The tunnel works." if not failed else "The tunnel does not work: see FAIL above.")
     return 1 if failed else 0
 
