@@ -71,6 +71,7 @@ def test_charts_say_what_is_better_and_where_it_was_measured(tmp_path: Path) -> 
     plot.draw_link([0, 1], [summary] * 2, "a machine", tmp_path / "lines.svg")
     for name in ("bars", "lines"):
         texts = labels(tmp_path / f"{name}.svg")
+        assert "prefers-color-scheme:dark" in (tmp_path / f"{name}.svg").read_text()
         assert "a machine" in texts
         assert sum("is better)" in text for text in texts) == 4
 
