@@ -134,7 +134,7 @@ def tunnel(
                 figures["down_ratio"] = figures["down"] / bare["down"]
                 results[target.name].append(figures)
     medians = {name: _medians(runs) for name, runs in results.items() if runs}
-    how = f"medians of {rounds} x {seconds:g} s" if rounds > 1 else f"one round of {seconds:g} s"
+    how = table.rounds(rounds, seconds)
     print(f"{machine.name()}\n{how}\n")
     print(f"{_tables(medians)}\n\n{LEGEND}")
     report = {

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ttun.errors import TtunError, UsageError
-from ttun.lab import link_report, machine, netns
+from ttun.lab import link_report, machine, netns, table
 from ttun.lab.demo import end
 from ttun.lab.link_emulator import Link, LinkedHosts, choose
 from ttun.lab.netns import CLIENT, SERVER
@@ -172,8 +172,9 @@ def run(
         {name: link_report.summary(figures) for name, figures in results.items() if figures}
         for results in runs
     ]
-    how = f"{plan.link}; {plan.congestion}; {plan.rounds} x {plan.seconds:g} s"
-    print(link_report.render([machine.name(), how], plan.losses, summaries))
+    how = f"{plan.link}; {plan.congestion}"
+    often = table.rounds(plan.rounds, plan.seconds)
+    print(link_report.render([machine.name(), how, often], plan.losses, summaries))
     report = {
         "ttun": __version__,
         "machine": machine.describe(),
@@ -192,7 +193,7 @@ def run(
     if json_file is not None:
         Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
     if plot_file is not None:
-        plot.draw_link(plan.losses, summaries, f"{machine.name()}; {how}", Path(plot_file))
+        plot.draw_link(plan.losses, summaries, f"{machine.name()}; {how}; {often}", Path(plot_file))
     return 0 if all(len(each) == len(names) for each in summaries) else 1
 
 

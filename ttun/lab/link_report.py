@@ -16,7 +16,7 @@ MOST_LOSSES = 6  # columns of a table, which has to fit 80
 GOODPUT = {"up_1": "1 up", "down_1": "1 down", "up_8": "8 up", "down_8": "8 down"}
 BESIDE = {"idle": "idle", "down": "during a download", "up": "during an upload"}
 
-UP = "1, 8: streams at once. up: client to server."
+UP, STREAMS = "up: client to server.", "1, 8: streams at once. "
 
 Summary = dict[str, dict[str, float]]  # kind of figure -> figure -> value
 
@@ -62,9 +62,10 @@ def render(
     heading: Sequence[str], losses: Sequence[float], summaries: Sequence[dict[str, Summary]]
 ) -> str:
     """Return a table for each kind of figure, with a line for each target."""
-    groups = _one_loss(summaries[0]) if len(losses) == 1 else _many_losses(losses, summaries)
+    one = len(losses) == 1
+    groups = _one_loss(summaries[0]) if one else _many_losses(losses, summaries)
     lost = f"loss each way: {', '.join(f'{loss:g}' for loss in losses)} %"
-    return "\n".join([*heading, lost, "", table.render(groups), "", UP])
+    return "\n".join([*heading, lost, "", table.render(groups), "", STREAMS * one + UP])
 
 
 def _one_loss(found: dict[str, Summary]) -> list[table.Group]:

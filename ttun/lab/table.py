@@ -25,6 +25,11 @@ class Group(NamedTuple):
     rows: Mapping[str, Sequence[str]]
 
 
+def rounds(number: int, seconds: float) -> str:
+    """Return in words how often, and for how long, each figure was measured."""
+    return f"{'one round' if number == 1 else f'medians of {number} rounds'} of {seconds:g} s"
+
+
 def render(groups: Sequence[Group]) -> str:
     """Return the tables. A name without cells in a group has dashes there."""
     names = list(dict.fromkeys(name for group in groups for name in group.rows))
