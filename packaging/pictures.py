@@ -169,7 +169,8 @@ def texts(screens: Screens) -> Iterator[tuple[int, Line, float, float | None]]:
 def draw(typed: str, screens: Screens, file: Path, columns: int = COLUMNS) -> None:
     """Draw a command line and what it showed."""
     height = (1 + max(len(lines) for _, lines in screens)) * HEIGHT + 2 * MARGIN
-    width, top, typed = round(columns * WIDTH) + 2 * MARGIN, MARGIN + 13, html.escape(typed)
+    width, top = round(columns * WIDTH) + 2 * MARGIN, MARGIN + 13
+    typed = html.escape(typed[: columns - 2])
     svg = f"""\
 <svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" \
 viewBox="0 0 {width} {height}" role="img">
