@@ -344,7 +344,12 @@ def test_the_demo_ends_with_a_table_and_leaves_nothing() -> None:
     out, err = demo.communicate(timeout=100)
     assert demo.returncode == 0, err
     assert "The tunnel works." in out
-    assert out.count("  ok  ") == 7
-    assert out.count("whole, ") == 2
+    assert out.count("  ok  ") == 9
+    assert out.count("SHA-256 matches") == 2
+    rates = [float(rate) for rate in re.findall(r"one TCP stream, .* ([\d.]+) Gbit/s", out)]
+    assert len(rates) == 2
+    assert min(rates) > 0.1
+    assert "\033" not in out + err, "plain lines in a pipe"
+    assert "... throughput, server to client\n" in err
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     assert f"ttun-{demo.pid}-" not in left.stdout

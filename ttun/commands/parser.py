@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     demo.add_argument(
         "--size",
         type=int,
-        default=256,
+        default=64,
         metavar="MIB",
         help="how much to send each way (default: %(default)s MiB)",
     )
