@@ -127,7 +127,7 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
         relay.close()
     assert sorted(times)[10] < 2
     assert max(times) < 5, "0.5 s are usual"
-    assert re.search(r"and \d{2,} more handshakes failed in the last \d+ s", server.log())
+    assert re.search(r"\d{2,} more handshakes failed in the last \d+ s", server.log())
     lines = len(server.log().splitlines())
     print(f"{lines} lines")
     assert lines < 20 * 2 * (summary.MOST + 5)

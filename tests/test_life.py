@@ -263,7 +263,7 @@ def test_what_a_callback_raises_is_a_line_and_the_session_stays(plain: Bench) ->
         """,
     )
     assert "peer: True over: False" in printed
-    assert printed.count("a callback failed: ValueError: mine") == 2
+    assert printed.count("callback failed: ValueError: mine") == 2
     assert "no peer: None" in printed
     assert client.log().count("authenticated") == 1
 

@@ -153,7 +153,7 @@ def test_a_packet_that_fits_no_frame_is_dropped_and_counted(rig: Rig) -> None:
 @pytest.mark.parametrize("length", [0, 1, 15])
 def test_a_length_below_the_tag_ends_it_after_what_came_before(rig: Rig, length: int) -> None:
     rig.peer.sock.sendall(rig.peer.sending.seal(b"last") + struct.pack(">H", length) + bytes(100))
-    assert rig.ended() == f"the peer sent a frame with a length of {length}, less than its tag"
+    assert rig.ended() == f"the peer sent a frame of length {length}, shorter than the tag"
     assert rig.receive() == b"last"
 
 
@@ -177,7 +177,7 @@ def test_a_repeated_frame_ends_it(rig: Rig) -> None:
 def test_an_end_in_the_middle_of_a_frame_is_told(rig: Rig, size: int) -> None:
     rig.peer.sock.sendall(rig.peer.sending.seal(bytes(100))[:size])
     rig.peer.sock.close()
-    assert rig.ended() == f"the connection ended {size} bytes into a frame"
+    assert rig.ended() == f"connection closed {size} bytes into a frame"
 
 
 def test_everything_before_the_end_is_delivered(rig: Rig) -> None:

@@ -98,7 +98,7 @@ def test_a_full_tunnel_to_a_name_connects_and_comes_back(
     server.stop()
     plain.server()
     client.says("authenticated", times=2, seconds=60)
-    assert "dialling its last addresses" in client.log()
+    assert "using its last addresses" in client.log()
     plain.answers()
 
 
@@ -109,7 +109,7 @@ def test_while_a_name_does_not_resolve_there_is_no_device(
     name_server.address = None
     plain.server()
     client = plain.client(*FULL, to=NAME)
-    client.says(f"cannot look up {NAME}", times=2, seconds=30)
+    client.says(f"cannot resolve {NAME}", times=2, seconds=30)
     assert plain.devices(CLIENT) == []
     name_server.address = SERVER_ADDRESS
     client.says("authenticated", seconds=30)
@@ -151,7 +151,7 @@ def test_a_route_that_catches_all_addresses_of_a_name_is_refused(
 ) -> None:
     client = plain.client("--route", f"{SERVER_ADDRESS}/32", to=NAME)
     assert client.ended() == 2
-    assert "would carry the tunnel's own way" in client.log().splitlines()[-1]
+    assert "would route the tunnel's own connection" in client.log().splitlines()[-1]
 
 
 @pytest.mark.hosts
@@ -162,7 +162,7 @@ def test_of_a_names_addresses_the_one_that_a_route_catches_is_not_dialled(
     with names(tmp_path, two=["192.0.2.3", SERVER_ADDRESS]):
         client = plain.client("--route", "192.0.2.3/32", to="two")
         failed = client.says("cannot connect to two:20203: ")
-        assert "the route to 192.0.2.3/32 would carry the tunnel's own way to 192.0.2.3" in failed
+        assert "192.0.2.3/32 would route the tunnel's own connection to 192.0.2.3" in failed
         assert f"{SERVER_ADDRESS}:20203: Connection refused" in failed
         plain.server()
         client.says("authenticated")

@@ -102,7 +102,7 @@ def stays(end: Watched) -> None:
 
 
 def removed(address: str) -> str:
-    return f"the connection's local address {address} was removed"
+    return f"local address {address} was removed"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_link_that_is_down_is_waited_for_unless_there_is_another_way(
         with plain.link_down(CLIENT):
             stays(end)
             with another_way(end):
-                goes(end, f"the link of the connection's local address {OURS4} is down")
+                goes(end, f"the link of local address {OURS4} is down")
 
 
 def test_a_link_that_is_gone_ends_its_connection(plain: Bench, end: Watched) -> None:
@@ -232,7 +232,7 @@ def test_multipath_tcp_lives_while_one_of_its_paths_does(plain: Bench) -> None:
             end.ip("address", "del", f"{addresses[CLIENT]}/24", "dev", "wc")
             goes(
                 end,
-                f"the connection's local addresses {OURS4} and {addresses[CLIENT]} were removed",
+                f"local addresses {OURS4} and {addresses[CLIENT]} were removed",
             )
     finally:
         for host in (SERVER, CLIENT):

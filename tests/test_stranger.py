@@ -154,7 +154,7 @@ def test_many_addresses_of_one_ipv6_network_are_one(plain: Bench) -> None:
                     socket.create_connection(("2001:db8::1", 20203), 15, source) for _ in range(30)
                 ],
             )
-        server.says("too many unfinished handshakes")
+        server.says("too many pending handshakes")
         assert server.usage()[0] < 64 + 30, "180 connections were made"
         for sock in socks:
             sock.close()

@@ -39,7 +39,7 @@ def test_a_new_client_takes_over_at_once(plain: Bench) -> None:
     assert time.monotonic() - started < 5, "0.05 s are usual"
     assert is_gone(first)
     name = "{}:{}".format(*second.sock.getsockname())
-    assert f"{name} took over; sent" in server.log()
+    assert f"{name} took over; uplink" in server.log()
     assert server.log().count("another client may take over") == 2
     second.sock.close()
     assert "the peer closed the connection" in server.says("disconnected", times=2)

@@ -31,21 +31,21 @@ def parse_host_port(
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or not host:
-            raise UsageError(f"{text!r}: an IPv6 address looks like [2001:db8::1]:PORT")
+            raise UsageError(f"{text!r}: write IPv6 addresses as [2001:db8::1]:PORT")
     else:
         host, colon, port = text.partition(":")
         rest = colon + port
         if ":" in port or "]" in host:
-            raise UsageError(f"{text!r}: put an IPv6 address in brackets, as in [2001:db8::1]:PORT")
+            raise UsageError(f"{text!r}: put IPv6 addresses in brackets, as in [2001:db8::1]:PORT")
     if not host and not any_host:
-        raise UsageError(f"{text!r}: a host is missing before the colon")
+        raise UsageError(f"{text!r}: the host is missing")
     if len(host) > MAX_HOST:
-        raise UsageError(f"the host {host[:20]!r}... has more than {MAX_HOST} characters")
+        raise UsageError(f"host {host[:20]!r}... has more than {MAX_HOST} characters")
     if not rest and default is None:
-        raise UsageError(f"{text!r}: a port is missing, as in HOST:PORT")
+        raise UsageError(f"{text!r}: the port is missing (use HOST:PORT)")
     number = parse_port(rest[1:], least) if rest else default
     if number is None or rest[:1] not in ("", ":"):
-        raise UsageError(f"{text!r}: the port is a number from {least} to 65535")
+        raise UsageError(f"{text!r}: the port must be a number from {least} to 65535")
     return Address(host, number)
 
 

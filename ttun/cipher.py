@@ -48,8 +48,8 @@ def by_name(name: str) -> Cipher:
         raise UsageError(f"unknown cipher {name!r}: choose {' or '.join(reversed(CIPHERS))}")
     if CIPHERS[name].without_aes == "absent" and not sodium.HAS_AES:
         raise TtunError(
-            f"{name} needs AES instructions, which this processor lacks: "
-            f"use -m {EVERYWHERE.name} on both ends"
+            f"{name} requires AES instructions, which this processor lacks "
+            f"(use -m {EVERYWHERE.name} on both ends)"
         )
     return CIPHERS[name]
 
@@ -81,7 +81,7 @@ class CipherState:
         frame = ffi.new("uint8_t[]", PREFIX + len(packet) + self.cipher.tag_size)
         size = lib.ttun_seal(self.c, frame, ffi.from_buffer(packet), len(packet))
         if size == 0:
-            raise ValueError(f"a packet of {len(packet)} bytes fits no frame")
+            raise ValueError(f"packet too large for a frame: {len(packet)} bytes")
         return bytes(ffi.buffer(frame, size))
 
     def open(self, ciphertext: bytes) -> bytes | None:

@@ -161,7 +161,7 @@ class Client(Endpoint):
                 raise
             except OSError as error:
                 wait = backoff.after_failure(time.monotonic())
-                log.info("cannot look up %s; trying again in %.1f s", error, wait)
+                log.info("cannot resolve %s; retrying in %.1f s", error, wait)
                 self._stop.wait(wait)
         raise InterruptedError
 
@@ -196,14 +196,14 @@ class Client(Endpoint):
         end = time.monotonic() + seconds
         while not self._stop.is_set() and (left := end - time.monotonic()) > 0:
             if why := self._why_dead():
-                log.info("dialling now: %s", why)
+                log.info("reconnecting now: %s", why)
                 return
             self._turn(left)
 
     def _why_dead(self) -> str | None:
         assert self._watch is not None
         if self._watch.suspended:
-            return f"the machine was suspended for {self._watch.suspended:.0f} s"
+            return f"the system was suspended for {self._watch.suspended:.0f} s"
         return super()._why_dead()
 
     def _caught(self, address: str) -> str | None:
@@ -212,7 +212,7 @@ class Client(Endpoint):
         route = catching(self._settings.routes, address, self._device.name)
         if route is None:
             return None
-        return f"the route to {route} would carry the tunnel's own way to {address}"
+        return f"{route} would route the tunnel's own connection to {address} into the tunnel"
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
         """Dial each address and shake hands, until one has proved the key.

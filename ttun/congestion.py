@@ -54,7 +54,7 @@ def checked(name: str) -> str:
     """Return a name that may be one of a congestion control. Raises UsageError."""
     if not 0 < len(name) <= NAME_MAX or not name.isascii() or not name.isprintable() or " " in name:
         raise UsageError(
-            f"{name!r} is no congestion control: {AUTO}, {SYSTEM}, or one of "
+            f"unknown congestion control {name!r}: choose {AUTO}, {SYSTEM}, or one of "
             "net.ipv4.tcp_available_congestion_control"
         )
     return name
@@ -162,7 +162,7 @@ def _set(sock: socket.socket, name: str) -> None:
 
 def _why(name: str, error: OSError) -> str:
     if error.errno == errno.ENOENT:
-        return f"this kernel does not have it, or its module is not loaded (modprobe tcp_{name})"
+        return f"not in this kernel, or module not loaded (modprobe tcp_{name})"
     if error.errno == errno.EPERM:
-        return "net.ipv4.tcp_allowed_congestion_control does not allow it"
+        return "not in net.ipv4.tcp_allowed_congestion_control"
     return os.strerror(error.errno or 0)

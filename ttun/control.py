@@ -124,7 +124,7 @@ class Control:
                 self.rtt = time.monotonic() - self._pinged_at
                 self._ping = b""
         elif kind != self._expected and (self._expected or kind != self._first()):
-            raise ProtocolError(f"the peer sent a {NAMES[kind]} frame out of place")
+            raise ProtocolError(f"the peer sent an unexpected {NAMES[kind]} frame")
         elif kind == lib.TTUN_REKEY:
             self._go_on(body)
         else:
@@ -141,7 +141,7 @@ class Control:
             self._acknowledged, self._progress_at = acknowledged, now
         silence = lib.ttun_session_silence(self._c) / 1000
         if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= DEAD_AFTER:
-            raise ProtocolError(f"no sign of life from the peer for {silence:.0f} s")
+            raise ProtocolError(f"peer timed out: last received {silence:.0f} s ago")
         if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:
             self._send_ping()
         self._check_key(now)
@@ -170,7 +170,7 @@ class Control:
 
     def _check_key(self, now: float) -> None:
         if self._expected is not None and now - self._rekey_at >= REKEY_TIMEOUT:
-            raise ProtocolError("the peer did not go on with fresh keys")
+            raise ProtocolError("the peer did not complete the rekey")
         most = max(now - before for now, before in zip(self._bytes(), self._carried))
         if most > 0 and self._used_since is None:
             # The first packet came after the last look. Who has to act takes the key for older.
@@ -181,7 +181,7 @@ class Control:
         if now - self._used_since < self._limits.seconds and most < self._limits.bytes:
             return
         if not self._agreement.is_client:
-            raise ProtocolError("the peer let twice the life of a key pass")
+            raise ProtocolError("the peer did not rekey in time")
         self._pair = KeyPair()
         self._expect(lib.TTUN_REKEY)
         self._post(lib.TTUN_REKEY, self._pair.public)
@@ -200,7 +200,7 @@ class Control:
         self._agreement.rekey(pair, public)
         sending, receiving = self._agreement.states()
         if lib.ttun_session_rekey(self._c, sending.c, receiving.c) != 0:
-            raise ProtocolError("the peer began another rekey too early")
+            raise ProtocolError("the peer began a rekey during another")
         self._expect(lib.TTUN_SWITCH)
         if self._agreement.is_client:
             self._post(lib.TTUN_SWITCH)

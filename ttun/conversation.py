@@ -12,7 +12,7 @@ from typing import Generic, TypeVar, cast
 
 from ttun.errors import ProtocolError
 
-CLOSED = "it closed the connection before the handshake was over"
+CLOSED = "connection closed during the handshake"
 Result = TypeVar("Result")
 
 
@@ -45,7 +45,7 @@ class Conversation(Generic[Result]):
                     data, self._wanted = self._steps.send(self._take(self._wanted))
                 # An answer is far less than an empty socket buffer takes at once.
                 if data and self._sock.send(data) != len(data):
-                    raise OSError("it does not read what it is sent")
+                    raise OSError("the peer does not read")
         except BlockingIOError:
             return None
         except StopIteration as done:

@@ -69,7 +69,7 @@ class Device:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
             if _is_taken(name):
-                raise TtunError(f"there is a device {name} already: choose another name") from None
+                raise TtunError(f"device {name} already exists (choose another name)") from None
             raise TtunError(_why_no_device(error)) from None
         try:
             self.name: str = self._tun.name
@@ -84,7 +84,7 @@ class Device:
             raise
         except OSError as error:
             self.close()
-            raise TtunError(f"cannot set up {self.name}: {error.strerror or error}") from None
+            raise TtunError(f"cannot configure {self.name}: {error.strerror or error}") from None
 
     def _configure(self, addresses: Addresses, mtu: int, queue: int) -> None:
         self._tun.mtu = mtu
@@ -99,7 +99,7 @@ class Device:
         self._tun.up()
         shown = [str(addresses.ipv4)]
         if mtu < MIN_IPV6_MTU:
-            log.info("no IPv6 in the tunnel: it needs an MTU of %d or more", MIN_IPV6_MTU)
+            log.info("no IPv6 in the tunnel: the MTU is below %d", MIN_IPV6_MTU)
         else:
             try:
                 self._add_ipv6(addresses.ipv6)
@@ -147,7 +147,7 @@ def _open(name: str, offload: bool) -> tuple[Any, int]:
         except OSError as error:
             if error.errno != errno.EINVAL or _is_taken(name):
                 raise
-            log.info("no offload: this kernel has no vnet header")
+            log.info("no offload: this kernel lacks IFF_VNET_HDR")
         else:
             for wanted, bits in OFFLOADS:
                 with contextlib.suppress(OSError):
@@ -165,11 +165,11 @@ def _why_no_device(error: OSError) -> str:
     node = "/dev/net/tun"
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return (
-            f"there is no {node}: modprobe tun, or in a container: "
-            f"mkdir -p /dev/net && mknod {node} c 10 200"
+            f"{node} not found (modprobe tun; in a container: "
+            f"mkdir -p /dev/net && mknod {node} c 10 200)"
         )
     if error.errno == errno.EACCES:
-        return f"{node} may not be opened by this user: run it with sudo"
+        return f"cannot open {node}: permission denied (run with sudo)"
     if error.errno == errno.EPERM:
-        return "the kernel refuses a TUN device here: it needs CAP_NET_ADMIN over this network"
+        return "cannot create a TUN device: CAP_NET_ADMIN required in this network namespace"
     return f"cannot open {node}: {error.strerror or error}"

@@ -157,7 +157,7 @@ def describe(lacks: list[Lack]) -> str:
     remedies = [f"sudo {lack.remedy}" for lack in lacks if lack.remedy]
     if not remedies:
         return f"{', '.join(whats)} (set addresses and routes there, or restart ttun)"
-    return f"{', '.join(some(whats))} (put back: {'; '.join(some(remedies))}; or restart ttun)"
+    return f"{', '.join(some(whats))} (to restore: {'; '.join(some(remedies))}; or restart ttun)"
 
 
 def is_up(link: Message) -> bool:

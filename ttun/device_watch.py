@@ -112,7 +112,7 @@ class DeviceWatch:
         if not self._complained:
             self._complained = True
             why = error.strerror or error
-            log.warning("changes of %s may go unnoticed: netlink: %s", self._device.name, why)
+            log.warning("cannot monitor %s: netlink: %s", self._device.name, why)
 
     def _judge(self, reader: StateReader, seen: Seen, now: float) -> None:
         if not self._read_before:  # not every kernel makes the same ones
@@ -122,7 +122,7 @@ class DeviceWatch:
         self.missing = [lack.what for lack in lacks]
         self._follow_name(seen, now)
         if self._put_back and self._may_say(now):
-            log.info("put back on %s: %s", self._device.name, ", ".join(self._put_back))
+            log.info("restored on %s: %s", self._device.name, ", ".join(self._put_back))
         self._put_back = []
         if not self._mend(reader, lacks, now):
             self._say(lacks, now)
@@ -135,7 +135,7 @@ class DeviceWatch:
     def _follow_name(self, seen: Seen, now: float) -> None:
         if seen.name is not None and seen.name != self._device.name:
             if self._may_say(now):
-                log.info("%s was renamed: it is %s now", self._device.name, seen.name)
+                log.info("%s was renamed to %s", self._device.name, seen.name)
             self._device.name = seen.name
 
     # ---- what is missing ----
@@ -169,7 +169,7 @@ class DeviceWatch:
         if after - before:
             log.warning("%s changed: %s", self._device.name, describe(lacks))
         elif lacks:
-            log.warning("%s is not complete yet: %s", self._device.name, describe(lacks))
+            log.warning("%s is still incomplete: %s", self._device.name, describe(lacks))
         else:
             log.info("%s is complete again", self._device.name)
 

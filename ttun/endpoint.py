@@ -72,7 +72,7 @@ class Endpoint(abc.ABC):
             raise UsageError("the key is empty")
         for callback in (on_connected, on_disconnected):
             if callback is not None and not callable(callback):
-                raise UsageError(f"a callback has to be callable, not {type(callback).__name__}")
+                raise UsageError(f"a callback must be callable, not {type(callback).__name__}")
         self._settings = settings
         self._terms = agreeable(settings.wire, settings.cipher, settings.mtu)
         self._k = psk_key(key)
@@ -99,7 +99,7 @@ class Endpoint(abc.ABC):
     def open(self) -> None:
         """Open the device (and the server's port): all that takes privileges. Raises TtunError."""
         if not self._take("open"):
-            raise TtunError(f"this {self.role} was opened before: make another one")
+            raise TtunError(f"this {self.role} was already opened (create another)")
         try:
             log.info("ttun %s %s", __version__, self.role)
             self._prepare()
@@ -119,7 +119,7 @@ class Endpoint(abc.ABC):
                 raise InterruptedError
         except InterruptedError:
             self._finish()
-            raise TtunError("stopped while it was opened") from None
+            raise TtunError("stopped while opening") from None
         except BaseException:
             self._finish()
             raise
@@ -129,7 +129,7 @@ class Endpoint(abc.ABC):
         if "open" not in self._taken:
             self.open()
         if not self._is_open or not self._take("start"):
-            raise TtunError(f"this {self.role} was started before: make another one")
+            raise TtunError(f"this {self.role} was already started (create another)")
         thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
         try:
             self._begin()
@@ -257,7 +257,7 @@ class Endpoint(abc.ABC):
                 except LACKS as error:
                     # No descriptor, thread or memory: others give theirs back sooner or later.
                     wait = LACK_FIRST if time.monotonic() - began > LACK_MOST else wait
-                    log.warning("%s: trying again in %.0f s", reason(error), wait)
+                    log.warning("%s; retrying in %.0f s", reason(error), wait)
                     self._stop.wait(wait)
                     wait = min(2 * wait, LACK_MOST)
         except TtunError as error:
@@ -276,7 +276,7 @@ class Endpoint(abc.ABC):
             if self._watch is not None:
                 self._watch.close()
         except Exception as error:
-            log.warning("at the end: %s", reason(error))
+            log.warning("cleanup failed: %s", reason(error))
         finally:
             if self._device is not None:
                 self._device.close()
@@ -289,7 +289,7 @@ class Endpoint(abc.ABC):
         watch.look(time.monotonic())
         self._device_name_shown = device.name
         if watch.device_gone:
-            raise TtunError(f"the TUN device is gone: was {device.name} removed?")
+            raise TtunError(f"TUN device lost (was {device.name} removed?)")
         if watch.fileno() >= 0:  # anew each time: after an error nobody waits for it
             self._pending.watch(watch.fileno(), select.POLLIN)
 
@@ -317,7 +317,7 @@ class Endpoint(abc.ABC):
             session = Session(peer.sock, self._device, peer.keys, limits, self._buffers)
         except LACKS as error:
             peer.close()
-            log.warning("no session with %s: %s", peer.name, reason(error))
+            log.warning("cannot start a session with %s: %s", peer.name, reason(error))
             return 0.0
         try:
             self._record = self._record.begun(session, peer)
@@ -339,7 +339,7 @@ class Endpoint(abc.ABC):
             )
             self._tell(self.on_disconnected, peer.name, why)
         if session.device_lost:
-            raise TtunError(f"{why}: was {self._device.name} removed?")
+            raise TtunError(f"{why} (was {self._device.name} removed?)")
         return session.duration
 
     def _attend(self, session: Session, sock: socket.socket) -> None:
@@ -366,7 +366,7 @@ class Endpoint(abc.ABC):
                     newcomer = self._turn()
                 except LACKS as error:  # it is for those outside, not for this session
                     if not lacking:
-                        log.warning("%s: new connections have to wait", reason(error))
+                        log.warning("not accepting connections: %s", reason(error))
                     lacking = True
                     self._stop.wait(1.0)
                     continue
@@ -384,12 +384,12 @@ class Endpoint(abc.ABC):
         try:
             callback(*arguments)
         except BaseException as error:
-            log.exception("a callback failed: %s: %s", type(error).__name__, error)
+            log.exception("callback failed: %s: %s", type(error).__name__, error)
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
         keys: Keys = peer.keys
         log.info(
-            "peer %s authenticated: wire %s, %s%s%s",
+            "peer %s authenticated: protocol %s, %s%s%s",
             peer.name,
             keys.wire,
             keys.sending.cipher.name,

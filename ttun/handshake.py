@@ -35,6 +35,7 @@ from ttun.sodium import KeyPair
 TIMEOUT = 10.0  # seconds
 NONCE_SIZE = 16  # bytes of Nc and of Ns
 MAGIC = b"TTUN/v1\0"
+NOT_X1 = "protocol v1, or different pre-shared key"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Terms:
     cipher: Cipher = EVERYWHERE  # of protocol v1
     offers: list[Cipher] = field(default_factory=list)  # in protocol x1
     features: int = 0  # of this end's device, as in an offer
-    needs_x1: str = "--wire x1 refuses that"  # why, where wire is "x1"
+    needs_x1: str = "--wire x1 requires x1"  # why, where wire is "x1"
 
 
 @dataclass
@@ -156,7 +157,7 @@ def knows_key(
 
 
 def _why_not_x1(terms: Terms) -> str:
-    return f"it speaks wire v1 alone, or has another key: {terms.needs_x1}"
+    return f"{NOT_X1} ({terms.needs_x1})"
 
 
 def _agreed(keys: Keys, agreement: x1.Agreement) -> Keys:
@@ -169,7 +170,7 @@ def _receive_magic(state: CipherState, send_first: bytes) -> _Step:
     """Send, then read frame 0 and make sure that it holds the magic."""
     plaintext = yield from _receive(state, send_first, len(MAGIC), "its first frame")
     if not hmac.compare_digest(plaintext, MAGIC):
-        raise ProtocolError("wrong magic: another version of ttun")
+        raise ProtocolError("wrong magic: incompatible version")
 
 
 def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Frame:
@@ -181,11 +182,11 @@ def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Fr
     prefix = yield send_first, PREFIX
     length = int.from_bytes(prefix, "big")
     if length != size + state.cipher.tag_size:
-        raise ProtocolError(f"not a ttun peer: {what} has a length of {length}")
+        raise ProtocolError(f"not a ttun peer: {what} has length {length}")
     ciphertext = yield b"", length
     plaintext = state.open(ciphertext)
     if plaintext is None:
-        raise ProtocolError("wrong key, or another cipher than ours")
+        raise ProtocolError("authentication failed (different pre-shared key or cipher?)")
     return plaintext
 
 
@@ -198,9 +199,9 @@ def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
         if mtu + offer.tag_size <= lib.TTUN_LENGTH_MAX
     ]
     if not offers:
-        raise UsageError(f"{name} and an MTU of {mtu}: with its tag a packet fits no frame")
+        raise UsageError(f"MTU {mtu} is too large for {name}")
     if cipher is None or cipher.in_v1:
         return Terms(wire, cipher or EVERYWHERE, offers)
     if wire == "v1":
-        raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
-    return Terms("x1", EVERYWHERE, offers, needs_x1=f"{cipher.name} needs wire x1")
+        raise UsageError(f"protocol v1 does not support {cipher.name} (remove --wire v1)")
+    return Terms("x1", EVERYWHERE, offers, needs_x1=f"{cipher.name} requires x1")

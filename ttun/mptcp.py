@@ -50,7 +50,7 @@ class Watch:
         silent = silence(self._sock)
         if silent is None or silent < tcp.USER_TIMEOUT:
             return None
-        return f"nothing came from the peer for {silent // 1000} s, over any path"
+        return f"peer timed out: last received {silent // 1000} s ago"
 
 
 def silence(sock: socket.socket) -> int | None:

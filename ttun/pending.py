@@ -32,7 +32,7 @@ from ttun import tcp
 from ttun.conversation import CLOSED, Conversation
 from ttun.errors import ProtocolError, UnrecognizedError
 from ttun.flag import SLICE, Flag
-from ttun.handshake import NONCE_SIZE, TIMEOUT, Keys, Steps
+from ttun.handshake import NONCE_SIZE, NOT_X1, TIMEOUT, Keys, Steps
 from ttun.peer import HalfOpen, Host, Peer
 from ttun.summary import Summary
 
@@ -66,9 +66,9 @@ class Pending:
         self._resume_at: float | None = None  # when the listener is looked at again
         self._room, self._room_at = 1, float("-inf")
         # Many strangers must not fill the disk.
-        self._connected = Summary("and %d more connected")
-        self._failed = Summary("and %d more handshakes failed")
-        self._not_accepted = Summary("and %d more times")
+        self._connected = Summary("%d more connected")
+        self._failed = Summary("%d more handshakes failed")
+        self._not_accepted = Summary("%d more connections not accepted")
 
     def listen(self, host: Host) -> None:
         """Accept the connections of a listener."""
@@ -131,7 +131,7 @@ class Pending:
         self._stop.beat()
         now = time.monotonic()
         for peer in [peer for peer in self._half_open.values() if peer.deadline <= now]:
-            self._drop(peer, f"no handshake within {now - peer.since:.0f} s")
+            self._drop(peer, f"timed out after {now - peer.since:.0f} s")
         self._sum_up(now)
         if self._resume_at is not None and now >= self._resume_at:
             self._resume()
@@ -238,7 +238,7 @@ class Pending:
         least = min(peer.worth(now) for peer in many)
         victims = [peer for peer in many if peer.worth(now) == least]
         victim = victims[0] if least <= 1 else random.choice(victims)
-        self._drop(victim, "too many unfinished handshakes")
+        self._drop(victim, "too many pending handshakes")
 
     # ---- what a peer sends ----
 
@@ -273,7 +273,7 @@ class Pending:
         if (missing := NONCE_SIZE - len(peer.nonce)) > 0:
             data = peer.sock.recv(missing)
             if not data and self._silent:
-                raise UnrecognizedError("it closed the connection before it showed the key")
+                raise UnrecognizedError("connection closed before authentication")
             if not data:
                 raise ProtocolError(CLOSED)
             peer.nonce += data
@@ -290,7 +290,7 @@ class Pending:
     def _hold(self, peer: HalfOpen) -> None:
         """Answer a client later, and notice when it leaves before that."""
         if self._silent and not peer.knows_key:
-            raise UnrecognizedError("it speaks wire v1 alone, or has another key")
+            raise UnrecognizedError(NOT_X1)
         self._limit(peer, HELD_TIMEOUT)
         self._poll.modify(peer.sock, select.POLLRDHUP)
         if peer.source not in self._told and len(self._told) < MOST_HELD:

@@ -55,7 +55,7 @@ def has(capability: int) -> bool:
 def check() -> None:
     """Raise TtunError if this process may not make a network device."""
     if not has(NET_ADMIN):
-        raise TtunError("making a TUN device needs root or CAP_NET_ADMIN: run it with sudo")
+        raise TtunError("a TUN device requires root or CAP_NET_ADMIN (run with sudo)")
 
 
 def forbid_dumps() -> None:
@@ -82,7 +82,7 @@ def find_user(name: str | None) -> User | None:
             return User(DEFAULT_USER, NOBODY, NOBODY)
         if number is not None and number <= MAX_ID:
             return User(name, number, number)
-        raise UsageError(f"there is no user {name!r} here") from None
+        raise UsageError(f"no such user: {name!r}") from None
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 
@@ -96,25 +96,25 @@ def drop(user: User | None, *, required: bool) -> None:
     while lib.prctl(lib.PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
         lib.prctl(lib.PR_CAPBSET_DROP, capability, 0, 0, 0)
         capability += 1
-    done = f"going on as user {os.geteuid()}"
+    done = f"dropped privileges: user {os.geteuid()}"
     if user is not None:
         try:
             _become(user)
-            done = f"going on as user {user.name}"
+            done = f"dropped privileges: user {user.name}"
         except OSError as error:
-            why = f"cannot become the user {user.name}: {_why_not(error)}"
+            why = f"cannot switch to user {user.name}: {_why_not(error)}"
             if required:
                 raise TtunError(why) from None
             done = f"{why}; {done}"
     drop_capabilities()
     forbid_dumps()  # the kernel forgets that when the user changes
-    log.info("%s, without capabilities", done)
+    log.info("%s, no capabilities", done)
 
 
 def drop_capabilities() -> None:
     """Give up those of this thread; the ambient ones go with the permitted ones."""
     if lib.capset(HEADER, bytes(24)) != 0 or lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise TtunError("cannot give up capabilities")
+        raise TtunError("cannot drop capabilities")
 
 
 @contextlib.contextmanager
@@ -163,9 +163,9 @@ def _become(user: User) -> None:
 
 def _why_not(error: OSError) -> str:
     if error.errno == errno.EINVAL:
-        return "this user namespace does not have it"
+        return "not mapped in this user namespace"
     if error.errno == errno.EPERM:
-        return "this process may not change its user"
+        return "CAP_SETUID and CAP_SETGID required"
     return error.strerror or str(error)
 
 

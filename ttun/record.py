@@ -14,11 +14,11 @@ from ttun.peer import Peer
 from ttun.session import Counters, Session
 from ttun.settings import Addresses
 
-DROPPED = {  # counters of packets that did not go through: how many ...
-    "refused": "of the peer's packets were refused by the kernel",
-    "unsendable": "could not be sent",
-    "congested": "were dropped as the link was full",
-    "forged": "of the peer's packets did not add up",
+DROPPED = {  # counters of dropped packets, and why
+    "refused": "rejected by the kernel",
+    "unsendable": "too large",
+    "congested": "queue full",
+    "forged": "malformed offload packet",
 }
 
 
@@ -117,12 +117,12 @@ class Record:
 def carried(counters: Counters) -> str:
     """Return what went through in words."""
     text = (
-        f"sent {counters.uplink_packets} packets, {size(counters.uplink_bytes)}; "
-        f"received {counters.downlink_packets} packets, {size(counters.downlink_bytes)}"
+        f"uplink {counters.uplink_packets} packets, {size(counters.uplink_bytes)}; "
+        f"downlink {counters.downlink_packets} packets, {size(counters.downlink_bytes)}"
     )
     for name, what in DROPPED.items():
         if number := getattr(counters, name):
-            text += f"; {number} {what}"
+            text += f"; {number} dropped: {what}"
     return text
 
 

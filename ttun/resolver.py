@@ -103,7 +103,7 @@ class Resolver:
             if not self.known:
                 raise
             log.info(
-                "cannot look up %s: %s; dialling its last addresses", self._host, reason(error)
+                "cannot resolve %s: %s; using its last addresses", self._host, reason(error)
             )
         return self.known
 
@@ -137,7 +137,7 @@ class _LookUp:
     def wait(self, seconds: float, stop: Flag) -> list[Target]:
         """Return what was found. Raises OSError, TimeoutError when it takes longer."""
         if not stop.wait_for(self._done.fileno(), select.POLLIN, seconds):
-            raise TimeoutError(f"no answer from the resolver for {seconds:.0f} s")
+            raise TimeoutError(f"no answer from the resolver in {seconds:.0f} s")
         if isinstance(self._answer, Exception):
             renamed = OSError(reason(self._answer))
             renamed.errno = getattr(self._answer, "errno", None)
@@ -168,7 +168,7 @@ def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
     if not answer:
-        raise OSError("the look-up ended without an answer")
+        raise OSError("the resolver process failed")
     found: dict[str, Any] = json.loads(answer)
     if "error" in found:
         raise OSError(found["error"])

@@ -64,9 +64,9 @@ class LocalAddress:
             return None, CONFIRM
         if not owners:
             were = "was" if len(self.addresses) == 1 else "were"
-            return f"the connection's local {_shown(self.addresses)} {were} removed", None
+            return f"local {_shown(self.addresses)} {were} removed", None
         if self._has_other_way():
-            return f"the link of the connection's local {_shown(set(owners))} is down", None
+            return f"the link of local {_shown(set(owners))} is down", None
         return None, LOOK_AGAIN  # it lives on if the link comes back
 
     def _is_local(self) -> bool:

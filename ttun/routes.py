@@ -38,10 +38,10 @@ def add(network: Network, device: str) -> None:
         else:
             _add_ipv6(network, device)
     except OSError as error:
-        why = "there is one already" if error.errno == errno.EEXIST else error.strerror
+        why = "it already exists" if error.errno == errno.EEXIST else error.strerror
         if network.version == 6 and error.errno in NO_IPV6:
             why = f"{device} has no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6=0)"
-        raise TtunError(f"cannot add a route to {network} through {device}: {why}") from None
+        raise TtunError(f"cannot add route {network} through {device}: {why}") from None
 
 
 def _add_ipv4(network: Network, device: str) -> None:

@@ -94,7 +94,7 @@ class Server(Endpoint):
     def port(self) -> int:
         """The port that it listens on, the real one also for port 0. Raises TtunError without."""
         if self._listener.port is None:
-            raise TtunError("this server has no port: open or start it first")
+            raise TtunError("this server has no port yet (open or start it first)")
         return self._listener.port
 
     def _open(self) -> None:
@@ -115,7 +115,7 @@ class Server(Endpoint):
             self._is_listening = True
         while (peer := self._next_peer()) is not None:
             if self._takeover:
-                self._authenticated(peer, "; another client may take over")
+                self._authenticated(peer, "; another client can take over")
                 self._carry(peer)
                 continue
             self._authenticated(peer, "; other clients wait until it disconnects")

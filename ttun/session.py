@@ -184,12 +184,12 @@ def _reason(reason: int, detail: int) -> str:
     reasons = {
         lib.TTUN_END_STOPPED: "stopped",
         lib.TTUN_END_CLOSED: "the peer closed the connection",
-        lib.TTUN_END_TRUNCATED: f"the connection ended {detail} bytes into a frame",
-        lib.TTUN_END_LENGTH: f"the peer sent a frame with a length of {detail}, less than its tag",
-        lib.TTUN_END_TAG: f"a frame with a length of {detail} failed authentication",
+        lib.TTUN_END_TRUNCATED: f"connection closed {detail} bytes into a frame",
+        lib.TTUN_END_LENGTH: f"the peer sent a frame of length {detail}, shorter than the tag",
+        lib.TTUN_END_TAG: f"a frame of length {detail} failed authentication",
         lib.TTUN_END_SOCKET: os.strerror(detail),
-        lib.TTUN_END_DEVICE: f"the TUN device failed: {os.strerror(detail)}",
-        lib.TTUN_END_NONCES: "this session ran out of nonces",
-        lib.TTUN_END_CONTROL: f"the peer sent a {NAMES.get(detail)} frame out of place",
+        lib.TTUN_END_DEVICE: f"TUN device failed: {os.strerror(detail)}",
+        lib.TTUN_END_NONCES: "the session ran out of nonces",
+        lib.TTUN_END_CONTROL: f"the peer sent an unexpected {NAMES.get(detail)} frame",
     }
     return reasons[reason]

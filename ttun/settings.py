@@ -80,7 +80,7 @@ class Addresses:
         """
         try:
             if any("%" in text for text in (local4, local6, peer4, peer6) if text):
-                raise ValueError("it has no zone")
+                raise ValueError("a zone is not allowed")
             ipv4 = _interface(ipaddress.IPv4Interface, local4, usual.ipv4, peer4 is not None)
             ipv6 = _interface(ipaddress.IPv6Interface, local6, usual.ipv6, peer6 is not None)
             return cls(
@@ -90,7 +90,7 @@ class Addresses:
                 None if peer6 is None else ipaddress.IPv6Address(peer6),
             )
         except ValueError as error:
-            raise UsageError(f"an address of the tunnel: {error}") from None
+            raise UsageError(f"invalid tunnel address: {error}") from None
 
 
 _I = TypeVar("_I", ipaddress.IPv4Interface, ipaddress.IPv6Interface)
@@ -145,26 +145,26 @@ class Settings:
         if self.wire not in WIRES:
             raise UsageError(f"unknown wire {self.wire!r}: choose {', '.join(WIRES)}")
         if not MIN_MTU <= self.mtu <= MAX_MTU:
-            raise UsageError(f"an MTU of {self.mtu}: it goes from {MIN_MTU} to {MAX_MTU}")
+            raise UsageError(f"MTU {self.mtu} is out of range ({MIN_MTU} to {MAX_MTU})")
         if self.buffers not in BUFFERS:
             raise UsageError(f"unknown buffers {self.buffers!r}: choose {' or '.join(BUFFERS)}")
         if not 0 < self.limits.seconds <= MAX_KEY_LIFE:
-            most = f"more than 0, and {MAX_KEY_LIFE:.0f} seconds at most"
+            most = f"must be above 0 and at most {MAX_KEY_LIFE:.0f} seconds"
             raise UsageError(f"--rekey {self.limits.seconds:g}: {most}")
         congestion.checked(self.congestion_control)
         check_device_name(self.device)
         for network in self.routes:
             check_type("a route", network, ipaddress.IPv4Network, ipaddress.IPv6Network)
             if network.version == 6 and self.mtu < MIN_IPV6_MTU:
-                least = f"IPv6 takes an MTU of {MIN_IPV6_MTU} or more"
-                raise UsageError(f"--route {network}: {least}, and it is {self.mtu}")
+                least = f"IPv6 requires an MTU of {MIN_IPV6_MTU} or more"
+                raise UsageError(f"--route {network}: {least}, not {self.mtu}")
 
 
 def parse_network(text: str) -> Network:
     """Read NET/LENGTH. Raises UsageError."""
     try:
         if "%" in text:
-            raise ValueError("a network has no zone")
+            raise ValueError("a zone is not allowed")
         return ipaddress.ip_network(text)
     except ValueError as error:
         raise UsageError(f"--route {text}: {error}") from None
@@ -174,7 +174,7 @@ def check_type(name: str, value: Any, *kinds: type) -> None:
     """Raise UsageError, without the value, if that is of none of these kinds."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise UsageError(f"{name} has to be {wanted}, not {type(value).__name__}")
+        raise UsageError(f"{name} must be {wanted}, not {type(value).__name__}")
 
 
 def check_device_name(name: str) -> None:
@@ -194,6 +194,6 @@ def check_device_name(name: str) -> None:
         or not name.isprintable()  # control and format characters; bytes that are no UTF-8
     ):
         raise UsageError(
-            f"{name!r} is not a valid device name: 1 to 15 bytes of UTF-8, no blank, slash, colon, "
-            "quote, backslash, control character or %, but for one %d"
+            f"{name!r} is not a valid device name: 1 to 15 bytes of UTF-8, no spaces, slashes, "
+            "colons, quotes, backslashes, control characters, or % except in one %d"
         )

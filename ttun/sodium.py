@@ -19,7 +19,7 @@ try:
     lib.crypto_aead_aegis256_encrypt  # noqa: B018 - is it there at all?
 except (ImportError, AttributeError) as problem:
     raise TtunError(
-        f"ttun needs PyNaCl 1.6 or newer with its own libsodium ({problem}): pip install -U pynacl"
+        f"PyNaCl 1.6 or newer with its own libsodium required: {problem} (pip install -U pynacl)"
     ) from None
 
 KEY_SIZE: int = codec.TTUN_KEY_SIZE
@@ -65,7 +65,7 @@ class KeyPair:
         )
         self._secret.wipe()
         if code != 0:
-            raise ValueError("a public key of low order")
+            raise ValueError("low-order public key")
         return shared
 
 

@@ -163,7 +163,7 @@ def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.so
             if error.errno == errno.EAFNOSUPPORT:
                 raise
             if not quietly:
-                log.info("no Multipath TCP in this kernel (%s): plain TCP", reason(error))
+                log.info("no Multipath TCP in this kernel: %s; using TCP", reason(error))
     sock = sock or socket.socket(family, socket.SOCK_STREAM)
     congestion.start(sock, control)
     return sock
@@ -207,11 +207,11 @@ def show(sockaddr: SocketAddress) -> str:
 
 def _why_not_bound(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "another program has that port; stop it or choose another"
+        return "port in use (stop the other program or choose another port)"
     if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine has no such address"
+        return "not an address of this machine"
     if error.errno == errno.EACCES:
-        return "ports below 1024 need root"
+        return "ports below 1024 require root"
     return reason(error)
 
 

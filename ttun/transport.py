@@ -101,7 +101,7 @@ class GivenSocket(Dialer):
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return the only one; raise TtunError when that is over."""
         if self._sock is None:
-            raise TtunError(f"the connection over {self.name} has ended, and there is no other")
+            raise TtunError(f"connection over {self.name} ended (it cannot be reopened)")
         return [Candidate(self.name, None, self._take)]
 
     def _take(self, stop: Flag) -> socket.socket:
@@ -122,7 +122,7 @@ class GivenSocket(Dialer):
 class GivenSockets(Listener):
     """Connections that a program hands to a server one by one, from any thread."""
 
-    name = "sockets that it is given"
+    name = "the given sockets"
     MOST = 16  # that wait for accept()
 
     def __init__(self) -> None:

@@ -87,7 +87,7 @@ class Offer(NamedTuple):
         """Read 44 bytes. Raises ProtocolError. Unknown bits and the two spare bytes may be set."""
         magic, *fields = OFFER.unpack(data)
         if not hmac.compare_digest(magic, MAGIC):
-            raise ProtocolError("no offer where one belongs: another version of ttun")
+            raise ProtocolError("missing offer: incompatible version")
         return cls(*fields)
 
     def names(self) -> str:
@@ -145,7 +145,7 @@ def _exchange(
     try:
         shared = pair.shared(public)
     except ValueError:
-        raise ProtocolError("the peer sent an X25519 key that gives no secret") from None
+        raise ProtocolError("the peer sent a low-order X25519 key") from None
     mixed = Secret(len(shared) + len(said))
     mixed[: len(shared)] = shared
     mixed[len(shared) :] = said

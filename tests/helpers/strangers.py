@@ -34,15 +34,15 @@ def client_gets_in(bench: Bench, seconds: float = 5) -> None:
 
 # What somebody may send who does not have the key, and what the log says of it.
 STRANGERS = {
-    "nothing, and leaves": (b"", "closed the connection before the handshake was over"),
-    "half a nonce": (os.urandom(8), "closed the connection before the handshake was over"),
+    "nothing, and leaves": (b"", "connection closed during the handshake"),
+    "half a nonce": (os.urandom(8), "connection closed during the handshake"),
     "random bytes": (bytes([7]) * 16 + b"\x01\x00" + os.urandom(1000), "not a ttun peer"),
     "a request of HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not a ttun peer"),
-    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has a length of 0"),
-    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has a length of 15"),
-    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has a length of 65535"),
-    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "wrong key, or another cipher"),
-    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed the connection before"),
+    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has length 0"),
+    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has length 15"),
+    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has length 65535"),
+    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "authentication failed"),
+    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed during the handshake"),
 }
 
 

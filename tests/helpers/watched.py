@@ -153,7 +153,7 @@ class Watched(logging.Handler):
 
 def commands(line: str) -> list[str]:
     """The commands that a line of the log names."""
-    found = re.search(r"\(put back: (.*); or restart ttun\)", line)
+    found = re.search(r"\(to restore: (.*); or restart ttun\)", line)
     assert found, line
     named = found[1].split("; ")
     assert all(command.startswith("sudo ") for command in named), line
