@@ -1,4 +1,4 @@
-"""HOST:PORT as it is written on a command line; an IPv6 address stands in brackets (RFC 3986)."""
+"""Parse and format HOST:PORT; an IPv6 address is written in brackets (RFC 3986)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from typing import NamedTuple
 
 from ttun.errors import UsageError
 
-MAX_HOST = 255  # characters: no name is longer (RFC 1035)
+MAX_HOST = 255  # characters, the longest DNS name (RFC 1035)
 
 
 class Address(NamedTuple):
-    """A host (a name, an IPv4 or an IPv6 address; empty: all addresses of this machine), a port."""
+    """A host (name, IPv4 or IPv6 address; empty: all addresses of this machine) and a port."""
 
     host: str
     port: int
 
     def __str__(self) -> str:
-        """Return it as it is written on the command line."""
+        """Return it in command-line syntax."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_host_port(
     text: str, default: int | None, least: int = 1, *, any_host: bool = False
 ) -> Address:
-    """Read HOST:PORT or [IPv6]:PORT. Raises UsageError.
+    """Parse HOST:PORT or [IPv6]:PORT. Raises UsageError.
 
-    default: the port where none is given; None: it has to be. least: the lowest port. any_host:
-    take :PORT too.
+    default: the port to use when none is given; None makes it mandatory. least: the lowest valid
+    port. any_host: accept :PORT too.
     """
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
@@ -50,7 +50,7 @@ def parse_host_port(
 
 
 def parse_port(text: str, least: int = 1) -> int | None:
-    """Return the number of a port; None for what is not one."""
+    """Return the port number, or None if the text is not a valid port."""
     if not (text.isascii() and text.isdigit() and len(text) <= 5):
         return None
     return int(text) if least <= int(text) <= 65535 else None

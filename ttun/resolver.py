@@ -102,9 +102,7 @@ class Resolver:
                 self._asked = None  # it has answered; else it is under way still
             if not self.known:
                 raise
-            log.info(
-                "cannot resolve %s: %s; using its last addresses", self._host, reason(error)
-            )
+            log.info("cannot resolve %s: %s; using its last addresses", self._host, reason(error))
         return self.known
 
 
