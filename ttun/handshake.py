@@ -14,8 +14,8 @@ Protocol x1 is the same, except that Nc and Ns carry marks, and each magic is fo
 as frame 1, in the same write. All later frames use keys derived from both offers (x1.py).
 
 Each side is a generator. It yields the bytes to send and the number of bytes it needs next,
-receives exactly that many, and returns the keys. It raises ProtocolError if authentication fails. The caller
-owns the socket and enforces the timeout of 10 seconds.
+receives exactly that many, and returns the keys. It raises ProtocolError if authentication fails.
+The caller owns the socket and enforces the timeout of 10 seconds.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _nonce(k: bytes, direction: int, marked: bool) -> bytes:
 def knows_key(
     k: bytes, terms: Terms, client_nonce: bytes, answered: x1.AnsweredNonces | None
 ) -> bool:
-    """Return whether a client's nonce shows that it has the key and supports x1: its mark is valid and
-    not a replay.
+    """Return whether a client's nonce proves the key and x1 support: its mark is valid and not a
+    replay.
     """
     if terms.wire == "v1" or not x1.is_marked(k, TO_SERVER, client_nonce):
         return False
