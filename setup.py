@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 sys.path.append("packaging")
 from compact import compact
 
-PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # their docstrings stay, for help(ttun.Server)
+PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
 
 
 class BuildPython(build_py):  # type: ignore[misc]

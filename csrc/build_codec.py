@@ -49,9 +49,9 @@ int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *dat
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 
-# Wheels are for routers, where space is scarce. They omit the parts for tests and benchmarks (5 kB),
-# unroll less (2 kB, for 25 % more time per segment; -Os would double it: docs/performance.md) and do
-# not align loops (0.4 kB; the cost was not measured).
+# Wheels are for routers, where space is scarce. They omit parts for tests and benchmarks (5 kB),
+# unroll less (2 kB, for 25 % more time per segment; -Os would double it: docs/performance.md) and
+# do not align loops (0.4 kB; the cost was not measured).
 WHEEL = "bdist_wheel" in sys.argv and "TTUN_WHOLE" not in os.environ
 LEVEL = "-O2 -fno-align-functions -fno-align-jumps -fno-align-loops" if WHEEL else "-O3"
 
