@@ -22,7 +22,7 @@ int ttun_body_size(unsigned type) {
 
 int control_queue_init(struct control_queue *q) {
     pthread_condattr_t clock;
-    memset(m, 0, sizeof *q);
+    memset(q, 0, sizeof *q);
     if ((errno = pthread_condattr_init(&clock)) != 0)
         return -1;
     errno = pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
