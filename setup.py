@@ -1,8 +1,8 @@
-"""Build the extension ttun._codec, and leave out of wheels what a router has no use for.
+"""Build the extension ttun._codec, and reduce wheels to what a router needs.
 
-Everything else about the package is in pyproject.toml. A wheel has no ttun.lab, which makes two
-hosts on this machine, and its modules are compact. With TTUN_WHOLE in the environment, as for
-``make install``, the package is what it is here.
+All other package metadata is in pyproject.toml. Wheels omit ttun.lab, the test bed on one machine,
+and their modules are compacted. With TTUN_WHOLE in the environment, as for ``make install``, the
+package is built unchanged.
 """
 
 import os
@@ -16,23 +16,23 @@ from setuptools.command.build_py import build_py
 sys.path.append("packaging")
 from compact import compact
 
-PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # help(ttun.Server) shows them
+PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
 
 
 class BuildPython(build_py):  # type: ignore[misc]
-    """Copies the modules that a wheel has, compact."""
+    """Copy the modules of a wheel, compacted."""
 
     packages: list[str]
 
     def finalize_options(self) -> None:
-        """Leave out a package."""
+        """Omit ttun.lab."""
         super().finalize_options()
         self.packages = [package for package in self.packages if package != "ttun.lab"]
 
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
-        """Copy one."""
+        """Copy and compact a module."""
         outfile, copied = super().build_module(module, module_file, package)
-        if (package, module) != ("ttun", "__init__"):  # which is there to be read
+        if (package, module) != ("ttun", "__init__"):  # kept readable
             source = Path(module_file).read_text(encoding="utf-8")
             text = compact(source, package == "ttun" and module in PUBLIC)
             Path(outfile).write_text(text, encoding="utf-8")

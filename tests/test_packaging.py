@@ -213,7 +213,7 @@ def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: 
     assert without.returncode != 0
     said = [line for line in without.stderr.splitlines() if not line.startswith("make:")]
     assert said == [
-        "make needs a network here: pip gets nothing from its package index (see .venv/pip.log)"
+        "pip cannot reach its package index: make needs network access (see .venv/pip.log)"
     ]
     shutil.copytree(WHEELS, tree / ".venv" / "wheels", dirs_exist_ok=True)
     built = make(tree)

@@ -93,7 +93,7 @@ def test_nothing_is_left_of_an_end_that_could_not_start(plain: Bench) -> None:
             SERVER, [*prefix, "server", "-k", "secret", "--user", "daemon"], stderr=file
         )
     assert process.wait(20) == 1
-    assert "cannot become the user daemon" in log.read_text()
+    assert "cannot switch to user daemon" in log.read_text()
     assert sockets() == []
 
 
@@ -160,7 +160,7 @@ def test_root_does_not_write_where_the_owner_of_the_directory_leads(
         (planted / "kept").touch()
     before = planted.lstat()
     server = plain.server()
-    server.says("going on as")
+    server.says("dropped privileges")
     after = planted.lstat()
     assert (before.st_mode, before.st_uid) == (after.st_mode, after.st_uid)
     assert os.listdir(victim) == ["kept"] and victim.stat().st_uid == 0

@@ -1,7 +1,7 @@
-"""rtnetlink: one non-blocking socket for what changes in a network namespace and for questions.
+"""rtnetlink: one non-blocking socket for requests and for change notifications.
 
-The kernel answers a request while it is sent, and goes on with a long answer whenever a part of it
-was read, so no call waits. Nothing here takes privileges but the requests that change something.
+The kernel answers a request during send(), and continues a long answer as parts of it are read, so
+no call blocks. Only requests that change something need privileges.
 
 Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h, linux/if_link.h,
 linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR).
@@ -34,7 +34,7 @@ GROUPS = (1, 5, 7, 9, 11)  # links, addresses and routes of IPv4, those of IPv6
 RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 PROTOCOL_BOOT, SCOPE_LINK, UNICAST = 3, 253, 1
-CLONED = 0x200  # RTM_F_CLONED: what the kernel learned about one destination
+CLONED = 0x200  # RTM_F_CLONED: a cached route to one destination
 IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 3, 4, 26  # linux/if_link.h, as is the next
 IFLA_INET6_CONF, DISABLE_IPV6 = 2, 26  # linux/ipv6.h: an index into that array of s32
 IFA_ADDRESS, IFA_LOCAL = 1, 2  # linux/if_addr.h
@@ -50,7 +50,7 @@ LAYOUTS = {
     NEW_LINK: LINK, DEL_LINK: LINK, NEW_ADDRESS: ADDRESS, DEL_ADDRESS: ADDRESS,
     NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE,
 }  # fmt: skip
-DATAGRAM_MAX = 65536  # bytes; the kernel makes answers of up to 32 KiB
+DATAGRAM_MAX = 65536  # bytes; the kernel's answers are up to 32 KiB
 
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 # linux/bpf_common.h and linux/filter.h
@@ -61,36 +61,36 @@ WHOLE = 0xFFFFFFFF
 
 
 class Message(NamedTuple):
-    """One message of the kernel's."""
+    """One message from the kernel."""
 
     kind: int
     flags: int
-    sequence: int  # of the request that it answers
-    port: int  # who sent that request; 0: nobody
-    fields: tuple[int, ...]  # of the structure behind the header; for NLMSG_ERROR the errno
+    sequence: int  # of the request
+    port: int  # port id of the requester; 0: a notification
+    fields: tuple[int, ...]  # of the struct after the header; for NLMSG_ERROR the errno
     attributes: dict[int, bytes]
 
 
 class Request(NamedTuple):
-    """A question, or an order."""
+    """A request to the kernel."""
 
     kind: int
-    flags: int  # besides NLM_REQUEST
+    flags: int  # in addition to NLM_REQUEST
     body: bytes
 
 
 class Netlink:
-    """A socket of NETLINK_ROUTE. It belongs to the namespace that it was made in."""
+    """A NETLINK_ROUTE socket, for the network namespace in which it was opened."""
 
     def __init__(self) -> None:
-        """Open it. Raises OSError where there is no netlink, or no descriptor."""
+        """Open it. Raises OSError without netlink or a free descriptor."""
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
         try:
             self._sock.setblocking(False)
             self._sock.bind((0, 0))
             self.port: int = self._sock.getsockname()[0]
             self._sequence = 0
-            # Linux 4.20: the kernel leaves out what a request does not want.
+            # Since Linux 4.20, the kernel filters dumps by the fields of the request.
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(SOL_NETLINK, STRICT_CHECK, 1)
         except BaseException:
@@ -106,19 +106,19 @@ class Netlink:
         self._sock.close()
 
     def join(self) -> None:
-        """Hear of changes from now on. Raises OSError."""
+        """Subscribe to change notifications. Raises OSError."""
         for group in GROUPS:
             self._sock.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
 
     def leave(self) -> None:
-        """Hear of no more changes. Raises OSError."""
+        """Unsubscribe from change notifications. Raises OSError."""
         for group in GROUPS:
             self._sock.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, group)
 
     def hear_only(self, indices: Iterable[int], routes: Iterable[Network]) -> None:
-        """Have the kernel drop changes of other devices and routes before they get here.
+        """Attach a socket filter that drops notifications of other devices and routes.
 
-        Raises OSError where it cannot.
+        Raises OSError if the kernel rejects it.
         """
         code = b"".join(
             struct.pack("=HBBI", *step) for step in _program(self.port, indices, routes)
@@ -137,15 +137,15 @@ class Netlink:
         return self._sequence
 
     def receive(self) -> list[Message]:
-        """Return the messages of the next datagram. Raises BlockingIOError when there is none,
-        OSError with ENOBUFS when some got lost.
+        """Return the messages of the next datagram. Raises BlockingIOError if there is none,
+        OSError with ENOBUFS if some were lost.
         """
         data, (sender, _) = self._sock.recvfrom(DATAGRAM_MAX)
         return list(messages(data)) if sender == 0 else []  # 0: the kernel
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """Take a datagram apart; what is cut off is left out."""
+    """Parse a datagram; ignore a truncated message."""
     offset = 0
     while offset + HEADER.size <= len(data):
         size, kind, flags, sequence, port = HEADER.unpack_from(data, offset)
@@ -177,23 +177,23 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """Return an attribute as it is sent."""
+    """Return an encoded attribute."""
     size = ATTRIBUTE.size + len(value)
     return ATTRIBUTE.pack(size, kind) + value + bytes(_aligned(size) - size)
 
 
 def number(value: bytes) -> int:
-    """Return an attribute's u32, or 0 where it is none."""
+    """Return a u32 attribute, or 0 if the size is wrong."""
     return int(struct.unpack("=I", value)[0]) if len(value) == 4 else 0
 
 
 def index_of(message: Message) -> int:
-    """Return the number of the device that a message about a link or an address is about."""
+    """Return the interface index in a link or address message."""
     return message.fields[2 if message.kind in (NEW_LINK, DEL_LINK) else 4]
 
 
 def next_hops(route: Message) -> list[int]:
-    """Return the indices of the devices that a route leads through."""
+    """Return the output interfaces of a route, as indices."""
     found = [number(route.attributes[RTA_OIF])] if RTA_OIF in route.attributes else []
     data = route.attributes.get(RTA_MULTIPATH, b"")
     offset = 0
@@ -207,14 +207,14 @@ def next_hops(route: Message) -> list[int]:
 
 
 def family(address: Network | Address) -> int:
-    """Return the AF_ number of an address or a network."""
+    """Return AF_INET or AF_INET6."""
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
 def new_address(
     index: int, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface, peer: Address | None
 ) -> Request:
-    """Return the order to give a device an address."""
+    """Return the request that adds an address to a device."""
     body = ADDRESS.pack(family(address.ip), address.network.prefixlen, 0, 0, index)
     body += attribute(IFA_LOCAL, address.ip.packed)
     body += attribute(IFA_ADDRESS, (peer or address.ip).packed)
@@ -222,7 +222,7 @@ def new_address(
 
 
 def new_route(index: int, network: Network) -> Request:
-    """Return the order to make a route through a device."""
+    """Return the request that adds a route through a device."""
     scope = SCOPE_LINK if network.version == 4 else 0
     fixed = (TABLE_MAIN, PROTOCOL_BOOT, scope, UNICAST, 0)
     body = ROUTE.pack(family(network), network.prefixlen, 0, 0, *fixed)
@@ -238,9 +238,9 @@ def _aligned(size: int) -> int:
 def _program(
     port: int, indices: Iterable[int], routes: Iterable[Network]
 ) -> list[tuple[int, int, int, int]]:
-    """Return a filter: answers to us, links and addresses of these devices, these routes.
+    """Return a BPF filter that passes answers, and notifications of these devices and routes.
 
-    It reads numbers in network order, and netlink's are in the machine's.
+    BPF loads are in network byte order, netlink is in host byte order.
     """
     accept = (RETURN, 0, 0, WHOLE)
     drop = (RETURN, 0, 0, 0)

@@ -1,9 +1,9 @@
-"""Routes through the tunnel, and what they must not carry: the tunnel's own connection.
+"""Routes through the tunnel, which must not include the tunnel's own connection.
 
-They are added when the device is up, before privileges go, and the kernel takes them away with the
-device. A route that would catch the way to the server would lock the tunnel into itself: a client
-refuses it, or an address of the server's name that it catches. A server does not know who will
-come; who comes from a network that it routes into the tunnel gets no answer.
+They are added when the device is up, before privileges are dropped; the kernel removes them with
+the device. A client rejects a route that would send its own connection into the tunnel, or skips
+the server addresses that such a route matches. A server cannot check this in advance: a client
+whose address it routes into the tunnel gets no answer.
 
 Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg), proc(5).
 """
@@ -26,8 +26,8 @@ from ttun.settings import Network
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
-NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # what the kernel says without it
-METRIC = 1024  # what the kernel gives a route of IPv6 that names none
+NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # errors of a kernel without IPv6
+METRIC = 1024  # the kernel's default for IPv6 routes
 
 
 def add(network: Network, device: str) -> None:
@@ -38,10 +38,10 @@ def add(network: Network, device: str) -> None:
         else:
             _add_ipv6(network, device)
     except OSError as error:
-        why = "there is one already" if error.errno == errno.EEXIST else error.strerror
+        why = "it already exists" if error.errno == errno.EEXIST else error.strerror
         if network.version == 6 and error.errno in NO_IPV6:
             why = f"{device} has no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6=0)"
-        raise TtunError(f"cannot add a route to {network} through {device}: {why}") from None
+        raise TtunError(f"cannot add route {network} through {device}: {why}") from None
 
 
 def _add_ipv4(network: Network, device: str) -> None:
@@ -62,7 +62,7 @@ def _add_ipv6(network: Network, device: str) -> None:
     request = struct.pack(
         "@16s16s16sIHHILIi",
         network.network_address.packed,
-        bytes(16),  # from anywhere
+        bytes(16),  # any source
         bytes(16),  # no gateway
         0,
         network.prefixlen,
@@ -77,9 +77,9 @@ def _add_ipv6(network: Network, device: str) -> None:
 
 
 def catching(routes: Iterable[Network], address: str, device: str) -> Network | None:
-    """Return the route of ours that would carry packets to an address; None if none would.
+    """Return the tunnel's route that would match an address, or None.
 
-    The kernel takes the longest prefix; one of ours that is as long as another's may win.
+    The longest prefix wins; on a tie the tunnel's route may win.
     """
     try:
         target = ipaddress.ip_address(address.partition("%")[0])
@@ -95,12 +95,12 @@ def catching(routes: Iterable[Network], address: str, device: str) -> Network | 
 
 
 def _longest_other(target: Address, device: str) -> int:
-    """Return the length of the best prefix to an address through any other device, or -1."""
+    """Return the longest prefix length of other devices' routes to an address, or -1."""
     lengths = [-1]
     if target.version == 4:
         for line in _table("/proc/net/route")[1:]:
             fields = line.split()
-            # Numbers in the byte order of the machine, in hexadecimal.
+            # Hexadecimal, in host byte order.
             network, mask = (
                 ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
             )

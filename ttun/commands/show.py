@@ -40,7 +40,7 @@ COUNTERS = {  # of Prometheus: name, help, the field of Counters
     "ttun_sent_packets_total": ("Packets sent to the peer", "uplink_packets"),
     "ttun_received_bytes_total": ("Bytes of packets received", "downlink_bytes"),
     "ttun_received_packets_total": ("Packets received", "downlink_packets"),
-    **{f"ttun_{name}_packets_total": (f"How many {w}", name) for name, w in DROPPED.items()},
+    **{f"ttun_{name}_packets_total": (f"Dropped: {w}", name) for name, w in DROPPED.items()},
 }
 
 
