@@ -74,7 +74,6 @@ def man(parser: argparse.ArgumentParser) -> str:
     os.environ["COLUMNS"] = "9999"  # argparse would break lines
     for _, command in each(parser):
         command.description = command.epilog  # what a command's description says, its help says
-    parser._positionals.title = "commands"
     # The day of the command line's last change, for as much as is known here.
     seconds = os.environ.get("SOURCE_DATE_EPOCH") or os.stat(grammar.__file__).st_mtime
     date = time.strftime("%Y-%m-%d", time.gmtime(float(seconds)))

@@ -55,7 +55,7 @@ USAGE = {
     "server -k x -mtu 575": "an MTU of 575: it goes from 576 to 65519",
     "server -k x -mtu 65520": "an MTU of 65520: it goes from 576 to 65519",
     "server -k x -mtu many": "'many' is not a number",
-    "server -k x -mptcp=maybe": "-mptcp/--mptcp: it is true or false",
+    "server -k x -mptcp=maybe": "-mptcp/--mptcp: expected true or false",
     "server -k x extra": "unexpected argument (not shown: it may be a key)",
     "server -k=": "the key in -k is empty",
     "server -k=--": "the key in -k is empty",

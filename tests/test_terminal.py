@@ -42,5 +42,6 @@ def test_a_terminal_without_colors_shows_plain_text(unwanted: dict[str, str]) ->
 
 
 def test_a_pipe_gets_plain_text_of_80_columns() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=PLAIN, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=PLAIN, stdout=subprocess.PIPE, check=True)
     assert done.stdout == b"False 80 ok FAIL\n"

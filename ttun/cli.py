@@ -211,8 +211,6 @@ def run_tox(options: argparse.Namespace) -> int:
         prog="ttun tox",
         description="Forward ports through Tox to a machine behind NAT; the options are tuntox's.",
         epilog=tox_options.EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return command.run(parser, options.arguments)
 

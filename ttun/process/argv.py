@@ -20,8 +20,28 @@ SECRETS = ("-k", "--psk")  # options whose value is a key
 NOT_SHOWN = "not shown: it may be a key"
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that fits 80 columns, with each option in the form that users should type."""
+
+    def __init__(self, prog: str, **named: Any) -> None:
+        """Leave 52 of 80 columns to the text."""
+        super().__init__(prog, max_help_position=26, **named)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Return ``-m, --cipher CIPHER``: no second ``-cipher``, and the value once."""
+        names = [name for name in action.option_strings if name[1] == "-" or len(name) == 2]
+        if not names:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
+        return ", ".join(names) + value
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without what may be a key."""
+    """An argument parser whose errors are one line and show no value that may be a key."""
+
+    def __init__(self, **named: Any) -> None:
+        """Take what argparse does."""
+        super().__init__(allow_abbrev=False, formatter_class=Help, **named)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, where help is, and exit with code 2."""
