@@ -1,4 +1,4 @@
-"""The terminal that stdout may be: its width, and colors where it shows them.
+"""The terminal that stdout may be: its size, and colors where it shows them.
 
 Sources: https://no-color.org, console_codes(4).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 
 COLORS = {"red": 31, "green": 32, "yellow": 33, "bold": 1}  # parameters of SGR
 
@@ -27,3 +28,14 @@ def colored(text: str, color: str) -> str:
     if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{COLORS[color]}m{text}\033[0m"
+
+
+def wrapped(text: str, indent: int) -> list[str]:
+    """Return text in lines of stdout's width, those after the first indented. No word is cut."""
+    return textwrap.wrap(
+        text,
+        max(width(), indent + 20),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
