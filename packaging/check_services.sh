@@ -47,7 +47,7 @@ state() { echo "$1=$(systemctl show -P ActiveState $unit) $(systemctl show -P NR
 sleep 5
 state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
-echo "shown=$(/usr/local/bin/ttun show | grep -c 'wire: x1')"
+echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
 echo "sockets=$(find /run/ttun -type s | wc -l)"

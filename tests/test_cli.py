@@ -276,7 +276,7 @@ def test_a_key_of_bytes_that_are_no_text_does_not_stay_either(bench: Bench) -> N
 @pytest.mark.hosts
 def test_a_short_key_is_worth_a_line(bench: Bench) -> None:
     server = bench.server(key="fifteen bytes..")
-    assert "the key has 15 bytes" in server.log()
+    assert "weak key: 15 bytes" in server.log()
     assert "ttun genkey makes a safe one" in server.log()
     client = bench.client(key="sixteen bytes...")
     client.says("tun ttun0 up")
@@ -376,5 +376,5 @@ def test_without_the_codec_there_is_help_and_a_line_that_says_what_to_do(tmp_pat
     for arguments in (["server", "-k", "x"], ["doctor"], ["show"], ["tox", "-i", "x"]):
         done = run(*arguments)
         assert (done.returncode, done.stderr) == (
-            1, "ttun: the codec is not built here: run make in the source directory\n",
+            1, "ttun: the codec is not built (run make in the source directory)\n",
         ), arguments  # fmt: skip

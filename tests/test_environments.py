@@ -113,7 +113,7 @@ VALUES = [  # a command line, its exit code, and what it says
     (["client", "-k", KEY, "-s", "h:1", "--rekey", "nan"], USAGE, "--rekey nan"),
     (["client", "-k", KEY, "-s", "tox:" + BYTES], USAGE, "no Tox ID"),
     (["server", "-k", KEY, "--tox", "--tox-nodes", "/dev/zero"], 1, "it has more than"),
-    (["show", "a\x1b[2Jb"], 1, r"no tunnel runs here on a\x1b[2Jb"),
+    (["show", "a\x1b[2Jb"], 1, r"no tunnel is running on a\x1b[2Jb"),
     (["doctor", ""], USAGE, "a host is missing"),
     (["doctor", "é" + BYTES], 1, "server"),
     (["doctor", 70 * "x"], 1, "label"),

@@ -308,7 +308,7 @@ def test_two_servers_that_make_a_key_at_once_agree(places: Path) -> None:
 
 def test_a_key_that_cannot_be_kept_is_an_error(places: Path) -> None:
     write(places / "file", b"")
-    with pytest.raises(TtunError, match=r"cannot keep a key in .*; name one with -k"):
+    with pytest.raises(TtunError, match=r"cannot write a key to .*: .* \(give a key with -k"):
         key.create(places / "file" / "psk")
 
 

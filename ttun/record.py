@@ -14,11 +14,11 @@ from ttun.peer import Peer
 from ttun.session import Counters, Session
 from ttun.settings import Addresses
 
-DROPPED = {  # counters of packets that did not go through: how many ...
-    "refused": "of the peer's packets were refused by the kernel",
-    "unsendable": "could not be sent",
-    "congested": "were dropped as the link was full",
-    "forged": "of the peer's packets did not add up",
+DROPPED = {  # counters of dropped packets, and why
+    "refused": "rejected by the kernel",
+    "unsendable": "too large",
+    "congested": "queue full",
+    "forged": "malformed offload packet",
 }
 
 

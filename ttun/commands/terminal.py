@@ -18,6 +18,11 @@ def width() -> int:
     return shutil.get_terminal_size((80, 24)).columns
 
 
+def height() -> int:
+    """Return the number of lines of stdout, or 24 where that is unknown."""
+    return shutil.get_terminal_size((80, 24)).lines
+
+
 def is_terminal() -> bool:
     """Return whether stdout is a terminal."""
     return sys.stdout.isatty()
