@@ -91,7 +91,7 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, option: str)
     file.chmod(0o644)
     code, _, err = run("server", option, str(file))
     assert code == 1
-    assert err == f"ttun: others can read the key file {file}: chmod 600 {file}\n"
+    assert err == f"ttun: the key file {file} is readable by other users (chmod 600 {file})\n"
 
 
 def test_without_net_admin_it_says_which_right_is_missing() -> None:
