@@ -1,15 +1,15 @@
 #!/bin/sh
-# make check-services: the systemd units under a real systemd, booted in namespaces. As root.
+# make check-services: run the systemd units under a real systemd, booted in namespaces. As root.
 #
-# A Debian 12 with systemd is made by debootstrap (once), make install puts ttun into it, and its
-# systemd is started in namespaces and a control group of its own, with two tunnels: a server and a
-# client of that server. A unit of the test's own then looks at them, kills one, stops another, and
-# writes down what came of it. Nothing of it reaches this machine's network, services or /dev.
+# debootstrap makes a Debian 12 with systemd (once), and make install installs ttun in it. Its systemd
+# boots in separate namespaces and a control group, with two units: a server and a client of that
+# server. A unit of this test checks them, kills one, stops another, and writes the results to a file.
+# The network, services and /dev of this machine are not affected.
 set -eu
 cd "$(dirname "$0")/.."
 system=$PWD/build/check-services
 if [ "$(id -u)" != 0 ] || ! command -v debootstrap > /dev/null; then
-    echo 'it takes root and debootstrap: apt install debootstrap; sudo make check-services' >&2
+    echo 'requires root and debootstrap: apt install debootstrap; sudo make check-services' >&2
     exit 1
 fi
 if [ ! -e "$system/made" ]; then
@@ -47,7 +47,7 @@ state() { echo "$1=$(systemctl show -P ActiveState $unit) $(systemctl show -P NR
 sleep 5
 state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
-echo "shown=$(/usr/local/bin/ttun show | grep -c 'wire: x1')"
+echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
 echo "sockets=$(find /run/ttun -type s | wc -l)"
@@ -76,7 +76,7 @@ chroot "$system" systemctl -q enable ttun-server@office ttun-client@home report
 chroot "$system" systemctl -q mask systemd-udevd console-getty getty@tty1
 
 rm -f "$system/report.txt"
-# What kills it kills, by --kill-child, the systemd of that namespace too.
+# With --kill-child, killing this also kills the systemd in the namespace.
 unshare --mount sh -ec '
     mount --make-rprivate /
     mount --bind "$0" "$0"

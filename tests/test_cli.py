@@ -55,7 +55,7 @@ USAGE = {
     "server -k x -mtu 575": "MTU 575 is out of range (576 to 65519)",
     "server -k x -mtu 65520": "MTU 65520 is out of range (576 to 65519)",
     "server -k x -mtu many": "'many' is not a number",
-    "server -k x -mptcp=maybe": "-mptcp/--mptcp: it is true or false",
+    "server -k x -mptcp=maybe": "-mptcp/--mptcp: expected true or false",
     "server -k x extra": "unexpected argument (not shown: it may be a key)",
     "server -k=": "the key in -k is empty",
     "server -k=--": "the key in -k is empty",
@@ -91,7 +91,7 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, option: str)
     file.chmod(0o644)
     code, _, err = run("server", option, str(file))
     assert code == 1
-    assert err == f"ttun: others can read the key file {file}: chmod 600 {file}\n"
+    assert err == f"ttun: the key file {file} is readable by other users (chmod 600 {file})\n"
 
 
 def test_without_net_admin_it_says_which_right_is_missing() -> None:
@@ -276,7 +276,7 @@ def test_a_key_of_bytes_that_are_no_text_does_not_stay_either(bench: Bench) -> N
 @pytest.mark.hosts
 def test_a_short_key_is_worth_a_line(bench: Bench) -> None:
     server = bench.server(key="fifteen bytes..")
-    assert "the key has 15 bytes" in server.log()
+    assert "weak key: 15 bytes" in server.log()
     assert "ttun genkey makes a safe one" in server.log()
     client = bench.client(key="sixteen bytes...")
     client.says("tun ttun0 up")
@@ -376,5 +376,5 @@ def test_without_the_codec_there_is_help_and_a_line_that_says_what_to_do(tmp_pat
     for arguments in (["server", "-k", "x"], ["doctor"], ["show"], ["tox", "-i", "x"]):
         done = run(*arguments)
         assert (done.returncode, done.stderr) == (
-            1, "ttun: the codec is not built here: run make in the source directory\n",
+            1, "ttun: the codec is not built (run make in the source directory)\n",
         ), arguments  # fmt: skip

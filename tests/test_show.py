@@ -50,7 +50,7 @@ def test_a_tunnel_answers_in_every_form(bench: Bench) -> None:
     assert roles == {"client", "server"}
     text = shown(bench, "ttun0")
     assert "ttun0: client\n  peer: 192.0.2.1:20203 over tcp\n" in text
-    assert f"wire: {bench.wire}, {bench.cipher}" in text
+    assert f"protocol: {bench.wire}, {bench.cipher}" in text
     metrics = shown(bench, "--prometheus")
     netns = f'netns="{bench.pair.names[CLIENT]}"'
     assert f'ttun_connected{{device="ttun0",role="client",{netns}}} 1' in metrics
@@ -58,7 +58,8 @@ def test_a_tunnel_answers_in_every_form(bench: Bench) -> None:
     for text in metrics.splitlines():
         assert re.fullmatch(r"# (HELP|TYPE) ttun_\w+ .+|ttun_\w+\{[^}]+\} [0-9.e+-]+", text), text
     client.process.send_signal(signal.SIGUSR1)
-    assert "status: ttun0: client; peer: 192.0.2.1:20203 over tcp; wire" in client.says("status:")
+    said = client.says("status:")
+    assert "status: ttun0: client; peer: 192.0.2.1:20203 over tcp; protocol: " in said
     assert bench.ping(CLIENT, TUNNEL4[SERVER]) == 1, "it goes on"
 
 
@@ -95,7 +96,7 @@ def test_watch_shows_rates(bench: Bench) -> None:
     )
     end = time.monotonic() + 20
     for shows in watching.stdout:
-        if shows.startswith("  receiving") and "bit/s" in shows and "█" in shows:
+        if shows.startswith("  downlink") and "bit/s" in shows and "█" in shows:
             break
         assert time.monotonic() < end, "no graph"
     watching.send_signal(signal.SIGINT)
@@ -130,7 +131,7 @@ def test_rates_of_tunnels_that_look_alike_are_not_mixed(place: Place) -> None:
     place.answer("b.sock", line(netns=2, totals=totals))
     out = place.watch(seconds=4)
     assert out.count("ttun0: server, netns 1, pid ") >= 2
-    rates = re.findall(r"^  sending +([0-9.]+) bit/s", out, re.M)
+    rates = re.findall(r"^  uplink +([0-9.]+) bit/s", out, re.M)
     assert len(rates) >= 4 and set(rates) == {"0.0"}, out
 
 
@@ -152,12 +153,13 @@ def test_a_rate_of_any_size_stands_apart_and_in_the_same_column() -> None:
     total = {"uplink_bytes": 0, "downlink_bytes": 0}
     rates.add(0.0, total)
     rates.add(1.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 0})
-    sending, receiving = rates.lines()
-    assert sending.startswith("  sending   23.20 Gbit/s  ")
-    assert receiving.startswith("  receiving    0.0 bit/s  ")
-    assert len(sending) == len(receiving)
+    uplink, downlink = rates.lines(80)
+    assert uplink.startswith("  uplink    23.20 Gbit/s  ")
+    assert downlink.startswith("  downlink     0.0 bit/s  ")
+    assert len(uplink) == len(downlink) == 80
     rates.add(2.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 2_900_000_000})
-    assert rates.lines()[1].startswith("  receiving 23.20 Gbit/s  ")
+    assert rates.lines(200)[1].startswith("  downlink  23.20 Gbit/s  ")
+    assert [len(text) for text in rates.lines(200)] == [86, 86], "a minute, and no more"
 
 
 @pytest.mark.hosts

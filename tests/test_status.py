@@ -363,5 +363,5 @@ def test_a_lack_of_threads_passes(home: Path) -> None:
     program.goes_on()
     assert program.process.wait(10) == 0
     said = program.log.read_text()
-    assert said.count("no answer to ttun show for now: can't start new thread") == 1
+    assert said.count("cannot answer ttun show: can't start new thread") == 1
     assert list(home.iterdir()) == []

@@ -1,10 +1,10 @@
-"""``ttun server`` and ``ttun client``: an endpoint, and what a program around it does.
+"""``ttun server`` and ``ttun client``: run an endpoint until a signal or its end.
 
-1. Find the key; make the endpoint of what the command line says.
-2. As root: open the device, the port and the status socket; from here on signals end it in order.
-3. Drop privileges; then start threads, the log's writer first.
-4. Wait for a signal or the endpoint's end, and tell the service manager that all is well.
-5. Stop: the status socket, the endpoint, then the hooks.
+1. Find the key; make the endpoint from the options.
+2. As root: open the device, the port and the status socket. From here on signals stop it in order.
+3. Drop privileges; then start the threads, the log writer first.
+4. Wait for a signal or the endpoint's end, and send keep-alives to the service manager.
+5. Stop the status socket, the endpoint, then the hooks.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def server(options: argparse.Namespace) -> int:
     psk = key.find(options.psk, options.psk_file)
     made = psk is None
     if psk is None:
-        privileges.check()  # before a key is made that nobody can use
+        privileges.check()  # before a key is made in vain
         psk = key.create()
-        log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
+        log.info("wrote a new key to %s", key.DEFAULT_FILE)
     listen: str | Listener = options.listen
     where = None if options.tox else _our_address(options.listen)
     if options.tox:
@@ -62,8 +62,8 @@ def client(options: argparse.Namespace) -> int:
     psk = key.find(options.psk, options.psk_file)
     if psk is None:
         raise UsageError(
-            f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
-            f"or into {key.DEFAULT_FILE} (chmod 600)"
+            f"no key (give the server's key with -k or --psk-file, in {key.VARIABLE}, "
+            f"or in {key.DEFAULT_FILE}, mode 0600)"
         )
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
     server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
@@ -73,7 +73,7 @@ def client(options: argparse.Namespace) -> int:
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
-    """Return what both ends can be told, as Server and Client take it."""
+    """Return the options of both ends as keywords of Server and Client."""
     names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers", "congestion_control")
     given = (options.local4, options.local6, options.peer4, options.peer6)
     return {
@@ -85,21 +85,23 @@ def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, 
 
 
 def _show_client_command(psk: bytes, where: str) -> None:
-    """Print the other end's command line, but only where a person sees it and no log keeps it."""
+    """Print the client's command line with the key, if stdout is a terminal and not a log."""
     if not sys.stdout.isatty():
         return
-    program = "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"  # as started here
+    program = (
+        "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"
+    )  # as this one was started
     print(f"\non the client:\n\n    sudo {program} client -k {psk.decode()} -s {where}\n")
 
 
 def _our_address(listen: str) -> str:
-    """Return where a client reaches us, as far as that is to be known here."""
+    """Return the address that a client can use, as far as this machine knows it."""
     address = tcp.parse_address(listen, listening=True)
     if address.host not in ("", "0.0.0.0", "::"):
         return str(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
+            probe.connect(("192.0.2.1", 9))  # sends nothing, only selects the local address
             host = str(probe.getsockname()[0])
         except OSError:
             host = "THIS-HOST"
@@ -116,7 +118,7 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
-    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
+    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
     privileges.drop(user, required=options.user is not None)  # before there are threads
     log_writer.start()
@@ -141,9 +143,9 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
 def _wait(
     signals: Signals, endpoint: Endpoint, manager: notify.Manager, answering: status.StatusSocket
 ) -> int:
-    """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
+    """Return a signal's number, or 0 when the endpoint has ended; send keep-alives until then."""
     while (received := signals.wait(answering.patience(manager.interval))) is None:
-        answering.serve(endpoint.status)  # if there was no thread for it yet
+        answering.serve(endpoint.status)  # if no thread could be started before
         if endpoint.is_alive():
             manager.tell(manager.ALIVE)
     return received
