@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 sys.path.append("packaging")
 from compact import compact
+from press import press
 
 PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
 
@@ -39,6 +41,16 @@ class BuildPython(build_py):  # type: ignore[misc]
         return outfile, copied
 
 
+class BuildWheel(bdist_wheel):  # type: ignore[misc]
+    """Build a wheel and compress it well."""
+
+    def run(self) -> None:
+        """Build it."""
+        super().run()
+        for _, _, wheel in self.distribution.dist_files:
+            press(Path(wheel))
+
+
 def description(whole: bool) -> str:
     """Return what a package index shows.
 
@@ -56,7 +68,9 @@ def description(whole: bool) -> str:
 
 
 setup(
-    cmdclass={} if "TTUN_WHOLE" in os.environ else {"build_py": BuildPython},
+    cmdclass={}
+    if "TTUN_WHOLE" in os.environ
+    else {"build_py": BuildPython, "bdist_wheel": BuildWheel},
     cffi_modules=["csrc/build_codec.py:ffibuilder"],
     # cffi compiles against the stable ABI, so one wheel serves every Python from 3.9 on.
     options={"bdist_wheel": {"py_limited_api": "cp39"}},

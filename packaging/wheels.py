@@ -15,7 +15,6 @@ libffi is not on PyPI, and cffi's sdist expects it on the system: its source com
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
@@ -23,9 +22,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from press import press
 
 PACKAGING = Path(__file__).resolve().parent
 ROOT = PACKAGING.parent
@@ -127,33 +127,6 @@ def build_ttun(place: Path, environment: dict[str, str]) -> Path:
         sys.exit(f"{wheel.name} is too large: {wheel.stat().st_size} bytes (limit: {LARGEST})")
     run([*PYTHON, "abi3audit", "--strict", wheel])
     return wheel
-
-
-class Zopfli:
-    """A compressor for zipfile: slow, with files 2.5 % smaller than from zlib's highest level."""
-
-    def __init__(self) -> None:
-        self._data = b""
-
-    def compress(self, data: bytes) -> bytes:
-        """Collect data until all is there."""
-        self._data += data
-        return b""
-
-    def flush(self) -> bytes:
-        """Return all data compressed, without zlib's header and checksum (RFC 1950)."""
-        import zopfli.zlib
-
-        return bytes(zopfli.zlib.compress(self._data)[2:-4])
-
-
-def press(wheel: Path) -> None:
-    """Compress a zip file again, with Zopfli."""
-    zipfile._get_compressor = lambda *_: Zopfli()  # type: ignore[attr-defined]
-    plain = zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as pressed:
-        for item in plain.infolist():
-            pressed.writestr(item, plain.read(item))
 
 
 def provide(place: Path, environment: dict[str, str], requirement: str) -> Path:
