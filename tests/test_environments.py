@@ -111,7 +111,7 @@ VALUES = [  # a command line, its exit code, and what it says
     (["server", "--psk-file", "/"], 1, "Is a directory"),
     (["server", "--psk-file", "/dev/zero"], 1, "it is a device"),
     (["client", "-k", KEY, "-s", "h:1", "--rekey", "nan"], USAGE, "--rekey nan"),
-    (["client", "-k", KEY, "-s", "tox:" + BYTES], USAGE, "no Tox ID"),
+    (["client", "-k", KEY, "-s", "tox:" + BYTES], USAGE, "Tox ID"),
     (["server", "-k", KEY, "--tox", "--tox-nodes", "/dev/zero"], 1, "it has more than"),
     (["show", "a\x1b[2Jb"], 1, r"no tunnel runs here on a\x1b[2Jb"),
     (["doctor", ""], USAGE, "a host is missing"),
