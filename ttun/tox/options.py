@@ -35,8 +35,8 @@ NO_PROXIES = ("socks4", "socks4a", "https")
 
 EPILOG = f"""\
 Without -L, -W, -D or -p, ttun tox runs as a server.
-Environment: {SECRET_VARIABLE}; ALL_PROXY=socks5://HOST:PORT or http://HOST:PORT, a
-proxy for all Tox traffic (disables UDP)."""
+Environment: {SECRET_VARIABLE}; ALL_PROXY=socks5://HOST:PORT or
+http://HOST:PORT, a proxy for all Tox traffic (disables UDP)."""
 
 
 class Forward(NamedTuple):
@@ -106,8 +106,8 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("-p", dest="ping", action="store_true", help="ping the server and exit")
     add(
         "-C", dest="directory", metavar="DIR", type=Path,
-        help=f"keep the identity in DIR/{identity.SAVE} (default: server {DEFAULT_DIRECTORY}, "
-        "client a temporary identity)",
+        help=f"keep the identity in DIR/{identity.SAVE} (default: {DEFAULT_DIRECTORY} for a "
+        "server, none for a client: it gets a new identity each time)",
     )  # fmt: skip
     add(
         "-s", dest="secret", metavar="SECRET",
@@ -125,7 +125,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "-u", dest="udp_ports", metavar="FROM:TO", type=_checked(_udp_ports),
-        help="UDP port range for Tox (default: server in 33445 to 33465, client random)",
+        help="UDP port range (default: within 33445 to 33465 for a server, random for a client)",
     )  # fmt: skip
     add(
         "-b", dest="nodes", metavar="FILE", type=Path,
