@@ -31,7 +31,7 @@ def check_host(host: str) -> None:
     try:
         host.encode()
     except UnicodeError:
-        raise UsageError(f"the host {host[:20]!r} is not valid UTF-8") from None
+        raise UsageError(f"the host {host[:20]} is not valid UTF-8") from None
 
 
 def load(path: Path) -> list[Address]:
