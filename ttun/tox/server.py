@@ -103,7 +103,7 @@ class ForwardingServer(Forwarder):
         self._connector.give_up(link)
 
     def _forget(self) -> None:
-        """Add friends that left anew, and remove the longest offline if there are too many.
+        """Re-add friends that went offline; remove the longest offline if there are too many.
 
         Otherwise toxcore would go on looking for them at their last address, and a new client that
         uses the same address and port by now could not connect. Call it only between rounds of the
