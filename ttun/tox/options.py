@@ -278,7 +278,7 @@ def _bind(text: str) -> str:
 def _port(text: str, least: int, whole: str) -> int:
     port = parse_port(text, least)
     if port is None:
-        raise UsageError(f"{whole!r}: a port is a number from {least} to 65535")
+        raise UsageError(f"{whole!r}: the port must be a number from {least} to 65535")
     return port
 
 
