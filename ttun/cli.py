@@ -209,7 +209,7 @@ def run_tox(options: argparse.Namespace) -> int:
 
     parser = Parser(
         prog="ttun tox",
-        description="Forward ports through Tox to a machine behind NAT; the options are tuntox's.",
+        description="Forward ports through Tox to a machine behind NAT, with the options of Tuntox.",
         epilog=tox_options.EPILOG,
     )
     return command.run(parser, options.arguments)
