@@ -176,7 +176,7 @@ def _shown(lines: list[str]) -> list[str]:
     """Return the lines of a tunnel as stdout shows them: a terminal wraps and colors them."""
     if not is_terminal():
         return lines
-    shown = []
+    shown: list[str] = []
     for line in lines:
         first, *rest = wrapped(line, 4)
         name = first.partition(":")[0]
