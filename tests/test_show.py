@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from impostor import Place, line, made
+from screen import uncolored, written
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
 from ttun.commands import show
@@ -160,6 +161,51 @@ def test_a_rate_of_any_size_stands_apart_and_in_the_same_column() -> None:
     rates.add(2.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 2_900_000_000})
     assert rates.lines(200)[1].startswith("  downlink  23.20 Gbit/s  ")
     assert [len(text) for text in rates.lines(200)] == [86, 86], "a minute, and no more"
+
+
+def on_a_terminal(place: Place, *options: str, columns: int = 80, rows: int = 24) -> str:
+    command = [*PROGRAM, "show", *options]
+    seconds = 4 if "--watch" in options else 60
+    own = {name: place.environment[name] for name in ("XDG_RUNTIME_DIR", "LC_ALL")}
+    return written(command, columns, rows, seconds=seconds, **own)
+
+
+def test_a_terminal_wraps_what_is_wider_and_colors_states(place: Place) -> None:
+    peer = f"tox:{'0123456789ABCDEF' * 5}"
+    missing = [f"route 203.0.{number}.0/24 missing" for number in range(9)]
+    place.answer("a.sock", line(peer=peer, missing=missing))
+    place.answer("b.sock", line(peer=None, device="ttun1"))
+    text = on_a_terminal(place)
+    for state in ("\033[32m  connected\033[0m: ", "\033[33m  not connected\033[0m\n",
+                  "\033[31m  device\033[0m: route 203.0.0.0/24 missing"):  # fmt: skip
+        assert state in text
+    lines = uncolored(text).splitlines()
+    assert all(len(each) <= 80 for each in lines if peer not in each)
+    piped = place.show()[0]
+    assert " ".join(uncolored(text).split()) == " ".join(piped.split())
+    assert ", ".join(missing) in piped and "\033" not in piped, "lines of a pipe stay whole"
+
+
+@pytest.mark.parametrize(("tunnels", "lines_of_each"), [(1, 9), (5, 2)])
+def test_watch_fits_the_terminal(place: Place, tunnels: int, lines_of_each: int) -> None:
+    for number in range(tunnels):
+        place.answer(f"{number}.sock", line(device=f"ttun{number}"))
+    *_, before, _ = on_a_terminal(place, "--watch").split(show.CLEAR)
+    lines = uncolored(before).splitlines()
+    assert tunnels * lines_of_each <= len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    for number in range(tunnels):
+        assert any(each.startswith(f"ttun{number}: server") for each in lines)
+    assert sum("uplink " in each and "bit/s" in each for each in lines) == tunnels
+
+
+def test_watch_says_how_many_tunnels_do_not_fit(place: Place) -> None:
+    for number in range(30):
+        place.answer(f"{number}.sock", line(device=f"ttun{number}"))
+    *_, before, _ = on_a_terminal(place, "--watch", rows=12).split(show.CLEAR)
+    lines = uncolored(before).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "and 25 more (ttun show --watch DEVICE shows one)"
 
 
 @pytest.mark.hosts

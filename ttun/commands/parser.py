@@ -31,8 +31,8 @@ examples:
 
 ttun COMMAND -h lists the options of a command."""
 EPILOG = """\
-The key is taken from -k, else --psk-file, else the environment variable
-TTUN_PSK, else /etc/ttun/psk. Options of Go ttun may begin with one dash: -mtu."""
+The key is taken from -k, else --psk-file, else TTUN_PSK in the environment,
+else /etc/ttun/psk. Options of Go ttun may begin with one dash: -mtu."""
 
 
 def build_parser() -> Parser:

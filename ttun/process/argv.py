@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -34,6 +35,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         value = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
         return ", ".join(names) + value
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap the text of an option, but not within a name such as aes-256-gcm."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Keep line breaks, and wrap longer lines."""
+        return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
 class Parser(argparse.ArgumentParser):
