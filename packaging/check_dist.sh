@@ -2,7 +2,7 @@
 # make check-dist: check the files that make dist made. Requires neither network nor root.
 #
 # 1. The sdist has the same files as git.
-# 2. pip installs the wheel into an empty virtual environment without an index, it runs
+# 2. The wheel installs into an empty virtual environment without an index, it runs
 #    (tests/helpers/check_install.py), and its help() is that of the source.
 # 3. In the unpacked sdist the codec is built, and the tests that need no root pass (TESTS selects).
 set -eu
