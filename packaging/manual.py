@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ttun.cipher import CIPHERS
+from ttun.cli import build_parser
 from ttun.commands import parser as grammar
 from ttun.tox import options as tox
 from ttun.version import __version__
@@ -51,7 +52,7 @@ complete -o bashdefault -F _ttun ttun ttun.py
 
 def whole_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, with the options of ``ttun tox``."""
-    parser = grammar.build_parser()
+    parser = build_parser()
     tox.build_parser(dict(each(parser))["tox"])
     return parser
 

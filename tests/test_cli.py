@@ -16,8 +16,8 @@ from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually
 import ttun
 from ttun import cli, sodium
 from ttun.cipher import CIPHERS
-from ttun.cli import main
-from ttun.commands.parser import build_parser, join_values
+from ttun.cli import build_parser, main
+from ttun.commands.parser import join_values
 from ttun.errors import TtunError
 
 

@@ -17,8 +17,9 @@ import pytest
 from tunnel import ROOT
 
 import ttun
+from ttun.cli import build_parser
 from ttun.commands import key
-from ttun.commands.parser import build_parser, join_values
+from ttun.commands.parser import join_values
 
 pytest.importorskip("shtab", reason="shtab is not installed")
 PARSERS = dict(manual.each(manual.whole_parser()))

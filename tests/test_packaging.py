@@ -180,7 +180,7 @@ def test_what_a_wheel_has_not_is_one_line_and_where_it_is(wheel: Path, tmp_path:
         done = run(sys.executable, "-m", "ttun", *command, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.count("\n") == 1
-        assert f"run ./ttun.py {command[0]} in the source directory" in done.stderr
+        assert f"./ttun.py {command[0]} in the source directory" in done.stderr
     whole = run(sys.executable, "-m", "ttun", "--version", cwd=tmp_path)
     assert whole.stdout.startswith("ttun "), whole.stderr
 

@@ -10,21 +10,24 @@ import contextlib
 import errno
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
 
-from ttun.commands import key
-from ttun.commands.parser import build_parser, join_values
+from ttun.commands import key, parser
+from ttun.commands.parser import join_values
 from ttun.errors import TtunError, UsageError, printable
 from ttun.process import log_writer, program_name, standard_streams
 from ttun.process.argv import Parser, find_secrets
 from ttun.process.signals import end_while_starting
 
+try:
+    from ttun.lab import command as lab
+except ModuleNotFoundError:  # not part of a wheel
+    lab = None  # type: ignore[assignment]
+
 log = logging.getLogger("ttun")
 
-MOST_MIB = 1 << 20  # of a transfer of the demo
 # What write(2) fails with when a stream accepts no more data.
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
 
@@ -72,11 +75,19 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _fail(f"internal error: {type(error).__name__}: {error}")
 
 
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    return parser.build_parser(lab.add_options if lab else None)
+
+
 def _run_command(arguments: Sequence[str] | None) -> int:
     given = program_name.arguments() if arguments is None else arguments
     parser = build_parser()
     if arguments is None:
         _hide_secrets(given, parser)
+    if lab is None and given[:1] in (["demo"], ["bench"]):
+        where = f"run make and ./ttun.py {given[0]} in the source directory"
+        raise TtunError(f"{given[0]} is not part of the wheel ({where})")
     if given[:1] == ["tox"]:
         options = argparse.Namespace(command="tox", run="tox", arguments=given[1:])
     else:
@@ -89,11 +100,6 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         return int(COMMANDS[options.run](options))
     except UsageError as error:
         raise UsageError(f"{error}; see ttun {options.command} -h") from None
-    except ModuleNotFoundError as error:
-        if error.name != "ttun.lab":
-            raise
-        where = f"run make and ./ttun.py {options.command} in the source directory"
-        raise TtunError(f"{options.command} is not part of the wheel ({where})") from None
 
 
 def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
@@ -147,54 +153,6 @@ def run_doctor(options: argparse.Namespace) -> int:
     return doctor.run(None if peer is None else tcp.parse_address(peer, listening=False))
 
 
-def run_demo(options: argparse.Namespace) -> int:
-    """``ttun demo``."""
-    from ttun.lab import demo
-
-    if not 1 <= options.size <= MOST_MIB:
-        raise UsageError(f"--size {options.size} is out of range (1 to {MOST_MIB} MiB)")
-    return demo.run(options.size)
-
-
-def run_bench_codec(_: argparse.Namespace) -> int:
-    """``ttun bench codec``."""
-    from ttun.lab import bench
-
-    return bench.codec()
-
-
-def run_bench_tunnel(options: argparse.Namespace) -> int:
-    """``ttun bench tunnel``."""
-    from ttun.lab import bench
-
-    _check_amount(options)
-    return bench.tunnel(
-        options.rounds, options.seconds, options.against, options.json, options.plot
-    )
-
-
-def run_bench_link(options: argparse.Namespace) -> int:
-    """``ttun bench link``."""
-    from ttun.lab import bench_link
-
-    _check_amount(options)
-    plan = bench_link.Plan(
-        bench_link.parse_link(options.rate, options.rtt, options.queue),
-        bench_link.parse_losses(options.loss),
-        options.rounds,
-        options.seconds,
-        options.congestion_control,
-        options.emulator,
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the hosts are removed
-    return bench_link.run(plan, options.against, options.json, options.plot)
-
-
-def _check_amount(options: argparse.Namespace) -> None:
-    if options.rounds < 1 or not 0 < options.seconds < 3600:
-        raise UsageError("out of range: --rounds (1 or more) or --seconds (less than 3600)")
-
-
 def run_show(options: argparse.Namespace) -> int:
     """``ttun show``."""
     from ttun.commands import show
@@ -232,10 +190,7 @@ def run_client(options: argparse.Namespace) -> int:
 COMMANDS = {
     "genkey": run_genkey,
     "doctor": run_doctor,
-    "demo": run_demo,
-    "bench_codec": run_bench_codec,
-    "bench_tunnel": run_bench_tunnel,
-    "bench_link": run_bench_link,
+    **(lab.COMMANDS if lab else {}),
     "show": run_show,
     "tox": run_tox,
     "server": run_server,

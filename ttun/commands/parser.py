@@ -8,7 +8,7 @@ function that runs the command.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ttun.process.argv import Parser, join_each
 from ttun.settings import (
@@ -35,8 +35,8 @@ The key is taken from -k, else --psk-file, else TTUN_PSK in the environment,
 else /etc/ttun/psk. Options of Go ttun may begin with one dash: -mtu."""
 
 
-def build_parser() -> Parser:
-    """Return the parser of the whole command line."""
+def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Parser:
+    """Return the parser of the command line. extend: adds the options of demo and bench."""
     parser = Parser(
         prog="ttun",
         description="A point-to-point tunnel over one TCP connection.",
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
         title="commands", dest="command", metavar="COMMAND", required=True
     )
 
-    server = _command(commands, "server", "wait for a client", EPILOG, "[OPTION...]")
+    server = add_command(commands, "server", "wait for a client", EPILOG, "[OPTION...]")
     server.set_defaults(run="server")
     server.add_argument(
         "-l",
@@ -77,7 +77,7 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="directory of the Tox identity (default: %(default)s)",
     )
-    client = _command(
+    client = add_command(
         commands, "client", "connect to a server", EPILOG, "-s HOST[:PORT] [OPTION...]"
     )
     client.set_defaults(run="client")
@@ -105,17 +105,11 @@ def build_parser() -> Parser:
         )
         _tunnel_options(end, ours, peers)
 
-    demo = _command(commands, "demo", "run both ends on this machine: pings and transfers")
-    demo.set_defaults(run="demo")
-    demo.add_argument(
-        "--size",
-        type=int,
-        default=64,
-        metavar="MIB",
-        help="amount to transfer each way (default: %(default)s)",
-    )
-    _bench_commands(_command(commands, "bench", "measure performance on this machine"))
-    show = _command(commands, "show", "show the status of the tunnels on this machine")
+    demo = add_command(commands, "demo", "run both ends on this machine: pings and transfers")
+    bench = add_command(commands, "bench", "measure performance on this machine")
+    if extend is not None:
+        extend(demo, bench)
+    show = add_command(commands, "show", "show the status of the tunnels on this machine")
     show.set_defaults(run="show", how="text")
     show.add_argument(
         "device", nargs="?", metavar="DEVICE", help="show this tunnel only (default: all)"
@@ -127,9 +121,9 @@ def build_parser() -> Parser:
         ("watch", "refresh every second, with rates and a graph"),
     ):
         how.add_argument(f"--{name}", dest="how", action="store_const", const=name, help=text)
-    genkey = _command(commands, "genkey", "print a random 256-bit key")
+    genkey = add_command(commands, "genkey", "print a random 256-bit key")
     genkey.set_defaults(run="genkey")
-    doctor = _command(commands, "doctor", "check this machine, and the path to a server")
+    doctor = add_command(commands, "doctor", "check this machine, and the path to a server")
     doctor.set_defaults(run="doctor")
     doctor.add_argument(
         "peer",
@@ -138,97 +132,20 @@ def build_parser() -> Parser:
         help="server to check: does it answer, and the path MTU",
     )
     # Its options are tuntox's own, in a parser of its own: see run_tox.
-    _command(commands, "tox", "forward ports through the Tox network, as tuntox does")
+    add_command(commands, "tox", "forward ports through the Tox network, as tuntox does")
     return parser
 
 
-def _bench_commands(bench: Parser) -> None:
-    kinds = bench.add_subparsers(title="benchmarks", dest="kind", metavar="WHAT", required=True)
-    codec = _command(kinds, "codec", "measure encryption and decryption on one core")
-    codec.set_defaults(run="bench_codec")
-    tunnel = _command(kinds, "tunnel", "measure a tunnel between two network namespaces")
-    tunnel.set_defaults(run="bench_tunnel")
-    _bench_options(tunnel, seconds=2.0)
-    link = _command(kinds, "link", "measure a tunnel over an emulated link")
-    link.set_defaults(run="bench_link")
-    link.add_argument(
-        "--rate",
-        default="50",
-        metavar="DOWN[/UP]",
-        help="Mbit/s to the client, and from it if different (default: %(default)s)",
-    )
-    link.add_argument(
-        "--rtt",
-        type=float,
-        default=40.0,
-        metavar="MS",
-        help="round-trip time of the idle link (default: %(default)g)",
-    )
-    link.add_argument(
-        "--loss",
-        default="0",
-        metavar="PERCENT[,PERCENT...]",
-        help="packet loss each way; several values: goodput over loss (default: %(default)s)",
-    )
-    link.add_argument(
-        "--queue",
-        type=float,
-        default=100.0,
-        metavar="MS",
-        help="queueing delay at which the link drops packets (default: %(default)g)",
-    )
-    link.add_argument(
-        "--congestion-control",
-        default="cubic",
-        metavar="NAME",
-        help="congestion control of both hosts (default: %(default)s)",
-    )
-    link.add_argument(
-        "--emulator",
-        default="auto",
-        metavar="auto|relay|netem",
-        help="link emulator: relay needs a C compiler, netem a kernel module (default: auto, the "
-        "first available)",
-    )
-    _bench_options(link, seconds=10.0)
-
-
-def _bench_options(command: Parser, seconds: float) -> None:
-    command.add_argument(
-        "--rounds",
-        type=_number,
-        default=5,
-        metavar="N",
-        help="measurements to take the median of (default: %(default)s)",
-    )
-    command.add_argument(
-        "--seconds",
-        type=float,
-        default=seconds,
-        metavar="N",
-        help="duration of each transfer (default: %(default)g)",
-    )
-    command.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        metavar="OTHER",
-        help="competitor: openvpn, wireguard-go (or its path), or 'SERVER COMMAND :: CLIENT "
-        "COMMAND' with {peer} for the server's address; after NAME=, under that name (repeatable)",
-    )
-    command.add_argument("--json", metavar="FILE", help="write all figures to FILE")
-    command.add_argument("--plot", metavar="FILE.svg", help="draw a chart (needs matplotlib)")
-
-
-def _command(
+def add_command(
     commands: argparse._SubParsersAction[Parser],
     name: str,
     text: str,
     epilog: str = "",
     usage: str = "",
 ) -> Parser:
+    """Return the parser of a new command. text: its help. usage: short, if it has many options."""
     description = text[0].upper() + text[1:] + "."
-    short = f"ttun {name} {usage}" if usage else None  # of those with many options
+    short = f"ttun {name} {usage}" if usage else None
     return commands.add_parser(name, help=text, description=description, epilog=epilog, usage=short)
 
 
@@ -256,7 +173,7 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
     command.add_argument(
         "-mtu",
         "--mtu",
-        type=_number,
+        type=number,
         default=Settings.mtu,
         metavar="BYTES",
         help=f"MTU of the device, {MIN_MTU} to {MAX_MTU} (default: %(default)s)",
@@ -325,7 +242,8 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
     )
 
 
-def _number(text: str) -> int:
+def number(text: str) -> int:
+    """Read a whole number; for ``type`` of an option."""
     try:
         return int(text)
     except ValueError:
