@@ -89,7 +89,7 @@ static bool follows(const struct ttun_coalescer *c, const uint8_t *packet, size_
     size_t payload = size - l->headers_size;
     if (!c->open || l->headers_size != c->headers_size || l->transport != c->transport ||
         payload > c->vnet.gso_size || c->segments == TTUN_SEGMENTS_MAX ||
-        c->size + payload > TTUN_MERGED_MAX)
+        c->size + payload > TTUN_COALESCED_MAX)
         return false;
     if (l->transport == IPV4_HEADER) {
         /* Version and TOS; identification, incremented; flags, TTL, protocol; addresses. */
@@ -204,8 +204,8 @@ unsigned ttun_flush(struct ttun_coalescer *c) {
 /* ---- offloaded packets ---------------------------------------------------------------------- */
 
 /* Returns whether this packet can be sent unsegmented; sets the layout. */
-static bool is_whole(const uint8_t *packet, size_t size, uint16_t gso_size, bool tcp, bool udp,
-                     struct layout *l) {
+static bool is_offloadable(const uint8_t *packet, size_t size, uint16_t gso_size, bool tcp,
+                           bool udp, struct layout *l) {
     if (size > TTUN_PACKET_MAX || !find_transport(packet, size, l) ||
         !(l->protocol == PROTO_TCP ? tcp : udp))
         return false;
@@ -221,7 +221,7 @@ static bool is_whole(const uint8_t *packet, size_t size, uint16_t gso_size, bool
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp) {
     struct layout l = {0};
-    if (!is_whole(packet, size, gso_size, tcp, udp, &l))
+    if (!is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
     *vnet = describe(&l, gso_size);
     store_sum(packet + l.transport + vnet->checksum_offset, partial_sum(packet, size, &l));
@@ -233,10 +233,10 @@ bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_
     struct layout l = {0};
     uint16_t gso_size = vnet->gso_type == TTUN_GSO_NONE ? 0 : vnet->gso_size;
     /* Coalescing at the receiver saves more than skipping a checksum. */
-    bool mergeable = gso_size == 0 && size <= TTUN_MERGED_MAX / 2;
-    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || mergeable ||
+    bool coalescable = gso_size == 0 && size <= TTUN_COALESCED_MAX / 2;
+    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || coalescable ||
         (vnet->gso_type != TTUN_GSO_NONE && gso_size == 0) ||
-        !is_whole(packet, size, gso_size, tcp, udp, &l))
+        !is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
     struct ttun_vnet same = describe(&l, gso_size);
     return same.gso_type == vnet->gso_type && same.checksum_start == vnet->checksum_start &&

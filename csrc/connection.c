@@ -21,8 +21,8 @@ enum {
     PAIRS_FROM = 150000, /* bytes per second */
     UNSENT_MOST = 256 * 1024,
     SEALED_LEAST = 1024, /* less than one packet of the default MTU */
-    WHOLE = 4000,        /* microseconds */
-    WHOLE_LEAST = 1500,
+    GSO_TIME = 4000,     /* microseconds */
+    GSO_LEAST = 1500,
     /* Microseconds. A bulk flow whose congestion control halves its window needs a queue of about
      * one round trip to keep the link busy; small packets do not wait behind it. And a segment lost
      * outside the tunnel delays everything by a round trip, which is no reason to drop one inside.
@@ -61,7 +61,7 @@ static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most) {
 void connection_init(struct connection *c, int socket, unsigned slots) {
     *c = (struct connection){.socket = socket,
                              .batch = SLOT_SIZE,
-                             .whole = SLOT_SIZE,
+                             .gso_max = SLOT_SIZE,
                              .slots = slots,
                              .pace = {.target = TARGET_LEAST, .interval = INTERVAL_LEAST}};
     int protocol = 0;
@@ -136,7 +136,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint64_t sealed = rate * SEALED / 1000000;
     c->limited = sealed < (uint64_t)slots * SLOT_SIZE;
     c->batch = (size_t)clamp(sealed, SEALED_LEAST, SLOT_SIZE);
-    c->whole = (size_t)clamp(rate * WHOLE / 1000000, WHOLE_LEAST, SLOT_SIZE);
+    c->gso_max = (size_t)clamp(rate * GSO_TIME / 1000000, GSO_LEAST, SLOT_SIZE);
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
     c->pace.target = clamp(tcp.rtt, TARGET_LEAST, TARGET_MOST);
     c->pace.interval = clamp(3 * (uint64_t)tcp.rtt, INTERVAL_LEAST, INTERVAL_MOST);

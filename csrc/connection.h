@@ -26,7 +26,7 @@ struct connection {
     uint64_t look_at;            /* next query of the kernel; microseconds */
     uint32_t unsent;             /* current TCP_NOTSENT_LOWAT, bytes; 0: not set */
     atomic_bool limited;         /* the sending thread reads it too */
-    size_t whole;                /* bytes; larger packets are segmented */
+    size_t gso_max;              /* bytes; larger packets are segmented */
     size_t batch;                /* bytes to seal at once, roughly */
     unsigned slots;              /* sealed slots that may wait for the socket */
     uint64_t most_bandwidth;     /* of bbr in startup; bytes per second */

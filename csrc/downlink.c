@@ -46,7 +46,7 @@ static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsi
 }
 
 /* Flushes the coalescer to the device. Returns false if the device was removed. */
-static bool write_merged(struct ttun_session *s) {
+static bool flush_coalescer(struct ttun_session *s) {
     uint64_t packets = s->coalescer.segments, bytes = 0;
     unsigned parts = ttun_flush(&s->coalescer);
     if (parts == 0)
@@ -58,7 +58,7 @@ static bool write_merged(struct ttun_session *s) {
 }
 
 /* Restores the vnet header of an offloaded packet and writes it to the device. */
-static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size) {
+static bool write_offloaded(struct ttun_session *s, uint8_t *plaintext, size_t size) {
     struct ttun_vnet vnet;
     if (size <= TTUN_OFFLOADED_PREFIX ||
         !ttun_restore_vnet(&vnet, plaintext + TTUN_OFFLOADED_PREFIX, size - TTUN_OFFLOADED_PREFIX,
@@ -87,7 +87,7 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
     if (fine) {
         memcpy(frame.body, plaintext + 1, (size_t)body_size);
         /* A PING may replace another, but a REKEY must not be lost. */
-        fine = mailbox_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
+        fine = control_queue_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
     }
     if (!fine)
         end_session(s, TTUN_END_CONTROL, frame.type);
@@ -98,12 +98,12 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
 static bool deliver(struct ttun_session *s, uint8_t *plaintext, size_t size) {
     if (s->wire != 0 && !is_ip(plaintext)) {
         if (plaintext[0] == TTUN_OFFLOADED)
-            return write_merged(s) && write_whole(s, plaintext, size);
+            return flush_coalescer(s) && write_offloaded(s, plaintext, size);
         return receive_control(s, plaintext, size);
     }
     if (ttun_coalesce(&s->coalescer, plaintext, size))
         return true;
-    return write_merged(s) && ttun_coalesce(&s->coalescer, plaintext, size);
+    return flush_coalescer(s) && ttun_coalesce(&s->coalescer, plaintext, size);
 }
 
 /* Opens each frame of a slot and delivers its content, coalescing packets where possible. */
@@ -115,7 +115,7 @@ static void open_frames(struct ttun_session *s, struct slot *slot) {
         assert(slot->begin <= slot->end); /* a slot holds complete frames */
         ptrdiff_t size = ttun_open(&s->rx.now, plaintext, length);
         if (size < 0) {
-            write_merged(s); /* deliver what came before */
+            flush_coalescer(s); /* deliver what came before */
             end_session(s, TTUN_END_TAG, (int)length);
             return;
         }
@@ -124,8 +124,8 @@ static void open_frames(struct ttun_session *s, struct slot *slot) {
         else if (!deliver(s, plaintext, (size_t)size))
             break;
     }
-    write_merged(s); /* do not hold packets back for later ones */
-    atomic_store_explicit(&s->heard, now_ms(), memory_order_relaxed);
+    flush_coalescer(s); /* do not hold packets back for later ones */
+    atomic_store_explicit(&s->last_received, now_ms(), memory_order_relaxed);
 }
 
 static void open_slot(struct ttun_session *s, struct slot *slot) {

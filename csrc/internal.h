@@ -8,8 +8,8 @@
 
 #include "codel.h"
 #include "connection.h"
+#include "control_queue.h"
 #include "fq.h"
-#include "mailbox.h"
 #include "offload.h"
 #include "ring.h"
 #include "session.h"
@@ -37,8 +37,8 @@ struct ttun_session {
     uint32_t tag_size;
     struct keys tx, rx;
     pthread_mutex_t keys_lock; /* protects next and ready of both */
-    struct mailbox inbox, outbox;
-    _Atomic uint64_t heard; /* when a frame was last received, in milliseconds */
+    struct control_queue inbox, outbox;
+    _Atomic uint64_t last_received; /* when a frame was last received, in milliseconds */
     struct ttun_segmenter segmenter;
     struct ttun_coalescer coalescer;
     struct ring uplink, downlink;

@@ -21,7 +21,7 @@
 enum {
     TTUN_PACKET_MAX = 40 + 65535, /* an IPv6 header and the largest length in it */
     TTUN_SEGMENTS_MAX = 64,       /* coalesced into one; the kernel's lowest limit for UDP */
-    TTUN_MERGED_MAX = 65535       /* bytes of a coalesced packet, with the IPv6 header */
+    TTUN_COALESCED_MAX = 65535    /* bytes of a coalesced packet, with the IPv6 header */
 };
 
 /* struct virtio_net_hdr, in host byte order. */

@@ -79,14 +79,14 @@ const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
     bool first = g->next == g->headers_size, last = payload == left;
     uint8_t *segment = g->packet + g->next - g->headers_size;
     uint8_t *transport = segment + g->transport;
-    size_t whole = g->headers_size + payload;
-    size_t transport_size = whole - g->transport;
+    size_t segment_size = g->headers_size + payload;
+    size_t transport_size = segment_size - g->transport;
     if (!first) /* memmove: the headers may be longer than a payload */
         memmove(segment, segment - g->gso_size, g->headers_size);
 
     if (!first && segment[0] >> 4 == 4) /* each segment is a separate packet (RFC 6864) */
         put16(segment + 4, (uint16_t)(get16(segment + 4) + 1));
-    set_ip_length(segment, whole);
+    set_ip_length(segment, segment_size);
     size_t field = g->udp ? UDP_CHECKSUM : TCP_CHECKSUM;
     if (g->udp) {
         put16(transport + 4, (uint16_t)transport_size);
@@ -100,8 +100,8 @@ const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size) {
             transport[13] &= (uint8_t)~CWR; /* only in the first segment (RFC 3168, 6.1.2) */
     }
     store_sum(transport + field, ttun_fold(g->partial + length_sum(transport_size)));
-    complete_checksum(segment, whole, g->transport, field);
+    complete_checksum(segment, segment_size, g->transport, field);
     g->next += payload;
-    *size = whole;
+    *size = segment_size;
     return segment;
 }

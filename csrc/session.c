@@ -60,9 +60,9 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
         goto no_uplink;
     if (ring_init(&s->downlink, s->memory + ring_size, slots) < 0)
         goto no_downlink;
-    if (mailbox_init(&s->inbox) < 0)
+    if (control_queue_init(&s->inbox) < 0)
         goto no_inbox;
-    if (mailbox_init(&s->outbox) < 0)
+    if (control_queue_init(&s->outbox) < 0)
         goto no_outbox;
     s->scratch = s->memory + 2 * ring_size;
     s->taken = s->scratch + SCRATCH_SIZE;
@@ -77,10 +77,10 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->tx.now = *uplink;
     s->rx.now = *downlink;
     s->tag_size = downlink->tag_size;
-    s->heard = now_ms();
+    s->last_received = now_ms();
     return s;
 no_outbox:
-    mailbox_destroy(&s->inbox);
+    control_queue_destroy(&s->inbox);
 no_inbox:
     ring_destroy(&s->downlink);
 no_downlink:
@@ -101,8 +101,8 @@ void ttun_session_free(struct ttun_session *s) {
     explicit_bzero(&s->rx, sizeof s->rx);
     ring_destroy(&s->uplink);
     ring_destroy(&s->downlink);
-    mailbox_destroy(&s->inbox);
-    mailbox_destroy(&s->outbox);
+    control_queue_destroy(&s->inbox);
+    control_queue_destroy(&s->outbox);
     pthread_mutex_destroy(&s->keys_lock);
     pthread_cond_destroy(&s->delivered);
     pthread_mutex_destroy(&s->delivery_lock);
@@ -128,7 +128,7 @@ void end_session(struct ttun_session *s, enum ttun_reason why, int detail) {
     atomic_store(&s->reason, (int)why);
     ring_close(&s->uplink);
     ring_close(&s->downlink);
-    mailbox_close(&s->inbox);
+    control_queue_close(&s->inbox);
     wake_uplink(s);
     shutdown(s->socket, SHUT_RDWR);
 }
@@ -149,18 +149,18 @@ uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
 }
 
 uint64_t ttun_session_silence(struct ttun_session *s) {
-    uint64_t heard = atomic_load(&s->heard), now = now_ms();
-    return now > heard ? now - heard : 0;
+    uint64_t last_received = atomic_load(&s->last_received), now = now_ms();
+    return now > last_received ? now - last_received : 0;
 }
 
 /* ---- control frames and keys ---------------------------------------------------------------- */
 
 int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long milliseconds) {
-    return mailbox_take(&s->inbox, frame, milliseconds);
+    return control_queue_take(&s->inbox, frame, milliseconds);
 }
 
 void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame) {
-    mailbox_post(&s->outbox, frame);
+    control_queue_post(&s->outbox, frame);
     wake_uplink(s);
 }
 

@@ -57,7 +57,7 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     if (s->wire != 0 && (size == 0 || !is_ip(packet)))
         return false; /* its first byte would be read as a frame type */
     if (size + TTUN_OFFLOADED_PREFIX + s->tx.now.tag_size <= TTUN_LENGTH_MAX &&
-        size <= s->connection.whole &&
+        size <= s->connection.gso_max &&
         ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
                          s->wire & TTUN_OFFLOAD_UDP)) {
         static const struct ttun_vnet done;
@@ -94,7 +94,7 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         await_device(s, false);
         await_delivery(s);
     }
-    while (!is_over(s) && !(wait && mailbox_has(&s->outbox))) {
+    while (!is_over(s) && !(wait && control_queue_has(&s->outbox))) {
         ssize_t size = read(s->tun, packet - s->vnet_size, s->vnet_size + TTUN_PACKET_MAX);
         if (size < 0 && errno == EAGAIN) {
             if (!wait)
@@ -190,7 +190,7 @@ static void await_room(struct ttun_session *s) {
 /* Seals the posted control frames. The slot is empty. */
 static void seal_control(struct ttun_session *s, struct slot *slot) {
     struct ttun_control frame;
-    while (mailbox_take(&s->outbox, &frame, 0) == 1) {
+    while (control_queue_take(&s->outbox, &frame, 0) == 1) {
         uint8_t plaintext[1 + TTUN_BODY_MAX] = {frame.type};
         size_t size = (size_t)ttun_body_size(frame.type);
         memcpy(plaintext + 1, frame.body, size);
@@ -208,7 +208,7 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     while (SLOT_SIZE - slot->end >= FRAME_MAX && slot->end < s->connection.batch && !is_over(s)) {
         if (slot->end == 0)
             slot->since = now_us();
-        if (slot->end == 0 && mailbox_has(&s->outbox))
+        if (slot->end == 0 && control_queue_has(&s->outbox))
             seal_control(s, slot);
         size_t size;
         const uint8_t *packet = next_packet(s, slot->end == 0, &size);

@@ -4,8 +4,8 @@
  *
  * Posting never blocks: a newer frame replaces an older one of its type. So a flood of PINGs gets
  * one answer, and two full directions cannot deadlock. */
-#ifndef TTUN_MAILBOX_H
-#define TTUN_MAILBOX_H
+#ifndef TTUN_CONTROL_QUEUE_H
+#define TTUN_CONTROL_QUEUE_H
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -15,7 +15,7 @@
 
 #include "wire.h"
 
-struct mailbox {
+struct control_queue {
     pthread_mutex_t lock;
     pthread_cond_t arrived;
     atomic_uint filled; /* bit TYPE: the slot of this type is full */
@@ -27,24 +27,24 @@ struct mailbox {
 int ttun_body_size(unsigned type);
 
 /* Initializes an empty queue. Returns 0, or -1 with errno set. */
-int mailbox_init(struct mailbox *m);
+int control_queue_init(struct control_queue *q);
 
 /* Wipes and destroys it. No thread may use it any more. */
-void mailbox_destroy(struct mailbox *m);
+void control_queue_destroy(struct control_queue *q);
 
-/* Closes it: mailbox_take returns -1. */
-void mailbox_close(struct mailbox *m);
+/* Closes it: control_queue_take returns -1. */
+void control_queue_close(struct control_queue *q);
 
 /* Stores a frame of a valid type in its slot. Returns whether the slot was empty. */
-bool mailbox_post(struct mailbox *m, const struct ttun_control *frame);
+bool control_queue_post(struct control_queue *q, const struct ttun_control *frame);
 
 /* Returns whether it holds a frame, with a single load. */
-static inline bool mailbox_has(struct mailbox *m) {
-    return atomic_load_explicit(&m->filled, memory_order_acquire) != 0;
+static inline bool control_queue_has(struct control_queue *q) {
+    return atomic_load_explicit(&q->filled, memory_order_acquire) != 0;
 }
 
 /* Takes the frame of the lowest type; waits for at most `milliseconds`. Returns 1 with a frame, 0
  * after the timeout, -1 if the queue is closed. */
-int mailbox_take(struct mailbox *m, struct ttun_control *frame, long milliseconds);
+int control_queue_take(struct control_queue *q, struct ttun_control *frame, long milliseconds);
 
 #endif
