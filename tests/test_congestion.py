@@ -106,17 +106,17 @@ def test_what_has_no_congestion_control_is_no_trouble() -> None:
         with end:
             congestion.start(end)
             assert congestion.choose(end) is None
-            assert congestion.way(end) is None
+            assert congestion.tcp_stats(end) is None
 
 
 def test_the_way_says_what_the_kernel_measured(stop: Flag) -> None:
     with connected(stop) as ends:
         ends[0].sendall(b"x" * 100)
-        way = congestion.way(ends[0])
+        way = congestion.tcp_stats(ends[0])
         assert way is not None and way.min_rtt is not None
         assert 0 < way.min_rtt < 10
         assert way.retransmitted is not None and 0 <= way.retransmitted <= 1
-    assert congestion.way(ends[0]) is None, "of a closed one nothing"
+    assert congestion.tcp_stats(ends[0]) is None, "of a closed one nothing"
 
 
 def test_without_a_descriptor_it_says_that_bbr_cannot_be_had(

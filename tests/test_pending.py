@@ -176,8 +176,8 @@ def test_a_newcomer_that_another_one_replaces_is_closed_and_its_keys_are_wiped()
     server = ttun.Server(b"secret", takeover=True)
     with rigged() as rig:
         (first, early), (second, late) = proven(), proven()
-        server._newcomer(rig.session, first)
-        server._newcomer(rig.session, second)
+        server._new_peer(rig.session, first)
+        server._new_peer(rig.session, second)
         assert early.sock.recv(1) == b""
         assert is_open(late.sock)
         assert any(secrets(second))
@@ -352,6 +352,6 @@ def test_the_limit_on_descriptors_bounds_the_crowd() -> None:
     try:
         for limit, most in ((100, 90), (30, 25), (1, 1)):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
-            assert 1 <= pending._room(0) <= most
+            assert 1 <= pending._descriptor_limit(0) <= most
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -234,12 +234,12 @@ class Client(Endpoint):
                         # Accepted, then reset; otherwise ECONNREFUSED (tcp_reset() in Linux).
                         waits.append(backoff.after_silence(0.0))
                     continue
-                peer, silent_for = self._shake_hands(sock, candidate)
+                peer, silence = self._shake_hands(sock, candidate)
                 if peer is not None:
                     self._best = candidate.name
                     return peer, 0.0
-                if silent_for is not None:
-                    waits.append(backoff.after_silence(silent_for))
+                if silence is not None:
+                    waits.append(backoff.after_silence(silence))
         except InterruptedError:
             return None, 0.0
         except LACKS as error:
@@ -265,16 +265,16 @@ class Client(Endpoint):
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)
         try:
             self._watch_connection(sock)
-            silent_for: float | None = None  # until its first byte
+            answered_after: float | None = None  # until its first byte
             while not self._stop.is_set():
                 why = self._why_dead()
                 if why is not None and self._pending.is_pending(attempt):
                     self._pending.give_up(attempt, why)
                     self._moved = True
-                if silent_for is None and attempt.spoke:
-                    silent_for = time.monotonic() - began
+                if answered_after is None and attempt.spoke:
+                    answered_after = time.monotonic() - began
                 if not self._pending.is_pending(attempt):
-                    waited = silent_for is None or silent_for > WAITED
+                    waited = answered_after is None or answered_after > WAITED
                     return None, time.monotonic() - began if waited else None
                 peer = self._turn()
                 if peer is not None:

@@ -43,7 +43,7 @@ NAME_MAX = 15  # bytes; TCP_CA_NAME_MAX includes a trailing zero
 TCP_INFO = struct.Struct("=100xI44xI4xI")
 
 
-class Way(NamedTuple):
+class TcpStats(NamedTuple):
     """The kernel's statistics of a connection."""
 
     control: str  # congestion control
@@ -130,26 +130,26 @@ class Choice:
         if why is not None and why != self._lacking:
             log.warning("cannot use congestion control %s (see ttun doctor)", why)
         self._lacking = why
-        if (found := way(sock)) is not None:
-            rtt = "" if found.min_rtt is None else f", round trip {1000 * found.min_rtt:.1f} ms"
-            log.info("congestion control %s%s", found.control, rtt)
+        if (stats := tcp_stats(sock)) is not None:
+            rtt = "" if stats.min_rtt is None else f", round trip {1000 * stats.min_rtt:.1f} ms"
+            log.info("congestion control %s%s", stats.control, rtt)
 
 
-def way(sock: socket.socket) -> Way | None:
+def tcp_stats(sock: socket.socket) -> TcpStats | None:
     """Return the statistics of a TCP connection; None if it is closed or not TCP."""
     try:
         name, info = _get(sock), sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
     except OSError:
         return None
     if len(info) < TCP_INFO.size:
-        return Way(name, None, None)
+        return TcpStats(name, None, None)
     retransmitted, min_rtt, sent = TCP_INFO.unpack(info)
-    return Way(name, min_rtt / 1e6, min(1.0, retransmitted / sent) if sent else None)
+    return TcpStats(name, min_rtt / 1e6, min(1.0, retransmitted / sent) if sent else None)
 
 
 def _is_near(sock: socket.socket) -> bool:
-    found = way(sock)
-    return found is not None and found.min_rtt is not None and found.min_rtt < NEAR
+    stats = tcp_stats(sock)
+    return stats is not None and stats.min_rtt is not None and stats.min_rtt < NEAR
 
 
 def _get(sock: socket.socket) -> str:

@@ -219,7 +219,7 @@ class Endpoint(abc.ABC):
         Called again after an OSError, MemoryError or RuntimeError (a temporary shortage).
         """
 
-    def _newcomer(self, session: Session, peer: Peer) -> None:
+    def _new_peer(self, session: Session, peer: Peer) -> None:
         """Handle a peer that authenticates during a session."""
         peer.close()
 
@@ -333,7 +333,7 @@ class Endpoint(abc.ABC):
                 session.duration,
                 why,
                 carried(session.counters()),
-                lost(session.way()),
+                lost(session.tcp_stats()),
             )
             self._tell(self.on_disconnected, peer.name, why)
         if session.device_lost:
@@ -361,7 +361,7 @@ class Endpoint(abc.ABC):
                     session.end(why)
                     break
                 try:
-                    newcomer = self._turn()
+                    peer = self._turn()
                 except LACKS as error:  # affects new connections only
                     if not lacking:
                         log.warning("not accepting connections: %s", reason(error))
@@ -369,8 +369,8 @@ class Endpoint(abc.ABC):
                     self._stop.wait(1.0)
                     continue
                 lacking = False
-                if newcomer is not None:
-                    self._newcomer(session, newcomer)
+                if peer is not None:
+                    self._new_peer(session, peer)
         finally:
             self._pending.unwatch(descriptor)
             self._watch_connection(None)

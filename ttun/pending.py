@@ -62,9 +62,9 @@ class Pending:
         self._host: Host | None = None
         self._silent = False  # never answer an unauthenticated client
         self._holding = False
-        self._told: set[str] = set()  # sources of clients logged as waiting
+        self._announced: set[str] = set()  # sources of clients logged as waiting
         self._resume_at: float | None = None  # when to accept again
-        self._room, self._room_at = 1, float("-inf")
+        self._allowed, self._allowed_at = 1, float("-inf")
         # Limit the log: a flood of connections must not fill the disk.
         self._connected = Summary("%d more connected")
         self._failed = Summary("%d more handshakes failed")
@@ -92,7 +92,7 @@ class Pending:
             elif len(peer.nonce) == NONCE_SIZE:  # released, not yet started
                 self._poll.modify(peer.sock, select.POLLRDHUP)
         self._holding = True
-        self._told.clear()
+        self._announced.clear()
         self._sum_up(time.monotonic(), end=True)
 
     def release(self) -> None:
@@ -168,10 +168,10 @@ class Pending:
         """Accept some connections, up to the limit."""
         assert self._host is not None
         for number in range(ACCEPTS):
-            if len(self._half_open) >= self._most():
+            if len(self._half_open) >= self._most_pending():
                 if number > 0:
                     return  # handle readable peers first
-                self._make_way(list(self._half_open.values()))
+                self._evict(list(self._half_open.values()))
             try:
                 arrival = self._host.listener.accept()
             except (BlockingIOError, ConnectionError, InterruptedError):
@@ -181,17 +181,17 @@ class Pending:
                 return
             try:
                 self._prepare(arrival.sock)
-                self._welcome(*arrival)
+                self._accepted(*arrival)
             except OSError as error:  # e.g. no kernel memory
                 arrival.sock.close()
                 self._cannot_accept(error)
                 return
 
-    def _welcome(self, sock: socket.socket, name: str, source: str) -> None:
+    def _accepted(self, sock: socket.socket, name: str, source: str) -> None:
         assert self._host is not None
         same = [peer for peer in self._half_open.values() if peer.source == source]
-        if len(same) >= min(MOST_PER_SOURCE, self._most() // SHARE + 1):
-            self._make_way(same)
+        if len(same) >= min(MOST_PER_SOURCE, self._most_pending() // SHARE + 1):
+            self._evict(same)
         now = time.monotonic()
         if self._silent:
             deadline = now + random.uniform(*UNRECOGNIZED_TIMEOUT)
@@ -213,7 +213,7 @@ class Pending:
             time.monotonic(), "cannot accept a connection: %s", error.strerror or error
         )
         if self._half_open:
-            self._make_way(list(self._half_open.values()))
+            self._evict(list(self._half_open.values()))
             return
         assert self._host is not None
         self._poll.unregister(self._host.listener)
@@ -224,15 +224,15 @@ class Pending:
         self._resume_at = None
         self._poll.register(self._host.listener, select.POLLIN)
 
-    def _most(self) -> int:
+    def _most_pending(self) -> int:
         """Return the current limit of pending handshakes."""
         now = time.monotonic()
-        if now - self._room_at >= 1:
-            self._room, self._room_at = _room(len(self._half_open)), now
+        if now - self._allowed_at >= 1:
+            self._allowed, self._allowed_at = _descriptor_limit(len(self._half_open)), now
         # A silent server must not reveal whether a session is running.
-        return min(MOST_HELD if self._holding and not self._silent else MOST, self._room)
+        return min(MOST_HELD if self._holding and not self._silent else MOST, self._allowed)
 
-    def _make_way(self, many: list[HalfOpen]) -> None:
+    def _evict(self, many: list[HalfOpen]) -> None:
         """Drop a connection of the lowest priority: the oldest, or a random one."""
         now = time.monotonic()
         least = min(peer.worth(now) for peer in many)
@@ -293,8 +293,8 @@ class Pending:
             raise UnrecognizedError(NOT_X1)
         self._limit(peer, HELD_TIMEOUT)
         self._poll.modify(peer.sock, select.POLLRDHUP)
-        if peer.source not in self._told and len(self._told) < MOST_HELD:
-            self._told.add(peer.source)  # it reconnects every few seconds
+        if peer.source not in self._announced and len(self._announced) < MOST_HELD:
+            self._announced.add(peer.source)  # it reconnects every few seconds
             self._announce(peer, "waiting: another client is connected")
 
     def _begin(self, peer: HalfOpen) -> Keys | None:
@@ -360,7 +360,7 @@ class Pending:
             peer.handshake.close()
 
 
-def _room(pending: int) -> int:
+def _descriptor_limit(pending: int) -> int:
     """Return how many pending handshakes the descriptor limit allows."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from ttun.congestion import Way
+from ttun.congestion import TcpStats
 from ttun.peer import Peer
 from ttun.session import Counters, Session
 from ttun.settings import Addresses
@@ -80,7 +80,7 @@ class Record:
         """Return the current status."""
         session = self.session if self.connected else None
         control = session.control if session else None
-        way = session.way() if session else None
+        stats = session.tcp_stats() if session else None
         counters = self.session.counters() if self.session else Counters()
         return Status(
             role=role,
@@ -91,8 +91,8 @@ class Record:
             cipher=self.cipher if session else None,
             round_trip=control.rtt if control else None,
             rekeys=control.rekeys if control else None,
-            congestion_control=way.control if way else None,
-            retransmitted=way.retransmitted if way else None,
+            congestion_control=stats.control if stats else None,
+            retransmitted=stats.retransmitted if stats else None,
             connected_for=time.monotonic() - self.since if session else None,
             silent_for=session.silence() if session else None,
             sessions=self.sessions,
@@ -126,11 +126,11 @@ def carried(counters: Counters) -> str:
     return text
 
 
-def lost(way: Way | None) -> str:
+def lost(stats: TcpStats | None) -> str:
     """Return the retransmissions as text, to append to carried()."""
-    if way is None or way.retransmitted is None:
+    if stats is None or stats.retransmitted is None:
         return ""
-    return f"; {100 * way.retransmitted:.1f} % retransmitted, {way.control}"
+    return f"; {100 * stats.retransmitted:.1f} % retransmitted, {stats.control}"
 
 
 def size(number: float) -> str:

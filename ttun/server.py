@@ -141,7 +141,7 @@ class Server(Endpoint):
             peer = self._turn()
         return peer
 
-    def _newcomer(self, session: Session, peer: Peer) -> None:
+    def _new_peer(self, session: Session, peer: Peer) -> None:
         """Make this peer the next one, and end the current session."""
         if self._successor is not None:
             self._successor.close()

@@ -89,7 +89,7 @@ class Session:
         session = ffi.gc(session, lib.ttun_session_free)
         self._c = session
         self._counters = Counters()
-        self._way: congestion.Way | None = None  # at the end
+        self._tcp_stats: congestion.TcpStats | None = None  # at the end
         self._why: str | None = None  # reason given to end()
         self.control: Control | None = None
         if keys.agreement is not None:
@@ -146,7 +146,7 @@ class Session:
         reason = lib.ttun_session_reason(self._c, detail)
         self._counters = _read_counters(self._c)
         self._c = None  # wipes the keys
-        self._way = congestion.way(self._sock)
+        self._tcp_stats = congestion.tcp_stats(self._sock)
         self._sock.close()
         self.duration = time.monotonic() - self._started
         self.device_lost = reason == lib.TTUN_END_DEVICE
@@ -160,9 +160,9 @@ class Session:
         session = self._c
         return self._counters if session is None else _read_counters(session)
 
-    def way(self) -> congestion.Way | None:
+    def tcp_stats(self) -> congestion.TcpStats | None:
         """Return the TCP statistics, from any thread, also after the end."""
-        return congestion.way(self._sock) or self._way
+        return congestion.tcp_stats(self._sock) or self._tcp_stats
 
     def silence(self) -> float | None:
         """Return the seconds since the last frame from the peer; None after the end."""

@@ -100,7 +100,7 @@ def look_at_peer(peer: Address) -> Iterator[Finding]:
         with sock:
             name = tcp.show(sock.getpeername())
             yield Finding(OK, subject, f"{name} takes connections")
-            way = congestion.way(sock)
+            way = congestion.tcp_stats(sock)
             if way is not None and way.min_rtt is not None and _sysctl("tcp_wmem"):
                 yield look_at_windows(way.min_rtt)
     try:
