@@ -1,4 +1,4 @@
-"""Handshakes under attack: crowds, nonsense in great numbers, and the true client all the while.
+"""Handshakes under attack: many connections, invalid input, and a valid client throughout.
 
 TTUN_TEST_HANDSHAKES: how many malformed handshakes, 2000 as a rule; a million for a run by hand.
 Of the tests with frames one takes a tenth, the other ten times that number.
@@ -121,7 +121,7 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
         client.says("authenticated", seconds=20)
         times.append(time.monotonic() - started)
         client.stop()
-        time.sleep(random.uniform(0, 0.5))  # the crowd comes back before the next
+        time.sleep(random.uniform(0, 0.5))  # the flood is back before the next
     print(" ".join(f"{seconds:.2f}" for seconds in sorted(times)))  # pytest -rP shows it
     if relay:
         relay.close()

@@ -92,7 +92,7 @@ def test_a_web_browser_is_recognised_after_18_bytes() -> None:
         steps.send(request[16:18])
 
 
-def test_an_unfinished_handshake_wants_few_bytes() -> None:
+def test_a_pending_handshake_wants_few_bytes() -> None:
     for length in range(65536):
         steps = handshake.server(K, V1)
         next(steps)

@@ -201,9 +201,9 @@ def test_silence_is_over_after_ten_seconds_also_if_it_drips(bench: Bench) -> Non
 
 def test_silent_connections_do_not_keep_the_client_out(bench: Bench) -> None:
     bench.server()
-    crowd = [connect(bench) for _ in range(300)]
+    socks = [connect(bench) for _ in range(300)]
     client_gets_in(bench, seconds=2)
-    for sock in crowd:
+    for sock in socks:
         sock.close()
 
 

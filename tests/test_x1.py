@@ -227,7 +227,7 @@ def test_what_an_offer_may_hold_later_is_no_trouble() -> None:
     assert keys.agreement is not None and keys.agreement.features == 0x83
 
 
-def test_an_unfinished_handshake_wants_few_bytes() -> None:
+def test_a_pending_handshake_wants_few_bytes() -> None:
     for prefix in range(65536):
         steps = handshake.server(K, terms())
         next(steps)

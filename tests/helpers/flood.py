@@ -1,4 +1,4 @@
-"""A crowd that connects and means no good, run on the client's host by test_flood.py.
+"""A flood of connections from the client's host, for test_flood.py.
 
     python tests/helpers/flood.py hold ADDRESS PORT OPEN RATE SOURCE...   until killed
     python tests/helpers/flood.py malformed ADDRESS PORT COUNT SEED       says how many a second
