@@ -1,4 +1,4 @@
-"""The frame codec against the known answers of wire v1, whole and in pieces."""
+"""The frame codec against the test vectors of protocol v1."""
 
 from __future__ import annotations
 

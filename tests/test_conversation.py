@@ -1,4 +1,4 @@
-"""A conversation over a socket: a generator gets the bytes that it wants, and no other."""
+"""Conversation: a generator gets exactly the bytes that it asks for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is missing on a real device: noticed, said once, and put back with the commands of the log.
+"""Changes of a real device: detected, logged once, and restored with the logged commands.
 
-A DeviceWatch by itself; test_device_watch.py has whole ends.
+Tests DeviceWatch alone; test_device_watch.py tests complete endpoints.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def test_who_still_may_puts_addresses_and_routes_back(host: str) -> None:
 
 
 def test_who_gave_its_rights_up_puts_nothing_back(host: str) -> None:
-    """Though its socket was opened before: the kernel asks who sends."""
+    """Although the socket was opened earlier: the kernel checks the sender's privileges."""
     with Watched(host, ROUTE4) as end:
         end.ip("route", "del", ROUTE4, "dev", "ttun0")
         end.says(MISSING4)
@@ -260,7 +260,7 @@ FLOODS = {
 def test_a_flood_of_changes_takes_no_time_and_hides_nothing(
     host: str, kind: str, filtered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """no-filter: as in a kernel that takes none."""
+    """no-filter: as in a kernel that accepts none."""
 
     def refuse(*_: object) -> None:
         raise OSError
@@ -299,7 +299,7 @@ def test_a_device_that_flaps_fills_no_log(host: str) -> None:
 
 
 def test_large_tables_do_not_hold_it_up(host: str) -> None:
-    """They are read in pieces, and the less often the longer that takes."""
+    """They are read in parts, less often the longer that takes."""
     with Watched(host, ROUTE4) as end:
         routes = "".join(f"route add 10.{n >> 8}.{n & 255}.0/24 dev ttun0\n" for n in range(20000))
         subprocess.run(

@@ -1,4 +1,4 @@
-"""Whole ends whose device is changed or removed, whose address leaves, and whose machine sleeps."""
+"""Complete endpoints: changed or removed device, removed address, system suspend."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ pytestmark = pytest.mark.hosts
 ROUTE4, ROUTE6 = "203.0.113.0/24", "2001:db8:1::/48"
 ROUTES = ("--route", ROUTE4, "--route", ROUTE6)
 GONE6 = ["address {} missing", f"route {ROUTE6} missing"]
-OURS = "192.0.2.77"  # what the client dials from, until that goes
+OURS = "192.0.2.77"  # the client's local address, until it is removed
 HOSTS = pytest.mark.parametrize("host", [SERVER, CLIENT])
 
 
 def shown(bench: Bench, end: End) -> dict[str, Any]:
-    """What ``ttun show`` has of an end."""
+    """The status of an end, as in ``ttun show``."""
     found = json.loads(bench.run(end.host, *PROGRAM, "show", "--json"))
     (mine,) = [tunnel for tunnel in found if tunnel["role"] == end.host]
     return dict(mine)
@@ -57,7 +57,7 @@ def misses(bench: Bench, end: End, *missing: str) -> None:
 
 
 def put_back(bench: Bench, end: End) -> None:
-    """Run the commands that the last line of the log names; all is well then."""
+    """Run the commands of the last log line; nothing is missing afterwards."""
     for command in commands(end.log().splitlines()[-1]):
         bench.run(end.host, "sh", "-c", command)
     end.says("ttun0 is complete again")
@@ -86,7 +86,7 @@ def test_a_device_that_was_down_says_what_it_lost_and_carries_on(bench: Bench, h
 
 
 def test_ipv6_that_an_mtu_or_a_setting_took_away_is_said(plain: Bench) -> None:
-    """By an end that has no peer yet, too."""
+    """Also without a peer."""
     end = plain.server(*ROUTES)
     lost = [f"address {TUNNEL6[SERVER]}/126 missing", f"route {ROUTE6} missing"]
     plain.run(SERVER, "ip", "link", "set", "ttun0", "mtu", "1000")
@@ -213,7 +213,7 @@ def test_a_program_that_kept_its_privileges_puts_back_what_was_lost(plain: Bench
     platform.machine() not in ("x86_64", "aarch64"), reason="other numbers of system calls"
 )
 def test_without_netlink_it_works_and_says_so_once(plain: Bench) -> None:
-    """As under a seccomp filter that does not know that ttun watches its device."""
+    """As under a seccomp filter that blocks netlink."""
     with program(plain, "without-netlink") as embedding:
         plain.client().says("authenticated")
         plain.answers()
@@ -226,7 +226,7 @@ def test_without_netlink_it_works_and_says_so_once(plain: Bench) -> None:
 
 # ---- a device that is removed, whatever its end is doing ----
 
-KEPT: list[socket.socket] = []  # open until the test is over
+KEPT: list[socket.socket] = []  # open until the test ends
 
 
 def alone(bench: Bench) -> End:
@@ -238,7 +238,7 @@ def taking_over(bench: Bench) -> End:
 
 
 def dialling(bench: Bench) -> End:
-    """An address that nobody answers for: a dial takes four seconds."""
+    """An address without a host: an attempt takes four seconds."""
     end = bench.client(to="192.0.2.99")
     end.says("tun ttun0 up")
     time.sleep(0.5)
@@ -246,7 +246,7 @@ def dialling(bench: Bench) -> End:
 
 
 def waiting(bench: Bench) -> End:
-    """For its next dial, up to thirty seconds."""
+    """For its next attempt, up to thirty seconds."""
     end = bench.client()
     end.says("reconnecting", times=4)
     return end
@@ -260,7 +260,7 @@ def unanswered(bench: Bench) -> End:
 
 
 def stuck(bench: Bench) -> End:
-    """With a peer that reads nothing, until nothing is read from the device either."""
+    """With a peer that does not read, until the device is not read either."""
     end = bench.server("--wire", "v1")
     sock = connect(bench)
     Peer(sock, b"secret").handshake_as_client()
@@ -302,7 +302,7 @@ def test_a_removed_device_ends_it_whatever_it_does(
 
 @contextmanager
 def another_address(bench: Bench, host: str = CLIENT) -> Iterator[Callable[[], None]]:
-    """The host uses OURS towards the other one, until the function is called."""
+    """The host uses OURS for the other one, until the function is called."""
     link = bench.pair.links[host]
     bench.run(host, "ip", "address", "add", f"{OURS}/24", "dev", link)
     bench.run(host, "ip", "route", "add", netns.IPV4[OTHER[host]], "dev", link, "src", OURS)
@@ -318,7 +318,7 @@ def another_address(bench: Bench, host: str = CLIENT) -> Iterator[Callable[[], N
 
 
 def test_a_client_whose_address_leaves_dials_from_the_next_one(bench: Bench) -> None:
-    """On both wires, and twice: also when the session was short."""
+    """In both protocols, and twice: also after a short session."""
     server = bench.server("--takeover")
     client = bench.client()
     for times in (1, 2):
@@ -369,7 +369,7 @@ def test_a_client_that_is_shaking_hands_notices_too(plain: Bench) -> None:
 
 @pytest.fixture
 def clock(plain: Bench) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
-    """The environment of an end whose machine sleeps when the function says for how long."""
+    """An environment in which the function simulates a suspend of an end."""
     library, path = plain.directory / "clock.so", plain.directory / "clock"
     source = ROOT / "tests/helpers/clock.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)

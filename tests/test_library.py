@@ -1,4 +1,4 @@
-"""ttun in a program: those of docs/library.md run and pass a type checker, wrong ones do not."""
+"""The library: the examples of docs/library.md run and pass mypy; invalid use is rejected."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_wrong_values_are_refused_at_once(option: str, value: object, says: str)
 
 
 def test_the_largest_mtu_is_what_fits_one_frame_of_the_codec() -> None:
-    """Written down apart from it, so that the command line speaks where the codec is missing."""
+    """They are listed separately, so that the command line works without the codec."""
     assert lib.TTUN_LENGTH_MAX - min(cipher.tag_size for cipher in CIPHERS.values()) == MAX_MTU
 
 

@@ -1,4 +1,4 @@
-"""Addresses as people write them, sockets, and when the client dials again."""
+"""Address syntax, socket options, and the back-off of the client."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_what_a_connection_really_is(
 
 
 def test_a_peer_that_is_gone_is_noticed_after_35_seconds() -> None:
-    """By TCP: with data under way, and with none. README.md says so."""
+    """By TCP: with data in flight, and without."""
     with socket.socket() as sock:
         tcp.tune(sock)
 
@@ -149,7 +149,7 @@ def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, stop:
 
 
 def test_a_dial_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
-    """A queue that is full: the kernel drops what asks for a connection."""
+    """A full backlog: the kernel drops SYNs."""
     monkeypatch.setattr(tcp, "DIAL_TIMEOUT", 0.5)
     with socket.socket() as full, contextlib.ExitStack() as connected:
         full.bind(("127.0.0.1", 0))
@@ -224,7 +224,7 @@ def test_in_the_first_minute_after_a_session_it_waits_a_second_at_most() -> None
 
 
 def test_two_clients_that_take_a_server_over_from_each_other_back_off() -> None:
-    """Each one's session ends when the other one dials."""
+    """Each client's session ends when the other one connects."""
     backoffs, waits = [Backoff(), Backoff()], []
     now = lasted = 0.0
     for number in range(60):

@@ -1,4 +1,4 @@
-"""End to end against the independent peer, and against peers that mean no good."""
+"""End to end against the independent peer, and against hostile peers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_packets_from_between_sessions_are_dropped(bench: Bench) -> None:
             Peer(sock, b"secret").handshake_as_server()
             client.says("authenticated")
         client.says("disconnected")
-        sock, _ = listener.accept()  # connected, but the handshake is not over yet
+        sock, _ = listener.accept()  # connected, during the handshake
         with sock:
             sender = bench.on(CLIENT, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             with sender:
@@ -110,7 +110,7 @@ def test_packets_from_between_sessions_are_dropped(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", ["x1"], indirect=True)
 def test_a_session_that_is_over_at_once_is_followed_by_a_wait(bench: Bench) -> None:
-    """Else a server that ends each session is dialled hundreds of times a second."""
+    """Otherwise a server that ends each session would get hundreds of connections a second."""
     with listen(bench) as listener:
         client = bench.client()
         for number in range(1, 4):
@@ -133,7 +133,7 @@ def test_a_stranger_is_refused_with_a_reason_and_the_next_client_gets_in(
     with connect(bench) as sock:
         address = "{}:{}".format(*sock.getsockname())
         sock.sendall(data)
-        with contextlib.suppress(OSError):  # it may have gone, and have left some of it unread
+        with contextlib.suppress(OSError):  # it may have closed with data unread
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(100):
                 pass
@@ -230,7 +230,7 @@ def test_strangers_do_not_touch_a_session(bench: Bench) -> None:
     assert "disconnected" not in server.log()
 
 
-# What somebody with the key may send once the handshake is over.
+# Invalid input from a peer with the key, after the handshake.
 MISDEEDS = {
     "a length below the tag": (struct.pack(">H", 3) + b"abc", "length 3, shorter than the tag"),
     "a forged frame": (struct.pack(">H", 40) + bytes(40), "failed authentication"),
@@ -251,7 +251,7 @@ def test_a_misdeed_ends_that_session_and_no_more(bench: Bench, name: str) -> Non
 
 
 def test_a_replayed_handshake_and_session_open_nothing(bench: Bench) -> None:
-    """Nonces of both sides are in the key: a recording is worth nothing."""
+    """Nonces of both sides are in the key, so a replay is useless."""
     server = bench.server()
     recording = b""
     with connect(bench) as sock:

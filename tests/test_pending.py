@@ -1,4 +1,4 @@
-"""Pending handshakes: who is served first, and who makes way when there is no room."""
+"""Pending handshakes: the order of service, and which are dropped at the limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEW = 4
 
 
 class Harness:
-    """Pending handshakes and a real listener, with room for a few."""
+    """Pending handshakes with a low limit, and a real listener."""
 
     def __init__(self, silent: bool = False) -> None:
         self.answered = AnsweredNonces(100)
@@ -54,7 +54,7 @@ class Harness:
         return sock
 
     def turns(self, seconds: float = 0.05) -> None:
-        """Look after it for so long."""
+        """Run the event loop for so long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.pending.turn(0.01)
@@ -88,7 +88,7 @@ def is_open(sock: socket.socket) -> bool:
 
 
 def test_who_can_be_read_is_served_before_another_is_accepted(harness: Harness) -> None:
-    """The one that had connected first was taken for silent with its bytes unread."""
+    """The oldest was once considered silent, with its bytes unread."""
     first = harness.connect()
     for _ in range(FEW - 1):
         harness.connect()
@@ -115,7 +115,7 @@ def test_the_oldest_silent_connection_makes_way(harness: Harness) -> None:
 
 @pytest.fixture
 def full_size() -> Iterator[Harness]:
-    """With room for as many as there may be, and the descriptors for both ends of them."""
+    """With the full limit, and descriptors for both ends of each connection."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
@@ -127,10 +127,10 @@ def full_size() -> Iterator[Harness]:
 
 
 def test_one_address_has_64_connections_and_all_have_256(full_size: Harness) -> None:
-    """SECURITY.md says so. The oldest silent ones make way."""
+    """As in SECURITY.md. The oldest silent ones are dropped."""
 
     def settles(left: int) -> None:
-        """All have been accepted, however slow this machine is, and so many are left."""
+        """All were accepted, however slow this machine is, and so many are left."""
         end = time.monotonic() + 20
         while sum(map(is_open, full_size.socks)) != left and time.monotonic() < end:
             full_size.turns(2 * SILENT_AFTER)
@@ -161,7 +161,7 @@ def test_a_silent_connection_makes_way_before_one_that_spoke(full_size: Harness)
 
 
 def proven() -> tuple[Peer, X1Peer]:
-    """A peer of a server that has proved the key, and its other end."""
+    """An authenticated peer of a server, and the other end of its socket."""
     ours, theirs = socket.socketpair()
     client = X1Peer(theirs)
     shaking = threading.Thread(target=client.shake, args=(0,))
@@ -172,7 +172,7 @@ def proven() -> tuple[Peer, X1Peer]:
 
 
 def test_a_successor_that_another_one_replaces_is_closed_and_its_keys_are_wiped() -> None:
-    """And so is the one that waits when the server stops."""
+    """Also the one that waits when the server stops."""
     server = ttun.Server(b"secret", takeover=True)
     with rigged() as rig:
         (first, early), (second, late) = proven(), proven()
@@ -189,7 +189,7 @@ def test_a_successor_that_another_one_replaces_is_closed_and_its_keys_are_wiped(
 
 
 def secrets(peer: Peer) -> bytes:
-    """All that its session could have been made of."""
+    """All the keys of its session."""
     assert peer.keys.agreement is not None
     states = [bytes(ffi.buffer(state.c)) for state in (peer.keys.sending, peer.keys.receiving)]
     return b"".join([*states, peer.keys.agreement.p])
@@ -233,7 +233,7 @@ def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(
 def test_a_client_that_is_let_in_a_moment_before_the_next_session_waits_on(
     harness: Harness,
 ) -> None:
-    """And costs no time meanwhile, whatever it sends."""
+    """It uses no CPU time meanwhile, whatever it sends."""
     harness.pending.hold()
     client = harness.connect(bytes(17))
     harness.turns()
@@ -277,7 +277,7 @@ def test_a_client_that_leaves_while_it_waits_is_let_go_of(harness: Harness) -> N
 def test_nobody_is_held_for_longer_than_a_client_would_wait(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer whose host is gone says nothing any more, not even that it leaves."""
+    """A peer whose host has vanished sends no FIN."""
     monkeypatch.setattr(pending, "HELD_TIMEOUT", 0.3)
     harness.pending.hold()
     waiting = [harness.connect(), harness.connect(bytes(16)), harness.connect(b"12")]
@@ -313,7 +313,7 @@ def test_a_handshake_has_ten_seconds_and_who_waits_for_a_session_fifteen(
 
 
 def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(harness: Harness) -> None:
-    """One that was answered is dropped, as it cannot be served; the others wait."""
+    """One that was answered is dropped; the others wait."""
     answered, silent, halfway = (
         harness.connect(bytes(16)),
         harness.connect(),
@@ -337,7 +337,7 @@ def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(harness: Harnes
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 16, 17])
 def test_a_stranger_who_ends_and_then_resets_costs_no_time(size: int, held: bool) -> None:
-    """The socket stays in error, which recv() does not tell: that kept a core busy for a minute."""
+    """recv() does not report the error of the socket: that once used a core for a minute."""
     harness = Harness(silent=True)
     try:
         if held:

@@ -1,4 +1,4 @@
-"""What a running end may still do: nothing but what it has open."""
+"""Privileges of a running end: none, except for its open descriptors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.hosts
 
 
 def has_nothing(pid: int, uid: int, gid: int) -> None:
-    """Assert that no thread has any right but that user's own."""
+    """Assert that all threads run as that user, without capabilities."""
     found = list(threads(pid))
     assert found
     for thread in found:
@@ -30,13 +30,13 @@ def has_nothing(pid: int, uid: int, gid: int) -> None:
         for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert int(thread[kind], 16) == 0, (thread["Name"], kind)
         assert thread["NoNewPrivs"] == "1", thread["Name"]
-        if uid != 0:  # the kernel gives /proc/PID to root where nobody may dump or trace it
+        if uid != 0:  # /proc/PID belongs to root for a process that is not dumpable
             assert os.stat(f"/proc/{pid}/environ").st_uid == 0
             assert thread["Groups"].split() == [], thread["Name"]
 
 
 def unprivileged() -> tuple[int, int]:
-    """The user and the group that an end becomes here."""
+    """The user and group that an end switches to here."""
     if not IS_NOBODY_HERE:
         return 0, 0
     entry = pwd.getpwnam("nobody")
@@ -76,7 +76,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def in_groups(bench: Bench, how: str) -> Program:
-    """A server that was started in other groups."""
+    """A server started with other groups."""
     log = bench.directory / "groups.log"
     command = [sys.executable, "-c", IN_GROUPS, how, *PROGRAM, "server", "-k", "secret"]
     with log.open("w") as file:
@@ -117,7 +117,7 @@ print(os.getresuid(), os.getgroups())
 
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_who_is_that_user_already_needs_no_right_to_become_it() -> None:
-    """Its groups are those that whoever started it chose."""
+    """It keeps the groups that it was started with."""
     done = subprocess.run(
         [sys.executable, "-c", ALREADY], env={**os.environ, **netns.environment()},
         capture_output=True, text=True, timeout=60, check=False,
@@ -142,7 +142,7 @@ def test_root_stays_root_if_told_to_but_loses_every_capability(bench: Bench) -> 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_user_namespace_without_nobody(tmp_path: Path, named: bool) -> None:
-    """It keeps the user and says so; a user that was asked for by name is asked for in earnest."""
+    """It keeps the user and logs that; an explicit --user is mandatory."""
     namespace = ["unshare", "--user", "--map-root-user", "--net"]
     if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no user namespace can be made here: a chroot, or the kernel forbids it")
@@ -176,7 +176,7 @@ sys.addaudithook(audit)
 
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_nothing_is_imported_once_the_user_has_changed(bench: Bench) -> None:
-    """The program may lie in a directory that nobody can read, such as root's own."""
+    """The program may be in a directory that only root can read."""
     (bench.directory / "sitecustomize.py").write_text(AUDIT)
     path = f"{bench.directory}:{netns.environment()['PYTHONPATH']}"
 

@@ -1,5 +1,5 @@
-"""Names: looked up where nothing is held up by it, before routes can catch the question, and
-remembered for when it cannot be asked."""
+"""Name resolution: without blocking, before routes can capture the query, and with the last result
+when it fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = "vpn.example"
 
 
 class NameServer:
-    """Answers A questions with one address, NXDOMAIN to all when there is none, or not at all."""
+    """Answers A queries with an address, NXDOMAIN without one, or not at all."""
 
     def __init__(self, bench: Bench) -> None:
         self.address: str | None = SERVER_ADDRESS
@@ -56,7 +56,7 @@ class NameServer:
         self.sock.close()
 
     def answer(self, question: bytes) -> bytes:
-        """RFC 1035, section 4: the question again, and a record where it asks for an A."""
+        """RFC 1035, section 4: the question, and a record for an A query."""
         end = question.index(b"\0", 12) + 5
         (kind,) = struct.unpack(">H", question[end - 4 : end - 2])
         found = kind == 1 and self.address is not None
@@ -90,7 +90,7 @@ def name_server(plain: Bench, tmp_path: Path) -> Iterator[NameServer]:
 def test_a_full_tunnel_to_a_name_connects_and_comes_back(
     plain: Bench, name_server: NameServer
 ) -> None:
-    """With its routes the question goes into a tunnel that is not there."""
+    """Its routes send the query into a tunnel that is down."""
     server = plain.server()
     client = plain.client(*FULL, to=NAME)
     client.says("authenticated")
@@ -158,7 +158,7 @@ def test_a_route_that_catches_all_addresses_of_a_name_is_refused(
 def test_of_a_names_addresses_the_one_that_a_route_catches_is_not_dialled(
     plain: Bench, tmp_path: Path
 ) -> None:
-    """Its connection would go into the tunnel."""
+    """Its own connection would go into the tunnel."""
     with names(tmp_path, two=["192.0.2.3", SERVER_ADDRESS]):
         client = plain.client("--route", "192.0.2.3/32", to="two")
         failed = client.says("cannot connect to two:20203: ")
@@ -186,7 +186,7 @@ def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop:
 def test_there_is_one_look_up_at_a_time_however_long_it_hangs(
     monkeypatch: pytest.MonkeyPatch, stop: Flag
 ) -> None:
-    """A client that dials again and again must not leave a thread behind each time."""
+    """A client that keeps reconnecting must not leak a thread each time."""
     hangs, calls = threading.Event(), []
 
     def slow(*_: object, **__: object) -> list[object]:
@@ -214,7 +214,7 @@ def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: 
 
 
 def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
-    """Whoever started the program may have SIGCHLD ignored: then the kernel does it."""
+    """If SIGCHLD is ignored (inherited), the kernel does it."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         found = resolver._in_a_child("localhost", 5, 0, stop)
@@ -224,7 +224,7 @@ def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
 
 
 def test_of_very_many_addresses_some_are_taken(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
-    """4,000 fit into an answer of DNS over TCP, and not into what the child may say."""
+    """4,000 fit into a DNS answer over TCP, but not into the pipe of the child."""
 
     def many(*_: object, **__: object) -> list[object]:
         address = ("2001:db8:1111:2222:3333:4444:5555:6666", 20203, 0, 0)

@@ -1,5 +1,4 @@
-"""Other names, addresses and routes than the usual ones, and the route that would catch its own
-tunnel."""
+"""Custom device names, addresses and routes; a route that would capture the tunnel's connection."""
 
 from __future__ import annotations
 
@@ -83,7 +82,7 @@ def test_the_way_to_the_peer_is_known(
 @pytest.mark.hosts
 @ONCE
 def test_two_tunnels_with_other_addresses_side_by_side(bench: Bench) -> None:
-    """Each with a name, addresses and a route of its own; all of it goes with them."""
+    """Each with its own name, addresses and route; all are removed when it stops."""
     ends = []
     for n in (1, 2):
         port = str(20300 + n)
@@ -120,7 +119,7 @@ def test_a_route_over_the_own_connection_is_refused(bench: Bench) -> None:
 
 
 def test_a_route_of_ipv6_takes_an_mtu_that_ipv6_takes() -> None:
-    """Said before anybody asks for the right to make a device."""
+    """Reported before privileges are checked."""
     import ttun
 
     why = "--route 2001:db8::/64: IPv6 requires an MTU of 1280 or more, not 1279"

@@ -1,5 +1,5 @@
-"""Wire x1's marks, offers and keys, without a socket in what is tested: against the independent
-peer, and against what an attacker may have recorded."""
+"""Marks, offers and keys of protocol x1, without sockets: against the independent peer, and against
+replays and recordings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ttun.sodium import KeyPair, Secret, blake2b
 
 
 def x1_against(role: str, peer: Callable[[X1Peer], None], ours: Terms | None = None) -> Keys:
-    """Our side in a role, against what the independent peer does in the other one."""
+    """Run one side in a role, against the independent peer in the other."""
     steps = OURS[role](K, terms() if ours is None else ours)
     return against(steps, lambda sock: peer(X1Peer(sock, ciphers=tuple(BITS))))
 
@@ -83,7 +83,7 @@ def test_it_agrees_with_an_independent_peer(role: str, cipher: str) -> None:
 
 
 def both(ours: Terms, theirs: Terms) -> tuple[Keys, Keys]:
-    """Two of ours, the first the client."""
+    """Two ttun sides, the first one the client."""
     servers: list[Keys] = []
     client = against(
         handshake.client(K, ours),
@@ -133,7 +133,7 @@ def test_no_common_cipher_is_told_on_both_sides() -> None:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("nonce", ["random", "of another key", "of the other role"])
 def test_what_carries_no_valid_mark_is_v1(role: str, nonce: str) -> None:
-    """To such a peer nothing is sent that only a holder of the key could make."""
+    """Such a peer gets nothing that only a holder of the key can create."""
     theirs = 1 - ROLES[role]
     sent = {
         "random": os.urandom(16),
@@ -240,7 +240,7 @@ def test_a_pending_handshake_wants_few_bytes() -> None:
 
 
 def test_a_recording_and_the_key_open_nothing_after_the_offers() -> None:
-    """Forward secrecy: all that was on the wire and the pre-shared key are not enough."""
+    """Forward secrecy: recorded traffic and the pre-shared key are not enough."""
     recorded: dict[str, bytes] = {"client": b"", "server": b""}
     sides = {"client": handshake.client(K, terms()), "server": handshake.server(K, terms())}
     keys: dict[str, Keys] = {}

@@ -28,7 +28,7 @@ class Status:
 
     role: str  # "server" or "client"
     device: str | None  # "ttun0"; None before start
-    peer: str | None  # "192.0.2.1:20203"; None while there is no session
+    peer: str | None  # "192.0.2.1:20203"; None without a session
     transport: str | None  # "tcp", "mptcp", ...
     wire: str | None  # "v1" or "x1"
     cipher: str | None  # of the session

@@ -56,7 +56,7 @@ def hold(address: str, port: int, number: int, rate: int, sources: list[str]) ->
 
 
 def nonsense(rng: random.Random) -> bytes:
-    """What nobody with the key would send, as the beginning of a handshake."""
+    """Random input that no client with the key would send."""
     nonce = rng.randbytes(16)
     length = rng.choice([0, 1, 15, 16, 23, 24, 25, 26, 255, 65535, rng.randrange(65536)])
     frame = struct.pack(">H", length) + rng.randbytes(rng.choice([0, 1, length % 600]))
