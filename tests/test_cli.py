@@ -51,7 +51,7 @@ USAGE = {
     "server -k x --wire v2": "unknown wire 'v2': choose auto, v1, x1",
     "server -k x -m aegis-256 --wire v1": "protocol v1 does not support aegis-256",
     "server -k x -m aegis-256 --mtu 65504": "MTU 65504 is too large for aegis-256",
-    "client -k x -s h --rekey 0": "--rekey 0: more than 0, and 120 seconds at most",
+    "client -k x -s h --rekey 0": "--rekey 0: must be above 0 and at most 120 seconds",
     "server -k x -mtu 575": "MTU 575 is out of range (576 to 65519)",
     "server -k x -mtu 65520": "MTU 65520 is out of range (576 to 65519)",
     "server -k x -mtu many": "'many' is not a number",

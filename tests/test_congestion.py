@@ -136,12 +136,12 @@ def test_without_a_descriptor_it_says_that_bbr_cannot_be_had(
 
 @pytest.mark.parametrize("name", ["", "a b", "sixteen_letters_", "ü", "x\n"])
 def test_what_is_no_name_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="no congestion control"):
+    with pytest.raises(UsageError, match="unknown congestion control"):
         congestion.checked(name)
 
 
 def test_one_that_this_kernel_lacks_is_refused_before_anything_is_made() -> None:
-    with pytest.raises(TtunError, match=r"cannot use nosuch: this kernel .*modprobe tcp_nosuch"):
+    with pytest.raises(TtunError, match=r"cannot use nosuch: .*modprobe tcp_nosuch"):
         congestion.prepare("nosuch")
     congestion.prepare("system")
     congestion.prepare("auto")
@@ -232,8 +232,5 @@ def test_where_it_is_not_allowed_there_is_one_line_and_a_tunnel(
     ends = plain.tunnel("--congestion-control", restricted[0])
     plain.answers()
     for end in ends:
-        assert (
-            end.log().count(f"cannot use congestion control {restricted[0]}: net.ipv4.tcp_allowed")
-            == 1
-        )
+        assert end.log().count(f"cannot use congestion control {restricted[0]}: not in ") == 1
         assert end.status()["congestion_control"] == system

@@ -48,8 +48,8 @@ def test_both_of_ours_agree() -> None:
         (b"wrong", "chacha20-poly1305", MAGIC, "authentication failed"),
         (b"secret", "aes-256-gcm", MAGIC, "authentication failed"),
         (b"secret", "chacha20-poly1305", b"TTUN/v2\0", "wrong magic"),
-        (b"secret", "chacha20-poly1305", b"", "length of 16"),
-        (b"secret", "chacha20-poly1305", MAGIC * 2, "length of 32"),
+        (b"secret", "chacha20-poly1305", b"", "length 16"),
+        (b"secret", "chacha20-poly1305", MAGIC * 2, "length 32"),
     ],
 )
 @pytest.mark.parametrize("role", ["client", "server"])

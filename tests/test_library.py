@@ -97,7 +97,7 @@ def test_too_many_given_sockets_stay_the_callers() -> None:
         ("cipher", b"aes-256-gcm", "cipher must be str or None, not bytes"),
         ("routes", ["192.0.2.0/24"], "a route must be IPv4Network or IPv6Network, not str"),
         ("limits", 60, "limits must be Limits, not int"),
-        ("limits", ttun.Limits(seconds=121), "more than 0, and 120 seconds at most"),
+        ("limits", ttun.Limits(seconds=121), "must be above 0 and at most 120 seconds"),
         ("listen", 20203, "listen must be str or Listener, not int"),
         ("takeover", None, "takeover must be bool, not NoneType"),
         ("on_connected", "echo", "a callback must be callable, not str"),

@@ -187,8 +187,8 @@ def test_wire_x1_refuses_a_peer_without_a_mark(role: str) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda offer: offer[:43], "its offer has a length of 59"),
-        (lambda offer: offer + b"\0", "its offer has a length of 61"),
+        (lambda offer: offer[:43], "its offer has length 59"),
+        (lambda offer: offer + b"\0", "its offer has length 61"),
         (lambda offer: b"TTUN/x2\0" + offer[8:], "missing offer"),
         (lambda offer: offer[:8] + b"\0" + offer[9:], "the peer's none known"),
         (lambda offer: offer[:8] + b"\xf8" + offer[9:], "the peer's none known"),
@@ -214,7 +214,7 @@ def test_a_packet_in_place_of_the_offer_is_refused(role: str) -> None:
         them.send(b"E" * 100)
         them.exactly(1000)
 
-    with pytest.raises(ProtocolError, match="its offer has a length of 116"):
+    with pytest.raises(ProtocolError, match="its offer has length 116"):
         x1_against(role, peer)
 
 
