@@ -262,7 +262,8 @@ class Client(Endpoint):
         """Prove the key to each other; return as _connect() does."""
         began = time.monotonic()
         steps = handshake.client(self._k, self._terms)
-        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)
+        patience = self._dialer.patience
+        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:
             self._watch_connection(sock)
             silent_for: float | None = None  # until it answered
@@ -274,7 +275,7 @@ class Client(Endpoint):
                 if silent_for is None and attempt.spoke:
                     silent_for = time.monotonic() - began
                 if not self._pending.is_pending(attempt):
-                    waited = silent_for is None or silent_for > WAITED
+                    waited = patience is None and (silent_for is None or silent_for > WAITED)
                     return None, time.monotonic() - began if waited else None
                 peer = self._turn()
                 if peer is not None:

@@ -29,6 +29,8 @@ class Dialer(abc.ABC):
     """How a client reaches its server."""
 
     name: str  # the server, for people
+    # Seconds for a handshake, where the way to the server may take longer than the usual 10 s.
+    patience: float | None = None
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the IP addresses of the server, as far as routes could catch them.
@@ -66,6 +68,7 @@ class Listener(abc.ABC):
 
     name: str  # where it listens, for people
     port: int | None = None  # of TCP, once it is open
+    single = False  # it has one peer for good: nobody to hide from, nobody else to serve
 
     def open(self, stop: Flag) -> None:  # noqa: B027
         """Open what takes privileges. Raises TtunError, InterruptedError when stop was set."""

@@ -203,7 +203,7 @@ class Hooks:
         delay = RETRY
         while True:
             try:
-                return ProcessGroup(command, _environment(facts), say)
+                return ProcessGroup(command, environment(facts), say)
             except (OSError, MemoryError) as error:
                 why = getattr(error, "strerror", None) or "not enough memory"
                 lacking = is_lack(error)
@@ -242,7 +242,7 @@ class Hooks:
             process_group.end([self._background.pop(0)])
 
 
-def _environment(facts: Facts) -> dict[bytes, bytes]:
+def environment(facts: Facts) -> dict[bytes, bytes]:
     """Return the environment of a command: ours, without secrets, and the facts, printable."""
     environment = dict(os.environb)
     for name in SECRETS:

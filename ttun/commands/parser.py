@@ -31,12 +31,16 @@ def build_parser() -> Parser:
 
     server = _command(commands, "server", "wait for the client", epilog=EPILOG)
     server.set_defaults(run="server")
-    server.add_argument(
+    where = server.add_mutually_exclusive_group()
+    where.add_argument(
         "-l",
         "--listen",
         default=f":{DEFAULT_PORT}",
         metavar="ADDRESS",
         help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
+    )
+    where.add_argument(
+        "--stdio", action="store_true", help="serve one peer on stdin and stdout instead, then end"
     )
     server.add_argument(
         "-takeover",
@@ -58,11 +62,15 @@ def build_parser() -> Parser:
     client.add_argument(
         "-s",
         "--server",
-        required=True,
         metavar="HOST:PORT",
         help="the server: a name, an IPv4 address or an [IPv6] one; the port is "
         f"{DEFAULT_PORT} if left out; "
         "tox:ID through the Tox network, or tox:NAME from ~/.config/ttun/hosts",
+    )
+    client.add_argument(
+        "--via",
+        metavar="COMMAND",
+        help="connect through this command's stdin and stdout; %%h and %%p: host and port of -s",
     )
     client.add_argument(
         "-rekey",

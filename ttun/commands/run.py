@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttun import privileges, tcp
 from ttun.client import Client, dialer
-from ttun.commands import key, notify, show, status
+from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
 from ttun.errors import UsageError
 from ttun.process import log_writer
@@ -36,7 +36,7 @@ log = logging.getLogger("ttun")
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
-    psk = key.find(options.psk, options.psk_file)
+    psk = _find_key(options) if options.stdio else key.find(options.psk, options.psk_file)
     made = psk is None
     if psk is None:
         privileges.check()  # before a key is made that nobody can use
@@ -44,7 +44,9 @@ def server(options: argparse.Namespace) -> int:
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
     listen: str | Listener = options.listen
     where = None if options.tox else _our_address(options.listen)
-    if options.tox:
+    if options.stdio:
+        listen = stdio.Listener()
+    elif options.tox:
         from ttun.tox import transport
 
         nodes = Path(options.tox_nodes) if options.tox_nodes else None
@@ -54,22 +56,36 @@ def server(options: argparse.Namespace) -> int:
     if made:
         _show_client_command(psk, str(where))
     end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
+    if isinstance(listen, stdio.Listener):
+        listen.over = end.stop
     return _run(end, psk, options)
 
 
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
+    psk = _find_key(options)
+    command: via.Dialer | None = None
+    if options.via is not None:
+        server = command = via.Dialer(options.server, options.via, via.Direct(options.via))
+    elif options.server is None:
+        raise UsageError("the following arguments are required: -s/--server")
+    else:
+        nodes = Path(options.tox_nodes) if options.tox_nodes else None
+        server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    limits = Limits(seconds=options.rekey)
+    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
+    return _run(end, psk, options, command)
+
+
+def _find_key(options: argparse.Namespace) -> bytes:
+    """Return the key where none is made. Raises UsageError."""
     psk = key.find(options.psk, options.psk_file)
     if psk is None:
         raise UsageError(
             f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
             f"or into {key.DEFAULT_FILE} (chmod 600)"
         )
-    nodes = Path(options.tox_nodes) if options.tox_nodes else None
-    server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
-    limits = Limits(seconds=options.rekey)
-    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
-    return _run(end, psk, options)
+    return psk
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
@@ -106,13 +122,24 @@ def _our_address(listen: str) -> str:
     return str(address._replace(host=host))
 
 
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
+def _run(
+    endpoint: Endpoint,
+    psk: bytes,
+    options: argparse.Namespace,
+    command: via.Dialer | None = None,
+) -> int:
     """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
     hooks = Hooks(options.up, options.down)
-    endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
+
+    def connected(_: str) -> None:
+        if command is not None:
+            command.background()
+        hooks.up(endpoint.facts())
+
+    endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
@@ -134,6 +161,8 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
     hooks.close()
+    if command is not None:
+        command.finish()
     endpoint.wait()
     return 0
 

@@ -22,6 +22,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,11 @@ CHUNK = 65536  # as much as a pipe holds
 WNOTHREAD = 0x20000000  # linux/wait.h, __WNOTHREAD; waitid() takes it from Linux 4.7 on
 AGAIN = 1.0  # seconds until a child of ours, which is first in line, was waited for
 
+# Python before 3.11 calls setpgrp(2) itself, between fork and exec.
+OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+)
+
 _lock = threading.Lock()  # a child is known before reap() can see it
 _ours: set[subprocess.Popen[bytes]] = set()
 
@@ -48,11 +54,20 @@ class ProcessGroup:
     """A command that was started, and what it started. Belongs to one thread."""
 
     def __init__(
-        self, command: str, environment: Mapping[bytes, bytes], say: Callable[[str], None]
+        self,
+        command: str,
+        environment: Mapping[bytes, bytes],
+        say: Callable[[str], None],
+        stdio: int | None = None,
+        session: bool = True,
     ) -> None:
-        """Start a shell command. say: called with each line of its stderr. Raises OSError."""
+        """Start a shell command. say: called with each line of its stderr. Raises OSError.
+
+        stdio: its stdin and stdout, which stays the caller's. session: without it the command is a
+        process group of its own alone, and keeps our terminal.
+        """
         self._output: int | None  # None: it has ended, or nobody reads it any more
-        self._output, self._process = _start(command, environment)
+        self._output, self._process = _start(command, environment, stdio, session)
         self._say = say
         self._line = b""  # what has come of the next one
         self._said = self._taken = self._unsaid = 0  # lines, bytes, lines
@@ -66,6 +81,12 @@ class ProcessGroup:
     def code(self) -> int | None:
         """The shell's exit code, negative for a signal's number; None while it runs."""
         return self._process.returncode
+
+    def detach(self) -> int:
+        """Hand its stderr over to the caller: the end of a pipe, not blocking."""
+        output, self._output = self._output, None
+        assert output is not None
+        return output
 
     def wait(self, seconds: float) -> bool:
         """Wait that long at most, take what it writes, and return whether the shell is over."""
@@ -163,16 +184,20 @@ def _living() -> set[int] | None:
     return groups if os.getpgrp() in groups else None  # it may be the /proc of another namespace
 
 
-def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subprocess.Popen[bytes]]:
+def _start(
+    command: str, environment: Mapping[bytes, bytes], stdio: int | None, session: bool
+) -> tuple[int, subprocess.Popen[bytes]]:
     """Return the end of the pipe that its stderr goes to, not blocking, and the process."""
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         readable, writable = os.pipe()
         ours.callback(os.close, readable)
         theirs.callback(os.close, writable)
         os.set_blocking(readable, False)
+        stdin = stdout = stdio
         try:
-            stdin = stdout = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            theirs.callback(os.close, stdin)
+            if stdio is None:
+                stdin = stdout = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+                theirs.callback(os.close, stdin)
         except OSError as error:
             if is_lack(error):
                 raise
@@ -187,7 +212,7 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
             stdin=stdin,
             stdout=stdout,
             stderr=writable,
-            start_new_session=True,
+            **({"start_new_session": True} if session else OWN_GROUP),
         )
         ours.pop_all()
         return readable, process

@@ -18,7 +18,7 @@ def open_missing() -> None:
         try:
             os.fstat(number)
         except OSError:
-            _open_nowhere(number)
+            open_nowhere(number)
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it is to stay open
     if sys.stderr is None:
@@ -28,7 +28,7 @@ def open_missing() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _open_nowhere(number: int) -> None:
+def open_nowhere(number: int) -> None:
     """Make a standard descriptor /dev/null or, where there is none, a pipe.
 
     One that has ended to read from, or one that nobody reads, and that is full one day, to write.
@@ -56,4 +56,4 @@ def forget_unwritten() -> None:
         except OSError:
             with contextlib.suppress(OSError):
                 os.close(stream.fileno())  # there may be no descriptor left for another
-                _open_nowhere(stream.fileno())
+                open_nowhere(stream.fileno())
