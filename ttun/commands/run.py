@@ -36,6 +36,8 @@ log = logging.getLogger("ttun")
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
+    if options.stdio and options.tox:
+        raise UsageError("--stdio and --tox: a server has its peers in one place")
     psk = _find_key(options) if options.stdio else key.find(options.psk, options.psk_file)
     made = psk is None
     if psk is None:
@@ -43,7 +45,7 @@ def server(options: argparse.Namespace) -> int:
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
     listen: str | Listener = options.listen
-    where = None if options.tox else _our_address(options.listen)
+    where = None if options.tox or options.stdio else _our_address(options.listen)
     if options.stdio:
         listen = stdio.Listener()
     elif options.tox:

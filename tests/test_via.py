@@ -1,0 +1,266 @@
+"""Tunnels through commands: real ones carry them whole, bad ones harm nothing and leave nothing."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from carried import SOCAT, TO_SERVER, carries, client, lines, needs_socat, running, serve, start
+from tunnel import CLIENT, PROGRAM, SERVER, Bench, End, eventually
+
+from ttun.commands import via
+from ttun.errors import UsageError
+
+pytestmark = [pytest.mark.hosts, needs_socat]
+each_wire = pytest.mark.parametrize("bench", ["x1", "v1"], indirect=True)
+
+
+@pytest.fixture
+def nap() -> Iterator[str]:
+    """How long to sleep, in a way that no other process does; who still sleeps is killed."""
+    seconds = f"1{random.randrange(10**8):08}.5"
+    yield seconds
+    for pid in running(seconds):
+        os.kill(pid, signal.SIGKILL)
+
+
+@each_wire
+@pytest.mark.parametrize("how", ["", ",pipes"], ids=["socket", "pipes"])
+def test_data_goes_through_a_command_whole(bench: Bench, how: str) -> None:
+    server = serve(bench, how)
+    end = client(bench, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated")
+    assert "over command; handshaking" in end.log()
+    assert end.status()["transport"] == "command"
+    carries(bench)
+    assert "over stdio; handshaking" in server.log()
+    assert end.stop() == 0
+    server.says("exit code 0")
+    assert not running("TCP:192.0.2.1:7000")
+
+
+@each_wire
+@pytest.mark.skipif(not shutil.which("openssl"), reason="apt install openssl")
+def test_data_goes_through_openssl_whole(bench: Bench) -> None:
+    place = bench.directory
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-keyout", place / "key.pem",
+         "-out", place / "cert.pem", "-days", "2", "-subj", "/CN=there"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tls = f"openssl s_server -quiet -accept 7000 -naccept 1 -cert {place}/cert.pem "
+    script = place / "tls.sh"
+    script.write_text(f"#!/bin/sh\nexec {tls} -key {place}/key.pem\n")
+    script.chmod(0o755)
+    from carried import stdio
+
+    start(bench, SERVER, "socat", "socat", f"EXEC:{script}", f"EXEC:{stdio(bench)}")
+    listening = f"ss -Htln sport = 7000"
+    eventually(lambda: bench.run(SERVER, *listening.split()), "s_server listens")
+    end = client(
+        bench, "openssl s_client -quiet -verify_quiet -connect %h:%p", "-s", TO_SERVER
+    )
+    end.says("authenticated")
+    carries(bench)
+
+
+def test_a_command_that_ends_at_once_is_run_again_less_and_less(plain: Bench) -> None:
+    end = client(plain, "echo no such place >&2; exit 9")
+    end.says("reconnecting in", times=3)
+    assert "--via: no such place" in end.log()
+    assert "--via: exit code 9" in end.log()
+    waits = [float(line.split()[-2]) for line in lines(end, "reconnecting in")]
+    assert waits[0] < waits[1] < waits[2]
+    assert end.stop() == 0
+
+
+def test_a_command_that_cannot_be_found_is_a_line(plain: Bench) -> None:
+    end = client(plain, "no-such-program-here")
+    end.says("reconnecting in")
+    assert lines(end, "--via: .*no-such-program-here: .*not found")
+    assert "--via: exit code 127" in end.log()
+    assert end.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_command_that_says_nothing_is_ended_after_a_minute(plain: Bench, nap: str) -> None:
+    end = client(plain, f"sleep {nap}")
+    eventually(lambda: running(nap), "it runs")
+    end.says("no handshake within 60 s", seconds=75)
+    eventually(lambda: not running(nap), "it was ended")
+    assert end.stop() == 0
+
+
+def test_a_password_takes_longer_than_a_usual_handshake_may(plain: Bench) -> None:
+    serve(plain)
+    end = client(plain, f"sleep 12; exec {SOCAT}", "-s", TO_SERVER)
+    end.says("authenticated", seconds=40)
+    plain.answers()
+
+
+def test_a_flood_on_stderr_fills_nothing_and_holds_nothing_up(plain: Bench) -> None:
+    serve(plain)
+    end = client(plain, f"yes much ado >&2 & exec {SOCAT}", "-s", TO_SERVER)
+    end.says("authenticated")
+    carries(plain)
+    before = end.usage()[2]
+    time.sleep(3)
+    assert end.usage()[2] < before + 4096  # KiB
+    assert len(lines(end, "much ado")) < 100
+    assert end.stop() == 0
+    assert lines(end, r"--via: and \d+ more lines")
+    assert not running("much")
+
+
+def test_what_a_terminal_obeys_is_escaped_and_long_lines_are_cut(plain: Bench) -> None:
+    end = client(plain, r"printf 'a\033[31mb\r\n%05000d\nc\377' 7 >&2")
+    end.says("reconnecting in")
+    assert "--via: a\\x1b[31mb\n" in end.log()
+    assert f"--via: {400 * '0'}\n" in end.log()
+    assert "--via: c\\xff\n" in end.log()
+
+
+def test_a_killed_command_is_run_again(plain: Bench) -> None:
+    serve(plain)
+    end = client(plain, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated")
+    for pid in running("TCP:192.0.2.1:7000"):
+        os.kill(pid, signal.SIGKILL)
+    end.says("authenticated", times=2)
+    assert "the peer closed the connection" in end.log()
+    carries(plain)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_of_a_command_survives_the_client(plain: Bench, nap: str, number: int) -> None:
+    """Not even what ignores SIGTERM, and what it has started."""
+    serve(plain)
+    stubborn = f"trap '' TERM; sleep {nap} & {SOCAT}; sleep {nap}"
+    end = client(plain, stubborn, "-s", TO_SERVER)
+    end.says("authenticated")
+    assert running(nap)
+    end.process.send_signal(number)
+    assert end.ended() == (0 if number == signal.SIGTERM else -number)
+    eventually(lambda: not running(nap), "all of it is gone", 3)
+
+
+def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
+    end = plain.start(
+        CLIENT, "client", "--via", "id -u >&2; grep Cap /proc/self/status >&2; env >&2",
+        environment={"TTUN_PSK": "a secret of sixteen bytes"},
+    )  # fmt: skip
+    end.says("reconnecting in")
+    assert "a secret" not in end.log()
+    assert lines(end, "--via: (65534|0)$")
+    assert "--via: 0\n" not in end.log() or "cannot become" in end.log()
+    assert {line.split()[-1] for line in lines(end, "Cap")} == {16 * "0"}
+
+
+@pytest.mark.parametrize(
+    ("command", "server", "expected"),
+    [
+        ("%h:%p 100%%", "h:9", "h:9 100%"),
+        ("%h", "[2001:db8::1]", "2001:db8::1"),
+        ("x", None, "x"),
+    ],
+)
+def test_a_command_is_told_host_and_port(command: str, server: str | None, expected: str) -> None:
+    dialer = via.Dialer(server, command, via.Direct(command))
+    assert via.expand(command, *dialer._address) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "server"),
+    [("%h", None), ("%p", None), ("%d", "h"), ("50%", "h"), ("x", "h;id"), ("x", "-h"), ("x", "$h")],
+)
+def test_what_cannot_be_meant_is_refused(command: str, server: str | None) -> None:
+    with pytest.raises(UsageError, match="--via"):
+        via.Dialer(server, command, via.Direct(command))
+
+
+class Terminal:
+    """A shell's terminal with a client in its foreground."""
+
+    def __init__(self, bench: Bench, command: str, *options: str) -> None:
+        self.shown = b""
+        words = [*PROGRAM, "client", "-k", "secret", "--via", command, *bench.options, *options]
+        words = bench.pair.command(CLIENT, words)
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.execvp(words[0], words)
+        os.set_blocking(self.terminal, False)
+
+    def says(self, text: str) -> None:
+        def read() -> bool:
+            try:
+                self.shown += os.read(self.terminal, 65536)
+            except (BlockingIOError, OSError):
+                pass
+            return text.encode() in self.shown
+
+        eventually(read, f"{text!r} in {self.shown!r}")
+
+    def types(self, text: bytes) -> None:
+        os.write(self.terminal, text)
+
+    def code(self) -> int:
+        """Its exit code, once it has ended."""
+        status = eventually(lambda: os.waitpid(self.pid, os.WNOHANG)[0] and [0], "it ended", 10)
+        return status[0]
+
+
+ASK = "stty -echo </dev/tty; printf 'password? ' >/dev/tty; read word </dev/tty; stty echo </dev/tty; "
+
+
+def test_the_command_has_the_terminal_until_the_first_handshake(plain: Bench) -> None:
+    serve(plain)
+    shell = Terminal(plain, f'{ASK} [ "$word" = xyzzy ] && exec {SOCAT}', "-s", TO_SERVER)
+    shell.says("password? ")
+    assert os.tcgetpgrp(shell.terminal) != shell.pid
+    shell.types(b"xyzzy\n")
+    shell.says("authenticated")
+    eventually(lambda: os.tcgetpgrp(shell.terminal) == shell.pid, "it has the terminal back")
+    assert b"xyzzy" not in shell.shown
+    shell.types(b"\x03")
+    shell.says("SIGINT: stopping")
+    assert shell.code() == 0
+
+
+def test_a_command_that_fails_gives_the_terminal_back(plain: Bench) -> None:
+    shell = Terminal(plain, f"{ASK} exit 1")
+    for times in (1, 2):
+        eventually(lambda: os.tcgetpgrp(shell.terminal) != shell.pid, "it has the terminal")
+        shell.types(b"wrong\n")
+        eventually(lambda: os.tcgetpgrp(shell.terminal) == shell.pid, f"{times}: it has it no more")
+    shell.types(b"\x03")
+    assert shell.code() == 0
+
+
+def test_ctrl_c_at_the_prompt_ends_the_program(plain: Bench) -> None:
+    shell = Terminal(plain, f"{ASK} exec {SOCAT}", "-s", TO_SERVER)
+    shell.says("password? ")
+    shell.types(b"\x03")
+    shell.says("SIGINT: stopping")
+    assert shell.code() == 0
+
+
+def test_later_commands_have_no_terminal(plain: Bench) -> None:
+    """There a question would stop them, or take what is typed into a shell."""
+    serve(plain)
+    look = "(: </dev/tty) 2>/dev/null && echo terminal >&2 || echo none >&2"
+    shell = Terminal(plain, f"{look}; exec {SOCAT}", "-s", TO_SERVER)
+    shell.says("--via: terminal")
+    shell.says("authenticated")
+    for pid in running("TCP:192.0.2.1:7000"):
+        os.kill(pid, signal.SIGTERM)
+    shell.says("--via: none")
+    os.kill(shell.pid, signal.SIGTERM)
+    assert shell.code() == 0
