@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,8 +14,6 @@ import pytest
 from tunnel import PROGRAM, SERVER, Bench
 
 from ttun import handshake
-from ttun.commands import stdio
-from ttun.errors import UsageError
 from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
@@ -43,9 +40,7 @@ class Server:
         """The client's part of a handshake."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        steps = handshake.client(
-            handshake.psk_key(KEY), handshake.agreeable("v1", None, 1280)
-        )
+        steps = handshake.client(handshake.psk_key(KEY), handshake.agreeable("v1", None, 1280))
         with contextlib.suppress(StopIteration):
             data, wanted = next(steps)
             while True:

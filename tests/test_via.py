@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import random
@@ -10,11 +11,21 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from carried import SOCAT, TO_SERVER, carries, client, lines, needs_socat, running, serve, start
-from tunnel import CLIENT, PROGRAM, SERVER, Bench, End, eventually
+from carried import (
+    SOCAT,
+    TO_SERVER,
+    carries,
+    client,
+    lines,
+    needs_socat,
+    running,
+    serve,
+    start,
+    stdio,
+)
+from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
 from ttun.commands import via
 from ttun.errors import UsageError
@@ -60,14 +71,10 @@ def test_data_goes_through_openssl_whole(bench: Bench) -> None:
     script = place / "tls.sh"
     script.write_text(f"#!/bin/sh\nexec {tls} -key {place}/key.pem\n")
     script.chmod(0o755)
-    from carried import stdio
-
     start(bench, SERVER, "socat", "socat", f"EXEC:{script}", f"EXEC:{stdio(bench)}")
-    listening = f"ss -Htln sport = 7000"
+    listening = "ss -Htln sport = 7000"
     eventually(lambda: bench.run(SERVER, *listening.split()), "s_server listens")
-    end = client(
-        bench, "openssl s_client -quiet -verify_quiet -connect %h:%p", "-s", TO_SERVER
-    )
+    end = client(bench, "openssl s_client -quiet -verify_quiet -connect %h:%p", "-s", TO_SERVER)
     end.says("authenticated")
     carries(bench)
 
@@ -179,7 +186,15 @@ def test_a_command_is_told_host_and_port(command: str, server: str | None, expec
 
 @pytest.mark.parametrize(
     ("command", "server"),
-    [("%h", None), ("%p", None), ("%d", "h"), ("50%", "h"), ("x", "h;id"), ("x", "-h"), ("x", "$h")],
+    [
+        ("%h", None),
+        ("%p", None),
+        ("%d", "h"),
+        ("50%", "h"),
+        ("x", "h;id"),
+        ("x", "-h"),
+        ("x", "$h"),
+    ],
 )
 def test_what_cannot_be_meant_is_refused(command: str, server: str | None) -> None:
     with pytest.raises(UsageError, match="--via"):
@@ -200,10 +215,8 @@ class Terminal:
 
     def says(self, text: str) -> None:
         def read() -> bool:
-            try:
+            with contextlib.suppress(OSError):  # nothing yet, or nothing more
                 self.shown += os.read(self.terminal, 65536)
-            except (BlockingIOError, OSError):
-                pass
             return text.encode() in self.shown
 
         eventually(read, f"{text!r} in {self.shown!r}")
@@ -217,7 +230,10 @@ class Terminal:
         return status[0]
 
 
-ASK = "stty -echo </dev/tty; printf 'password? ' >/dev/tty; read word </dev/tty; stty echo </dev/tty; "
+ASK = (
+    "stty -echo </dev/tty; printf 'password? ' >/dev/tty; "
+    "read word </dev/tty; stty echo </dev/tty; "
+)
 
 
 def test_the_command_has_the_terminal_until_the_first_handshake(plain: Bench) -> None:
@@ -239,7 +255,7 @@ def test_a_command_that_fails_gives_the_terminal_back(plain: Bench) -> None:
     for times in (1, 2):
         eventually(lambda: os.tcgetpgrp(shell.terminal) != shell.pid, "it has the terminal")
         shell.types(b"wrong\n")
-        eventually(lambda: os.tcgetpgrp(shell.terminal) == shell.pid, f"{times}: it has it no more")
+        eventually(lambda: os.tcgetpgrp(shell.terminal) == shell.pid, f"not any more ({times})")
     shell.types(b"\x03")
     assert shell.code() == 0
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from carried import carries, client, needs_socat, start
+from carried import carries, start
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, SERVER_ADDRESS, Bench, End, eventually
 
 from ttun.privileges import NOBODY
@@ -74,9 +74,8 @@ class There:
         script = "mount -t tmpfs none /run && mkdir /run/sshd && "
         for name, where in mounts:
             script += f"mount --bind {self.place}/{name} {where} && "
-        sshd = start(
-            self.bench, SERVER, "sshd", "sh", "-c", f"{script} exec {SSHD} -D -e -f {self.place}/conf"
-        )
+        script += f"exec {SSHD} -D -e -f {self.place}/conf"
+        sshd = start(self.bench, SERVER, "sshd", "sh", "-c", script)
         sshd.says("Server listening on")
 
     def join(self, login: str, *command: str) -> End:

@@ -66,14 +66,13 @@ def server(options: argparse.Namespace) -> int:
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
     psk = _find_key(options)
-    command: via.Dialer | None = None
+    command = None
     if options.via is not None:
-        server = command = via.Dialer(options.server, options.via, via.Direct(options.via))
+        command = via.Dialer(options.server, options.via, via.Direct(options.via))
     elif options.server is None:
         raise UsageError("the following arguments are required: -s/--server")
-    else:
-        nodes = Path(options.tox_nodes) if options.tox_nodes else None
-        server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    nodes = Path(options.tox_nodes) if options.tox_nodes else None
+    server = command or dialer(options.server, options.mptcp, options.congestion_control, nodes)
     limits = Limits(seconds=options.rekey)
     end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
     return _run(end, psk, options, command)

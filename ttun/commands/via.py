@@ -103,7 +103,10 @@ class Dialer(transport.Dialer):
     def _dial(self, stop: Flag) -> socket.socket:
         self.finish()
         over = Flag()
-        sock, output = self._starter.dial(*self._address)
+        try:
+            sock, output = self._starter.dial(*self._address)
+        except OSError as error:
+            raise tcp.named("cannot start --via", error) from None
         thread = threading.Thread(
             target=self._follow, args=(output, over), name="ttun-via", daemon=True
         )
