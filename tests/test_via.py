@@ -92,7 +92,7 @@ def test_a_command_that_ends_at_once_is_run_again_less_and_less(plain: Bench) ->
 def test_a_command_that_cannot_be_found_is_a_line(plain: Bench) -> None:
     end = client(plain, "no-such-program-here")
     end.says("reconnecting in")
-    assert lines(end, "--via: .*no-such-program-here: .*not found")
+    assert lines(end, "--via: .*no-such-program-here: .*(not found|denied)")
     assert "--via: exit code 127" in end.log()
     assert end.stop() == 0
 

@@ -37,7 +37,7 @@ def stdio(bench: Bench, *options: str) -> Path:
     line = shlex.join([*PROGRAM, "server", "-k", "secret", "--stdio", *bench.options, *options])
     log = bench.directory / "server.log"
     script = bench.directory / "server.sh"
-    script.write_text(f"#!/bin/sh\n{line} 2>> {log}\necho exit code $? >> {log}\n")
+    script.write_text(f"#!/bin/sh\ntrap : TERM\n{line} 2>> {log}\necho exit code $? >> {log}\n")
     script.chmod(0o755)
     log.touch()
     return script
