@@ -33,6 +33,8 @@ class Server:
                 **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, **streams},
             )
 
+        bench.helpers.append(self.process)
+
     def log(self) -> str:
         return self.path.read_text()
 

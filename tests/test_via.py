@@ -29,6 +29,7 @@ from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
 from ttun.commands import via
 from ttun.errors import UsageError
+from ttun.process.keeper import Keeper
 
 pytestmark = [pytest.mark.hosts, needs_socat]
 each_wire = pytest.mark.parametrize("bench", ["x1", "v1"], indirect=True)
@@ -55,7 +56,7 @@ def test_data_goes_through_a_command_whole(bench: Bench, how: str) -> None:
     assert "over stdio; handshaking" in server.log()
     assert end.stop() == 0
     server.says("exit code 0")
-    assert not running("TCP:192.0.2.1:7000")
+    assert not running(MARK)
 
 
 @each_wire
@@ -128,7 +129,7 @@ def test_a_flood_on_stderr_fills_nothing_and_holds_nothing_up(plain: Bench) -> N
 
 
 def test_what_a_terminal_obeys_is_escaped_and_long_lines_are_cut(plain: Bench) -> None:
-    end = client(plain, r"printf 'a\033[31mb\r\n%05000d\nc\377' 7 >&2")
+    end = client(plain, r"printf 'a\033[31mb\r\n%%05000d\nc\377' 7 >&2")
     end.says("reconnecting in")
     assert "--via: a\\x1b[31mb\n" in end.log()
     assert f"--via: {400 * '0'}\n" in end.log()
@@ -139,7 +140,7 @@ def test_a_killed_command_is_run_again(plain: Bench) -> None:
     serve(plain)
     end = client(plain, SOCAT, "-s", TO_SERVER)
     end.says("authenticated")
-    for pid in running("TCP:192.0.2.1:7000"):
+    for pid in running(MARK):
         os.kill(pid, signal.SIGKILL)
     end.says("authenticated", times=2)
     assert "the peer closed the connection" in end.log()
@@ -161,7 +162,7 @@ def test_nothing_of_a_command_survives_the_client(plain: Bench, nap: str, number
 
 def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
     end = plain.start(
-        CLIENT, "client", "--via", "id -u >&2; grep Cap /proc/self/status >&2; env >&2",
+        CLIENT, "client", "--via", "exec >&2; id -u; grep Cap /proc/self/status; env",
         environment={"TTUN_PSK": "a secret of sixteen bytes"},
     )  # fmt: skip
     end.says("reconnecting in")
@@ -171,17 +172,9 @@ def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
     assert {line.split()[-1] for line in lines(end, "Cap")} == {16 * "0"}
 
 
-@pytest.mark.parametrize(
-    ("command", "server", "expected"),
-    [
-        ("%h:%p 100%%", "h:9", "h:9 100%"),
-        ("%h", "[2001:db8::1]", "2001:db8::1"),
-        ("x", None, "x"),
-    ],
-)
-def test_a_command_is_told_host_and_port(command: str, server: str | None, expected: str) -> None:
-    dialer = via.Dialer(server, command, via.Direct(command))
-    assert via.expand(command, *dialer._address) == expected
+def test_a_command_is_told_host_and_port(plain: Bench) -> None:
+    end = client(plain, "echo '%h %p 100%%' >&2", "-s", "[2001:db8::1]:9")
+    end.says("--via: 2001:db8::1 9 100%\n")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +191,7 @@ def test_a_command_is_told_host_and_port(command: str, server: str | None, expec
 )
 def test_what_cannot_be_meant_is_refused(command: str, server: str | None) -> None:
     with pytest.raises(UsageError, match="--via"):
-        via.Dialer(server, command, via.Direct(command))
+        via.Dialer(server, command, None, Keeper())
 
 
 class Terminal:
@@ -275,7 +268,7 @@ def test_later_commands_have_no_terminal(plain: Bench) -> None:
     shell = Terminal(plain, f"{look}; exec {SOCAT}", "-s", TO_SERVER)
     shell.says("--via: terminal")
     shell.says("authenticated")
-    for pid in running("TCP:192.0.2.1:7000"):
+    for pid in running(MARK):
         os.kill(pid, signal.SIGTERM)
     shell.says("--via: none")
     os.kill(shell.pid, signal.SIGTERM)

@@ -17,7 +17,8 @@ from ttun.lab import netns
 PORT = 7000
 SIZE = 20 << 20  # bytes
 TO_SERVER = f"{SERVER_ADDRESS}:{PORT}"
-SOCAT = "socat - TCP:%h:%p"
+MARK = f"carried-by-{os.getpid()}"  # on the command line of this process's socats alone
+SOCAT = f"socat -lp{MARK} - TCP:%h:%p"
 needs_socat = pytest.mark.skipif(not shutil.which("socat"), reason="apt install socat")
 
 

@@ -2,14 +2,15 @@
 
 1. Find the key; make the endpoint of what the command line says.
 2. As root: open the device, the port and the status socket; from here on signals end it in order.
-3. Drop privileges; then start threads, the log's writer first.
+3. Start the keeper, if something needs it. Drop privileges; then start threads, the log's first.
 4. Wait for a signal or the endpoint's end, and tell the service manager that all is well.
-5. Stop: the status socket, the endpoint, then the hooks.
+5. Stop: the status socket, the endpoint, the hooks, then the keeper.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import signal
 import socket
@@ -21,15 +22,16 @@ from ttun import privileges, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
-from ttun.errors import UsageError
+from ttun.errors import TtunError, UsageError
 from ttun.process import log_writer
+from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
 from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
-    from ttun.transport import Listener
+    from ttun.transport import Dialer, Listener
 
 log = logging.getLogger("ttun")
 
@@ -60,22 +62,23 @@ def server(options: argparse.Namespace) -> int:
     end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
     if isinstance(listen, stdio.Listener):
         listen.over = end.stop
-    return _run(end, psk, options)
+    return _run(end, psk, options, Keeper())
 
 
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
     psk = _find_key(options)
-    command = None
-    if options.via is not None:
-        command = via.Dialer(options.server, options.via, via.Direct(options.via))
-    elif options.server is None:
-        raise UsageError("the following arguments are required: -s/--server")
+    keeper = Keeper()
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
-    server = command or dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    if options.via is not None:
+        server: Dialer = via.Dialer(options.server, options.via, options.user, keeper)
+    elif options.server is not None:
+        server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    else:
+        raise UsageError("the following arguments are required: -s/--server")
     limits = Limits(seconds=options.rekey)
     end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
-    return _run(end, psk, options, command)
+    return _run(end, psk, options, keeper)
 
 
 def _find_key(options: argparse.Namespace) -> bytes:
@@ -123,21 +126,31 @@ def _our_address(listen: str) -> str:
     return str(address._replace(host=host))
 
 
-def _run(
-    endpoint: Endpoint,
-    psk: bytes,
-    options: argparse.Namespace,
-    command: via.Dialer | None = None,
-) -> int:
+def _hooks(options: argparse.Namespace, keeper: Keeper) -> Hooks | Keeper:
+    """Return what runs --up and --down: the keeper for --hook-user, else this process."""
+    if options.hook_user is None or not (options.up or options.down):
+        return Hooks(options.up, options.down)
+    user = privileges.find_user(options.hook_user)
+    assert user is not None
+    if not privileges.can_be(user):
+        raise TtunError(
+            f"cannot run --up and --down as {user.name}: no privileges for that here (start ttun "
+            "as root; under systemd see docs/hooks.md)"
+        )
+    keeper.hooks = functools.partial(Hooks, options.up, options.down, user)
+    return keeper
+
+
+def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Keeper) -> int:
     """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
-    hooks = Hooks(options.up, options.down)
+    hooks = _hooks(options, keeper)
 
     def connected(_: str) -> None:
-        if command is not None:
-            command.background()
+        if keeper.via is not None:
+            keeper.background()
         hooks.up(endpoint.facts())
 
     endpoint.on_connected = connected
@@ -146,9 +159,11 @@ def _run(
     endpoint.open()
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
+    keeper.start(endpoint.facts(), socket_of_status.entry())
     privileges.drop(user, required=options.user is not None)  # before there are threads
     log_writer.start()
-    hooks.start()
+    if isinstance(hooks, Hooks):
+        hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(signals.wake)
@@ -162,8 +177,7 @@ def _run(
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
     hooks.close()
-    if command is not None:
-        command.finish()
+    keeper.close()
     endpoint.wait()
     return 0
 

@@ -22,7 +22,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ttun.errors import is_lack, printable
+from ttun.privileges import User
 
 TICK = 0.05  # seconds between two looks at a command
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
@@ -40,11 +40,6 @@ CHUNK = 65536  # as much as a pipe holds
 
 WNOTHREAD = 0x20000000  # linux/wait.h, __WNOTHREAD; waitid() takes it from Linux 4.7 on
 AGAIN = 1.0  # seconds until a child of ours, which is first in line, was waited for
-
-# Python before 3.11 calls setpgrp(2) itself, between fork and exec.
-OWN_GROUP: dict[str, Any] = (
-    {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
-)
 
 _lock = threading.Lock()  # a child is known before reap() can see it
 _ours: set[subprocess.Popen[bytes]] = set()
@@ -58,16 +53,14 @@ class ProcessGroup:
         command: str,
         environment: Mapping[bytes, bytes],
         say: Callable[[str], None],
-        stdio: int | None = None,
-        session: bool = True,
+        **how: Any,
     ) -> None:
         """Start a shell command. say: called with each line of its stderr. Raises OSError.
 
-        stdio: its stdin and stdout, which stays the caller's. session: without it the command is a
-        process group of its own alone, and keeps our terminal.
+        how: what subprocess.Popen takes besides; with stderr, what it takes instead.
         """
         self._output: int | None  # None: it has ended, or nobody reads it any more
-        self._output, self._process = _start(command, environment, stdio, session)
+        self._output, self._process = _start(command, environment, how)
         self._say = say
         self._line = b""  # what has come of the next one
         self._said = self._taken = self._unsaid = 0  # lines, bytes, lines
@@ -81,12 +74,6 @@ class ProcessGroup:
     def code(self) -> int | None:
         """The shell's exit code, negative for a signal's number; None while it runs."""
         return self._process.returncode
-
-    def detach(self) -> int:
-        """Hand its stderr over to the caller: the end of a pipe, not blocking."""
-        output, self._output = self._output, None
-        assert output is not None
-        return output
 
     def wait(self, seconds: float) -> bool:
         """Wait that long at most, take what it writes, and return whether the shell is over."""
@@ -184,20 +171,34 @@ def _living() -> set[int] | None:
     return groups if os.getpgrp() in groups else None  # it may be the /proc of another namespace
 
 
+def becoming(user: User | None) -> dict[str, Any]:
+    """Return what subprocess.Popen takes to run a program as a user, with its groups."""
+    if user is None or (user.uid, user.gid) == (os.geteuid(), os.getegid()):
+        return {}
+    groups = os.getgrouplist(user.name, user.gid)
+    return {"user": user.uid, "group": user.gid, "extra_groups": groups}
+
+
+def how_it_ended(code: int) -> str:
+    """Return an exit code of subprocess.Popen in words."""
+    return f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+
+
 def _start(
-    command: str, environment: Mapping[bytes, bytes], stdio: int | None, session: bool
-) -> tuple[int, subprocess.Popen[bytes]]:
+    command: str, environment: Mapping[bytes, bytes], how: dict[str, Any]
+) -> tuple[int | None, subprocess.Popen[bytes]]:
     """Return the end of the pipe that its stderr goes to, not blocking, and the process."""
+    arguments = ["/bin/sh", "-c", command]
+    if "stderr" in how:
+        return None, start(arguments, env=environment, **how)
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         readable, writable = os.pipe()
         ours.callback(os.close, readable)
         theirs.callback(os.close, writable)
         os.set_blocking(readable, False)
-        stdin = stdout = stdio
         try:
-            if stdio is None:
-                stdin = stdout = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-                theirs.callback(os.close, stdin)
+            stdin = stdout = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            theirs.callback(os.close, stdin)
         except OSError as error:
             if is_lack(error):
                 raise
@@ -207,12 +208,13 @@ def _start(
             os.close(nowhere)
             stdout = writable
         process = start(
-            ["/bin/sh", "-c", command],
+            arguments,
             env=environment,
             stdin=stdin,
             stdout=stdout,
             stderr=writable,
-            **({"start_new_session": True} if session else OWN_GROUP),
+            start_new_session=True,
+            **how,
         )
         ours.pop_all()
         return readable, process
