@@ -17,8 +17,8 @@ from ttun.lab import netns
 PORT = 7000
 SIZE = 20 << 20  # bytes
 TO_SERVER = f"{SERVER_ADDRESS}:{PORT}"
-MARK = f"carried-by-{os.getpid()}"  # on the command line of this process's socats alone
-SOCAT = f"socat -lp{MARK} - TCP:%h:%p"
+MARK = f"-lpcarried-{os.getpid()}"  # an argument of this process's socats alone
+SOCAT = f"socat {MARK} - TCP:%h:%p"
 needs_socat = pytest.mark.skipif(not shutil.which("socat"), reason="apt install socat")
 
 
@@ -71,15 +71,15 @@ def carries(bench: Bench, size: int = SIZE) -> None:
 
 
 def running(argument: str) -> list[int]:
-    """The processes that have a text on their command line, zombies not."""
+    """The processes that have an argument on their command line, zombies not."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if argument.encode() in path.read_bytes():
+            if argument.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
         except OSError:
             pass  # it is gone by now
-    return [pid for pid in found if pid != os.getpid()]
+    return found
 
 
 def lines(end: Program, pattern: str) -> list[str]:
