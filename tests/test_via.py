@@ -9,8 +9,8 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
