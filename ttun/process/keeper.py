@@ -36,26 +36,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from types import FrameType
-from typing import Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple
 
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
 from ttun.privileges import User
 from ttun.process import log_writer, process_group
-from ttun.process.process_group import ProcessGroup
-from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
 
 START, DIAL, AT_END = 30.0, 10.0, 30  # seconds
 MOST = 4096  # bytes of a message
-LOST = "the keeper process ended (restart ttun)"
+LOST = "the keeper process ended"
+KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1)
 RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-ENDED = select.POLLHUP | select.POLLRDHUP | select.POLLERR
-START_CODE = "import sys; sys.path[:] = {}; from ttun.process.keeper import main; main({})"
+
+START_CODE = """import sys
+sys.excepthook = lambda kind, why, _: print("ttun: keeper:", kind.__name__, why, file=sys.stderr)
+sys.path[:] = {}
+from ttun.process.keeper_process import main
+main({})"""
 
 # The facts that a program may tell. What stays the same (device, addresses) is in the Plan.
 NO_PEER = re.compile(r"[^\w.:%@/\[\]+ -]", re.ASCII)  # not in its name: what a shell acts on
@@ -79,22 +81,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
 }
 
 Facts = Mapping[str, "str | None"]
-
-
-class Commands(Protocol):
-    """What the keeper calls for --up and --down: Hooks of commands/hooks.py."""
-
-    def start(self) -> None:
-        """Raises TtunError."""
-
-    def up(self, facts: Facts) -> None:
-        """A peer connected."""
-
-    def down(self, facts: Facts) -> None:
-        """It disconnected."""
-
-    def close(self) -> None:
-        """End what runs."""
 
 
 class Via(NamedTuple):
@@ -121,23 +107,21 @@ def via(command: str, user: User | None, *, foreground: bool = True) -> Via:
         user = found._replace(gid=int(group)) if group.isdecimal() else found
     elif user is not None and not privileges.may_become(user):
         user = None
+    uid = os.geteuid() if user is None else user.uid
     try:
-        entry = pwd.getpwuid(os.geteuid() if user is None else user.uid)
-        name, home, shell = entry.pw_name, entry.pw_dir, entry.pw_shell
+        entry = pwd.getpwuid(uid)
     except KeyError:
-        name, home, shell = str(os.geteuid() if user is None else user.uid), "/", ""
-    environment = {"PATH": os.environ.get("PATH", PATH), "HOME": home, "USER": name}
-    environment.update(LOGNAME=name, SHELL=shell or "/bin/sh")
-    for kept in ("SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL"):
-        if kept in os.environ:
-            environment[kept] = os.environ[kept]
+        entry = pwd.struct_passwd((str(uid), "", uid, uid, "", "/", "/bin/sh"))
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
+    environment["SHELL"] = entry.pw_shell
     return Via(command, user, environment, not is_caller, foreground)
 
 
 class Plan(NamedTuple):
     """All that a keeper does, as the program says while it has its privileges."""
 
-    hooks: Callable[[], Commands] | None
+    hooks: Callable[[], Any] | None  # Hooks of commands/hooks.py
     facts: dict[str, str]  # those that stay the same
     via: Via | None
     at_end: list[Callable[[], object]]
@@ -148,7 +132,7 @@ class Keeper:
 
     def __init__(self) -> None:
         """Need nothing yet."""
-        self.hooks: Callable[[], Commands] | None = None  # makes them; can be pickled
+        self.hooks: Callable[[], Any] | None = None  # makes Hooks, which run --up and --down
         self.via: Via | None = None
         # Called in the keeper in this order, whatever the ones before it raise. Pickled: functions
         # of modules, functools.partial of them.
@@ -230,13 +214,14 @@ class Keeper:
         while True:
             answer, descriptors = self._receive(deadline, 2)
             number, _, rest = answer.partition("\0")
-            code, _, why = rest.partition("\0")
+            number_of_error, _, why = rest.partition("\0")
             if number == str(self._number):
                 break
-            for descriptor in descriptors:  # of a dial that was given up
-                os.close(descriptor)
-        if code != "0" or len(descriptors) != 2:
-            raise OSError(int(code), why)
+            _close(descriptors)  # of a dial that was given up
+        if len(descriptors) != 2:
+            _close(descriptors)
+            code = int(number_of_error) or errno.EMFILE  # the kernel found no room for them here
+            raise OSError(code, why or os.strerror(code))
         return socket.socket(fileno=descriptors[0]), descriptors[1]
 
     def hang_up(self) -> None:
@@ -301,8 +286,13 @@ class Keeper:
         if sock is not None:
             sock.close()
             if self._is_ready:
-                log.error("%s: no more --up, --down and --via", LOST)
+                log.error("%s: no more --up, --down and --via (restart ttun)", LOST)
         return BrokenPipeError(errno.EPIPE, LOST)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _message(request: str, facts: Facts) -> bytes:
@@ -312,129 +302,6 @@ def _message(request: str, facts: Facts) -> bytes:
         text = printable(value or "")[:256]
         parts.append(f"{name}={NO_PEER.sub('_', text)[:255] if name == 'peer' else text}")
     return "\0".join(parts).encode()
-
-
-# ---- the process ----
-
-
-def main(descriptor: int) -> None:
-    """Be the keeper, on a socket that the program has the other end of."""
-    for number in IGNORED:
-        signal.signal(number, _note)  # a handler, as what is ignored stays so in its commands
-    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTTOU})  # to set the terminal's group
-    os.environ.pop("LC_CTYPE", None)  # Python's own, see PEP 538
-    log_writer.install()
-    control = socket.socket(fileno=descriptor)
-    plan = pickle.loads(sys.stdin.buffer.read())
-    assert isinstance(plan, Plan)
-    try:
-        privileges.forbid_dumps()
-        log_writer.start()
-        servant = Servant(plan, control)
-    except (TtunError, OSError) as error:
-        control.send(str(error).encode())
-        return
-    try:
-        control.send(b"\n")
-        servant.serve()
-    finally:
-        signal.alarm(AT_END)  # whatever hangs: the default action ends the process
-        servant.close()
-        log_writer.finish()
-
-
-def _note(_: int, __: FrameType | None) -> None:
-    """Do nothing."""
-
-
-class Servant:
-    """Does what requests ask for, on the keeper's main thread."""
-
-    def __init__(self, plan: Plan, control: socket.socket) -> None:
-        """Start the thread of --up and --down. Raises TtunError."""
-        self._plan, self._control = plan, control
-        self._hooks = plan.hooks() if plan.hooks else None
-        self._session: Facts | None = None
-        self._dialled = Dialled(plan.via) if plan.via else None
-        self._noted = Summary("keeper: and %d more lines")
-        if self._hooks:
-            self._hooks.start()
-
-    def serve(self) -> None:
-        """Serve requests until the program has ended."""
-        watch = select.poll()
-        watch.register(self._control, select.POLLIN | select.POLLRDHUP)
-        while True:
-            events = watch.poll(self._dialled.tick() if self._dialled else None)
-            try:
-                if self._dialled and (line := self._dialled.tend()):
-                    self._say(line)
-                if not events:
-                    continue
-                data = self._control.recv(MOST + 1, socket.MSG_DONTWAIT)
-                if not data and events[0][1] & ENDED:
-                    return
-                self._do(data)
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            except ValueError as error:
-                self._say(f"keeper: refused a request: {error}")
-            except Exception as error:  # a lack, or a bug: the next request may have better luck
-                self._say(f"keeper: {type(error).__name__}: {reason(error)}")
-                time.sleep(process_group.TICK)
-
-    def close(self) -> None:
-        """End what runs, then do what the plan has for the end."""
-        if self._hooks:
-            self._hooks.close()
-        steps = [self._dialled.hang_up] if self._dialled else []
-        for step in [*steps, *self._plan.at_end]:
-            try:
-                step()
-            except FileNotFoundError:
-                pass  # the program has done it
-            except Exception as error:
-                log.warning("keeper: at the end: %s", reason(error))
-        self._noted.tick(time.monotonic(), end=True)
-
-    def _say(self, line: str) -> None:
-        self._noted.log(time.monotonic(), "%s", printable(line))
-
-    def _do(self, data: bytes) -> None:
-        """Do what a message asks for. Raises ValueError for what is no request."""
-        request, facts = parse(data)
-        if request == "dial":
-            self._dial(facts)
-        elif request == "hangup" and self._dialled:
-            self._dialled.hang_up()
-        elif request == "background" and self._dialled:
-            self._dialled.background()
-        elif request in ("up", "down") and self._hooks:
-            if self._session is not None:
-                self._hooks.down({**self._session, **facts, **self._plan.facts})
-            self._session = {**facts, **self._plan.facts} if request == "up" else None
-            if self._session is not None:
-                self._hooks.up(self._session)
-        else:
-            raise ValueError(f"nothing to do for {request}")
-
-    def _dial(self, facts: Mapping[str, str]) -> None:
-        number, host, port = (facts.get(name, "") for name in ("number", "host", "port"))
-        with contextlib.ExitStack() as opened:
-            descriptors: list[int] = []
-            try:
-                if self._dialled is None:
-                    raise OSError(errno.ENOSYS, "there is no --via")
-                descriptors = self._dialled.dial(host, port, opened)
-                answer = f"{number}\0000\0"
-            except (OSError, subprocess.SubprocessError) as error:
-                answer = f"{number}\0{getattr(error, 'errno', None) or errno.EIO}\0{reason(error)}"
-            try:
-                flags = socket.MSG_DONTWAIT
-                socket.send_fds(self._control, [answer.encode()], descriptors, flags)
-            except BlockingIOError:  # the program takes no answers
-                if self._dialled:
-                    self._dialled.hang_up()
 
 
 def parse(data: bytes) -> tuple[str, dict[str, str]]:
@@ -455,106 +322,3 @@ def parse(data: bytes) -> tuple[str, dict[str, str]]:
     if int(facts.get("port") or 0) > 65535:
         raise ValueError("malformed port")
     return request, facts
-
-
-class Dialled:
-    """The command of --via: one process group at a time, in the terminal's session."""
-
-    def __init__(self, via: Via) -> None:
-        """Find the terminal, if there is one."""
-        self._via = via
-        self._group: ProcessGroup | None = None
-        self._terminal: int | None = None
-        self._program = os.getppid()
-        if via.foreground:
-            with contextlib.suppress(OSError):
-                self._terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-
-    def dial(self, host: str, port: str, opened: contextlib.ExitStack) -> list[int]:
-        """Start the command; return its standard input and output, and a pipe of its stderr.
-
-        opened: closes these. Raises OSError, SubprocessError.
-        """
-        self.hang_up()
-        values = {"%h": host, "%p": port, "%%": "%"}
-        command = re.sub("%[hp%]", lambda found: values[found[0]], self._via.command)
-        ours, theirs = (opened.enter_context(each) for each in socket.socketpair())
-        readable, writable = os.pipe()
-        opened.callback(os.close, readable)
-        opened.callback(os.close, writable)
-        self._group = ProcessGroup(
-            command,
-            {
-                os.fsencode(name): os.fsencode(value)
-                for name, value in self._via.environment.items()
-            },
-            log.info,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=writable,
-            preexec_fn=self._prepare,
-            **process_group.becoming(self._via.user),
-        )
-        return [ours.fileno(), readable]
-
-    def _prepare(self) -> None:
-        """Be a process group, in the foreground if the program is there; in the new process.
-
-        Elsewhere without a terminal: what asks for a password there fails, and is not stopped.
-        Nothing here takes a lock of another thread.
-        """
-        terminal = self._terminal
-        is_ours = False
-        with contextlib.suppress(OSError):
-            is_ours = terminal is not None and os.tcgetpgrp(terminal) == os.getpgrp()
-        if terminal is None or not is_ours:
-            os.setsid()
-        else:
-            os.setpgid(0, 0)
-            with contextlib.suppress(OSError):
-                os.tcsetpgrp(terminal, os.getpid())
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if self._via.confined:
-            privileges.drop_capabilities()
-
-    def tick(self) -> float | None:
-        """Return in how many milliseconds to call tend(), if at all."""
-        if self._group is None:
-            return None
-        return 1000.0 if self._terminal is None else 1000 * process_group.TICK
-
-    def tend(self) -> str:
-        """Look whether the command is over; return a line about it if it failed."""
-        if self._group is None or not self._group.wait(0):
-            return ""
-        code = self._group.code or 0
-        is_foreground = self._terminal is not None
-        self.hang_up()
-        # Who typed that meant the program, which is not in the foreground.
-        if is_foreground and code in (-signal.SIGINT, 128 + signal.SIGINT):
-            if os.getppid() == self._program:
-                os.kill(self._program, signal.SIGINT)
-            return ""
-        if code:
-            return f"--via: {process_group.how_it_ended(code)}"
-        return ""
-
-    def hang_up(self) -> None:
-        """End the command's processes."""
-        group, self._group = self._group, None
-        if group is not None:
-            self._give_back(group)
-            process_group.end([group])
-
-    def background(self) -> None:
-        """Give the terminal back, for good."""
-        if self._group is not None:
-            self._give_back(self._group)
-        if self._terminal is not None:
-            os.close(self._terminal)
-            self._terminal = None
-
-    def _give_back(self, group: ProcessGroup) -> None:
-        with contextlib.suppress(OSError):
-            if self._terminal is not None and os.tcgetpgrp(self._terminal) == group.number:
-                os.tcsetpgrp(self._terminal, os.getpgrp())
