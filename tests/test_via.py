@@ -35,6 +35,7 @@ from ttun.errors import UsageError
 from ttun.process.keeper import Keeper
 
 pytestmark = [pytest.mark.hosts, needs_socat]
+OTHERS = int(Path("/proc/self/uid_map").read_text().split()[2]) > 4321
 each_wire = pytest.mark.parametrize("bench", ["x1", "v1"], indirect=True)
 
 
@@ -174,6 +175,29 @@ def test_a_killed_command_is_run_again(plain: Bench) -> None:
     end.says("authenticated", times=2)
     assert "the peer closed the connection" in end.log()
     carries(plain)
+
+
+@pytest.mark.slow
+def test_a_peer_that_vanishes_behind_a_command_is_noticed(plain: Bench) -> None:
+    """The command takes what it is given, and no kernel says that the peer does not."""
+    serve(plain)
+    end = client(plain, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated")
+    with plain.link_down(CLIENT):
+        end.says("no sign of life from the peer for 6", seconds=90)
+    end.says("authenticated", times=2, seconds=90)
+
+
+@pytest.mark.skipif(not OTHERS, reason="there is no other user in this namespace")
+def test_under_sudo_it_runs_as_the_user_who_called(plain: Bench) -> None:
+    agent = {"SUDO_UID": "1234", "SUDO_GID": "4321", "SSH_AUTH_SOCK": "/agent"}
+    end = plain.start(
+        CLIENT, "client", "-k", "secret", "--via", "exec >&2; id -u; id -g; echo $SSH_AUTH_SOCK",
+        environment=agent,
+    )  # fmt: skip
+    end.says("reconnecting in")
+    for line in ("1234", "4321", "/agent"):
+        assert f"--via: {line}\n" in end.log()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

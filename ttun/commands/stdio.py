@@ -8,7 +8,7 @@
 4. The end of stdin, a reader of stdout that is gone, the end of the session: each ends the rest,
    and the program.
 
-Sources: poll(2), pipe(7), unix(7).
+Sources: splice(2), poll(2), pipe(7), unix(7).
 """
 
 from __future__ import annotations
@@ -118,18 +118,33 @@ def _carry(source: int, sink: int, inner: socket.socket) -> None:
     for each in (source, sink):
         with contextlib.suppress(OSError):
             fcntl.fcntl(each, F_SETPIPE_SZ, SIZE)
-    buffer = memoryview(bytearray(SIZE))
     with contextlib.suppress(OSError):
-        while _await(source, select.POLLIN, sink) and (size := os.readv(source, [buffer])):
-            sent = 0
-            while sent < size:
-                try:
-                    sent += os.write(sink, buffer[sent:size])
-                except BlockingIOError:  # somebody else has set O_NONBLOCK
-                    _await(sink, select.POLLOUT)
+        move = getattr(os, "splice", _copy)  # from Python 3.10 on
+        while _await(source, select.POLLIN, sink):
+            try:
+                if not move(source, sink, SIZE):
+                    break
+            except BlockingIOError:  # somebody else has set O_NONBLOCK
+                _await(sink, select.POLLOUT)
+            except OSError:
+                if move is _copy:
+                    raise
+                move = _copy  # neither is a pipe
     with contextlib.suppress(OSError):
         inner.shutdown(socket.SHUT_WR if sink == inner.fileno() else socket.SHUT_RDWR)
     os.close(sink if source == inner.fileno() else source)
+
+
+def _copy(source: int, sink: int, size: int) -> int:
+    """Do what splice(2) does, and all of it. Raises OSError."""
+    data = memoryview(os.read(source, size))
+    sent = 0
+    while sent < len(data):
+        try:
+            sent += os.write(sink, data[sent:])
+        except BlockingIOError:
+            _await(sink, select.POLLOUT)
+    return sent
 
 
 def _await(descriptor: int, events: int, sink: int = -1) -> bool:
