@@ -34,7 +34,8 @@ class Server:
                 **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, **streams},
             )
 
-        bench.helpers.append(self.process)
+        if self.process.stdout is not None:
+            bench.helpers.append(self.process)
 
     def log(self) -> str:
         return self.path.read_text()
