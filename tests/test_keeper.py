@@ -210,15 +210,15 @@ def test_without_room_for_its_descriptors_here_a_dial_is_an_error_and_keeps_none
 def test_a_dial_of_a_dead_or_stopped_keeper_has_an_end(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper.via = via("echo here", None)
+    keeper.via = via("echo %h", None)
     keeper.start({})
     monkeypatch.setattr(module, "DIAL", 0.5)
     os.kill(process(keeper), signal.SIGSTOP)
     with pytest.raises(OSError, match="does not answer"):
-        keeper.dial("", "")
+        keeper.dial("late", "")
     os.kill(process(keeper), signal.SIGCONT)
     monkeypatch.setattr(module, "DIAL", 20)
-    assert dialled(keeper) == b"here\n", "and not the late answer to the first one"
+    assert dialled(keeper, "here") == b"here\n", "and not the late answer to the first one"
     os.kill(process(keeper), signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(OSError, match="the keeper process ended"):
