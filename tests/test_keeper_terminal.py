@@ -103,13 +103,14 @@ def test_a_command_has_the_terminal_until_its_end() -> None:
         assert "came b'hunter3\\n' ours False" in made.says("end ours True")
 
 
-def test_after_the_first_session_a_command_runs_in_the_background() -> None:
+def test_after_the_first_session_a_command_has_no_terminal() -> None:
     with terminal("read it < /dev/tty; echo $it; echo -; cat", "once") as made:
         time.sleep(0.5)
         made.types("hunter2\n")
         assert "came b'hunter2\\n" in made.says("then ours True")
         made.types("hunter3\n")
-        made.says("TimeoutError")  # the second one is stopped when it reads what is not for it
+        # The second one has no terminal: what would ask there fails at once, and is not stopped.
+        assert "came b'\\n-\\n' ours True" in made.says("end ours True")
 
 
 def test_a_program_in_the_background_leaves_the_terminal_to_whoever_has_it() -> None:

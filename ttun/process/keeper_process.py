@@ -4,8 +4,8 @@
  2. Servant waits for requests and for the end of the command of --via, on the main thread. --up and
     --down have a thread of their own (commands/hooks.py).
  3. Dialled runs the command of --via. ssh asks for a password on /dev/tty, and a process of another
-    session cannot open that: so the command stays in the terminal's session. It is a process group
-    of its own, and the foreground one until background().
+    session cannot open that. So until background() the command stays in the terminal's session, in
+    a process group of its own that is the foreground one.
 
 Sources: tcsetpgrp(3), setpgid(2), termios(4) for SIGTTOU, alarm(2), PEP 538.
 """
@@ -195,16 +195,21 @@ class Dialled:
     def _prepare(self) -> None:
         """Be a process group, in the foreground if the program is there; in the new process.
 
-        Popen can do the first from Python 3.11 on. Nothing here takes a lock of another thread.
+        Elsewhere without a terminal: what asks for a password there fails, and is not stopped.
+        Nothing here takes a lock of another thread.
         """
         terminal = self._terminal
+        is_ours = False
         with contextlib.suppress(OSError):
-            if terminal is not None and os.tcgetpgrp(terminal) == os.getpgrp():
-                os.setpgid(0, 0)
+            is_ours = terminal is not None and os.tcgetpgrp(terminal) == os.getpgrp()
+        if terminal is None or not is_ours:
+            os.setsid()
+        else:
+            os.setpgid(0, 0)
+            with contextlib.suppress(OSError):
                 os.tcsetpgrp(terminal, os.getpid())
-                # Whoever stopped it would be left with a terminal that nobody reads.
-                signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-        os.setpgid(0, 0)
+            # Whoever stopped it would be left with a terminal that nobody reads.
+            signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if self._via.confined:
             privileges.drop_capabilities()
