@@ -98,7 +98,7 @@ def test_after_kill_9_the_keeper_runs_down_removes_the_status_socket_and_ends(
     eventually(lambda: said.exists() and running(nap), "--up ran")
     pid = keeper_of(server.process.pid)
     path = server.socket()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # of a terminal, of systemd
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT):
         os.kill(pid, number)
     time.sleep(0.3)
     assert not is_gone(pid), "it ends with the program, not by signals"

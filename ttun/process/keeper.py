@@ -50,7 +50,10 @@ MOST = 4096  # bytes of a message
 LOST = "the keeper process ended"
 KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1)
+# By the keeper: of a terminal, of a service manager, SIGABRT being that of its watchdog.
+IGNORED = (
+    signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGABRT, signal.SIGUSR1,
+)  # fmt: skip
 RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 START_CODE = """import sys
@@ -159,7 +162,7 @@ class Keeper:
         plan = pickle.dumps(Plan(self.hooks, fixed, self.via, at_end))
         try:
             self._start(plan, passed)
-            answer = self._receive(time.monotonic() + START, 0)[0]
+            answer = self._receive(time.monotonic() + START)[0]
         except OSError as error:
             self.close()
             raise TtunError(f"cannot start the keeper process: {reason(error)}") from None
@@ -212,7 +215,7 @@ class Keeper:
         self._send("dial", facts)
         deadline = time.monotonic() + DIAL
         while True:
-            answer, descriptors = self._receive(deadline, 2)
+            answer, descriptors = self._receive(deadline)
             number, _, rest = answer.partition("\0")
             number_of_error, _, why = rest.partition("\0")
             if number == str(self._number):
@@ -260,25 +263,21 @@ class Keeper:
         except OSError:
             raise self._lost() from None
 
-    def _receive(self, deadline: float, most: int) -> tuple[str, list[int]]:
+    def _receive(self, deadline: float) -> tuple[str, list[int]]:
         """Return an answer and the descriptors that came with it. Raises OSError."""
         assert self._socket is not None
         watch = select.poll()
         watch.register(self._socket, select.POLLIN)
         if not watch.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError(errno.ETIMEDOUT, "the keeper process does not answer")
-        descriptors = array.array("i")
         try:
-            data, came, _, _ = self._socket.recvmsg(
-                MOST, socket.CMSG_LEN(most * descriptors.itemsize), RECEIVED
-            )
+            answer, came, _, _ = self._socket.recvmsg(MOST, socket.CMSG_LEN(8), RECEIVED)
         except OSError:
-            data, came = b"", []
-        for _, _, each in came:
-            descriptors.frombytes(each[: len(each) // descriptors.itemsize * descriptors.itemsize])
-        if not data:
+            answer, came = b"", []
+        if not answer:
             raise self._lost()
-        return data.decode().rstrip("\n"), list(descriptors)
+        descriptors = array.array("i", b"".join(data for _, _, data in came))
+        return answer.decode().rstrip("\n"), descriptors.tolist()
 
     def _lost(self) -> OSError:
         """Note that the keeper is gone; it cannot be had again without privileges."""

@@ -4,8 +4,8 @@
  2. Servant waits for requests and for the end of the command of --via, on the main thread. --up and
     --down have a thread of their own (commands/hooks.py).
  3. Dialled runs the command of --via. ssh asks for a password on /dev/tty, and a process of another
-    session cannot open that: so the command stays in the terminal's session. It is a process group
-    of its own, and the foreground one until background().
+    session cannot open that. So until background() the command stays in the terminal's session, in
+    a process group of its own that is the foreground one.
 
 Sources: tcsetpgrp(3), setpgid(2), termios(4) for SIGTTOU, alarm(2), PEP 538.
 """
@@ -24,19 +24,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from types import FrameType
 
 from ttun import privileges
-from ttun.errors import printable, reason
+from ttun.errors import TtunError, printable, reason
 from ttun.process import log_writer, process_group
 from ttun.process.keeper import AT_END, IGNORED, MOST, Facts, Plan, Via, parse
 from ttun.process.process_group import ProcessGroup
 from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
-
-ENDED = select.POLLHUP | select.POLLRDHUP | select.POLLERR
 
 
 def main(descriptor: int) -> None:
@@ -46,17 +44,10 @@ def main(descriptor: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTTOU})  # to set the terminal's group
     os.environ.pop("LC_CTYPE", None)  # Python's own, see PEP 538
     log_writer.install()
-    control = socket.socket(fileno=descriptor)
-    try:
-        plan = pickle.loads(sys.stdin.buffer.read())
-        privileges.forbid_dumps()
-        log_writer.start()
-        servant = Servant(plan, control)
-        control.send(b"\n")
-    except Exception as error:  # the program may be gone too
-        with contextlib.suppress(OSError):
-            control.send(f"keeper: {reason(error)}".encode())
-        return
+    privileges.forbid_dumps()
+    log_writer.start()
+    plan = pickle.loads(sys.stdin.buffer.read())
+    servant = Servant(plan, socket.socket(fileno=descriptor))
     try:
         servant.serve()
     finally:
@@ -73,37 +64,46 @@ class Servant:
     """Does what requests ask for, on the keeper's main thread."""
 
     def __init__(self, plan: Plan, control: socket.socket) -> None:
-        """Start the thread of --up and --down. Raises TtunError."""
+        """Start nothing yet."""
         self._plan, self._control = plan, control
         self._hooks = plan.hooks() if plan.hooks else None
         self._session: Facts | None = None
-        self._dialled = Dialled(plan.via) if plan.via else None
         self._noted = Summary("keeper: and %d more lines")
-        if self._hooks:
-            self._hooks.start()
+        self._dialled = Dialled(plan.via, self._say) if plan.via else None
 
     def serve(self) -> None:
-        """Serve requests until the program has ended."""
+        """Say that it is ready, or why it is not; serve requests until the program has ended."""
+        answer = "\n"
+        try:
+            if self._hooks:
+                self._hooks.start()
+        except TtunError as error:
+            answer = str(error)
         watch = select.poll()
         watch.register(self._control, select.POLLIN | select.POLLRDHUP)
-        while True:
-            events = watch.poll(self._dialled.tick() if self._dialled else None)
-            try:
-                if self._dialled and (line := self._dialled.tend()):
-                    self._say(line)
-                if not events:
-                    continue
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._control.send(answer.encode())
+            while self._serve(watch.poll(self._dialled.tick() if self._dialled else None)):
+                pass
+
+    def _serve(self, events: list[tuple[int, int]]) -> bool:
+        """Do what is due; return whether the program is there."""
+        try:
+            if self._dialled:
+                self._dialled.tend()
+            if events:
                 data = self._control.recv(MOST + 1, socket.MSG_DONTWAIT)
-                if not data and events[0][1] & ENDED:
-                    return
+                if not data and events[0][1] != select.POLLIN:
+                    return False
                 self._do(data)
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            except ValueError as error:
-                self._say(f"keeper: refused a request: {error}")
-            except Exception as error:  # a lack, or a bug: the next request may have better luck
-                self._say(f"keeper: {type(error).__name__}: {reason(error)}")
-                time.sleep(process_group.TICK)
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except ValueError as error:
+            self._say(f"keeper: refused a request: {error}")
+        except Exception as error:  # a lack, or a bug: the next request may have better luck
+            self._say(f"keeper: {type(error).__name__}: {reason(error)}")
+            time.sleep(process_group.TICK)
+        return True
 
     def close(self) -> None:
         """End what runs, then do what the plan has for the end."""
@@ -125,46 +125,42 @@ class Servant:
     def _do(self, data: bytes) -> None:
         """Do what a message asks for. Raises ValueError for what is no request."""
         request, facts = parse(data)
-        if request == "dial":
-            self._dial(facts)
+        if request in ("up", "down") and self._hooks:
+            if self._session is not None:
+                self._hooks.down({**self._session, **facts, **self._plan.facts})
+            self._session = None
+            if request == "up":
+                self._session = {**facts, **self._plan.facts}
+                self._hooks.up(self._session)
+        elif request == "dial" and self._dialled:
+            self._dial(self._dialled, **facts)
         elif request == "hangup" and self._dialled:
             self._dialled.hang_up()
         elif request == "background" and self._dialled:
             self._dialled.background()
-        elif request in ("up", "down") and self._hooks:
-            if self._session is not None:
-                self._hooks.down({**self._session, **facts, **self._plan.facts})
-            self._session = {**facts, **self._plan.facts} if request == "up" else None
-            if self._session is not None:
-                self._hooks.up(self._session)
         else:
             raise ValueError(f"nothing to do for {request}")
 
-    def _dial(self, facts: Mapping[str, str]) -> None:
-        number, host, port = (facts.get(name, "") for name in ("number", "host", "port"))
+    def _dial(self, dialled: Dialled, number: str = "", host: str = "", port: str = "") -> None:
         with contextlib.ExitStack() as opened:
             descriptors: list[int] = []
             try:
-                if self._dialled is None:
-                    raise OSError(errno.ENOSYS, "there is no --via")
-                descriptors = self._dialled.dial(host, port, opened)
+                descriptors = dialled.dial(host, port, opened)
                 answer = f"{number}\0000\0"
             except (OSError, subprocess.SubprocessError) as error:
                 answer = f"{number}\0{getattr(error, 'errno', None) or errno.EIO}\0{reason(error)}"
             try:
-                flags = socket.MSG_DONTWAIT
-                socket.send_fds(self._control, [answer.encode()], descriptors, flags)
+                socket.send_fds(self._control, [answer.encode()], descriptors, socket.MSG_DONTWAIT)
             except BlockingIOError:  # the program takes no answers
-                if self._dialled:
-                    self._dialled.hang_up()
+                dialled.hang_up()
 
 
 class Dialled:
     """The command of --via: one process group at a time, in the terminal's session."""
 
-    def __init__(self, via: Via) -> None:
-        """Find the terminal, if there is one."""
-        self._via = via
+    def __init__(self, via: Via, say: Callable[[str], None]) -> None:
+        """Find the terminal, if there is one. say: called with a line for the log."""
+        self._via, self._say = via, say
         self._group: ProcessGroup | None = None
         self._terminal: int | None = None
         self._program = os.getppid()
@@ -186,10 +182,7 @@ class Dialled:
         opened.callback(os.close, writable)
         self._group = ProcessGroup(
             command,
-            {
-                os.fsencode(name): os.fsencode(value)
-                for name, value in self._via.environment.items()
-            },
+            self._via.environment,
             log.info,
             stdin=theirs,
             stdout=theirs,
@@ -215,6 +208,8 @@ class Dialled:
             os.setpgid(0, 0)
             with contextlib.suppress(OSError):
                 os.tcsetpgrp(terminal, os.getpid())
+            # Whoever stopped it would be left with a terminal that nobody reads.
+            signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if self._via.confined:
             privileges.drop_capabilities()
@@ -225,28 +220,26 @@ class Dialled:
             return None
         return 1000.0 if self._terminal is None else 1000 * process_group.TICK
 
-    def tend(self) -> str:
-        """Look whether the command is over; return a line about it if it failed."""
-        if self._group is None or not self._group.wait(0):
-            return ""
-        code = self._group.code or 0
-        is_foreground = self._terminal is not None
-        self.hang_up()
-        # Who typed that meant the program, which is not in the foreground.
-        if is_foreground and code in (-signal.SIGINT, 128 + signal.SIGINT):
-            if os.getppid() == self._program:
-                os.kill(self._program, signal.SIGINT)
-            return ""
-        if code:
-            return f"--via: {process_group.how_it_ended(code)}"
-        return ""
+    def tend(self) -> None:
+        """Look whether the command is over: then so is the rest of its group."""
+        if self._group is not None and self._group.wait(0):
+            self.hang_up()
 
     def hang_up(self) -> None:
-        """End the command's processes."""
+        """End the command's processes, and say how it ended if it did so by itself."""
         group, self._group = self._group, None
-        if group is not None:
-            self._give_back(group)
-            process_group.end([group])
+        if group is None:
+            return
+        self._give_back(group)
+        # The program may know of the end before this process does.
+        code = group.code if group.wait(process_group.TICK) else 0
+        process_group.end([group])
+        # Whoever typed ^C meant the program, which did not have the foreground.
+        if self._terminal is not None and code in (-signal.SIGINT, 128 + signal.SIGINT):
+            if os.getppid() == self._program:
+                os.kill(self._program, signal.SIGINT)
+        elif code:
+            self._say(f"--via: {process_group.how_it_ended(code)}")
 
     def background(self) -> None:
         """Give the terminal back, for good."""
