@@ -167,7 +167,7 @@ def run_tox(options: argparse.Namespace) -> int:
 
     parser = Parser(
         prog="ttun tox",
-        description="Forward ports to a machine behind NAT through Tox. Tuntox has the same options.",
+        description="Forward ports through Tox to a machine behind NAT, with options as in Tuntox.",
         epilog=tox_options.EPILOG,
     )
     return command.run(parser, options.arguments)

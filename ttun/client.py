@@ -262,7 +262,8 @@ class Client(Endpoint):
         """Run the handshake; return as _connect() does."""
         began = time.monotonic()
         steps = handshake.client(self._k, self._terms)
-        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)
+        patience = self._dialer.patience
+        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:
             self._watch_connection(sock)
             answered_after: float | None = None  # until its first byte
@@ -274,7 +275,9 @@ class Client(Endpoint):
                 if answered_after is None and attempt.spoke:
                     answered_after = time.monotonic() - began
                 if not self._pending.is_pending(attempt):
-                    waited = answered_after is None or answered_after > WAITED
+                    waited = patience is None and (
+                        answered_after is None or answered_after > WAITED
+                    )
                     return None, time.monotonic() - began if waited else None
                 peer = self._turn()
                 if peer is not None:

@@ -105,12 +105,22 @@ class Pending:
             if len(peer.nonce) == NONCE_SIZE:
                 self._poll.modify(peer.sock, select.POLLOUT)  # turn() starts its handshake
 
-    def add(self, sock: socket.socket, name: str, transport: str, steps: Steps) -> HalfOpen:
-        """Start a handshake over a connected socket. transport: e.g. "tcp"."""
+    def add(
+        self,
+        sock: socket.socket,
+        name: str,
+        transport: str,
+        steps: Steps,
+        seconds: float | None = None,
+    ) -> HalfOpen:
+        """Start a handshake over a connected socket. transport: e.g. "tcp".
+
+        seconds: its time limit, if not TIMEOUT.
+        """
         now = time.monotonic()
         self._prepare(sock)
         talk = Conversation(sock, steps)
-        peer = HalfOpen(sock, name, transport, name, now, now + TIMEOUT, talk)
+        peer = HalfOpen(sock, name, transport, name, now, now + (seconds or TIMEOUT), talk)
         self._admit(peer, select.POLLOUT)
         self._announce(peer, "handshaking")
         return peer
@@ -253,11 +263,12 @@ class Pending:
             keys = peer.handshake.advance() if peer.handshake else self._take_nonce(peer, what)
         except BlockingIOError:
             pass
-        except UnrecognizedError as error:
-            self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, error)
-            self._leave_unanswered(peer)
         except (ProtocolError, OSError) as error:
-            self._drop(peer, getattr(error, "strerror", None) or str(error))
+            if self._silent and isinstance(error, UnrecognizedError):
+                self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, error)
+                self._leave_unanswered(peer)
+            else:
+                self._drop(peer, getattr(error, "strerror", None) or str(error))
         except BaseException:  # no memory: the handshake cannot continue
             self._close(peer)
             raise

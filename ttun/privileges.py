@@ -144,6 +144,11 @@ def may_become(user: User) -> bool:
         return False
 
 
+def can_be(user: User) -> bool:
+    """Return whether a program that this process starts can run as that user."""
+    return (os.geteuid(), os.getegid()) == (user.uid, user.gid) or may_become(user)
+
+
 def _become(user: User) -> None:
     if os.getresuid() == (user.uid,) * 3 and os.getresgid() == (user.gid,) * 3:
         return
@@ -170,5 +175,6 @@ def _why_not(error: OSError) -> str:
 
 
 def _load_what_comes_later() -> None:
-    """Import what Python imports at the first name lookup."""
+    """Import what Python imports at the first name lookup or the first unusual character."""
     "é".encode("idna")  # loads the codecs idna and punycode
+    "\n".encode("unicode_escape")

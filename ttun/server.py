@@ -117,7 +117,8 @@ class Server(Endpoint):
                 self._authenticated(peer, "; another client can take over")
                 self._carry(peer)
                 continue
-            self._authenticated(peer, "; other clients wait until it disconnects")
+            others = "" if self._listener.single else "; other clients wait until it disconnects"
+            self._authenticated(peer, others)
             self._pending.hold()
             try:
                 self._carry(peer)
@@ -131,7 +132,7 @@ class Server(Endpoint):
             knows_key=lambda nonce: handshake.knows_key(
                 self._k, self._terms, nonce, self._answered
             ),
-            silent=self._terms.wire == "x1",
+            silent=self._terms.wire == "x1" and not self._listener.single,
         )
 
     def _next_peer(self) -> Peer | None:

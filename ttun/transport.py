@@ -29,6 +29,8 @@ class Dialer(abc.ABC):
     """How a client connects to its server."""
 
     name: str  # the server, for messages
+    # Seconds for a handshake, if connecting may take longer than the usual 10 s.
+    patience: float | None = None
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the IP addresses of the server that routes could match.
@@ -66,6 +68,7 @@ class Listener(abc.ABC):
 
     name: str  # where it listens, for messages
     port: int | None = None  # TCP port, once open
+    single = False  # serves one peer only: no probing to guard against, nobody waits
 
     def open(self, stop: Flag) -> None:  # noqa: B027
         """Open what needs privileges. Raises TtunError, InterruptedError when stop was set."""

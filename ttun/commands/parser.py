@@ -55,12 +55,16 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
 
     server = add_command(commands, "server", "wait for a client", EPILOG, "[OPTION...]")
     server.set_defaults(run="server")
-    server.add_argument(
+    where = server.add_mutually_exclusive_group()
+    where.add_argument(
         "-l",
         "--listen",
         default=f":{DEFAULT_PORT}",
         metavar="ADDRESS",
         help="listen on :PORT (IPv4 and IPv6), 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
+    )
+    where.add_argument(
+        "--stdio", action="store_true", help="serve one peer on stdin and stdout instead, then end"
     )
     server.add_argument(
         "-takeover",
@@ -84,10 +88,14 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
     client.add_argument(
         "-s",
         "--server",
-        required=True,
         metavar="HOST:PORT",
         help=f"the server: name, IPv4 or [IPv6] address (default port: {DEFAULT_PORT}); or tox:ID, "
         "or tox:NAME from ~/.config/ttun/hosts",
+    )
+    client.add_argument(
+        "--via",
+        metavar="COMMAND",
+        help="connect through this command's stdin and stdout; %%h and %%p: host and port of -s",
     )
     client.add_argument(
         "-rekey",
@@ -233,6 +241,11 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         command.add_argument(
             f"--{name}", metavar="COMMAND", help=f"shell command to run when the peer {when}"
         )
+    command.add_argument(
+        "--hook-user",
+        metavar="NAME",
+        help="run --up and --down as this user, such as root (default: the user of --user)",
+    )
     command.add_argument(
         "-user",
         "--user",

@@ -2,14 +2,15 @@
 
 1. Find the key; make the endpoint from the options.
 2. As root: open the device, the port and the status socket. From here on signals stop it in order.
-3. Drop privileges; then start the threads, the log writer first.
+3. Start the keeper if something needs it. Drop privileges; then start the threads, the log's first.
 4. Wait for a signal or the endpoint's end, and send keep-alives to the service manager.
-5. Stop the status socket, the endpoint, then the hooks.
+5. Stop the status socket, the endpoint, the hooks, then the keeper.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import signal
 import socket
@@ -19,32 +20,37 @@ from typing import TYPE_CHECKING, Any
 
 from ttun import privileges, tcp
 from ttun.client import Client, dialer
-from ttun.commands import key, notify, show, status
+from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
-from ttun.errors import UsageError
+from ttun.errors import TtunError, UsageError
 from ttun.process import log_writer
+from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
 from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
-    from ttun.transport import Listener
+    from ttun.transport import Dialer, Listener
 
 log = logging.getLogger("ttun")
 
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
-    psk = key.find(options.psk, options.psk_file)
+    if options.stdio and options.tox:
+        raise UsageError("--stdio and --tox: a server has its peers in one place")
+    psk = _find_key(options) if options.stdio else key.find(options.psk, options.psk_file)
     made = psk is None
     if psk is None:
         privileges.check()  # before a key is made in vain
         psk = key.create()
         log.info("wrote a new key to %s", key.DEFAULT_FILE)
     listen: str | Listener = options.listen
-    where = None if options.tox else _our_address(options.listen)
-    if options.tox:
+    where = None if options.tox or options.stdio else _our_address(options.listen)
+    if options.stdio:
+        listen = stdio.Listener()
+    elif options.tox:
         from ttun.tox import transport
 
         nodes = Path(options.tox_nodes) if options.tox_nodes else None
@@ -54,22 +60,36 @@ def server(options: argparse.Namespace) -> int:
     if made:
         _show_client_command(psk, str(where))
     end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
-    return _run(end, psk, options)
+    if isinstance(listen, stdio.Listener):
+        listen.over = end.stop
+    return _run(end, psk, options, Keeper())
 
 
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
+    psk = _find_key(options)
+    keeper = Keeper()
+    nodes = Path(options.tox_nodes) if options.tox_nodes else None
+    if options.via is not None:
+        server: Dialer = via.Dialer(options.server, options.via, options.user, keeper)
+    elif options.server is not None:
+        server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    else:
+        raise UsageError("the following arguments are required: -s/--server")
+    limits = Limits(seconds=options.rekey)
+    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
+    return _run(end, psk, options, keeper)
+
+
+def _find_key(options: argparse.Namespace) -> bytes:
+    """Return the key where none is made. Raises UsageError."""
     psk = key.find(options.psk, options.psk_file)
     if psk is None:
         raise UsageError(
             f"no key (give the server's key with -k or --psk-file, in {key.VARIABLE}, "
             f"or in {key.DEFAULT_FILE}, mode 0600)"
         )
-    nodes = Path(options.tox_nodes) if options.tox_nodes else None
-    server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
-    limits = Limits(seconds=options.rekey)
-    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
-    return _run(end, psk, options)
+    return psk
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
@@ -108,21 +128,44 @@ def _our_address(listen: str) -> str:
     return str(address._replace(host=host))
 
 
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
+def _hooks(options: argparse.Namespace, keeper: Keeper) -> Hooks | Keeper:
+    """Return what runs --up and --down: the keeper for --hook-user, else this process."""
+    if options.hook_user is None or not (options.up or options.down):
+        return Hooks(options.up, options.down)
+    user = privileges.find_user(options.hook_user)
+    assert user is not None
+    if not privileges.can_be(user):
+        raise TtunError(
+            f"cannot run --up and --down as {user.name}: no privileges for that here (start ttun "
+            "as root; under systemd see docs/hooks.md)"
+        )
+    keeper.hooks = functools.partial(Hooks, options.up, options.down, user)
+    return keeper
+
+
+def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Keeper) -> int:
     """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
-    hooks = Hooks(options.up, options.down)
-    endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
+    hooks = _hooks(options, keeper)
+
+    def connected(_: str) -> None:
+        if keeper.via is not None:
+            keeper.background()
+        hooks.up(endpoint.facts())
+
+    endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
+    keeper.start(endpoint.facts(), socket_of_status.entry())
     privileges.drop(user, required=options.user is not None)  # before there are threads
     log_writer.start()
-    hooks.start()
+    if isinstance(hooks, Hooks):
+        hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(signals.wake)
@@ -136,6 +179,7 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
     hooks.close()
+    keeper.close()
     endpoint.wait()
     return 0
 

@@ -18,7 +18,7 @@ def open_missing() -> None:
         try:
             os.fstat(number)
         except OSError:
-            _open_nowhere(number)
+            open_nowhere(number)
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - stays open
     if sys.stderr is None:
@@ -28,7 +28,7 @@ def open_missing() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _open_nowhere(number: int) -> None:
+def open_nowhere(number: int) -> None:
     """Open /dev/null as a standard descriptor or, if there is none, a pipe.
 
     For reading, a pipe at its end; for writing, one that is never read and may become full.
@@ -56,4 +56,4 @@ def forget_unwritten() -> None:
         except OSError:
             with contextlib.suppress(OSError):
                 os.close(stream.fileno())  # it may be the last free descriptor
-                _open_nowhere(stream.fileno())
+                open_nowhere(stream.fileno())
