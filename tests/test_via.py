@@ -6,6 +6,8 @@ import contextlib
 import os
 import pty
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from carried import (
     MARK,
+    PORT,
     SOCAT,
     TO_SERVER,
     carries,
@@ -28,14 +31,17 @@ from carried import (
     start,
     stdio,
 )
-from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, SERVER_ADDRESS, Bench, eventually
 
+from ttun.client import Backoff
 from ttun.commands import via
 from ttun.errors import UsageError
 from ttun.process.keeper import Keeper
 
 pytestmark = [pytest.mark.hosts, needs_socat]
 OTHERS = int(Path("/proc/self/uid_map").read_text().split()[2]) > 4321
+PAGE = (ROOT / "docs" / "through-anything.md").read_text()
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="apt install openssl")
 each_wire = pytest.mark.parametrize("bench", ["x1", "v1"], indirect=True)
 
 
@@ -57,7 +63,7 @@ def place() -> Iterator[Path]:
 
 
 @each_wire
-@pytest.mark.parametrize("how", ["", ",pipes"], ids=["socket", "pipes"])
+@pytest.mark.parametrize("how", ["", ",pipes", ",nofork"], ids=["socket", "pipes", "tcp"])
 def test_data_goes_through_a_command_whole(bench: Bench, how: str) -> None:
     server = serve(bench, how)
     end = client(bench, SOCAT, "-s", TO_SERVER)
@@ -71,25 +77,48 @@ def test_data_goes_through_a_command_whole(bench: Bench, how: str) -> None:
     assert not running(MARK)
 
 
+def on_page(begin: str, place: Path) -> list[str]:
+    """A command of the page, with this test's files, address and port in it, as words."""
+    (line,) = re.findall(rf"^    (?:sudo )?({begin} .*)", PAGE, re.MULTILINE)
+    for there, here in (
+        ("/etc/ttun/tls.pem", f"{place}/tls.pem"),
+        ("=tls.", f"={place}/tls."),
+        (" tls.", f" {place}/tls."),
+        (":443", f":{PORT}"),
+        ("s vpn.example.net", f"s {SERVER_ADDRESS}"),
+    ):
+        line = line.replace(there, here)
+    return shlex.split(line)
+
+
 @each_wire
-@pytest.mark.skipif(not shutil.which("openssl"), reason="apt install openssl")
-def test_data_goes_through_openssl_whole(bench: Bench) -> None:
-    place = bench.directory
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-keyout", place / "key.pem",
-         "-out", place / "cert.pem", "-days", "2", "-subj", "/CN=there"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    tls = f"openssl s_server -quiet -accept 7000 -naccept 1 -cert {place}/cert.pem "
-    script = place / "tls.sh"
-    script.write_text(f"#!/bin/sh\nexec {tls} -key {place}/key.pem\n")
-    script.chmod(0o755)
-    start(bench, SERVER, "socat", "socat", f"EXEC:{script}", f"EXEC:{stdio(bench)}")
-    listening = "ss -Htln sport = 7000"
-    eventually(lambda: bench.run(SERVER, *listening.split()), "s_server listens")
-    end = client(bench, "openssl s_client -quiet -verify_quiet -connect %h:%p", "-s", TO_SERVER)
+@needs_openssl
+def test_tls_as_the_page_has_it(bench: Bench, place: Path) -> None:
+    subprocess.run(on_page("openssl req", place), check=True, capture_output=True)
+    bench.server("-l", "127.0.0.1:20203")
+    start(bench, SERVER, "socat", *on_page("socat", place))
+    words = on_page("ttun client .* --via 'openssl", place)
+    end = client(bench, words[-1], *words[4:-2])
     end.says("authenticated")
     carries(bench)
+
+
+@needs_openssl
+def test_openssl_at_both_ends_with_nothing_else_there(plain: Bench, place: Path) -> None:
+    subprocess.run(on_page("openssl req", place), check=True, capture_output=True)
+    script = plain.directory / "tls.sh"
+    files = f"-cert {place}/tls.pem -key {place}/tls.key"
+    script.write_text(
+        f"#!/bin/sh\nexec openssl s_server -quiet -naccept 1 -accept {PORT} {files}\n"
+    )
+    script.chmod(0o755)
+    start(plain, SERVER, "socat", "socat", f"EXEC:{script}", f"EXEC:{stdio(plain)}")
+    listening = f"ss -Htln sport = {PORT}"
+    eventually(lambda: plain.run(SERVER, *listening.split()), "s_server listens")
+    tls = "openssl s_client -quiet -verify_quiet -connect %h:%p"
+    end = client(plain, tls, "-s", TO_SERVER)
+    end.says("authenticated")
+    carries(plain)
 
 
 @pytest.mark.slow
@@ -112,11 +141,12 @@ def test_a_serial_line_carries_a_tunnel_and_another_after_it(plain: Bench, place
 
 def test_a_command_that_ends_at_once_is_run_again_less_and_less(plain: Bench) -> None:
     end = client(plain, "echo no such place >&2; exit 9")
-    end.says("reconnecting in", times=3)
+    end.says("reconnecting in", times=4, seconds=60)
     assert "--via: no such place" in end.log()
     end.says("--via: exit code 9")
     waits = [float(line.split()[-2]) for line in lines(end, "reconnecting in")]
-    assert waits[0] < waits[1] < waits[2]
+    assert waits[0] < waits[1] < waits[2] < waits[3]
+    assert waits[3] > Backoff.UNANSWERED
     assert end.stop() == 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,8 @@ SHORT = 16  # bytes; a shorter key gets a warning
 
 def generate() -> str:
     """Return a random 256-bit key as 64 hexadecimal digits, which need no quotes in a shell."""
+    import secrets  # loads OpenSSL, which the keeper does not need
+
     return secrets.token_hex(32)
 
 
