@@ -236,7 +236,7 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         metavar="NET/LENGTH",
         help="route this network into the tunnel (repeatable)",
     )
-    facts = ", as the user of --user, with TTUN_DEVICE, TTUN_PEER, ... in the environment"
+    facts = ", with TTUN_DEVICE, TTUN_PEER, ... in the environment"
     for name, when in (("up", f"connects{facts}"), ("down", "disconnects")):
         command.add_argument(
             f"--{name}", metavar="COMMAND", help=f"shell command to run when the peer {when}"
