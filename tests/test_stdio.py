@@ -61,7 +61,7 @@ def test_the_end_of_either_stream_ends_it(plain: Bench, end: str) -> None:
     assert server.process.poll() is None
     getattr(server.process, end).close()
     assert server.process.wait(10) == 0
-    assert "authenticated: wire v1" in server.log()
+    assert "authenticated: protocol v1" in server.log()
     assert "the peer closed the connection" in server.log()
     assert "other clients" not in server.log()
 
@@ -135,7 +135,7 @@ def test_without_a_key_none_is_made_and_nothing_is_printed(plain: Bench) -> None
     command = [*(nowhere if Path("/etc/ttun").exists() else []), *PROGRAM, "server", "--stdio"]
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("ttun: no key: ")
+    assert done.stderr.startswith("ttun: no key (")
     assert done.stderr.count("\n") == 1
 
 

@@ -214,7 +214,7 @@ def test_a_peer_that_vanishes_behind_a_command_is_noticed(plain: Bench) -> None:
     end = client(plain, SOCAT, "-s", TO_SERVER)
     end.says("authenticated")
     with plain.link_down(CLIENT):
-        end.says("no sign of life from the peer for 6", seconds=90)
+        end.says("peer timed out: last received 6", seconds=90)
     end.says("authenticated", times=2, seconds=90)
 
 

@@ -8,8 +8,8 @@
  4. A command that takes too long is terminated with all its processes (process_group.py). Processes
     that a command leaves in the background are terminated when the program ends.
 
-They run as the user of --user, without capabilities, and set-user-ID programs do not change that. With
---hook-user all of this is in the keeper (process/keeper.py), which keeps privileges.
+They run as the user of --user, without capabilities; set-user-ID programs do not change that. With
+--hook-user, all of this is in the keeper (process/keeper.py), which keeps privileges.
 
 Every wait ends: a command has TIMEOUT. When the program ends, a running --up has UP_AT_END left and
 a --down DOWN_AT_END, and queued sessions are skipped. Without a process, descriptor or memory for a
