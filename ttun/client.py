@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import random
 import socket
@@ -12,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import handshake, tcp
+from ttun import handshake, netlink, privileges, tcp
+from ttun.default_route import why_dropped
 from ttun.endpoint import LACK_MOST, Endpoint
-from ttun.errors import LACKS, UsageError, is_lack
+from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.peer import Peer
-from ttun.routes import catching
 from ttun.settings import (
     CLIENT,
     DEFAULT_LIMITS,
@@ -129,6 +130,8 @@ class Client(Endpoint):
         addresses: Addresses | None = Settings.addresses,
         routes: Sequence[Network] = Settings.routes,
         limits: Limits = DEFAULT_LIMITS,
+        default_route: bool = Settings.default_route,
+        users: Sequence[int] = Settings.users,
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
@@ -138,19 +141,22 @@ class Client(Endpoint):
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
-            buffers, device, addresses, routes, limits,
+            buffers, device, addresses, routes, limits, default_route, users,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
         check_type("server", server, str, Dialer)
         if isinstance(server, str):
             server = dialer(server, mptcp, congestion_control)
         self._dialer = server
+        server.outside = default_route
         self._known: Sequence[str] = ()  # addresses that routes could catch
         self._best: str | None = None  # the candidate of the last session
 
     def _prepare(self) -> None:
         """Find the server's addresses before routes are there that may catch the question."""
-        if not self._settings.routes:
+        if self._settings.default_route:
+            privileges.check()
+        elif not self._settings.routes:
             return
         backoff = Backoff()
         while not self._stop.is_set():
@@ -166,9 +172,9 @@ class Client(Endpoint):
         raise InterruptedError
 
     def _open(self) -> None:
-        reasons = [self._caught(address) for address in self._known]
-        if reasons and all(reasons):
-            raise UsageError(str(reasons[0]))
+        reasons = [self._why_not(address) for address in self._known]
+        if reasons and reasons[0] and all(reasons):
+            raise reasons[0]
 
     def _begin(self) -> None:
         self._dialer.start()
@@ -206,13 +212,29 @@ class Client(Endpoint):
             return f"the machine was suspended for {self._watch.suspended:.0f} s"
         return super()._why_dead()
 
-    def _caught(self, address: str) -> str | None:
-        """Return why an address cannot be dialled: a route of ours would carry it."""
+    def _why_not(self, address: str) -> TtunError | None:
+        """Return why an address cannot be dialled: the tunnel would carry its own connection."""
         assert self._device is not None
-        route = catching(self._settings.routes, address, self._device.name)
-        if route is None:
+        try:
+            target = ipaddress.ip_address(address)
+        except ValueError:
             return None
-        return f"the route to {route} would carry the tunnel's own way to {address}"
+        if isinstance(target, ipaddress.IPv6Address):
+            target = target.ipv4_mapped or target
+        if target.is_link_local:
+            return None
+        tunnel, way = self._device.index, netlink.device_to(target, self._users[0])
+        if way == tunnel:
+            found = [each for each in self._settings.routes if target in each]
+            route = str(max(found, key=lambda each: each.prefixlen)) if found else "default"
+            return UsageError(
+                f"--route {route} would route the tunnel's own connection to {address} into the "
+                "tunnel"
+            )
+        if way and self._settings.default_route:
+            why = why_dropped(target, way, tunnel)
+            return TtunError(why) if why else None
+        return None
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
         """Dial each address and shake hands, until one has proved the key.
@@ -252,8 +274,8 @@ class Client(Endpoint):
         return None, min(waits, default=usual)
 
     def _dial(self, candidate: Candidate) -> socket.socket:
-        if candidate.address is not None and (why := self._caught(candidate.address)):
-            raise OSError(why)
+        if candidate.address is not None and (why := self._why_not(candidate.address)):
+            raise OSError(str(why))
         return candidate.dial(self._stop)
 
     def _shake_hands(

@@ -48,7 +48,7 @@ class Device:
     ``offload`` has the TTUN_OFFLOAD bits of what it can do, for the codec. ``name`` is what it was
     called when it was made, or when a DeviceWatch looked last; ``index`` is the kernel's number for
     it. ``addresses``, ``mtu`` and ``networks`` are what it was given, ``has_ipv6`` whether it got
-    an IPv6 address.
+    an IPv6 address, ``default_route`` whether default_route.py routes packets through it.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Device:
         """Open a device, bring it up, and route networks through it. Raises TtunError."""
         privileges.check()
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
-        self.has_ipv6 = False
+        self.has_ipv6 = self.default_route = False
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import os
 import select
 import socket
 import threading
@@ -21,7 +22,7 @@ import time
 from dataclasses import replace
 from typing import Callable, ClassVar, TypeVar
 
-from ttun import congestion
+from ttun import congestion, default_route, privileges
 from ttun.device import Device
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
@@ -77,6 +78,7 @@ class Endpoint(abc.ABC):
         self._terms = agreeable(settings.wire, settings.cipher, settings.mtu)
         self._k = psk_key(key)
         self._addresses = settings.addresses or self.addresses
+        self._users = settings.users or (os.geteuid(),)
         self._buffers = BUFFERS[settings.buffers]
         self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected
@@ -110,6 +112,9 @@ class Endpoint(abc.ABC):
                 queue=self._buffers.queue,
             )  # fmt: skip
             self._device_name_shown = self._device.name
+            if given.default_route:
+                self._device.default_route = True
+                default_route.add(self._device.index, self._device.has_ipv6, self._users)
             self._watch = DeviceWatch(self._device)
             self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()
@@ -123,6 +128,11 @@ class Endpoint(abc.ABC):
         except BaseException:
             self._finish()
             raise
+
+    def hold_device(self) -> None:
+        """Keep an open device until the process ends, so that its routes outlast the endpoint."""
+        assert self._device is not None
+        os.dup(self._device.fileno())
 
     def start(self) -> None:
         """Start in a background thread; open() first, if that was not done. Raises TtunError."""
@@ -280,7 +290,18 @@ class Endpoint(abc.ABC):
         finally:
             if self._device is not None:
                 self._device.close()
+                if self._device.default_route:
+                    self._remove_rules()
             self._over.set()
+
+    @staticmethod
+    def _remove_rules() -> None:
+        """Remove the rules of the default route; without privileges somebody else has to."""
+        if privileges.has(privileges.NET_ADMIN):
+            try:
+                default_route.remove(0.5)  # at once, unless another process has the device too
+            except OSError as error:
+                log.warning("cannot remove the rules of the default route: %s", reason(error))
 
     def _look(self) -> None:
         """Look after the device, wherever this thread waits. Raises TtunError when it is gone."""

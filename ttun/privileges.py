@@ -31,7 +31,7 @@ log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h, as is this
 HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, of this thread
-DEFAULT_USER = "nobody"
+DEFAULT_USERS = ("ttun", "nobody")  # the first that exists
 MAX_ID = 0xFFFFFFFE  # of a user; setresuid() takes one more for «as it is»
 NOBODY = 65534  # where the user database has none: the kernel's own overflow user
 
@@ -67,19 +67,21 @@ def forbid_dumps() -> None:
 def find_user(name: str | None) -> User | None:
     """Return whom to become. name: of a user, or a number, or None for what is usual.
 
-    That is nobody for root, and nobody else (None) for everybody else. Raises UsageError for a
-    name that is no user's.
+    That is ttun for root, or nobody where there is no such user, and None for everybody else.
+    Raises UsageError for a name that is no user's.
     """
     if name is None and os.geteuid() != 0:
         return None
-    text = DEFAULT_USER if name is None else name
-    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ID))
-    number = int(text) if is_number else None
+    if name is None:
+        for usual in DEFAULT_USERS:
+            with contextlib.suppress(KeyError, OSError):
+                return User(usual, *pwd.getpwnam(usual)[2:4])
+        return User(usual, NOBODY, NOBODY)
+    is_number = name.isascii() and name.isdigit() and len(name) <= len(str(MAX_ID))
+    number = int(name) if is_number else None
     try:
-        entry = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
+        entry = pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
     except (KeyError, ValueError, OverflowError, OSError):
-        if name is None:
-            return User(DEFAULT_USER, NOBODY, NOBODY)
         if number is not None and number <= MAX_ID:
             return User(name, number, number)
         raise UsageError(f"there is no user {name!r} here") from None

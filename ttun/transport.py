@@ -29,6 +29,7 @@ class Dialer(abc.ABC):
     """How a client reaches its server."""
 
     name: str  # the server, for people
+    outside = False  # other users' packets go through the tunnel: those of a local name server too
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the IP addresses of the server, as far as routes could catch them.

@@ -270,7 +270,8 @@ def _tunnel_options(command: Parser) -> None:
         action="append",
         default=[],
         metavar="NET/LENGTH",
-        help="reach this network through the tunnel; repeatable",
+        help="reach this network through the tunnel; repeatable; on the client also 'default', "
+        "everything but the LAN, for all users but that of --user",
     )
     for name, when in (("up", "a peer is connected"), ("down", "it has left")):
         command.add_argument(
@@ -283,7 +284,7 @@ def _tunnel_options(command: Parser) -> None:
         "-user",
         "--user",
         metavar="NAME",
-        help="who to be once the device is open (default: nobody, if started as root)",
+        help="switch to this user after opening the device and port (default: ttun, else nobody)",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -25,7 +26,7 @@ from ttun.errors import UsageError
 from ttun.process import log_writer
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
-from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
+from ttun.settings import CLIENT, DEFAULT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
@@ -36,6 +37,8 @@ log = logging.getLogger("ttun")
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
+    if DEFAULT in options.route:
+        raise UsageError(f"--route {DEFAULT} is for the client")
     psk = key.find(options.psk, options.psk_file)
     made = psk is None
     if psk is None:
@@ -68,7 +71,22 @@ def client(options: argparse.Namespace) -> int:
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
     server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
     limits = Limits(seconds=options.rekey)
-    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
+    user = privileges.find_user(options.user)
+    whole = DEFAULT in options.route
+    if whole and user is not None and user.name in ("nobody", "root"):
+        log.warning(
+            "packets of all programs of user %s stay outside the tunnel "
+            "(a user of ttun's own: useradd --system ttun)",
+            user.name,
+        )
+    end = Client(
+        psk,
+        server=server,
+        limits=limits,
+        default_route=whole,
+        users=[user.uid if user else os.geteuid()],
+        **_tunnel_options(options, CLIENT),
+    )
     return _run(end, psk, options)
 
 
@@ -80,7 +98,7 @@ def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, 
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
         "addresses": Addresses.parse(usual, *given),
-        "routes": [parse_network(text) for text in options.route],
+        "routes": [parse_network(text) for text in options.route if text != DEFAULT],
     }
 
 
@@ -116,9 +134,13 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
+    whole = DEFAULT in options.route
+    if whole:
+        endpoint.hold_device()
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
-    privileges.drop(user, required=options.user is not None)  # before there are threads
+    # Before there are threads. As another user its own connection would go into the tunnel.
+    privileges.drop(user, required=whole or options.user is not None)
     log_writer.start()
     hooks.start()
     endpoint.start()
