@@ -26,7 +26,6 @@ import errno
 import ipaddress
 import socket
 import struct
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,7 +43,6 @@ TO_TABLE = 1  # FR_ACT_TO_TBL
 IPV4, IPV6 = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
 NOTHING = (errno.ENOENT, errno.ESRCH)
 NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # of a kernel without IPv6
-PATIENCE = 2.0  # seconds until the device of a process that ended is gone
 
 
 def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
@@ -62,18 +60,11 @@ def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
         raise TtunError(f"cannot take the default route: {why}") from None
 
 
-def remove(patience: float = PATIENCE) -> None:
-    """Remove the rules once the device is gone, within so many seconds. Raises OSError.
-
-    If the default route is used after that, it is by another tunnel.
-    """
+def remove(index: int) -> None:
+    """Remove the rules, unless another device than this has the default route. Raises OSError."""
     with contextlib.closing(Netlink()) as link:
-        end = time.monotonic() + patience
-        while _is_used(link):
-            if time.monotonic() >= end:
-                return
-            time.sleep(0.05)
-        _sweep(link)
+        if _devices(link) <= {index}:
+            _sweep(link)
 
 
 def why_dropped(address: Address, outside: int, tunnel: int) -> str | None:
@@ -114,17 +105,17 @@ def remedy(device: str) -> str:
     return f"sysctl -w net/ipv4/conf/{device}/rp_filter=2"
 
 
-def _is_used(link: Netlink) -> bool:
-    """Return whether a tunnel has the default route."""
+def _devices(link: Netlink) -> set[int]:
+    """Return the device that has the default route, if one has."""
     table = netlink.ROUTE.pack(socket.AF_INET, 0, 0, 0, TABLE, 0, 0, 0, 0)
     try:
         found = link.answers(Request(netlink.GET_ROUTE, netlink.NLM_DUMP, table))
     except OSError as error:
         if error.errno in NOTHING:
-            return False
+            return set()
         raise
     # Before Linux 4.20 the answer has all tables.
-    return any(route.fields[4] == TABLE for route in found if route.fields)
+    return set().union(*(netlink.next_hops(x) for x in found if x.fields and x.fields[4] == TABLE))
 
 
 def _sweep(link: Netlink) -> None:

@@ -129,10 +129,14 @@ class Endpoint(abc.ABC):
             self._finish()
             raise
 
-    def hold_device(self) -> None:
-        """Keep an open device until the process ends, so that its routes outlast the endpoint."""
+    def hold_device(self) -> int:
+        """Keep an open device until the process ends; return the kernel's number for it.
+
+        Nothing leaves outside while the program stops.
+        """
         assert self._device is not None
         os.dup(self._device.fileno())
+        return self._device.index
 
     def start(self) -> None:
         """Start in a background thread; open() first, if that was not done. Raises TtunError."""
@@ -291,15 +295,15 @@ class Endpoint(abc.ABC):
             if self._device is not None:
                 self._device.close()
                 if self._device.default_route:
-                    self._remove_rules()
+                    self._remove_rules(self._device.index)
             self._over.set()
 
     @staticmethod
-    def _remove_rules() -> None:
+    def _remove_rules(index: int) -> None:
         """Remove the rules of the default route; without privileges somebody else has to."""
         if privileges.has(privileges.NET_ADMIN):
             try:
-                default_route.remove(0.5)  # at once, unless another process has the device too
+                default_route.remove(index)
             except OSError as error:
                 log.warning("cannot remove the rules of the default route: %s", reason(error))
 

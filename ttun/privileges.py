@@ -146,6 +146,11 @@ def may_become(user: User) -> bool:
         return False
 
 
+def can_be(user: User) -> bool:
+    """Return whether a program that this process starts can run as that user."""
+    return (os.geteuid(), os.getegid()) == (user.uid, user.gid) or may_become(user)
+
+
 def _become(user: User) -> None:
     if os.getresuid() == (user.uid,) * 3 and os.getresgid() == (user.gid,) * 3:
         return

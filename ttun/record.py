@@ -107,6 +107,7 @@ class Record:
             "role": role,
             "device": device,
             "peer": self.peer,
+            "transport": self.transport,
             "wire": self.wire,
             "cipher": self.cipher,
             "local4": str(ours.ipv4),

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from ttun.commands import key
 from ttun.errors import TtunError, is_lack, printable
+from ttun.privileges import User
 from ttun.process import process_group
 from ttun.process.process_group import TICK, ProcessGroup
 
@@ -58,8 +59,9 @@ class _Session:
 class Hooks:
     """Runs --up and --down. Either may be None."""
 
-    def __init__(self, up: str | None, down: str | None) -> None:
-        """Start nothing yet."""
+    def __init__(self, up: str | None, down: str | None, user: User | None = None) -> None:
+        """Start nothing yet. user: whom they run as, if not as the user that this process is."""
+        self._how = process_group.becoming(user)
         self._commands = {"up": up, "down": down}
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()  # over what follows
@@ -203,7 +205,7 @@ class Hooks:
         delay = RETRY
         while True:
             try:
-                return ProcessGroup(command, _environment(facts), say)
+                return ProcessGroup(command, _environment(facts), say, **self._how)
             except (OSError, MemoryError) as error:
                 why = getattr(error, "strerror", None) or "not enough memory"
                 lacking = is_lack(error)
@@ -233,8 +235,7 @@ class Hooks:
                 process_group.end([group])
                 return
         if group.code:
-            how = f"exit code {group.code}" if group.code > 0 else f"killed by signal {-group.code}"
-            log.warning("--%s: %s", name, how)
+            log.warning("--%s: %s", name, process_group.how_it_ended(group.code))
         self._background.append(group)
         self._tend()
         if len(self._background) > MOST_LEFT:

@@ -281,6 +281,11 @@ def _tunnel_options(command: Parser) -> None:
             "the user of --user",
         )
     command.add_argument(
+        "--hook-user",
+        metavar="NAME",
+        help="run --up and --down as this user, such as root (default: the user of --user)",
+    )
+    command.add_argument(
         "-user",
         "--user",
         metavar="NAME",

@@ -2,14 +2,15 @@
 
 1. Find the key; make the endpoint of what the command line says.
 2. As root: open the device, the port and the status socket; from here on signals end it in order.
-3. Drop privileges; then start threads, the log's writer first.
+3. Start the keeper, if something needs it. Drop privileges; then start threads, the log's first.
 4. Wait for a signal or the endpoint's end, and tell the service manager that all is well.
-5. Stop: the status socket, the endpoint, then the hooks.
+5. Stop: the status socket, the endpoint, the hooks, then the keeper.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -18,12 +19,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import privileges, tcp
+from ttun import default_route, privileges, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status
 from ttun.commands.hooks import Hooks
-from ttun.errors import UsageError
+from ttun.errors import TtunError, UsageError
 from ttun.process import log_writer
+from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
 from ttun.settings import CLIENT, DEFAULT, SERVER, Addresses, Limits, parse_network
@@ -57,7 +59,7 @@ def server(options: argparse.Namespace) -> int:
     if made:
         _show_client_command(psk, str(where))
     end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
-    return _run(end, psk, options)
+    return _run(end, psk, options, Keeper())
 
 
 def client(options: argparse.Namespace) -> int:
@@ -87,7 +89,7 @@ def client(options: argparse.Namespace) -> int:
         users=[user.uid if user else os.geteuid()],
         **_tunnel_options(options, CLIENT),
     )
-    return _run(end, psk, options)
+    return _run(end, psk, options, Keeper())
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
@@ -124,25 +126,42 @@ def _our_address(listen: str) -> str:
     return str(address._replace(host=host))
 
 
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
+def _hooks(options: argparse.Namespace, keeper: Keeper) -> Hooks | Keeper:
+    """Return what runs --up and --down: the keeper for --hook-user, else this process."""
+    if options.hook_user is None or not (options.up or options.down):
+        return Hooks(options.up, options.down)
+    user = privileges.find_user(options.hook_user)
+    assert user is not None
+    if not privileges.can_be(user):
+        raise TtunError(
+            f"cannot run --up and --down as {user.name}: no privileges for that here (start ttun "
+            "as root; under systemd see docs/hooks.md)"
+        )
+    keeper.hooks = functools.partial(Hooks, options.up, options.down, user)
+    return keeper
+
+
+def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Keeper) -> int:
     """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
-    hooks = Hooks(options.up, options.down)
+    hooks = _hooks(options, keeper)
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
     whole = DEFAULT in options.route
     if whole:
-        endpoint.hold_device()
+        keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
+    keeper.start(endpoint.facts(), socket_of_status.entry())
     # Before there are threads. As another user its own connection would go into the tunnel.
     privileges.drop(user, required=whole or options.user is not None)
     log_writer.start()
-    hooks.start()
+    if isinstance(hooks, Hooks):
+        hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(signals.wake)
@@ -156,6 +175,7 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
     hooks.close()
+    keeper.close()
     endpoint.wait()
     return 0
 

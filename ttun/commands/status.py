@@ -88,6 +88,10 @@ class StatusSocket:
             return seconds
         return RETRY if seconds is None else min(seconds, RETRY)
 
+    def entry(self) -> tuple[str, int] | None:
+        """Return its name and the directory that it is in, a descriptor; None if there is none."""
+        return (self._name, self._directory) if self._listener is not None else None
+
     def close(self) -> None:
         """Stop answering and remove the socket. Within JOIN seconds."""
         atexit.unregister(self.close)

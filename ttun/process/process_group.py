@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ttun.errors import is_lack, printable
+from ttun.privileges import User
 
 TICK = 0.05  # seconds between two looks at a command
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
@@ -48,11 +49,18 @@ class ProcessGroup:
     """A command that was started, and what it started. Belongs to one thread."""
 
     def __init__(
-        self, command: str, environment: Mapping[bytes, bytes], say: Callable[[str], None]
+        self,
+        command: str,
+        environment: Mapping[bytes, bytes],
+        say: Callable[[str], None],
+        **how: Any,
     ) -> None:
-        """Start a shell command. say: called with each line of its stderr. Raises OSError."""
+        """Start a shell command. say: called with each line of its stderr. Raises OSError.
+
+        how: what subprocess.Popen takes besides; with stderr, what it takes instead.
+        """
         self._output: int | None  # None: it has ended, or nobody reads it any more
-        self._output, self._process = _start(command, environment)
+        self._output, self._process = _start(command, environment, how)
         self._say = say
         self._line = b""  # what has come of the next one
         self._said = self._taken = self._unsaid = 0  # lines, bytes, lines
@@ -163,8 +171,26 @@ def _living() -> set[int] | None:
     return groups if os.getpgrp() in groups else None  # it may be the /proc of another namespace
 
 
-def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subprocess.Popen[bytes]]:
+def becoming(user: User | None) -> dict[str, Any]:
+    """Return what subprocess.Popen takes to run a program as a user, with its groups."""
+    if user is None or (user.uid, user.gid) == (os.geteuid(), os.getegid()):
+        return {}
+    groups = os.getgrouplist(user.name, user.gid)
+    return {"user": user.uid, "group": user.gid, "extra_groups": groups}
+
+
+def how_it_ended(code: int) -> str:
+    """Return an exit code of subprocess.Popen in words."""
+    return f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+
+
+def _start(
+    command: str, environment: Mapping[bytes, bytes], how: dict[str, Any]
+) -> tuple[int | None, subprocess.Popen[bytes]]:
     """Return the end of the pipe that its stderr goes to, not blocking, and the process."""
+    arguments = ["/bin/sh", "-c", command]
+    if "stderr" in how:
+        return None, start(arguments, env=environment, **how)
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         readable, writable = os.pipe()
         ours.callback(os.close, readable)
@@ -182,12 +208,13 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
             os.close(nowhere)
             stdout = writable
         process = start(
-            ["/bin/sh", "-c", command],
+            arguments,
             env=environment,
             stdin=stdin,
             stdout=stdout,
             stderr=writable,
             start_new_session=True,
+            **how,
         )
         ours.pop_all()
         return readable, process
