@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import handshake, netlink, privileges, tcp
-from ttun.default_route import why_dropped
+from ttun import default_route, handshake, netlink, privileges, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.peer import Peer
@@ -156,6 +155,7 @@ class Client(Endpoint):
         """Find the server's addresses before routes are there that may catch the question."""
         if self._settings.default_route:
             privileges.check()
+            default_route.remove(0)  # what a killed run left
         elif not self._settings.routes:
             return
         backoff = Backoff()
@@ -232,7 +232,7 @@ class Client(Endpoint):
                 "tunnel"
             )
         if way and self._settings.default_route:
-            why = why_dropped(target, way, tunnel)
+            why = default_route.why_dropped(target, way, tunnel)
             return TtunError(why) if why else None
         return None
 

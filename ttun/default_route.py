@@ -50,21 +50,32 @@ def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
     try:
         with contextlib.closing(Netlink()) as link:
             link.answers(netlink.new_route(index, IPV4, TABLE))
-            _sweep(link)  # what a killed run left
             _order(link, netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
             for network in (IPV4, IPV6):
                 for rule in _rules(network, users):
                     _order(link, rule, NO_FAMILY if network == IPV6 else ())
     except OSError as error:
-        why = "another tunnel has it" if error.errno == errno.EEXIST else error.strerror
+        why = error.strerror
+        if error.errno == errno.EEXIST:
+            why = f"another tunnel has it (ip route show table {TABLE})"
         raise TtunError(f"cannot take the default route: {why}") from None
 
 
 def remove(index: int) -> None:
-    """Remove the rules, unless another device than this has the default route. Raises OSError."""
+    """Remove the rules, unless another device than this has the default route. Raises OSError.
+
+    index: of the device; 0 for one that is gone.
+    """
     with contextlib.closing(Netlink()) as link:
-        if _devices(link) <= {index}:
-            _sweep(link)
+        if not _devices(link) <= {index}:
+            return
+        for network in (IPV4, IPV6):
+            for priority in (OTHERS, LAN):
+                rule = Request(netlink.DEL_RULE, netlink.NLM_ACK, _rule(network, priority, 0))
+                while _order(link, rule, NOTHING + NO_FAMILY):
+                    pass
+        _, _, body = netlink.new_route(0, IPV6, TABLE)
+        _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
 
 
 def why_dropped(address: Address, outside: int, tunnel: int) -> str | None:
@@ -116,17 +127,6 @@ def _devices(link: Netlink) -> set[int]:
         raise
     # Before Linux 4.20 the answer has all tables.
     return set().union(*(netlink.next_hops(x) for x in found if x.fields and x.fields[4] == TABLE))
-
-
-def _sweep(link: Netlink) -> None:
-    """Remove all rules, and the route of IPv6 that has no device."""
-    for network in (IPV4, IPV6):
-        for priority in (OTHERS, LAN):
-            old = Request(netlink.DEL_RULE, netlink.NLM_ACK, _rule(network, priority, 0))
-            while _order(link, old, NOTHING + NO_FAMILY):
-                pass
-    _, _, body = netlink.new_route(0, IPV6, TABLE)
-    _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
 
 
 def _order(link: Netlink, request: Request, ignored: tuple[int, ...]) -> bool:

@@ -115,6 +115,11 @@ class Endpoint(abc.ABC):
             if given.default_route:
                 self._device.default_route = True
                 default_route.add(self._device.index, self._device.has_ipv6, self._users)
+                log.info(
+                    "default route: %s for all but the LAN and user %s",
+                    self._device.name,
+                    ", ".join(map(str, self._users)),
+                )
             self._watch = DeviceWatch(self._device)
             self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()

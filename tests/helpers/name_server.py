@@ -61,10 +61,10 @@ class NameServer:
 
 
 @contextlib.contextmanager
-def resolv_conf(directory: Path, server: str) -> Iterator[None]:
+def resolv_conf(directory: Path, server: str, head: str = "") -> Iterator[None]:
     """Have programs that are started now, and the tests, ask this name server."""
     path = directory / "resolv.conf"
-    path.write_text(f"nameserver {server}\noptions timeout:1 attempts:1\n")
+    path.write_text(f"{head}nameserver {server}\noptions timeout:1 attempts:1\n")
     target = os.path.realpath("/etc/resolv.conf")
     subprocess.run(["mount", "--bind", path, target], check=True)
     try:
