@@ -306,6 +306,8 @@ def test_hooks_of_a_user_with_one_capability_keep_that_one(bench: Bench, said: P
         bench.client().says("authenticated")
         eventually(lambda: said.exists() and said.read_text().endswith("\n"), "it ran")
         assert int(said.read_text().split()[1], 16) == 1 << privileges.NET_ADMIN
+        environ = f"/proc/{keeper_of(started.pid)}/environ"
+        assert os.stat(environ).st_uid == 0, "it is not dumpable"
     finally:
         assert server.stop() == 0
 
@@ -352,7 +354,7 @@ def test_what_hangs_at_the_end_does_not_hold_it(
     assert time.monotonic() - started < 20
 
 
-LIMITED = module.START_CODE.replace("main({})", "main.__globals__.update(AT_END=1); main({})")
+LIMITED = module.START_CODE.replace("main({})", "main.__globals__.update(AT_END=1)\nmain({})")
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "import time; time.sleep(600)"])
@@ -467,6 +469,24 @@ def test_what_cannot_be_started_is_an_error_with_its_reason_and_the_next_dial_wo
         keeper.dial("", "")
     assert raised.value.errno == errno.EMFILE
     resource.prlimit(pid, resource.RLIMIT_NOFILE, most)
+    assert dialled(keeper) == b"here\n"
+
+
+def test_without_room_for_its_descriptors_here_a_dial_is_an_error_and_keeps_none(
+    keeper: Keeper,
+) -> None:
+    keeper.via = via("echo here", None)
+    keeper.start({})
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = [os.open("/dev/null", os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used[0] + 2, usual[1]))
+    try:
+        for _ in range(5):  # one of the two has room
+            with pytest.raises(OSError, match="Too many open files"):
+                keeper.dial("", "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+        os.close(used[0])
     assert dialled(keeper) == b"here\n"
 
 

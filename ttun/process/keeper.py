@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple
 
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
@@ -50,12 +50,17 @@ log = logging.getLogger("ttun")
 
 START, DIAL, AT_END = 30.0, 10.0, 30  # seconds
 MOST = 4096  # bytes of a message
-LOST = "the keeper process ended (restart ttun)"
+LOST = "the keeper process ended"
+KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1)
 RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 ENDED = select.POLLHUP | select.POLLRDHUP | select.POLLERR
-START_CODE = "import sys; sys.path[:] = {}; from ttun.process.keeper import main; main({})"
+START_CODE = """import sys
+sys.excepthook = lambda kind, why, _: print("ttun: keeper:", kind.__name__, why, file=sys.stderr)
+sys.path[:] = {}
+from ttun.process.keeper import main
+main({})"""
 
 # The facts that a program may tell. What stays the same (device, addresses) is in the Plan.
 NO_PEER = re.compile(r"[^\w.:%@/\[\]+ -]", re.ASCII)  # not in its name: what a shell acts on
@@ -79,22 +84,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
 }
 
 Facts = Mapping[str, "str | None"]
-
-
-class Commands(Protocol):
-    """What the keeper calls for --up and --down: Hooks of commands/hooks.py."""
-
-    def start(self) -> None:
-        """Raises TtunError."""
-
-    def up(self, facts: Facts) -> None:
-        """A peer connected."""
-
-    def down(self, facts: Facts) -> None:
-        """It disconnected."""
-
-    def close(self) -> None:
-        """End what runs."""
 
 
 class Via(NamedTuple):
@@ -121,23 +110,21 @@ def via(command: str, user: User | None, *, foreground: bool = True) -> Via:
         user = found._replace(gid=int(group)) if group.isdecimal() else found
     elif user is not None and not privileges.may_become(user):
         user = None
+    uid = os.geteuid() if user is None else user.uid
     try:
-        entry = pwd.getpwuid(os.geteuid() if user is None else user.uid)
-        name, home, shell = entry.pw_name, entry.pw_dir, entry.pw_shell
+        entry = pwd.getpwuid(uid)
     except KeyError:
-        name, home, shell = str(os.geteuid() if user is None else user.uid), "/", ""
-    environment = {"PATH": os.environ.get("PATH", PATH), "HOME": home, "USER": name}
-    environment.update(LOGNAME=name, SHELL=shell or "/bin/sh")
-    for kept in ("SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL"):
-        if kept in os.environ:
-            environment[kept] = os.environ[kept]
+        entry = pwd.struct_passwd((str(uid), "", uid, uid, "", "/", "/bin/sh"))
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
+    environment["SHELL"] = entry.pw_shell
     return Via(command, user, environment, not is_caller, foreground)
 
 
 class Plan(NamedTuple):
     """All that a keeper does, as the program says while it has its privileges."""
 
-    hooks: Callable[[], Commands] | None
+    hooks: Callable[[], Any] | None  # Hooks of commands/hooks.py
     facts: dict[str, str]  # those that stay the same
     via: Via | None
     at_end: list[Callable[[], object]]
@@ -148,7 +135,7 @@ class Keeper:
 
     def __init__(self) -> None:
         """Need nothing yet."""
-        self.hooks: Callable[[], Commands] | None = None  # makes them; can be pickled
+        self.hooks: Callable[[], Any] | None = None  # makes Hooks, which run --up and --down
         self.via: Via | None = None
         # Called in the keeper in this order, whatever the ones before it raise. Pickled: functions
         # of modules, functools.partial of them.
@@ -230,13 +217,14 @@ class Keeper:
         while True:
             answer, descriptors = self._receive(deadline, 2)
             number, _, rest = answer.partition("\0")
-            code, _, why = rest.partition("\0")
+            number_of_error, _, why = rest.partition("\0")
             if number == str(self._number):
                 break
-            for descriptor in descriptors:  # of a dial that was given up
-                os.close(descriptor)
-        if code != "0" or len(descriptors) != 2:
-            raise OSError(int(code), why)
+            _close(descriptors)  # of a dial that was given up
+        if len(descriptors) != 2:
+            _close(descriptors)
+            code = int(number_of_error) or errno.EMFILE  # the kernel found no room for them here
+            raise OSError(code, why or os.strerror(code))
         return socket.socket(fileno=descriptors[0]), descriptors[1]
 
     def hang_up(self) -> None:
@@ -301,8 +289,13 @@ class Keeper:
         if sock is not None:
             sock.close()
             if self._is_ready:
-                log.error("%s: no more --up, --down and --via", LOST)
+                log.error("%s: no more --up, --down and --via (restart ttun)", LOST)
         return BrokenPipeError(errno.EPIPE, LOST)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _message(request: str, facts: Facts) -> bytes:
@@ -325,17 +318,17 @@ def main(descriptor: int) -> None:
     os.environ.pop("LC_CTYPE", None)  # Python's own, see PEP 538
     log_writer.install()
     control = socket.socket(fileno=descriptor)
-    plan = pickle.loads(sys.stdin.buffer.read())
-    assert isinstance(plan, Plan)
     try:
+        plan = pickle.loads(sys.stdin.buffer.read())
         privileges.forbid_dumps()
         log_writer.start()
         servant = Servant(plan, control)
-    except (TtunError, OSError) as error:
-        control.send(str(error).encode())
+        control.send(b"\n")
+    except Exception as error:  # the program may be gone too
+        with contextlib.suppress(OSError):
+            control.send(f"keeper: {reason(error)}".encode())
         return
     try:
-        control.send(b"\n")
         servant.serve()
     finally:
         signal.alarm(AT_END)  # whatever hangs: the default action ends the process
