@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from outside import (
     FarHosts,
     others_sending,
 )
+from test_keeper import NO_ROOT, paths, runs_for_all
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, End, Program, bench, eventually
 
 from ttun.lab import netns
@@ -338,19 +340,20 @@ def test_a_server_of_ipv6_is_reached_outside(far: Bench) -> None:
 def test_a_program_that_is_not_root_needs_one_capability(far: Bench) -> None:
     """As under the units: it is its user already, and stays it."""
     far.server()
-    rights = ["setpriv", f"--reuid={TTUN_USER}", "--regid=65534", "--clear-groups",
-              "--inh-caps=+net_admin", "--ambient-caps=+net_admin"]  # fmt: skip
+    pythons = [each for each in (sys.executable, "/usr/bin/python3") if runs_for_all(each)]
+    if not pythons:
+        pytest.skip("no Python here that another user may start")
     log = far.directory / "unit.log"
+    command = [*NO_ROOT, pythons[0], "-m", "ttun", "client", "-k", "secret", "-s", FAR]
     with log.open("w") as file:
         process = far.pair.start(
-            CLIENT, [*rights, *PROGRAM, "client", "-k", "secret", "-s", FAR, "--route", "default"],
-            stderr=file, environment=netns.environment(PYTHONDONTWRITEBYTECODE="1"),
-        )  # fmt: skip
+            CLIENT, [*command, "--route", "default"], stderr=file, environment=paths()
+        )
     program = Program(process, log)
     try:
         program.says("authenticated")
         eventually(lambda: reaches(far), "the Internet through the tunnel")
-        assert device(far, TTUN_USER) == "vclient"
+        assert (device(far, 65534), device(far, 0)) == ("vclient", "ttun0")
         assert program.stop() == 0
         assert hosts(far).rules() == []
     finally:
@@ -454,3 +457,61 @@ def test_a_local_name_server_without_upstream_is_a_line_and_last_addresses_are_d
         f"the last addresses of {NAME} are dialled"
     )
     assert client.log().count(said) == 1
+
+
+RESOLVED = next(filter(os.path.exists, [os.environ.get("TTUN_TEST_RESOLVED", ""),
+                                        "/usr/lib/systemd/systemd-resolved"]), "")  # fmt: skip
+REAL = {  # a real server, the file in which it has its upstream servers, its own address
+    "dnsmasq": (shutil.which("dnsmasq"), "/run/dnsmasq/resolv.conf", "127.0.0.1"),
+    "resolved": (RESOLVED, "/run/systemd/resolve/resolv.conf", "127.0.0.53"),
+}
+
+
+@pytest.fixture(params=REAL)
+def real_stub(request: pytest.FixtureRequest, far: Bench, tmp_path: Path) -> Iterator[None]:
+    """dnsmasq or systemd-resolved on the client's host, which asks the name server outside."""
+    program, upstream, address = REAL[request.param]
+    if not program:
+        pytest.skip(f"no {request.param} here")
+    directory = Path(upstream).parent
+    directory.mkdir(parents=True)
+    command = [program]
+    if request.param == "dnsmasq":
+        Path(upstream).write_text(f"nameserver {NAME_SERVER}\n")
+        command += ["--keep-in-foreground", f"--listen-address={address}", "--bind-interfaces",
+                    "--conf-file=/dev/null", f"--resolv-file={upstream}", "--pid-file",
+                    "--cache-size=0", "--user=root"]  # fmt: skip
+    else:
+        try:
+            entry = pwd.getpwnam("systemd-resolve")
+        except KeyError:
+            pytest.skip("no user systemd-resolve here")
+        os.chown(directory, entry.pw_uid, entry.pw_gid)
+        extra = Path("/run/systemd/resolved.conf.d/test.conf")
+        extra.parent.mkdir()
+        extra.write_text(f"[Resolve]\nDNS={NAME_SERVER}\nFallbackDNS=\nCache=no\nDNSSEC=no\n")
+    process = far.pair.start(CLIENT, command, stderr=subprocess.DEVNULL)
+    try:
+        with resolv_conf(tmp_path, address):
+            yield
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree("/run/systemd", ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_a_real_local_name_server_is_passed_over_too(far: Bench, real_stub: None) -> None:
+    upstream = NameServer(far)
+    upstream.address = FAR
+    try:
+        server = far.server("-l", f"{FAR}:20203")
+        client = far.client(*DEFAULT, to=NAME)
+        connected(far, client)
+        upstream.address = OTHER_FAR
+        server.stop()
+        server = far.server("-l", f"{OTHER_FAR}:20203")
+        connected(far, client, 2)
+        assert "last addresses" not in client.log()
+    finally:
+        upstream.close()
