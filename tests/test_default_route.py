@@ -4,11 +4,13 @@ another program leaves outside from start to stop."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -35,8 +37,10 @@ from outside import (
 from test_keeper import NO_ROOT, paths, runs_for_all
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, End, Program, bench, eventually
 
+from ttun import default_route
 from ttun.lab import netns
 from ttun.lab.netns import LinkEnd
+from ttun.netlink import Message, Netlink, Request
 
 pytestmark = [
     pytest.mark.hosts,
@@ -44,6 +48,7 @@ pytestmark = [
 ]
 NAME = "vpn.example"
 DEFAULT = ("--route", "default", "--user", str(TTUN_USER))
+PAGE = ROOT / "docs/default-route.md"
 SLOW_DOWN = ("--down", "sleep 1")
 
 
@@ -220,6 +225,26 @@ def test_a_machine_without_ipv6_has_the_route_of_ipv4(far: Bench) -> None:
     connected(far, far.client(*DEFAULT, to=FAR))
 
 
+def test_a_kernel_without_ipv6_has_the_route_of_ipv4(
+    far: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Netlink.answers
+
+    def answers(link: Netlink, request: Request) -> list[Message]:
+        if request.body[0] == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(link, request)
+
+    monkeypatch.setattr(Netlink, "answers", answers)
+    index = far.on(CLIENT, lambda: socket.if_nametoindex("vclient"))
+    far.on(CLIENT, lambda: default_route.add(index, False, [TTUN_USER]))
+    assert len(hosts(far).rules()) == 3
+    far.on(CLIENT, lambda: default_route.remove(index + 1))
+    assert len(hosts(far).rules()) == 3, "another device has it"
+    far.on(CLIENT, lambda: default_route.remove(index))
+    assert hosts(far).rules() == []
+
+
 def test_multipath_tcp_goes_outside_too(far: Bench) -> None:
     far.server("-mptcp")
     client = far.client(*DEFAULT, "-mptcp", to=FAR)
@@ -385,7 +410,7 @@ def test_the_recipe_for_resolvconf_sets_the_name_server_while_a_peer_is_connecte
             ["resolvconf", "-a", "vclient"], input=f"nameserver {NAME_SERVER}\n", text=True,
             check=True,
         )  # fmt: skip
-        recipe = (ROOT / "docs/default-route.md").read_text().partition("resolvconf or ")[2]
+        recipe = PAGE.read_text().partition("resolvconf or ")[2]
         up, down = re.findall(r"--(?:up|down) '(.*?)'", recipe)[:2]
         client = far.client(*DEFAULT, "--hook-user", "root", "--up", up, "--down", down, to=FAR)
         eventually(lambda: servers(shown) == ["10.1.1.1"], "the name server in the tunnel")
@@ -400,6 +425,67 @@ def test_the_recipe_for_resolvconf_sets_the_name_server_while_a_peer_is_connecte
 
 def servers(resolv_conf: Path) -> list[str]:
     return re.findall(r"^nameserver (\S+)", resolv_conf.read_text(), re.M)
+
+
+def page_lines(start: str) -> list[str]:
+    """The indented lines of docs/default-route.md after a sentence, as one script each."""
+    text = PAGE.read_text().partition(start)[2]
+    return re.search(r"\n\n((?:    .*\n)+)", text)[1].replace("    ", "").splitlines()  # type: ignore[index]
+
+
+def test_the_block_of_the_page_holds_whether_ttun_runs_or_not(far: Bench) -> None:
+    far.server()
+    script = "\n".join(page_lines("## To block rather"))
+    assert "uidrange 998-998" in script
+    with Capture(far) as capture, others_sending(far):
+        far.run(CLIENT, "sh", "-ec", script.replace("998", str(TTUN_USER)))
+        began = time.monotonic()
+        for running in (False, True, False):
+            if running:
+                client = far.client(*DEFAULT, to=FAR)
+                connected(far, client)
+            now = time.monotonic()
+            eventually(lambda: capture.others(now) == LAN_ONLY, "the LAN")  # noqa: B023
+            if running:
+                netns.ip("-n", far.pair.names[CLIENT], "link", "set", "ttun0", "down")
+                time.sleep(0.5)
+                client.stop()
+        assert capture.leaked(began) == []
+
+
+def test_the_recipe_of_the_page_leaves_the_outer_address_reachable(far: Bench) -> None:
+    far.server()
+    connected(far, far.client(*DEFAULT, to=FAR))
+    found = re.search(r"`ip (rule add pref 20000 from ADDRESS lookup main)`", PAGE.read_text())
+    assert found is not None
+    rule = found[1].replace("ADDRESS", netns.IPV4[CLIENT])
+    netns.ip("-n", far.pair.names[CLIENT], *rule.split())
+    ping = ["ping", "-c", "1", "-W", "5", "-I", INTERNET, netns.IPV4[CLIENT]]
+    far.run(SERVER, *ping)
+
+
+@pytest.mark.nft
+def test_the_server_of_the_page_masquerades(far: Bench) -> None:
+    """What comes out of the tunnel reaches a third host, which knows no way back into it."""
+    for line in page_lines("On the server, forward"):
+        if "ttun server" not in line:
+            far.run(SERVER, "sh", "-ec", line.replace("sudo ", ""))
+    server, beyond = far.pair.names[SERVER], f"{far.pair.names[SERVER]}x"
+    netns.ip("netns", "add", beyond)
+    try:
+        netns.ip("link", "add", "near", "netns", server, "type", "veth", "peer", "name", "there",
+                 "netns", beyond)  # fmt: skip
+        for host, device, address in (
+            (server, "near", "198.18.0.1"),
+            (beyond, "there", "198.18.0.2"),
+        ):
+            netns.ip("-n", host, "address", "add", f"{address}/24", "dev", device)
+            netns.ip("-n", host, "link", "set", device, "up")
+        far.server()
+        connected(far, far.client(*DEFAULT, to=FAR))
+        eventually(lambda: reaches(far, "198.18.0.2"), "a third host")
+    finally:
+        netns.ip("netns", "del", beyond)
 
 
 # ---- names ----

@@ -270,8 +270,8 @@ def _tunnel_options(command: Parser) -> None:
         action="append",
         default=[],
         metavar="NET/LENGTH",
-        help="reach this network through the tunnel; repeatable; on the client also 'default', "
-        "everything but the LAN, for all users but that of --user",
+        help="reach this network through the tunnel; repeatable; on the client, 'default' is "
+        "everything but the LAN",
     )
     for name, when in (("up", "a peer is connected"), ("down", "it has left")):
         command.add_argument(
