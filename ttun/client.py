@@ -155,7 +155,6 @@ class Client(Endpoint):
         """Find the server's addresses before routes are there that may catch the question."""
         if self._settings.default_route:
             privileges.check()
-            default_route.remove(0)  # what a killed run left
         elif not self._settings.routes:
             return
         backoff = Backoff()
@@ -172,7 +171,8 @@ class Client(Endpoint):
         raise InterruptedError
 
     def _open(self) -> None:
-        reasons = [self._why_not(address) for address in self._known]
+        outside = [default_route.OUTSIDE] if self._settings.default_route else []
+        reasons = [self._why_not(address) for address in self._known or outside]
         if reasons and reasons[0] and all(reasons):
             raise reasons[0]
 

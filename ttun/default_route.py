@@ -40,6 +40,7 @@ TABLE = PROTOCOL = 203
 LAN, OTHERS = 20203, 20204  # priorities of the rules
 FRA_PRIORITY, FRA_SUPPRESS_LENGTH, FRA_UIDS, FRA_PROTOCOL = 6, 14, 20, 21  # linux/fib_rules.h
 TO_TABLE = 1  # FR_ACT_TO_TBL
+OUTSIDE = "203.0.113.1"  # RFC 5737: an address that is not on the LAN
 IPV4, IPV6 = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
 NOTHING = (errno.ENOENT, errno.ESRCH)
 NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # of a kernel without IPv6
@@ -50,6 +51,7 @@ def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
     try:
         with contextlib.closing(Netlink()) as link:
             link.answers(netlink.new_route(index, IPV4, TABLE))
+            remove(index)  # what a killed run left
             _order(link, netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
             for network in (IPV4, IPV6):
                 for rule in _rules(network, users):
@@ -91,7 +93,9 @@ def why_dropped(address: Address, outside: int, tunnel: int) -> str | None:
         return None
     if not is_strict(name):
         return None
-    return f"rp_filter is 1 on {name}: packets from {address} would be dropped ({remedy(name)})"
+    return (
+        f"rp_filter is 1 on {name}: answers from beyond the LAN would be dropped ({remedy(name)})"
+    )
 
 
 def is_strict(device: str) -> bool:

@@ -156,7 +156,11 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Ke
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
-    keeper.start(endpoint.facts(), socket_of_status.entry())
+    try:
+        keeper.start(endpoint.facts(), socket_of_status.entry())
+    except TtunError:
+        endpoint.stop()  # which removes the rules of the default route
+        raise
     # Before there are threads. As another user its own connection would go into the tunnel.
     privileges.drop(user, required=whole or options.user is not None)
     log_writer.start()
