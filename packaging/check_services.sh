@@ -30,7 +30,7 @@ END
 # The three ways of docs/hooks.md to do without root: one capability, ExecStartPost=+, a path unit.
 script() { { echo '#!/bin/sh'; cat; } > "$system/etc/ttun/$1"; chmod 755 "$system/etc/ttun/$1"; }
 echo 'ip route replace 198.51.100.0/24 dev "$TTUN_DEVICE"' | script up
-echo 'ip route del 198.51.100.0/24 dev "$TTUN_DEVICE"' | script down
+echo 'ip route del 198.51.100.0/24 dev "$TTUN_DEVICE" 2> /dev/null || :' | script down
 echo 'echo "${TTUN_REASON:+down}" > /run/ttun/ttun-client@home/session' | script say
 echo 'echo "started as $(id -u), $(ls -d /sys/class/net/ttun9)" >> /hooks.txt' | script started
 echo 'echo "stopped as $(id -u)" >> /hooks.txt' | script stopped

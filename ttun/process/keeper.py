@@ -36,15 +36,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any, Callable, NamedTuple
 
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
 from ttun.privileges import User
 from ttun.process import log_writer, process_group
-from ttun.process.process_group import ProcessGroup
-from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
 
@@ -53,13 +50,16 @@ MOST = 4096  # bytes of a message
 LOST = "the keeper process ended"
 KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1)
+# By the keeper: of a terminal, of a service manager, SIGABRT being that of its watchdog.
+IGNORED = (
+    signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGABRT, signal.SIGUSR1,
+)  # fmt: skip
 RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-ENDED = select.POLLHUP | select.POLLRDHUP | select.POLLERR
+
 START_CODE = """import sys
 sys.excepthook = lambda kind, why, _: print("ttun: keeper:", kind.__name__, why, file=sys.stderr)
 sys.path[:] = {}
-from ttun.process.keeper import main
+from ttun.process.keeper_process import main
 main({})"""
 
 # The facts that a program may tell. What stays the same (device, addresses) is in the Plan.
@@ -162,7 +162,7 @@ class Keeper:
         plan = pickle.dumps(Plan(self.hooks, fixed, self.via, at_end))
         try:
             self._start(plan, passed)
-            answer = self._receive(time.monotonic() + START, 0)[0]
+            answer = self._receive(time.monotonic() + START)[0]
         except OSError as error:
             self.close()
             raise TtunError(f"cannot start the keeper process: {reason(error)}") from None
@@ -215,7 +215,7 @@ class Keeper:
         self._send("dial", facts)
         deadline = time.monotonic() + DIAL
         while True:
-            answer, descriptors = self._receive(deadline, 2)
+            answer, descriptors = self._receive(deadline)
             number, _, rest = answer.partition("\0")
             number_of_error, _, why = rest.partition("\0")
             if number == str(self._number):
@@ -263,25 +263,21 @@ class Keeper:
         except OSError:
             raise self._lost() from None
 
-    def _receive(self, deadline: float, most: int) -> tuple[str, list[int]]:
+    def _receive(self, deadline: float) -> tuple[str, list[int]]:
         """Return an answer and the descriptors that came with it. Raises OSError."""
         assert self._socket is not None
         watch = select.poll()
         watch.register(self._socket, select.POLLIN)
         if not watch.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError(errno.ETIMEDOUT, "the keeper process does not answer")
-        descriptors = array.array("i")
         try:
-            data, came, _, _ = self._socket.recvmsg(
-                MOST, socket.CMSG_LEN(most * descriptors.itemsize), RECEIVED
-            )
+            answer, came, _, _ = self._socket.recvmsg(MOST, socket.CMSG_LEN(8), RECEIVED)
         except OSError:
-            data, came = b"", []
-        for _, _, each in came:
-            descriptors.frombytes(each[: len(each) // descriptors.itemsize * descriptors.itemsize])
-        if not data:
+            answer, came = b"", []
+        if not answer:
             raise self._lost()
-        return data.decode().rstrip("\n"), list(descriptors)
+        descriptors = array.array("i", b"".join(data for _, _, data in came))
+        return answer.decode().rstrip("\n"), descriptors.tolist()
 
     def _lost(self) -> OSError:
         """Note that the keeper is gone; it cannot be had again without privileges."""
@@ -307,129 +303,6 @@ def _message(request: str, facts: Facts) -> bytes:
     return "\0".join(parts).encode()
 
 
-# ---- the process ----
-
-
-def main(descriptor: int) -> None:
-    """Be the keeper, on a socket that the program has the other end of."""
-    for number in IGNORED:
-        signal.signal(number, _note)  # a handler, as what is ignored stays so in its commands
-    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTTOU})  # to set the terminal's group
-    os.environ.pop("LC_CTYPE", None)  # Python's own, see PEP 538
-    log_writer.install()
-    control = socket.socket(fileno=descriptor)
-    try:
-        plan = pickle.loads(sys.stdin.buffer.read())
-        privileges.forbid_dumps()
-        log_writer.start()
-        servant = Servant(plan, control)
-        control.send(b"\n")
-    except Exception as error:  # the program may be gone too
-        with contextlib.suppress(OSError):
-            control.send(f"keeper: {reason(error)}".encode())
-        return
-    try:
-        servant.serve()
-    finally:
-        signal.alarm(AT_END)  # whatever hangs: the default action ends the process
-        servant.close()
-        log_writer.finish()
-
-
-def _note(_: int, __: FrameType | None) -> None:
-    """Do nothing."""
-
-
-class Servant:
-    """Does what requests ask for, on the keeper's main thread."""
-
-    def __init__(self, plan: Plan, control: socket.socket) -> None:
-        """Start the thread of --up and --down. Raises TtunError."""
-        self._plan, self._control = plan, control
-        self._hooks = plan.hooks() if plan.hooks else None
-        self._session: Facts | None = None
-        self._dialled = Dialled(plan.via) if plan.via else None
-        self._noted = Summary("keeper: and %d more lines")
-        if self._hooks:
-            self._hooks.start()
-
-    def serve(self) -> None:
-        """Serve requests until the program has ended."""
-        watch = select.poll()
-        watch.register(self._control, select.POLLIN | select.POLLRDHUP)
-        while True:
-            events = watch.poll(self._dialled.tick() if self._dialled else None)
-            try:
-                if self._dialled and (line := self._dialled.tend()):
-                    self._say(line)
-                if not events:
-                    continue
-                data = self._control.recv(MOST + 1, socket.MSG_DONTWAIT)
-                if not data and events[0][1] & ENDED:
-                    return
-                self._do(data)
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            except ValueError as error:
-                self._say(f"keeper: refused a request: {error}")
-            except Exception as error:  # a lack, or a bug: the next request may have better luck
-                self._say(f"keeper: {type(error).__name__}: {reason(error)}")
-                time.sleep(process_group.TICK)
-
-    def close(self) -> None:
-        """End what runs, then do what the plan has for the end."""
-        if self._hooks:
-            self._hooks.close()
-        steps = [self._dialled.hang_up] if self._dialled else []
-        for step in [*steps, *self._plan.at_end]:
-            try:
-                step()
-            except FileNotFoundError:
-                pass  # the program has done it
-            except Exception as error:
-                log.warning("keeper: at the end: %s", reason(error))
-        self._noted.tick(time.monotonic(), end=True)
-
-    def _say(self, line: str) -> None:
-        self._noted.log(time.monotonic(), "%s", printable(line))
-
-    def _do(self, data: bytes) -> None:
-        """Do what a message asks for. Raises ValueError for what is no request."""
-        request, facts = parse(data)
-        if request == "dial":
-            self._dial(facts)
-        elif request == "hangup" and self._dialled:
-            self._dialled.hang_up()
-        elif request == "background" and self._dialled:
-            self._dialled.background()
-        elif request in ("up", "down") and self._hooks:
-            if self._session is not None:
-                self._hooks.down({**self._session, **facts, **self._plan.facts})
-            self._session = {**facts, **self._plan.facts} if request == "up" else None
-            if self._session is not None:
-                self._hooks.up(self._session)
-        else:
-            raise ValueError(f"nothing to do for {request}")
-
-    def _dial(self, facts: Mapping[str, str]) -> None:
-        number, host, port = (facts.get(name, "") for name in ("number", "host", "port"))
-        with contextlib.ExitStack() as opened:
-            descriptors: list[int] = []
-            try:
-                if self._dialled is None:
-                    raise OSError(errno.ENOSYS, "there is no --via")
-                descriptors = self._dialled.dial(host, port, opened)
-                answer = f"{number}\0000\0"
-            except (OSError, subprocess.SubprocessError) as error:
-                answer = f"{number}\0{getattr(error, 'errno', None) or errno.EIO}\0{reason(error)}"
-            try:
-                flags = socket.MSG_DONTWAIT
-                socket.send_fds(self._control, [answer.encode()], descriptors, flags)
-            except BlockingIOError:  # the program takes no answers
-                if self._dialled:
-                    self._dialled.hang_up()
-
-
 def parse(data: bytes) -> tuple[str, dict[str, str]]:
     """Return what a message asks for, and the facts in it. Raises ValueError."""
     if len(data) > MOST:
@@ -448,101 +321,3 @@ def parse(data: bytes) -> tuple[str, dict[str, str]]:
     if int(facts.get("port") or 0) > 65535:
         raise ValueError("malformed port")
     return request, facts
-
-
-class Dialled:
-    """The command of --via: one process group at a time, in the terminal's session."""
-
-    def __init__(self, via: Via) -> None:
-        """Find the terminal, if there is one."""
-        self._via = via
-        self._group: ProcessGroup | None = None
-        self._terminal: int | None = None
-        self._program = os.getppid()
-        if via.foreground:
-            with contextlib.suppress(OSError):
-                self._terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-
-    def dial(self, host: str, port: str, opened: contextlib.ExitStack) -> list[int]:
-        """Start the command; return its standard input and output, and a pipe of its stderr.
-
-        opened: closes these. Raises OSError, SubprocessError.
-        """
-        self.hang_up()
-        values = {"%h": host, "%p": port, "%%": "%"}
-        command = re.sub("%[hp%]", lambda found: values[found[0]], self._via.command)
-        ours, theirs = (opened.enter_context(each) for each in socket.socketpair())
-        readable, writable = os.pipe()
-        opened.callback(os.close, readable)
-        opened.callback(os.close, writable)
-        self._group = ProcessGroup(
-            command,
-            {
-                os.fsencode(name): os.fsencode(value)
-                for name, value in self._via.environment.items()
-            },
-            log.info,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=writable,
-            preexec_fn=self._prepare,
-            **process_group.becoming(self._via.user),
-        )
-        return [ours.fileno(), readable]
-
-    def _prepare(self) -> None:
-        """Be a process group, in the foreground if the program is there; in the new process.
-
-        Popen can do the first from Python 3.11 on. Nothing here takes a lock of another thread.
-        """
-        terminal = self._terminal
-        with contextlib.suppress(OSError):
-            if terminal is not None and os.tcgetpgrp(terminal) == os.getpgrp():
-                os.setpgid(0, 0)
-                os.tcsetpgrp(terminal, os.getpid())
-        os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if self._via.confined:
-            privileges.drop_capabilities()
-
-    def tick(self) -> float | None:
-        """Return in how many milliseconds to call tend(), if at all."""
-        if self._group is None:
-            return None
-        return 1000.0 if self._terminal is None else 1000 * process_group.TICK
-
-    def tend(self) -> str:
-        """Look whether the command is over; return a line about it if it failed."""
-        if self._group is None or not self._group.wait(0):
-            return ""
-        code = self._group.code or 0
-        is_foreground = self._terminal is not None
-        self.hang_up()
-        # Who typed that meant the program, which is not in the foreground.
-        if is_foreground and code in (-signal.SIGINT, 128 + signal.SIGINT):
-            if os.getppid() == self._program:
-                os.kill(self._program, signal.SIGINT)
-            return ""
-        if code:
-            return f"--via: {process_group.how_it_ended(code)}"
-        return ""
-
-    def hang_up(self) -> None:
-        """End the command's processes."""
-        group, self._group = self._group, None
-        if group is not None:
-            self._give_back(group)
-            process_group.end([group])
-
-    def background(self) -> None:
-        """Give the terminal back, for good."""
-        if self._group is not None:
-            self._give_back(self._group)
-        if self._terminal is not None:
-            os.close(self._terminal)
-            self._terminal = None
-
-    def _give_back(self, group: ProcessGroup) -> None:
-        with contextlib.suppress(OSError):
-            if self._terminal is not None and os.tcgetpgrp(self._terminal) == group.number:
-                os.tcsetpgrp(self._terminal, os.getpgrp())

@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from ttun.errors import is_lack, printable
 from ttun.privileges import User
@@ -38,6 +38,7 @@ MOST_LINES = 20  # of a command's stderr in the log
 MOST_BYTES = 400  # of a line there
 CHUNK = 65536  # as much as a pipe holds
 
+Environment = Union[Mapping[str, str], Mapping[bytes, bytes]]
 WNOTHREAD = 0x20000000  # linux/wait.h, __WNOTHREAD; waitid() takes it from Linux 4.7 on
 AGAIN = 1.0  # seconds until a child of ours, which is first in line, was waited for
 
@@ -51,7 +52,7 @@ class ProcessGroup:
     def __init__(
         self,
         command: str,
-        environment: Mapping[bytes, bytes],
+        environment: Environment,
         say: Callable[[str], None],
         **how: Any,
     ) -> None:
@@ -185,7 +186,7 @@ def how_it_ended(code: int) -> str:
 
 
 def _start(
-    command: str, environment: Mapping[bytes, bytes], how: dict[str, Any]
+    command: str, environment: Environment, how: dict[str, Any]
 ) -> tuple[int | None, subprocess.Popen[bytes]]:
     """Return the end of the pipe that its stderr goes to, not blocking, and the process."""
     arguments = ["/bin/sh", "-c", command]
