@@ -34,7 +34,7 @@ from outside import (
     FarHosts,
     others_sending,
 )
-from test_keeper import NO_ROOT, paths, runs_for_all
+from test_hook_user import NO_ROOT, paths, runs_for_all
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, End, Program, bench, eventually
 
 from ttun import default_route
@@ -56,6 +56,8 @@ SLOW_DOWN = ("--down", "sleep 1")
 def far(tmp_path: Path) -> Iterator[Bench]:
     with FarHosts() as pair:
         yield from bench(pair, tmp_path, "x1", [])
+    for place in ("dnsmasq", "resolvconf", "systemd"):  # in the tests' own /run
+        shutil.rmtree(f"/run/{place}", ignore_errors=True)
 
 
 def hosts(far: Bench) -> FarHosts:
@@ -521,8 +523,6 @@ def test_a_local_name_server_is_passed_over_for_its_upstream(far: Bench, stub: N
         connected(far, client, 2)
         assert "last addresses" not in client.log()
     finally:
-        place.unlink()
-        place.parent.rmdir()
         upstream.close()
 
 
@@ -583,8 +583,6 @@ def real_stub(request: pytest.FixtureRequest, far: Bench, tmp_path: Path) -> Ite
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree("/run/systemd", ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_a_real_local_name_server_is_passed_over_too(far: Bench, real_stub: None) -> None:
