@@ -247,6 +247,19 @@ def test_a_kernel_without_ipv6_has_the_route_of_ipv4(
     assert hosts(far).rules() == []
 
 
+def test_packets_that_a_router_forwards_go_through_the_tunnel(far: Bench) -> None:
+    far.server()
+    inner = LinkEnd(CLIENT, "wclient", [f"{SECOND_LINK[CLIENT]}/24"])
+    far.pair.link(LinkEnd(SERVER, "wserver", []), inner)
+    far.run(CLIENT, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+    get = ["route", "get", INTERNET, "from", "198.51.100.9", "iif", "wclient"]
+    for device in ("vclient", "ttun0"):
+        shown = netns.ip("-n", far.pair.names[CLIENT], "-json", *get)
+        assert json.loads(shown)[0]["dev"] == device
+        if device == "vclient":
+            connected(far, far.client(*DEFAULT, to=FAR))
+
+
 def test_multipath_tcp_goes_outside_too(far: Bench) -> None:
     far.server("-mptcp")
     client = far.client(*DEFAULT, "-mptcp", to=FAR)
