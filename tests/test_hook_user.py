@@ -7,6 +7,7 @@ import os
 import pwd
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,3 +287,19 @@ def test_the_scripts_of_the_page_do_what_it_says(bench: Bench) -> None:
     server.kill()
     eventually(lambda: not state()[0], "--down ran after a kill")
     assert "exit code" not in server.log()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_the_units_of_the_page_are_ones_that_systemd_takes(tmp_path: Path) -> None:
+    page = (ROOT / "docs/hooks.md").read_text()
+    units = re.findall(r"`/etc/systemd/system/(\S+)`:\n\n((?:    .*\n)+)", page)
+    assert [name.rpartition(".")[2] for name, _ in units] == ["path", "service"]
+    for name, text in units:
+        unit = textwrap.dedent(text).replace("/etc/ttun/session", "/bin/true")
+        (tmp_path / name).write_text(unit)
+    for name, _ in units:
+        found = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", tmp_path / name],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (found.returncode, found.stderr) == (0, "")

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,30 @@ def test_at_the_end_it_does_what_it_was_told_to_at_its_start(
     assert is_gone(pid)
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
     assert capfd.readouterr().err.count("keeper: at the end: ") == 2
+
+
+@pytest.mark.parametrize("number", module.IGNORED)
+def test_a_signal_of_the_terminal_while_it_starts_does_not_end_it(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    code = "import time; time.sleep(1)\n" + module.START_CODE
+    monkeypatch.setattr(module, "START_CODE", code)
+    keeper.via = via("echo here", None)
+    timer = threading.Timer(0.5, lambda: os.kill(process(keeper), number))
+    timer.start()
+    keeper.start({})
+    timer.join()
+    assert dialled(keeper) == b"here\n"
+
+
+def test_hooks_that_cannot_start_are_an_error_and_the_end_is_as_planned(
+    keeper: Keeper, tmp_path: Path
+) -> None:
+    keeper.hooks = kept.Failing
+    keeper.at_end.append(functools.partial(os.mkdir, str(tmp_path / "done")))
+    with pytest.raises(TtunError, match="there is no thread"):
+        keeper.start({})
+    assert (tmp_path / "done").exists()
 
 
 def test_what_hangs_at_the_end_does_not_hold_it(
@@ -173,6 +198,21 @@ def test_a_command_that_ends_ends_the_connection_and_what_it_left(
     assert "--via: exit code 7" in capfd.readouterr().err
 
 
+def test_how_a_command_ended_is_said_also_if_the_program_hangs_up_at_once(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has TICK for that: here more, as this machine may be busy."""
+    longer = 'main.__globals__["process_group"].TICK = 0.5\nmain({})'
+    monkeypatch.setattr(module, "START_CODE", module.START_CODE.replace("main({})", longer))
+    keeper.via = via("exec <&- >&-; (exit 7)", None)
+    keeper.start({})
+    for _ in range(8):
+        assert dialled(keeper) == b""
+        keeper.hang_up()
+    keeper.close()
+    assert capfd.readouterr().err.count("--via: exit code 7") == 8
+
+
 def test_what_cannot_be_started_is_an_error_with_its_reason_and_the_next_dial_works(
     keeper: Keeper,
 ) -> None:
@@ -195,15 +235,17 @@ def test_without_room_for_its_descriptors_here_a_dial_is_an_error_and_keeps_none
     keeper.via = via("echo here", None)
     keeper.start({})
     usual = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = [os.open("/dev/null", os.O_RDONLY)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used[0] + 2, usual[1]))
+    used = os.open("/dev/null", os.O_RDONLY)
+    before = len(descriptors(os.getpid()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, usual[1]))
     try:
         for _ in range(5):  # one of the two has room
             with pytest.raises(OSError, match="Too many open files"):
                 keeper.dial("", "")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
-        os.close(used[0])
+        os.close(used)
+    assert len(descriptors(os.getpid())) == before - 1
     assert dialled(keeper) == b"here\n"
 
 

@@ -12,6 +12,7 @@ import pytest
 from machine import IS_NOBODY_HERE
 from tunnel import children, eventually
 
+from ttun.errors import TtunError
 from ttun.process.keeper import Keeper
 
 other_users = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
@@ -25,6 +26,16 @@ def made() -> Iterator[Keeper]:
         yield keeper
     finally:
         keeper.close()
+
+
+class Failing:
+    """Hooks that cannot start."""
+
+    def start(self) -> None:
+        raise TtunError("there is no thread")
+
+    def close(self) -> None:
+        pass
 
 
 def process(made: Keeper) -> int:

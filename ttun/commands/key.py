@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,8 @@ SHORT = 16  # bytes; below that it is worth a warning
 
 def generate() -> str:
     """Return a fresh 256-bit key as 64 hexadecimal digits, which every shell takes unquoted."""
+    import secrets  # which loads OpenSSL: the keeper has no use for that
+
     return secrets.token_hex(32)
 
 
