@@ -558,6 +558,37 @@ def test_a_local_name_server_without_upstream_is_a_line_and_last_addresses_are_d
     assert client.log().count(said) == 1
 
 
+def test_a_name_that_does_not_resolve_yet_leaves_nobody_outside(far: Bench, tmp_path: Path) -> None:
+    asked = NameServer(far)
+    asked.address = None
+    try:
+        with resolv_conf(tmp_path, NAME_SERVER), Capture(far) as capture, others_sending(far):
+            far.server()
+            client = far.client(*DEFAULT, to=NAME)
+            client.says("capabilities")
+            begin = time.monotonic()
+            client.says("cannot connect to", seconds=60)
+            assert capture.leaked(begin) == []
+            asked.address = FAR
+            connected(far, client)
+            assert capture.leaked(begin) == []
+    finally:
+        asked.close()
+
+
+def test_a_name_that_only_a_local_name_server_knows_is_waited_for(
+    far: Bench, stub: NameServer
+) -> None:
+    """Behind the rules that would ask in vain."""
+    stub.address = None
+    far.server()
+    client = far.client(*DEFAULT, to=NAME)
+    client.says("cannot look up", times=2, seconds=60)
+    assert hosts(far).rules() == [] and far.devices(CLIENT) == []
+    stub.address = FAR
+    connected(far, client)
+
+
 RESOLVED = next(filter(os.path.exists, [os.environ.get("TTUN_TEST_RESOLVED", ""),
                                         "/usr/lib/systemd/systemd-resolved"]), "")  # fmt: skip
 REAL = {  # a real server, the file in which it has its upstream servers, its own address

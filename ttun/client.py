@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import default_route, handshake, netlink, privileges, tcp
+from ttun import default_route, handshake, name_servers, netlink, privileges, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.peer import Peer
@@ -165,6 +165,9 @@ class Client(Endpoint):
             except InterruptedError:
                 raise
             except OSError as error:
+                if self._settings.default_route and name_servers.are_outside():
+                    log.info("cannot look up %s", error)  # which works behind the rules too
+                    return
                 wait = backoff.after_failure(time.monotonic())
                 log.info("cannot look up %s; trying again in %.1f s", error, wait)
                 self._stop.wait(wait)

@@ -60,6 +60,11 @@ def upstream() -> list[str]:
     return []
 
 
+def are_outside() -> bool:
+    """Return whether queries can go to another machine, not only to a server on this one."""
+    return local() is None or bool(upstream())
+
+
 def is_in_hosts(name: str) -> bool:
     """Return whether /etc/hosts has a name: it comes before any server."""
     return any(name.lower() in line.lower().split()[1:] for line in _lines(HOSTS))
