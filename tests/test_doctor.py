@@ -73,6 +73,27 @@ def changed(
 
 
 @hosts_only
+@pytest.mark.parametrize(("everywhere", "there"), [(1, 0), (0, 1), (0, 2), (0, 0)])
+def test_strict_filtering_outside_is_named(pair: netns.Hosts, everywhere: int, there: int) -> None:
+    def set_to(*values: int) -> str:
+        paths = (f"net/ipv4/conf/{device}/rp_filter" for device in ("all", "vclient"))
+        return " ".join(f"{path}={value}" for path, value in zip(paths, values))
+
+    gateway = ["ip", "route", "add", "default", "via", "192.0.2.1"]
+    undo = f"ip route del default; sysctl -qw {set_to(0, 0)}"
+    do = f"{' '.join(gateway)}; sysctl -qw {set_to(everywhere, there)}"
+    with changed(pair, ["sh", "-c", do], ["sh", "-c", undo]):
+        found = report(pair)
+    assert found.code == 0
+    if 2 in (everywhere, there) or everywhere == there:
+        assert "rp_filter" not in found.blocks
+    else:
+        mark, text = found["rp_filter"]
+        assert mark == WARN and text.startswith("1 on vclient")
+        assert "sysctl -w net/ipv4/conf/vclient/rp_filter=2" in text
+
+
+@hosts_only
 def test_where_all_is_well_a_tunnel_can_run(pair: netns.Hosts) -> None:
     found = report(pair)
     assert found.code == 0

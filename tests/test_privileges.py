@@ -39,8 +39,9 @@ def unprivileged() -> tuple[int, int]:
     """The user and group that an end switches to here."""
     if not IS_NOBODY_HERE:
         return 0, 0
-    entry = pwd.getpwnam("nobody")
-    return entry.pw_uid, entry.pw_gid
+    user = privileges.find_user(None)
+    assert user is not None
+    return user.uid, user.gid
 
 
 @pytest.mark.parametrize("options", [(), ("-mptcp",)], ids=["tcp", "mptcp"])
@@ -210,3 +211,18 @@ def test_a_user_is_a_name_or_a_number() -> None:
     for wrong in ("no.such.user", str(1 << 32), str(1 << 80), "-1", ""):
         with pytest.raises(UsageError, match="no such user"):
             privileges.find_user(wrong)
+
+
+def test_the_usual_user_is_ttun_where_it_exists_else_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    users = {"ttun": ("ttun", "x", 998, 997), "nobody": ("nobody", "x", 65534, 65534)}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: users[name])
+    assert privileges.find_user(None) == ("ttun", 998, 997)
+    del users["ttun"]
+    assert privileges.find_user(None) == ("nobody", 65534, 65534)
+    users.clear()
+    assert privileges.find_user(None) == ("nobody", privileges.NOBODY, privileges.NOBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert privileges.find_user(None) is None

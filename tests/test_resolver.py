@@ -3,12 +3,9 @@ when it fails."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,72 +13,27 @@ from pathlib import Path
 
 import pytest
 from machine import names
+from name_server import NAME_SERVER, NameServer, resolv_conf
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
 from ttun import resolver
 from ttun.flag import Flag
 from ttun.resolver import Resolver
 
-NAME_SERVER = "203.0.113.53"  # behind the server's host: the default route leads there
 FULL = ["--route", "0.0.0.0/1", "--route", "128.0.0.0/1"]
 NAME = "vpn.example"
-
-
-class NameServer:
-    """Answers A queries with an address, NXDOMAIN without one, or not at all."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.address: str | None = SERVER_ADDRESS
-        self.silent = False
-        self.asked = 0
-        self.sock = bench.on(SERVER, self.bound)
-        self.over = False
-        self.thread = threading.Thread(target=self.serve)
-        self.thread.start()
-
-    @staticmethod
-    def bound() -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.bind((NAME_SERVER, 53))
-        sock.settimeout(0.1)
-        return sock
-
-    def serve(self) -> None:
-        while not self.over:
-            with contextlib.suppress(TimeoutError):
-                question, client = self.sock.recvfrom(512)
-                self.asked += 1
-                if not self.silent:
-                    self.sock.sendto(self.answer(question), client)
-        self.sock.close()
-
-    def answer(self, question: bytes) -> bytes:
-        """RFC 1035, section 4: the question, and a record for an A query."""
-        end = question.index(b"\0", 12) + 5
-        (kind,) = struct.unpack(">H", question[end - 4 : end - 2])
-        found = kind == 1 and self.address is not None
-        flags = 0x8180 if self.address else 0x8183
-        head = question[:2] + struct.pack(">5H", flags, 1, int(found), 0, 0)
-        record = struct.pack(">3HIH", 0xC00C, 1, 1, 0, 4)
-        record += socket.inet_aton(self.address or "0.0.0.0")
-        return head + question[12:end] + (record if found else b"")
 
 
 @pytest.fixture
 def name_server(plain: Bench, tmp_path: Path) -> Iterator[NameServer]:
     plain.run(SERVER, "ip", "address", "add", f"{NAME_SERVER}/32", "dev", "lo")
     plain.run(CLIENT, "ip", "route", "add", "default", "via", SERVER_ADDRESS)
-    text = f"nameserver {NAME_SERVER}\noptions timeout:1 attempts:1\n"
-    (tmp_path / "resolv.conf").write_text(text)
-    target = os.path.realpath("/etc/resolv.conf")
-    subprocess.run(["mount", "--bind", tmp_path / "resolv.conf", target], check=True)
     made = NameServer(plain)
     try:
-        yield made
+        with resolv_conf(tmp_path, NAME_SERVER):
+            yield made
     finally:
-        made.over = True
-        made.thread.join()
-        subprocess.run(["umount", target], check=True)
+        made.close()
         plain.run(CLIENT, "ip", "route", "delete", "default")
         plain.run(SERVER, "ip", "address", "delete", f"{NAME_SERVER}/32", "dev", "lo")
 
@@ -162,7 +114,7 @@ def test_of_a_names_addresses_the_one_that_a_route_catches_is_not_dialled(
     with names(tmp_path, two=["192.0.2.3", SERVER_ADDRESS]):
         client = plain.client("--route", "192.0.2.3/32", to="two")
         failed = client.says("cannot connect to two:20203: ")
-        assert "192.0.2.3/32 would route the tunnel's own connection to 192.0.2.3" in failed
+        assert "--route 192.0.2.3/32 would route the tunnel's own connection to 192.0.2.3" in failed
         assert f"{SERVER_ADDRESS}:20203: Connection refused" in failed
         plain.server()
         client.says("authenticated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import random
 import socket
@@ -12,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import handshake, tcp
+from ttun import default_route, handshake, name_servers, netlink, privileges, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
-from ttun.errors import LACKS, UsageError, is_lack
+from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.peer import Peer
-from ttun.routes import catching
 from ttun.settings import (
     CLIENT,
     DEFAULT_LIMITS,
@@ -129,6 +129,8 @@ class Client(Endpoint):
         addresses: Addresses | None = Settings.addresses,
         routes: Sequence[Network] = Settings.routes,
         limits: Limits = DEFAULT_LIMITS,
+        default_route: bool = Settings.default_route,
+        users: Sequence[int] = Settings.users,
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
@@ -138,19 +140,22 @@ class Client(Endpoint):
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
-            buffers, device, addresses, routes, limits,
+            buffers, device, addresses, routes, limits, default_route, users,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
         check_type("server", server, str, Dialer)
         if isinstance(server, str):
             server = dialer(server, mptcp, congestion_control)
         self._dialer = server
+        server.outside = default_route
         self._known: Sequence[str] = ()  # server addresses that routes could match
         self._best: str | None = None  # candidate of the last session
 
     def _prepare(self) -> None:
         """Resolve the server before adding routes, which may capture the DNS query."""
-        if not self._settings.routes:
+        if self._settings.default_route:
+            privileges.check()
+        elif not self._settings.routes:
             return
         backoff = Backoff()
         while not self._stop.is_set():
@@ -160,15 +165,19 @@ class Client(Endpoint):
             except InterruptedError:
                 raise
             except OSError as error:
+                if self._settings.default_route and name_servers.are_outside():
+                    log.info("cannot look up %s", error)  # which works behind the rules too
+                    return
                 wait = backoff.after_failure(time.monotonic())
                 log.info("cannot resolve %s; retrying in %.1f s", error, wait)
                 self._stop.wait(wait)
         raise InterruptedError
 
     def _open(self) -> None:
-        reasons = [self._caught(address) for address in self._known]
-        if reasons and all(reasons):
-            raise UsageError(str(reasons[0]))
+        outside = [default_route.OUTSIDE] if self._settings.default_route else []
+        reasons = [self._why_not(address) for address in self._known or outside]
+        if reasons and reasons[0] and all(reasons):
+            raise reasons[0]
 
     def _begin(self) -> None:
         self._dialer.start()
@@ -206,13 +215,29 @@ class Client(Endpoint):
             return f"the system was suspended for {self._watch.suspended:.0f} s"
         return super()._why_dead()
 
-    def _caught(self, address: str) -> str | None:
-        """Return an error if one of the tunnel's routes would capture this address."""
+    def _why_not(self, address: str) -> TtunError | None:
+        """Return an error if the tunnel would capture its own connection to this address."""
         assert self._device is not None
-        route = catching(self._settings.routes, address, self._device.name)
-        if route is None:
+        try:
+            target = ipaddress.ip_address(address)
+        except ValueError:
             return None
-        return f"{route} would route the tunnel's own connection to {address} into the tunnel"
+        if isinstance(target, ipaddress.IPv6Address):
+            target = target.ipv4_mapped or target
+        if target.is_link_local:
+            return None
+        tunnel, way = self._device.index, netlink.device_to(target, self._users[0])
+        if way == tunnel:
+            found = [each for each in self._settings.routes if target in each]
+            route = str(max(found, key=lambda each: each.prefixlen)) if found else "default"
+            return UsageError(
+                f"--route {route} would route the tunnel's own connection to {address} into the "
+                "tunnel"
+            )
+        if way and self._settings.default_route:
+            why = default_route.why_dropped(target, way, tunnel)
+            return TtunError(why) if why else None
+        return None
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
         """Try each address until one authenticates.
@@ -252,8 +277,8 @@ class Client(Endpoint):
         return None, min(waits, default=usual)
 
     def _dial(self, candidate: Candidate) -> socket.socket:
-        if candidate.address is not None and (why := self._caught(candidate.address)):
-            raise OSError(why)
+        if candidate.address is not None and (why := self._why_not(candidate.address)):
+            raise OSError(str(why))
         return candidate.dial(self._stop)
 
     def _shake_hands(

@@ -47,7 +47,8 @@ class Device:
 
     ``offload`` holds the codec's TTUN_OFFLOAD bits. ``name`` is the last known name (DeviceWatch
     follows renames), ``index`` the interface index. ``addresses``, ``mtu`` (bytes) and ``networks``
-    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set.
+    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set,
+    ``default_route`` whether default_route.py routes packets through it.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Device:
         """
         privileges.check()
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
-        self.has_ipv6 = False
+        self.has_ipv6 = self.default_route = False
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable, NamedTuple, Union
 
-from ttun import netlink
+from ttun import default_route, netlink
 from ttun.device import Device
 from ttun.netlink import Message, Request, new_address, new_route
-from ttun.routes import Address
-from ttun.settings import MIN_IPV6_MTU, Network
+from ttun.settings import MIN_IPV6_MTU, Address, Network
 
 IFF_UP = 0x1  # linux/if.h
 SHOWN = 6  # items, and commands, in one log line
@@ -76,6 +75,7 @@ class Wanted:
     addresses: list[tuple[Interface, Address | None]]  # with the peer's, if given
     routes: list[Network]  # of --route, and to the peer's IPv6 address
     connected: list[Network]  # added by the kernel for the addresses
+    defaults: list[Network] = field(default_factory=list)  # in the table of default_route.py
 
     @classmethod
     def of(cls, device: Device) -> Wanted:
@@ -92,17 +92,25 @@ class Wanted:
             connected.append(ours.ipv6.network)
             if ours.peer6 is not None:
                 routes.append(ipaddress.ip_network(ours.peer6))
-        return cls(device.mtu, addresses, routes, connected)
+        defaults = [default_route.IPV4, default_route.IPV6][: 1 + device.has_ipv6]
+        return cls(
+            device.mtu, addresses, routes, connected, defaults if device.default_route else []
+        )
 
     @property
     def keys(self) -> set[Key]:
         """The destinations of all wanted routes."""
-        return {key(route) for route in [*self.routes, *self.connected]}
+        return {key(route) for route in self.all_routes}
 
     @property
     def families(self) -> set[int]:
         """The address families of these routes."""
-        return {netlink.family(route) for route in [*self.routes, *self.connected]}
+        return {netlink.family(route) for route in self.all_routes}
+
+    @property
+    def all_routes(self) -> list[Network]:
+        """All routes that the device should have."""
+        return [*self.routes, *self.connected, *self.defaults]
 
     def lacks(self, seen: Seen) -> list[Lack]:
         """Return all deviations, in the order in which to restore them."""
@@ -134,13 +142,16 @@ class Wanted:
                 )
         # The kernel adds connected routes itself once the device is up and has its address.
         connected = [x for x in self.connected if seen.up and x.version not in gone]
-        for route in [*connected, *self.routes]:
+        for route in [*connected, *self.routes, *self.defaults]:
             if key(route) not in seen.routes:
-                order = partial(new_route, network=route)
+                is_default = route in self.defaults
+                table = default_route.TABLE if is_default else netlink.TABLE_MAIN
+                where = f" table {table}" if is_default else ""
+                order = partial(new_route, network=route, table=table)
                 found.append(
                     Lack(
                         f"route {route} missing",
-                        f"ip route add {route} dev {name}",
+                        f"ip route add {route} dev {name}{where}",
                         order if ready[route.version] else None,
                     )
                 )

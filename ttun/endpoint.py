@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import os
 import select
 import socket
 import threading
@@ -20,7 +21,7 @@ import time
 from dataclasses import replace
 from typing import Callable, ClassVar, TypeVar
 
-from ttun import congestion
+from ttun import congestion, default_route, privileges
 from ttun.device import Device
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
@@ -76,6 +77,7 @@ class Endpoint(abc.ABC):
         self._terms = agreeable(settings.wire, settings.cipher, settings.mtu)
         self._k = psk_key(key)
         self._addresses = settings.addresses or self.addresses
+        self._users = settings.users or (os.geteuid(),)
         self._buffers = BUFFERS[settings.buffers]
         self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected
@@ -109,6 +111,14 @@ class Endpoint(abc.ABC):
                 queue=self._buffers.queue,
             )  # fmt: skip
             self._device_name_shown = self._device.name
+            if given.default_route:
+                self._device.default_route = True
+                default_route.add(self._device.index, self._device.has_ipv6, self._users)
+                log.info(
+                    "default route: %s for all but the LAN and user %s",
+                    self._device.name,
+                    ", ".join(map(str, self._users)),
+                )
             self._watch = DeviceWatch(self._device)
             self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()
@@ -122,6 +132,15 @@ class Endpoint(abc.ABC):
         except BaseException:
             self._finish()
             raise
+
+    def hold_device(self) -> int:
+        """Keep an open device until the process ends; return the kernel's number for it.
+
+        Nothing leaves outside while the program stops.
+        """
+        assert self._device is not None
+        os.dup(self._device.fileno())
+        return self._device.index
 
     def start(self) -> None:
         """Start in a background thread, after open() if needed. Raises TtunError."""
@@ -278,7 +297,18 @@ class Endpoint(abc.ABC):
         finally:
             if self._device is not None:
                 self._device.close()
+                if self._device.default_route:
+                    self._remove_rules(self._device.index)
             self._over.set()
+
+    @staticmethod
+    def _remove_rules(index: int) -> None:
+        """Remove the rules of the default route; without privileges somebody else has to."""
+        if privileges.has(privileges.NET_ADMIN):
+            try:
+                default_route.remove(index)
+            except OSError as error:
+                log.warning("cannot remove the rules of the default route: %s", reason(error))
 
     def _look(self) -> None:
         """Check the device, about every second. Raises TtunError if it was removed."""

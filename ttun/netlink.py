@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ttun._codec import ffi
-from ttun.routes import Address
-from ttun.settings import Network
+from ttun.settings import Address, Network
 
 # linux/netlink.h
 NLM_REQUEST, NLM_MULTI, NLM_ACK, NLM_DUMP = 0x01, 0x02, 0x04, 0x300
@@ -30,10 +30,11 @@ ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
 NEW_ADDRESS, DEL_ADDRESS, GET_ADDRESS = 20, 21, 22
 NEW_ROUTE, DEL_ROUTE, GET_ROUTE = 24, 25, 26
+NEW_RULE, DEL_RULE = 32, 33
 GROUPS = (1, 5, 7, 9, 11)  # links, addresses and routes of IPv4, those of IPv6
-RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
+RTA_DST, RTA_OIF, RTA_MULTIPATH, RTA_UID = 1, 4, 9, 25
 TABLE_MAIN, TABLE_LOCAL = 254, 255
-PROTOCOL_BOOT, SCOPE_LINK, UNICAST = 3, 253, 1
+PROTOCOL_BOOT, SCOPE_LINK, UNICAST, UNREACHABLE = 3, 253, 1, 7
 CLONED = 0x200  # RTM_F_CLONED: a cached route to one destination
 IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 3, 4, 26  # linux/if_link.h, as is the next
 IFLA_INET6_CONF, DISABLE_IPV6 = 2, 26  # linux/ipv6.h: an index into that array of s32
@@ -143,6 +144,37 @@ class Netlink:
         data, (sender, _) = self._sock.recvfrom(DATAGRAM_MAX)
         return list(messages(data)) if sender == 0 else []  # 0: the kernel
 
+    def answers(self, request: Request) -> list[Message]:
+        """Send a request; return what the kernel answers. Raises OSError, with its errno too."""
+        sequence = self.ask(request)
+        found: list[Message] = []
+        while True:
+            for message in self.receive():
+                if message.sequence != sequence:
+                    continue
+                if message.kind in (NLMSG_ERROR, NLMSG_DONE):
+                    if message.fields and message.fields[0]:
+                        raise OSError(message.fields[0], os.strerror(message.fields[0]))
+                    return found
+                found.append(message)
+                if not message.flags & NLM_MULTI:
+                    return found
+
+
+def device_to(address: Address, user: int) -> int:
+    """Return the index of the device that a user's packets to an address leave through.
+
+    0 where there is no way, or the kernel does not tell.
+    """
+    body = ROUTE.pack(family(address), address.max_prefixlen, *[0] * 7)
+    body += attribute(RTA_DST, address.packed) + attribute(RTA_UID, struct.pack("=I", user))
+    try:
+        with contextlib.closing(Netlink()) as link:
+            (way,) = link.answers(Request(GET_ROUTE, 0, body))
+    except (OSError, ValueError):
+        return 0
+    return number(way.attributes.get(RTA_OIF, b""))
+
 
 def messages(data: bytes) -> Iterator[Message]:
     """Parse a datagram; ignore a truncated message."""
@@ -221,13 +253,14 @@ def new_address(
     return Request(NEW_ADDRESS, NLM_ACK | NLM_CREATE | NLM_EXCLUSIVE, body)
 
 
-def new_route(index: int, network: Network) -> Request:
-    """Return the request that adds a route through a device."""
+def new_route(index: int, network: Network, table: int = TABLE_MAIN) -> Request:
+    """Return the request that adds a route through a device; index 0: an unreachable one."""
     scope = SCOPE_LINK if network.version == 4 else 0
-    fixed = (TABLE_MAIN, PROTOCOL_BOOT, scope, UNICAST, 0)
+    fixed = (table, PROTOCOL_BOOT, scope, UNICAST if index else UNREACHABLE, 0)
     body = ROUTE.pack(family(network), network.prefixlen, 0, 0, *fixed)
     body += attribute(RTA_DST, network.network_address.packed)
-    body += attribute(RTA_OIF, struct.pack("=I", index))
+    if index:
+        body += attribute(RTA_OIF, struct.pack("=I", index))
     return Request(NEW_ROUTE, NLM_ACK | NLM_CREATE | NLM_EXCLUSIVE, body)
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h, as is this
 HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, of this thread
-DEFAULT_USER = "nobody"
+DEFAULT_USERS = ("ttun", "nobody")  # the first that exists
 MAX_ID = 0xFFFFFFFE  # of a user; one more means "unchanged" to setresuid()
 NOBODY = 65534  # if the user database has none: the kernel's overflow user
 
@@ -67,19 +67,21 @@ def forbid_dumps() -> None:
 def find_user(name: str | None) -> User | None:
     """Return the user to switch to. name: a user name or ID, or None for the default.
 
-    The default is nobody for root, and no change (None) for other users. Raises UsageError for an
-    unknown user.
+    The default for root is ttun, or nobody if there is no such user; for others it is no change
+    (None). Raises UsageError for an unknown user.
     """
     if name is None and os.geteuid() != 0:
         return None
-    text = DEFAULT_USER if name is None else name
-    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ID))
-    number = int(text) if is_number else None
+    if name is None:
+        for usual in DEFAULT_USERS:
+            with contextlib.suppress(KeyError, OSError):
+                return User(usual, *pwd.getpwnam(usual)[2:4])
+        return User(usual, NOBODY, NOBODY)
+    is_number = name.isascii() and name.isdigit() and len(name) <= len(str(MAX_ID))
+    number = int(name) if is_number else None
     try:
-        entry = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
+        entry = pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
     except (KeyError, ValueError, OverflowError, OSError):
-        if name is None:
-            return User(DEFAULT_USER, NOBODY, NOBODY)
         if number is not None and number <= MAX_ID:
             return User(name, number, number)
         raise UsageError(f"no such user: {name!r}") from None

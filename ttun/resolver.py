@@ -25,8 +25,9 @@ import select
 import signal
 import socket
 import threading
-from typing import Any, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
+from ttun import name_servers
 from ttun._codec import lib
 from ttun.errors import reason
 from ttun.flag import Flag
@@ -46,6 +47,9 @@ class Target(NamedTuple):
 
     family: int
     sockaddr: SocketAddress
+
+
+Find = Callable[[str, int, int], "list[Target]"]  # of a host, port and flags; raises OSError
 
 
 def numeric(host: str, port: int, flags: int = 0) -> list[Target]:
@@ -78,21 +82,24 @@ class Resolver:
         self._host, self._port = host, port
         self.known: list[Target] = []  # last result
         self._asked: _LookUp | None = None
+        self._told = False  # that a name server on this machine is of no use
 
     def first(self, stop: Flag) -> list[Target]:
         """Resolve it with look_up(), and remember the result."""
         self.known = look_up(self._host, self._port, stop)
         return self.known
 
-    def targets(self, stop: Flag) -> list[Target]:
+    def targets(self, stop: Flag, outside: bool = False) -> list[Target]:
         """Resolve it on a thread; return the last result if that fails or takes too long.
 
-        Raises OSError with the reason if there is none, InterruptedError when stop was set.
+        outside: a name server on this machine would send its queries through the tunnel. Raises
+        OSError with the reason if there is no result, InterruptedError when stop was set.
         """
         if found := numeric(self._host, self._port):
             return found
+        find = self._find_outside if outside else _getaddrinfo
         try:
-            self._asked = self._asked or _LookUp(self._host, self._port)
+            self._asked = self._asked or _LookUp(self._host, self._port, 0, find)
             self.known = self._asked.wait(PATIENCE if self.known else FIRST_PATIENCE, stop)
             self._asked = None
         except InterruptedError:
@@ -105,6 +112,23 @@ class Resolver:
             log.info("cannot resolve %s: %s; using its last addresses", self._host, reason(error))
         return self.known
 
+    def _find_outside(self, host: str, port: int, flags: int) -> list[Target]:
+        """Find the targets of a host; if a name server here would be asked, ask its upstream."""
+        local = name_servers.local()
+        if local and not name_servers.is_in_hosts(host):
+            if servers := name_servers.upstream():
+                if found := name_servers.look_up(host, servers)[:MOST]:
+                    return [target for each in found for target in numeric(each, port)]
+            elif not self._told:
+                self._told = True
+                log.warning(
+                    "the name server %s sends its queries through the tunnel: until that is "
+                    "connected, the last addresses of %s are dialled",
+                    local,
+                    host,
+                )
+        return _getaddrinfo(host, port, flags)
+
 
 def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
     # No host: addresses to listen on.
@@ -115,8 +139,8 @@ def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
 class _LookUp:
     """A lookup on its own thread. Raises OSError if no thread is available."""
 
-    def __init__(self, host: str, port: int, flags: int = 0) -> None:
-        self._done = Flag()
+    def __init__(self, host: str, port: int, flags: int = 0, find: Find = _getaddrinfo) -> None:
+        self._done, self._find = Flag(), find
         self._answer: list[Target] | Exception = []
         try:
             threading.Thread(
@@ -127,7 +151,7 @@ class _LookUp:
 
     def _ask(self, host: str, port: int, flags: int) -> None:
         try:
-            self._answer = _getaddrinfo(host, port, flags)
+            self._answer = self._find(host, port, flags)
         except Exception as error:  # any error: the other thread waits for an answer
             self._answer = error
         self._done.set()

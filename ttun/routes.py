@@ -2,10 +2,10 @@
 
 They are added when the device is up, before privileges are dropped; the kernel removes them with
 the device. A client rejects a route that would send its own connection into the tunnel, or skips
-the server addresses that such a route matches. A server cannot check this in advance: a client
-whose address it routes into the tunnel gets no answer.
+the server addresses that such a route matches (client.py). A server cannot check this in advance:
+a client whose address it routes into the tunnel gets no answer.
 
-Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg), proc(5).
+Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg).
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Union
 
 from ttun._codec import ffi
 from ttun.errors import TtunError
 from ttun.settings import Network
 
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
 NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # errors of a kernel without IPv6
@@ -74,50 +70,3 @@ def _add_ipv6(network: Network, device: str) -> None:
     )
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCADDRT, request)
-
-
-def catching(routes: Iterable[Network], address: str, device: str) -> Network | None:
-    """Return the tunnel's route that would match an address, or None.
-
-    The longest prefix wins; on a tie the tunnel's route may win.
-    """
-    try:
-        target = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return None
-    if isinstance(target, ipaddress.IPv6Address) and target.ipv4_mapped is not None:
-        target = target.ipv4_mapped
-    found = [route for route in routes if target in route]
-    if not found or target.is_loopback:
-        return None
-    longest = max(found, key=lambda route: route.prefixlen)
-    return longest if longest.prefixlen >= _longest_other(target, device) else None
-
-
-def _longest_other(target: Address, device: str) -> int:
-    """Return the longest prefix length of other devices' routes to an address, or -1."""
-    lengths = [-1]
-    if target.version == 4:
-        for line in _table("/proc/net/route")[1:]:
-            fields = line.split()
-            # Hexadecimal, in host byte order.
-            network, mask = (
-                ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
-            )
-            route = ipaddress.ip_network(f"{network}/{mask}")
-            if fields[0] != device and target in route:
-                lengths.append(route.prefixlen)
-    else:
-        for line in _table("/proc/net/ipv6_route"):
-            fields = line.split()
-            net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
-            if fields[9] not in (device, "lo") and target in net6:
-                lengths.append(net6.prefixlen)
-    return max(lengths)
-
-
-def _table(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []

@@ -15,6 +15,8 @@ from ttun import congestion
 from ttun.errors import UsageError
 
 DEFAULT_PORT = 20203
+DEFAULT = "default"  # the route to everything
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 WIRES = ("auto", "v1", "x1")
 MIN_MTU, MAX_MTU = 576, 65519  # least that RFC 791 requires of hosts; largest that fits a frame
@@ -121,6 +123,8 @@ class Settings:
     addresses: Addresses | None = None  # in the tunnel; None: the defaults of that end
     routes: Sequence[Network] = ()  # networks to route through the tunnel
     limits: Limits = DEFAULT_LIMITS  # when to rekey, in protocol x1
+    default_route: bool = False  # client: route all packets but those of users into the tunnel
+    users: Sequence[int] = ()  # IDs of the users that dial, the program's own first; (): only that
 
     KINDS: ClassVar[dict[str, tuple[type, ...]]] = {
         "cipher": (str, type(None)),
@@ -134,6 +138,8 @@ class Settings:
         "addresses": (Addresses, type(None)),
         "routes": (Sequence,),
         "limits": (Limits,),
+        "default_route": (bool,),
+        "users": (Sequence,),
     }
 
     def __post_init__(self) -> None:
@@ -151,6 +157,10 @@ class Settings:
             raise UsageError(f"--rekey {self.limits.seconds:g}: {most}")
         congestion.checked(self.congestion_control)
         check_device_name(self.device)
+        for user in self.users:
+            check_type("a user", user, int)
+            if not 0 <= user < 2**32 - 1:
+                raise UsageError(f"{user} is not a user's number")
         for network in self.routes:
             check_type("a route", network, ipaddress.IPv4Network, ipaddress.IPv6Network)
             if network.version == 6 and self.mtu < MIN_IPV6_MTU:

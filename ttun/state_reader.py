@@ -153,7 +153,7 @@ class StateReader:
             self._listened_to = indices
             # Too many routes for a filter, or no BPF: _matters() filters instead.
             with contextlib.suppress(OSError):
-                self._link.hear_only(indices, [*self._wanted.routes, *self._wanted.connected])
+                self._link.hear_only(indices, self._wanted.all_routes)
 
     def _matters(self, message: Message) -> bool:
         """Return whether a notification may concern the state."""

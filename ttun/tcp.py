@@ -250,7 +250,7 @@ class Dialer(transport.Dialer):
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return a candidate for each address."""
         try:
-            found = self._resolver.targets(stop)
+            found = self._resolver.targets(stop, self.outside)
         except InterruptedError:
             raise
         except OSError as error:

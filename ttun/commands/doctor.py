@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import privileges, tox
+from ttun import default_route, privileges, tox
 from ttun._codec import ffi
 from ttun.address import Address
 from ttun.commands.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
@@ -95,6 +95,7 @@ def look(peer: Address | None) -> Iterator[Finding]:
 
         yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, ipv4_routes())
         yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, ipv6_routes())
+        yield from look_at_rp_filter()
     if peer is not None:
         yield from look_at_peer(peer)
 
@@ -257,6 +258,19 @@ def look_at_clock(today: datetime.date) -> Finding:
         "wrong dates in the log; pip and apt reject certificates; the tunnel needs no date",
         'date -s "YYYY-MM-DD hh:mm", then NTP; on a board without a battery fake-hwclock',
     )
+
+
+def look_at_rp_filter() -> Iterator[Finding]:
+    """Would ``--route default`` be refused, as answers would be dropped?"""
+    outside = {route.device for route in ipv4_routes() if not route.network.prefixlen}
+    if strict := sorted(filter(default_route.is_strict, outside)):
+        yield Finding(
+            WARN,
+            "rp_filter",
+            f"1 on {', '.join(strict)}",
+            "ttun client --route default does not start",
+            "; ".join(map(default_route.remedy, strict)),
+        )
 
 
 @dataclass(frozen=True)

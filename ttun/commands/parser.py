@@ -234,7 +234,8 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         action="append",
         default=[],
         metavar="NET/LENGTH",
-        help="route this network into the tunnel (repeatable)",
+        help="route this network into the tunnel (repeatable); client: 'default' for all traffic "
+        "except the LAN's",
     )
     facts = ", with TTUN_DEVICE, TTUN_PEER, ... in the environment"
     for name, when in (("up", f"connects{facts}"), ("down", "disconnects")):
@@ -250,8 +251,7 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         "-user",
         "--user",
         metavar="NAME",
-        help="switch to this user after opening the device and port (default: nobody, if "
-        "started as root)",
+        help="switch to this user after opening the device and port (default: ttun, else nobody)",
     )
 
 

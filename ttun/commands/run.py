@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
 import signal
 import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import privileges, tcp
+from ttun import default_route, privileges, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
@@ -27,7 +28,7 @@ from ttun.process import log_writer
 from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
 from ttun.server import Server
-from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
+from ttun.settings import CLIENT, DEFAULT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
@@ -38,6 +39,8 @@ log = logging.getLogger("ttun")
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
+    if DEFAULT in options.route:
+        raise UsageError(f"--route {DEFAULT} is for the client")
     if options.stdio and options.tox:
         raise UsageError("--stdio and --tox: a server has its peers in one place")
     psk = _find_key(options) if options.stdio else key.find(options.psk, options.psk_file)
@@ -77,7 +80,25 @@ def client(options: argparse.Namespace) -> int:
     else:
         raise UsageError("the following arguments are required: -s/--server")
     limits = Limits(seconds=options.rekey)
-    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
+    user = privileges.find_user(options.user)
+    whole = DEFAULT in options.route
+    if whole and user is not None and user.name in ("nobody", "root"):
+        log.warning(
+            "packets of all programs of user %s stay outside the tunnel "
+            "(a user of ttun's own: useradd --system ttun)",
+            user.name,
+        )
+    users = [user.uid if user else os.geteuid()]
+    if keeper.via is not None and keeper.via.user is not None:
+        users.append(keeper.via.user.uid)
+    end = Client(
+        psk,
+        server=server,
+        limits=limits,
+        default_route=whole,
+        users=users,
+        **_tunnel_options(options, CLIENT),
+    )
     return _run(end, psk, options, keeper)
 
 
@@ -100,7 +121,7 @@ def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, 
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
         "addresses": Addresses.parse(usual, *given),
-        "routes": [parse_network(text) for text in options.route],
+        "routes": [parse_network(text) for text in options.route if text != DEFAULT],
     }
 
 
@@ -159,10 +180,18 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Ke
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
+    whole = DEFAULT in options.route
+    if whole:
+        keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
-    keeper.start(endpoint.facts(), socket_of_status.entry())
-    privileges.drop(user, required=options.user is not None)  # before there are threads
+    try:
+        keeper.start(endpoint.facts(), socket_of_status.entry())
+    except TtunError:
+        endpoint.stop()  # which removes the rules of the default route
+        raise
+    # Before there are threads. As another user its own connection would go into the tunnel.
+    privileges.drop(user, required=whole or options.user is not None)
     log_writer.start()
     if isinstance(hooks, Hooks):
         hooks.start()
