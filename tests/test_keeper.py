@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import os
 import pwd
 import random
@@ -104,6 +105,22 @@ def test_hooks_that_cannot_start_are_an_error_and_the_end_is_as_planned(
     assert (tmp_path / "done").exists()
 
 
+def test_what_is_put_where_the_program_was_started_is_not_imported_later(
+    keeper: Keeper,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As by a program that was taken over, if it was started in a directory of its user."""
+    monkeypatch.syspath_prepend(tmp_path)
+    keeper.at_end.append(functools.partial(importlib.import_module, "that_is_not_there_yet"))
+    keeper.start({})
+    (tmp_path / "that_is_not_there_yet.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    keeper.close()
+    assert not (tmp_path / "ran").exists()
+    assert "No module named 'that_is_not_there_yet'" in capfd.readouterr().err
+
+
 def test_what_hangs_at_the_end_does_not_hold_it(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +134,7 @@ def test_what_hangs_at_the_end_does_not_hold_it(
     assert time.monotonic() - started < 20
 
 
-LIMITED = module.START_CODE.replace("main({})", "main.__globals__.update(AT_END=1)\nmain({})")
+LIMITED = module.START_CODE.replace("main({}", "main.__globals__.update(AT_END=1)\nmain({}")
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "import time; time.sleep(600)"])
@@ -202,8 +219,8 @@ def test_how_a_command_ended_is_said_also_if_the_program_hangs_up_at_once(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It has TICK for that: here more, as this machine may be busy."""
-    longer = 'main.__globals__["process_group"].TICK = 0.5\nmain({})'
-    monkeypatch.setattr(module, "START_CODE", module.START_CODE.replace("main({})", longer))
+    longer = 'main.__globals__["process_group"].TICK = 0.5\nmain({}'
+    monkeypatch.setattr(module, "START_CODE", module.START_CODE.replace("main({}", longer))
     keeper.via = via("exec <&- >&-; (exit 7)", None)
     keeper.start({})
     for _ in range(8):

@@ -8,8 +8,8 @@
  4. A command that takes too long is ended with all its processes (process_group.py). What a command
     leaves in the background ends with the program.
 
-They run as the user of --user, without capabilities, and no set-user-ID program changes that: what
-takes more rights belongs into the service manager, or into a program that waits to be told.
+They run as the user of --user, without capabilities, and no set-user-ID program changes that. With
+--hook-user all of this is in the keeper (process/keeper.py), which still has privileges.
 
 What ends each wait: a command has TIMEOUT. When the program ends, an --up under way has UP_AT_END
 from then on and a --down DOWN_AT_END, and what waits is left out. Where there is no process,

@@ -284,8 +284,7 @@ def _tunnel_options(command: Parser) -> None:
         command.add_argument(
             f"--{name}",
             metavar="COMMAND",
-            help=f"run when {when}, with TTUN_DEVICE, TTUN_PEER and more in its environment, as "
-            "the user of --user",
+            help=f"run when {when}, with TTUN_DEVICE, TTUN_PEER and more in its environment",
         )
     command.add_argument(
         "--hook-user",

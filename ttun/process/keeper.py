@@ -1,7 +1,7 @@
 """The keeper: a small process that keeps the privileges that the program drops, for fixed jobs.
 
  1. Keeper.start(), before privileges are dropped, and only where something needs it: the program
-    starts a fresh Python. A fork would do but for its memory, which may hold the pre-shared key.
+    starts a fresh Python, as the memory of a fork may hold the pre-shared key.
  2. The keeper reads its Plan from the program, which is still privileged: commands, users, what to
     do at the end. It takes no other command and no path.
  3. The program drops its privileges. From then on the keeper takes requests alone, one message of
@@ -58,9 +58,10 @@ RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 START_CODE = """import sys
 sys.excepthook = lambda kind, why, _: print("ttun: keeper:", kind.__name__, why, file=sys.stderr)
+own = sys.path[:]
 sys.path[:] = {}
 from ttun.process.keeper_process import main
-main({})"""
+main({}, own)"""
 
 # The facts that a program may tell. What stays the same (device, addresses) is in the Plan.
 NO_PEER = re.compile(r"[^\w.:%@/\[\]+ -]", re.ASCII)  # not in its name: what a shell acts on

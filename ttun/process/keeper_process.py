@@ -37,8 +37,11 @@ from ttun.summary import Summary
 log = logging.getLogger("ttun")
 
 
-def main(descriptor: int) -> None:
-    """Be the keeper, on a socket that the program has the other end of."""
+def main(descriptor: int, path: list[str]) -> None:
+    """Be the keeper, on a socket that the program has the other end of.
+
+    path: sys.path from then on. That of the program may have a directory which others can write to.
+    """
     for number in IGNORED:
         signal.signal(number, _note)  # a handler, as what is ignored stays so in its commands
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTTOU})  # to set the terminal's group
@@ -47,6 +50,7 @@ def main(descriptor: int) -> None:
     privileges.forbid_dumps()
     log_writer.start()
     plan = pickle.loads(sys.stdin.buffer.read())
+    sys.path[:] = path
     servant = Servant(plan, socket.socket(fileno=descriptor))
     try:
         servant.serve()
