@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from tunnel import CLIENT, PROGRAM, ROOT, SERVER, SERVER_ADDRESS, Bench, eventua
 from ttun.client import Backoff
 from ttun.commands import via
 from ttun.errors import UsageError
+from ttun.flag import Flag
 from ttun.process.keeper import Keeper
 
 pytestmark = [pytest.mark.hosts, needs_socat]
@@ -259,6 +261,27 @@ def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
 def test_a_command_is_told_host_and_port(plain: Bench) -> None:
     end = client(plain, "echo '%h %p 100%%' >&2", "-s", "[2001:db8::1]:9")
     end.says("--via: 2001:db8::1 9 100%\n")
+
+
+def test_without_a_thread_a_dial_fails_and_leaves_no_command(
+    nap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        eventually(lambda: running(nap), "the command runs")
+        raise RuntimeError("can't start new thread")
+
+    keeper = Keeper()
+    dialer = via.Dialer(None, f"sleep {nap}", None, keeper)
+    keeper.start({})
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", start)
+        dialer.candidates(Flag())[0].dial(Flag())
+    eventually(lambda: not running(nap), "it was ended")
+    with dialer.candidates(Flag())[0].dial(Flag()):
+        eventually(lambda: running(nap), "the next one runs")
+    eventually(lambda: not running(nap), "it ended with its connection")
+    dialer.close()
+    keeper.close()
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def _why_unknown(argument: str, names: Iterable[str]) -> str:
     typed = argument.partition("=")[0]
     word = typed.lstrip("-")
     known = sorted({name.lstrip("-") for name in names if len(name) > 2})
-    like = [name for name in known if word and name.startswith(word)]
+    like = [name for name in known if len(word) > 1 and name.startswith(word)]
     is_shown = like or len(typed) == 2
     like = like or [name for name in known if word.startswith(name)]
     like = like or difflib.get_close_matches(word, known, 1)
