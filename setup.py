@@ -8,6 +8,7 @@ package is built unchanged.
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 from setuptools import setup
@@ -19,6 +20,12 @@ from compact import compact
 from press import press
 
 PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
+
+# What most starts of the program do not need.
+RARE = (
+    *("tox/*", "commands/doctor*.py", "commands/finding.py", "commands/path_mtu.py"),
+    *("commands/via.py", "commands/stdio.py", "process/keeper_process.py"),
+)
 
 
 class BuildPython(build_py):  # type: ignore[misc]
@@ -39,6 +46,27 @@ class BuildPython(build_py):  # type: ignore[misc]
             text = compact(source, package == "ttun" and module in PUBLIC)
             Path(outfile).write_text(text, encoding="utf-8")
         return outfile, copied
+
+    def run(self) -> None:
+        """Copy all, then put RARE into a zip file: one stream compresses better than its parts.
+
+        Nothing in it is compressed, as the wheel is. Python imports from it (zipimport), but keeps
+        no byte-code of that.
+        """
+        super().run()
+        package = Path(self.build_lib, "ttun")
+        if self.editable_mode:
+            return
+        moved = sorted(path for pattern in RARE for path in package.glob(pattern))
+        with zipfile.ZipFile(package / "rare.zip", "w") as archive:
+            for path in moved:
+                name = path.relative_to(package)
+                archive.writestr(zipfile.ZipInfo(str(name)), path.read_bytes())
+                path.unlink()
+        (package / "tox").rmdir()
+        for init, where in (("", "/"), ("commands", "/../"), ("process", "/../")):
+            with (package / init / "__init__.py").open("a", encoding="utf-8") as file:
+                file.write(f'\n__path__.append(__path__[0] + "{where}rare.zip/{init}")\n')
 
 
 class BuildWheel(bdist_wheel):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import pkgutil
 import random
 import socket
 import threading
@@ -23,7 +24,7 @@ from ttun.tox.loop import Loop
 from ttun.tox.toxcore import PUBLIC_KEY_SIZE
 
 SYSTEM_FILE = Path("/etc/tuntox/nodes.json")
-PACKAGED_FILE = Path(__file__).with_name("nodes.json")
+PACKAGED_FILE = Path(__file__).with_name("nodes.json")  # inside a zip file, in a wheel
 MAX_SIZE = 16 << 20  # bytes in a file of nodes
 INTERVAL, AT_ONCE = 10.0, 8  # seconds between attempts, and nodes per attempt
 
@@ -45,7 +46,11 @@ def load(path: Path | None) -> list[Node]:
     if path is None:
         path = SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE
     try:
-        document = json.loads(files.read(path, MAX_SIZE).decode())
+        if path == PACKAGED_FILE:
+            raw = pkgutil.get_data(__name__, path.name) or b""
+        else:
+            raw = files.read(path, MAX_SIZE)
+        document = json.loads(raw.decode())
         entries = document["nodes"]
         nodes = [node for entry in entries for node in _nodes(entry)]
     except OSError as error:
