@@ -583,7 +583,7 @@ def test_a_name_that_only_a_local_name_server_knows_is_waited_for(
     stub.address = None
     far.server()
     client = far.client(*DEFAULT, to=NAME)
-    client.says("cannot look up", times=2, seconds=60)
+    client.says("cannot resolve", times=2, seconds=60)
     assert hosts(far).rules() == [] and far.devices(CLIENT) == []
     stub.address = FAR
     connected(far, client)

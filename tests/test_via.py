@@ -164,7 +164,7 @@ def test_a_command_that_cannot_be_found_is_a_line(plain: Bench) -> None:
 def test_a_command_that_says_nothing_is_ended_after_a_minute(plain: Bench, nap: str) -> None:
     end = client(plain, f"sleep {nap}")
     eventually(lambda: running(nap), "it runs")
-    end.says("no handshake within 60 s", seconds=75)
+    end.says("timed out after 60 s", seconds=75)
     eventually(lambda: not running(nap), "it was ended")
     assert end.stop() == 0
 

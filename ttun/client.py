@@ -166,7 +166,7 @@ class Client(Endpoint):
                 raise
             except OSError as error:
                 if self._settings.default_route and name_servers.are_outside():
-                    log.info("cannot look up %s", error)  # which works behind the rules too
+                    log.info("cannot resolve %s", error)  # works behind the rules too
                     return
                 wait = backoff.after_failure(time.monotonic())
                 log.info("cannot resolve %s; retrying in %.1f s", error, wait)
