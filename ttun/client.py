@@ -140,7 +140,7 @@ class Client(Endpoint):
             cipher, wire, mtu, mptcp, offload, congestion_control,
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
-        super().__init__(key, settings, on_connected, on_disconnected)
+        super().__init__([key], settings, on_connected, on_disconnected)
         check_type("server", server, str, Dialer)
         if isinstance(server, str):
             server = dialer(server, mptcp, congestion_control)
@@ -261,7 +261,7 @@ class Client(Endpoint):
     ) -> tuple[Peer | None, float | None]:
         """Run the handshake; return as _connect() does."""
         began = time.monotonic()
-        steps = handshake.client(self._k, self._terms)
+        steps = handshake.client(self._ks[0], self._terms)
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)
         try:
             self._watch_connection(sock)

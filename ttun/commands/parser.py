@@ -237,7 +237,17 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         "-k", "--psk", metavar="KEY", help="pre-shared key (ps shows it for a moment)"
     )
     command.add_argument(
-        "-psk-file", "--psk-file", metavar="FILE", help="file with the pre-shared key, mode 0600"
+        "-psk-file",
+        "--psk-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file with the pre-shared key, mode 0600"
+        + (
+            " (repeatable: up to four keys, any of which a client may have)"
+            if ours is SERVER
+            else ""
+        ),
     )
     command.add_argument(
         "-m",

@@ -14,6 +14,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,7 @@ log = logging.getLogger("ttun")
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
-    psk = key.find(options.psk, options.psk_file)
-    made = psk is None
-    if psk is None:
-        privileges.check()  # before a key is made in vain
-        psk = key.create()
-        log.info("wrote a new key to %s", key.DEFAULT_FILE)
+    keys = key.find_all(options.psk, options.psk_file)
     listen: str | Listener = options.listen
     where = None if options.tox else _our_address(options.listen)
     if options.tox:
@@ -51,15 +47,28 @@ def server(options: argparse.Namespace) -> int:
         listen = transport.Listener(Path(options.tox_dir), nodes)
         where = listen.name
         log.info("on the client: ttun client -s %s", where)
-    if made:
-        _show_client_command(psk, str(where))
-    end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
-    return _run(end, psk, options)
+    made = not keys
+    end = Server(
+        keys or key.generate().encode(),
+        listen=listen,
+        takeover=options.takeover,
+        **_tunnel_options(options, SERVER),
+    )
+    if len(keys) > 1:
+        end.key_names = options.psk_file
+
+    def make_key() -> None:
+        keys.append(key.create())
+        log.info("wrote a new key to %s", key.DEFAULT_FILE)
+        end.use_keys(keys)
+        _show_client_command(keys[0], str(where))
+
+    return _run(end, keys, options, make_key if made else None)
 
 
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
-    psk = key.find(options.psk, options.psk_file)
+    psk = key.find(options.psk, options.psk_file[-1] if options.psk_file else None)
     if psk is None:
         raise UsageError(
             f"no key (give the server's key with -k or --psk-file, in {key.VARIABLE}, "
@@ -69,7 +78,7 @@ def client(options: argparse.Namespace) -> int:
     server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
     limits = Limits(seconds=options.rekey)
     end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
-    return _run(end, psk, options)
+    return _run(end, [psk], options)
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
@@ -108,16 +117,31 @@ def _our_address(listen: str) -> str:
     return str(address._replace(host=host))
 
 
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
-    """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
+def _run(
+    endpoint: Endpoint,
+    keys: list[bytes],
+    options: argparse.Namespace,
+    when_open: Callable[[], None] | None = None,
+) -> int:
+    """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end.
+
+    when_open: called once it is open, still with privileges.
+    """
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
     hooks = Hooks(options.up, options.down)
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
-    key.warn_if_short(psk)
+    for each in keys:
+        key.warn_if_short(each)
     endpoint.open()
+    if when_open is not None:
+        try:
+            when_open()
+        except BaseException:
+            endpoint.stop()
+            raise
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
     privileges.drop(user, required=options.user is not None)  # before there are threads
