@@ -245,7 +245,10 @@ class Client(Endpoint):
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
-            log.info("cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures)))
+            name = self._dialer.name
+            named = (f"{name}: ", f"{name.rpartition(':')[0]}: ")  # the server is named once
+            why = [str(each).removeprefix(named[0]).removeprefix(named[1]) for each in failures]
+            log.info("cannot connect to %s: %s", name, "; ".join(why))
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0

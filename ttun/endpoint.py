@@ -27,7 +27,7 @@ from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import LACKS, TtunError, UsageError, reason
 from ttun.flag import SLICE, Flag
-from ttun.handshake import Keys, agreeable, psk_key
+from ttun.handshake import agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
 from ttun.pending import Pending
@@ -394,13 +394,9 @@ class Endpoint(abc.ABC):
             log.exception("callback failed: %s: %s", type(error).__name__, error)
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
-        keys: Keys = peer.keys
-        log.info(
-            "peer %s authenticated: protocol %s, %s%s%s%s",
-            peer.name,
-            keys.wire,
-            keys.sending.cipher.name,
-            ", forward secrecy" if keys.agreement else "",
-            f", key {self.key_names[keys.key]}" if len(self._ks) > 1 else "",
-            then,
-        )
+        which = f", key {self.key_names[peer.keys.key]}" if len(self._ks) > 1 else ""
+        log.info("peer %s authenticated: %s%s%s", peer.name, peer.keys.describe(), which, then)
+        agreement, mtu = peer.keys.agreement, self._terms.mtu
+        if agreement and agreement.mtu not in (0, mtu):
+            fix = "start both ends with the same -mtu"
+            log.warning("MTU differs: %d here, %d at the peer (%s)", mtu, agreement.mtu, fix)

@@ -68,6 +68,11 @@ class Keys:
         """The protocol of these keys: "v1" or "x1"."""
         return "x1" if self.agreement else "v1"
 
+    def describe(self) -> str:
+        """Return the protocol, the cipher and their properties, for the log."""
+        secrecy = ", forward secrecy" if self.agreement else ""
+        return f"protocol {self.wire}, {self.sending.cipher.name}{secrecy}"
+
     def wipe(self) -> None:
         """Overwrite the keys of both directions."""
         self.sending.wipe()

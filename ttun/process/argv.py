@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from ttun.errors import printable
 
 SECRETS = ("-k", "--psk")  # options whose value is a key
+LIKE = 3  # letters after one dash from which on they are an abbreviated option
 NOT_SHOWN = "not shown: it may be a key"
 
 
@@ -57,9 +58,17 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
         """Parse as argparse does, but reject unknown arguments."""
         parsed, unknown = super().parse_known_args(*arguments, **named)
-        if unknown:
+        if unknown:  # a value where none belongs
             self.error(_why_unknown(unknown[0], self._option_string_actions))
         return parsed, unknown
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """Reject an unknown option at once, before argparse misses what was meant by it."""
+        found: Any = super()._parse_optional(arg_string)
+        first = found[0] if isinstance(found, list) else found
+        if first is not None and first[0] is None and self._subparsers is None:
+            self.error(_why_unknown(arg_string, self._option_string_actions))
+        return found
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Return the options of one letter that an argument may be, with the value attached.
@@ -152,11 +161,13 @@ def join_each(
 def _joins(argument: str, option: str, names: Iterable[str]) -> bool:
     """Return whether an argument can be an option of one letter with its value attached.
 
-    Not if it is, or begins with, a long option after one dash: ``-server h`` does not mean ``-s
-    erver``.
+    Not if it begins with a long option after one dash, or with LIKE letters of one and an end:
+    ``-server h`` does not mean ``-s erver``.
     """
+    word = argument.partition("=")[0][1:]
+    long = [name.lstrip("-") for name in names if len(name) > 2]
     return len(option) == 2 and not any(
-        argument.startswith(name) or argument == name[1:] for name in names if len(name) > 2
+        word.startswith(name) or (len(word) >= LIKE and name.startswith(word)) for name in long
     )
 
 
