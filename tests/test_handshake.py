@@ -126,9 +126,12 @@ def test_any_of_a_servers_keys_opens_and_the_others_are_wiped(
         init(state, cipher, direction, key)
 
     monkeypatch.setattr(CipherState, "__init__", note)
-    monkeypatch.setattr(
-        CipherState, "wipe", lambda state: (wiped.append(state), wipe(state)) and None
-    )
+
+    def wipe_and_note(state: CipherState) -> None:
+        wiped.append(state)
+        wipe(state)
+
+    monkeypatch.setattr(CipherState, "wipe", wipe_and_note)
     peers: list[Peer] = []
 
     def peer(sock: socket.socket) -> None:

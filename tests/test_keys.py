@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SERVER, TUNNEL4, Bench, End, eventually
+from tunnel import CLIENT, PROGRAM, SERVER, Bench, End
 
 import ttun
 from ttun.commands import key

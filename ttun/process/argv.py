@@ -40,6 +40,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and show no value that may be a key."""
 
+    takes_files = False  # whether a bare @FILE stands for the options in a file
+
     def __init__(self, **named: Any) -> None:
         """Take what argparse takes, but no abbreviated options."""
         super().__init__(allow_abbrev=False, formatter_class=Help, **named)
@@ -96,6 +98,7 @@ def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int
     parsing will fail there, but the process is visible until then.
     """
     options, commands, free = _what_it_takes(parser)
+    files = getattr(parser, "takes_files", False)
     index = -1
     is_after_unknown = False
     while (index := index + 1) < len(arguments):
@@ -110,8 +113,11 @@ def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int
             if name in SECRETS or options[name] is None:
                 yield index, len(name) + 1
         elif argument in commands:
+            files = getattr(commands[argument], "takes_files", False)
             options, commands, free = _what_it_takes(commands[argument])
         elif not argument.startswith("-"):
+            if files and argument.startswith("@") and not was_after_unknown:
+                continue
             if was_after_unknown or not free:
                 yield index, 0
             else:
