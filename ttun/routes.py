@@ -91,12 +91,20 @@ def catching(routes: Iterable[Network], address: str, device: str) -> Network | 
     if not found or target.is_loopback:
         return None
     longest = max(found, key=lambda route: route.prefixlen)
-    return longest if longest.prefixlen >= _longest_other(target, device) else None
+    return longest if longest.prefixlen >= _longest_other(target, device)[0] else None
 
 
-def _longest_other(target: Address, device: str) -> int:
-    """Return the longest prefix length of other devices' routes to an address, or -1."""
-    lengths = [-1]
+def clash(network: Network, device: str) -> str | None:
+    """Return another device with a route to a network of this one, at least as specific."""
+    length, other = _longest_other(network[-1], device)
+    return other if length >= network.prefixlen else None
+
+
+def _longest_other(target: Address, device: str) -> tuple[int, str]:
+    """Return the longest prefix length of other devices' routes to an address, or -1, and the
+    device.
+    """
+    lengths = [(-1, "")]
     if target.version == 4:
         for line in _table("/proc/net/route")[1:]:
             fields = line.split()
@@ -106,13 +114,13 @@ def _longest_other(target: Address, device: str) -> int:
             )
             route = ipaddress.ip_network(f"{network}/{mask}")
             if fields[0] != device and target in route:
-                lengths.append(route.prefixlen)
+                lengths.append((route.prefixlen, fields[0]))
     else:
         for line in _table("/proc/net/ipv6_route"):
             fields = line.split()
             net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
             if fields[9] not in (device, "lo") and target in net6:
-                lengths.append(net6.prefixlen)
+                lengths.append((net6.prefixlen, fields[9]))
     return max(lengths)
 
 
