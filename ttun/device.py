@@ -72,7 +72,8 @@ class Device:
         """
         self.prepared = _is_taken(name)
         if not self.prepared:
-            privileges.check(f", or prepare it: {PREPARE.format(name=name, user=os.geteuid())}")
+            prepare = f", or prepare it: {PREPARE.format(name=name, user=os.geteuid())}"
+            privileges.check("" if "%" in name else prepare)
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
         self.has_ipv6 = False
         try:
@@ -127,12 +128,15 @@ class Device:
         log.info("tun %s up: %s mtu %d", self.name, " ".join(shown), mtu)
 
     def _warn_of_clashes(self) -> None:
-        for address in [self.addresses.ipv4, *[self.addresses.ipv6] * self.has_ipv6]:
-            if other := routes.clash(address.network, self.name):
+        networks: list[Network] = [self.addresses.ipv4.network]
+        if self.has_ipv6:
+            networks.append(self.addresses.ipv6.network)
+        for network in networks:
+            if other := routes.clash(network, self.name):
                 log.warning(
                     "%s is also routed through %s, so traffic may be misrouted (choose other "
                     "addresses: --local%d, --peer%d)",
-                    address.network, other, address.version, address.version,
+                    network, other, network.version, network.version,
                 )  # fmt: skip
 
     def _complete(self) -> None:
