@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, SERVER, Bench, End
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, TUNNEL4, Bench, End
 
 import ttun
 from ttun.commands import key
@@ -86,3 +88,98 @@ def test_the_library_takes_one_key_or_up_to_four() -> None:
     for wrong in ([], [b""], [b"one", b""], [b"x"] * (MAX_KEYS + 1), ["text"], "text", None):
         with pytest.raises(ttun.UsageError, match="key"):
             ttun.Server(wrong)  # type: ignore[arg-type]
+
+
+def steps() -> list[str]:
+    """The commands of "Change the key" in docs/services.md, one text for each step."""
+    page = (ROOT / "docs" / "services.md").read_text()
+    section = page.partition("## Change the key\n")[2].partition("\n## ")[0]
+    found = re.split(r"^\d\. ", section, flags=re.M)[1:]
+    return ["\n".join(re.findall(r"^ {7}(.*)", step, re.M)) for step in found]
+
+
+class Host:
+    """A host with an /etc/ttun of its own; systemctl runs what the unit says, as root."""
+
+    def __init__(self, bench: Bench, host: str, directory: Path) -> None:
+        self.bench, self.host, self.etc = bench, host, directory / host
+        self.etc.mkdir()
+        self.end: End | None = None
+
+    def run(self, lines: str) -> str:
+        """Run lines of the page. The paths are ours, and there is no user ttun."""
+        lines = re.sub(r"^.*systemctl restart .*$", "", lines, flags=re.M)
+        lines = re.sub(r"sudo |-o ttun ", "", lines).replace("/etc/ttun", str(self.etc))
+        lines = re.sub(r"\bttun genkey", " ".join([*PROGRAM, "genkey"]), lines)
+        return self.bench.run(self.host, "sh", "-ec", lines)
+
+    def restart(self) -> End:
+        if self.end is not None:
+            assert self.end.stop() == 0
+        unit = (ROOT / "packaging" / "systemd" / f"ttun-{self.host}@.service").read_text()
+        arguments = re.findall(r"^ExecStart=\S+ (.*)", unit, re.M)[0]
+        options = (self.etc / "office.conf").read_text().strip().partition("=")[2]
+        for name, value in (
+            ("${CREDENTIALS_DIRECTORY}/psk", str(self.etc / "office.psk")),
+            ("$OPTIONS", options.replace("/etc/ttun", str(self.etc))),
+        ):
+            arguments = arguments.replace(name, value)
+        self.end = self.bench.start(self.host, *arguments.split(), *self.bench.options)
+        return self.end
+
+
+def copy_through_the_tunnel(bench: Bench, source: Path, target: Path) -> None:
+    """As scp would: the server's host sends the file to the tunnel address of the client's."""
+    address = (TUNNEL4[CLIENT], 5005)
+    listener = bench.on(CLIENT, lambda: socket.create_server(address))
+    sending = bench.on(SERVER, lambda: socket.create_connection(address, 20))
+    with listener, sending, listener.accept()[0] as receiving:
+        sending.sendall(source.read_bytes())
+        sending.shutdown(socket.SHUT_WR)
+        receiving.settimeout(20)
+        target.touch(0o600)
+        with receiving.makefile("rb") as file:
+            target.write_bytes(file.read())
+
+
+@pytest.mark.hosts
+@every_wire
+def test_a_key_is_changed_over_the_tunnel_in_the_four_steps_of_the_page(
+    bench: Bench, tmp_path: Path
+) -> None:
+    assert len(steps()) == 4
+    ours, theirs = Host(bench, SERVER, tmp_path), Host(bench, CLIENT, tmp_path)
+    files(tmp_path, "old")
+    for each, options in ((ours, "-l :20203"), (theirs, "-s 192.0.2.1")):
+        (each.etc / "office.conf").write_text(f"OPTIONS={options}\n")
+        (each.etc / "office.psk").write_bytes((tmp_path / "old").read_bytes())
+        (each.etc / "office.psk").chmod(0o600)
+        each.restart()
+
+    def works(which: str = "") -> None:
+        for end in (ours.end, theirs.end):
+            assert end is not None
+            end.says("authenticated")
+        bench.answers()
+        assert f"{which}; other clients wait" in ours.end.log(), ours.end.log()
+
+    works()
+    ours.run(steps()[0])
+    ours.restart()
+    works(f", key {ours.etc}/office.psk")  # the client reconnects, with its old key
+    copy_through_the_tunnel(bench, ours.etc / "office.new", theirs.etc / "office.new")
+    sums = [each.run(steps()[1]).split()[0] for each in (ours, theirs)]
+    assert sums[0] == sums[1]
+    theirs.run(steps()[2])
+    theirs.restart()
+    ours.end.says("authenticated", 2)
+    works(f", key {ours.etc}/office.new")
+    ours.run(steps()[3])
+    ours.restart()
+    works("forward secrecy" if bench.wire == "x1" else "")
+    theirs.restart()
+    ours.end.says("authenticated", 2)
+    bench.answers()
+    assert not (ours.etc / "office.new").exists()
+    assert (ours.etc / "office.psk").read_bytes() == (theirs.etc / "office.psk").read_bytes()
+    assert (ours.etc / "office.psk").read_bytes() != (tmp_path / "old").read_bytes()
