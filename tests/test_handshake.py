@@ -6,11 +6,11 @@ import os
 import socket
 
 import pytest
-from peer import MAGIC, Peer
-from shaking import K, against, drive
+from peer import MAGIC, Peer, X1Peer
+from shaking import K, against, drive, terms
 
 from ttun import handshake
-from ttun.cipher import CIPHERS
+from ttun.cipher import CIPHERS, Cipher, CipherState
 from ttun.errors import ProtocolError
 
 V1 = handshake.Terms("v1")
@@ -106,3 +106,67 @@ def test_a_pending_handshake_wants_few_bytes() -> None:
 
 def test_nonces_are_fresh() -> None:
     assert next(handshake.client(K, V1)) != next(handshake.client(K, V1))
+
+
+SEVERAL = [b"first", b"second", b"third", b"secret"]
+
+
+@pytest.mark.parametrize("theirs", SEVERAL)
+@pytest.mark.parametrize("wire", ["v1", "x1"])
+def test_any_of_a_servers_keys_opens_and_the_others_are_wiped(
+    theirs: bytes, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k, *others = map(handshake.psk_key, SEVERAL)
+    made: list[CipherState] = []
+    wiped: list[CipherState] = []
+    init, wipe = CipherState.__init__, CipherState.wipe
+
+    def note(state: CipherState, cipher: Cipher, direction: int, key: bytes | bytearray) -> None:
+        made.append(state)
+        init(state, cipher, direction, key)
+
+    monkeypatch.setattr(CipherState, "__init__", note)
+
+    def wipe_and_note(state: CipherState) -> None:
+        wiped.append(state)
+        wipe(state)
+
+    monkeypatch.setattr(CipherState, "wipe", wipe_and_note)
+    peers: list[Peer] = []
+
+    def peer(sock: socket.socket) -> None:
+        if wire == "x1":
+            peers.append(X1Peer(sock, theirs))
+            peers[0].shake(0)
+        else:
+            peers.append(Peer(sock, theirs))
+            peers[0].handshake_as_client()
+
+    keys = against(handshake.server(k, terms(), others=others), peer)
+    assert (keys.wire, keys.key) == (wire, SEVERAL.index(theirs))
+    assert keys.receiving.open(peers[0].sending.seal(b"x")[2:]) == b"x"
+    assert {*map(id, made)} == {*map(id, [*wiped, keys.sending, keys.receiving])}
+
+
+@pytest.mark.parametrize("wire", ["v1", "auto"])
+def test_a_stranger_costs_four_opens_of_one_short_frame(
+    wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real = CipherState.open
+
+    def count(state: CipherState, ciphertext: bytes) -> bytes | None:
+        opened.append(len(ciphertext))
+        return real(state, ciphertext)
+
+    monkeypatch.setattr(CipherState, "open", count)
+    k, *others = map(handshake.psk_key, SEVERAL)
+
+    def stranger(sock: socket.socket) -> None:
+        peer = Peer(sock, b"guessed")
+        peer.nonces_as_client()
+        peer.send(MAGIC)
+
+    with pytest.raises(ProtocolError, match="authentication failed"):
+        against(handshake.server(k, handshake.Terms(wire), others=others), stranger)
+    assert opened == [24] * 4

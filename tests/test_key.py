@@ -270,7 +270,7 @@ def test_a_file_that_is_none_is_refused(places: Path) -> None:
     assert "a key, not" not in str(raised.value)
     with pytest.raises(TtunError, match="Is a directory"):
         key.read_file(places)
-    with pytest.raises(TtunError, match="more than"):
+    with pytest.raises(TtunError, match="larger than"):
         key.read_file(write(places / "huge", bytes(key.MAX_SIZE + 1)))
 
 

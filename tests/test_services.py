@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from machine import threads
+from machine import opened, threads
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
 
 from ttun import privileges
@@ -101,26 +100,6 @@ def test_the_user_is_made(installed: Path, tmp_path: Path) -> None:
         capture_output=True, check=True,
     )  # fmt: skip
     assert re.search(r"^ttun:", (tmp_path / "etc" / "passwd").read_text(), re.M)
-
-
-def opened(*paths: str | Path) -> str:
-    """Shell lines that let every user reach these directories, in this mount namespace.
-
-    A directory above one of them that is closed to others gets a cover with nothing else in it.
-    """
-    closed: dict[Path, list[Path]] = {}
-    for path in map(Path, paths):
-        for above in list(path.parents)[-2::-1]:
-            if not above.stat().st_mode & stat.S_IXOTH:
-                closed.setdefault(above, []).append(path)
-                break
-    lines = []
-    for above, inside in closed.items():
-        kept = [(shlex.quote(f"/mnt/opened{path}"), shlex.quote(str(path))) for path in inside]
-        lines += [f"mkdir -p {keep}; mount --bind {path} {keep}" for keep, path in kept]
-        lines += [f"mount -t tmpfs -o mode=755 none {shlex.quote(str(above))}"]
-        lines += [f"mkdir -p {path}; mount --bind {keep} {path}" for keep, path in kept]
-    return "\n".join(lines)
 
 
 @pytest.mark.hosts

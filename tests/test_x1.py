@@ -82,6 +82,23 @@ def test_it_agrees_with_an_independent_peer(role: str, cipher: str) -> None:
     assert keys.receiving.open(peers[0].sending.seal(b"back")[2:]) == b"back"
 
 
+@pytest.mark.parametrize("mtu", [0, 1280, 65535])
+@pytest.mark.parametrize("role", ROLES)
+def test_each_side_knows_the_mtu_of_the_other(role: str, mtu: int) -> None:
+    """0 is what an older end sends in its two spare bytes."""
+    peers: list[X1Peer] = []
+
+    def peer(them: X1Peer) -> None:
+        them.mtu = mtu
+        them.shake(1 - ROLES[role])
+        peers.append(them)
+
+    ours = handshake.agreeable("auto", None, 1400)
+    assert (keys := x1_against(role, peer, ours)).agreement is not None
+    assert (keys.agreement.mtu, peers[0].their_mtu) == (mtu, 1400)
+    assert peers[0].receiving.open(keys.sending.seal(b"both are hashed")[2:]) == b"both are hashed"
+
+
 def both(ours: Terms, theirs: Terms) -> tuple[Keys, Keys]:
     """Two ttun sides, the first one the client."""
     servers: list[Keys] = []

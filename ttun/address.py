@@ -26,8 +26,10 @@ def parse_host_port(
     """Parse HOST:PORT or [IPv6]:PORT. Raises UsageError.
 
     default: the port to use when none is given; None makes it mandatory. least: the lowest valid
-    port. any_host: accept :PORT too.
+    port. any_host: accept :PORT and PORT too.
     """
+    if text.isascii() and text.isdigit():
+        text = f":{text}"
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or not host:

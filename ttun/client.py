@@ -142,7 +142,7 @@ class Client(Endpoint):
             cipher, wire, mtu, mptcp, offload, congestion_control,
             buffers, device, addresses, routes, limits, default_route, users,
         )  # fmt: skip
-        super().__init__(key, settings, on_connected, on_disconnected)
+        super().__init__([key], settings, on_connected, on_disconnected)
         check_type("server", server, str, Dialer)
         if isinstance(server, str):
             server = dialer(server, mptcp, congestion_control)
@@ -270,7 +270,10 @@ class Client(Endpoint):
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
-            log.info("cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures)))
+            name = self._dialer.name
+            named = (f"{name}: ", f"{name.rpartition(':')[0]}: ")  # the server is named once
+            why = [str(each).removeprefix(named[0]).removeprefix(named[1]) for each in failures]
+            log.info("cannot connect to %s: %s", name, "; ".join(why))
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
@@ -286,7 +289,7 @@ class Client(Endpoint):
     ) -> tuple[Peer | None, float | None]:
         """Run the handshake; return as _connect() does."""
         began = time.monotonic()
-        steps = handshake.client(self._k, self._terms)
+        steps = handshake.client(self._ks[0], self._terms)
         patience = self._dialer.patience
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:

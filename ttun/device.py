@@ -1,6 +1,10 @@
 """The TUN device: open it, set addresses, MTU and queue length, add routes.
 
-python-pytun opens the device and sets its IPv4 address and MTU; the rest are ioctls.
+A device that exists is one that an administrator prepared, perhaps for an unprivileged user: attach
+to it, and add what it lacks as far as this process may. DeviceWatch reports the rest.
+
+python-pytun opens the device and sets its IPv4 address and MTU; the rest are ioctls, and for a
+prepared device netlink.
 Source: Documentation/networking/tuntap.rst, linux/ipv6.h (struct in6_ifreq), netdevice(7).
 """
 
@@ -15,12 +19,12 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytun
 
-from ttun import privileges, routes
+from ttun import netlink, privileges, routes
 from ttun._codec import lib
 from ttun.errors import TtunError
 from ttun.settings import MIN_IPV6_MTU, NORMAL, Addresses, Network, Settings
@@ -39,11 +43,13 @@ OFFLOADS = [
     ),
     (OFFLOAD_TCP, lib.TTUN_OFFLOAD_VNET | lib.TTUN_OFFLOAD_TCP),
 ]
+PREPARE = "sudo ip tuntap add dev {name} mode tun user {user}"
 STALE_PACKETS = 10_000  # more than any device queue holds
 
 
 class Device:
-    """An open TUN device. The kernel removes it when it is closed or the process ends.
+    """An open TUN device. The kernel removes it when it is closed or the process ends, except if it
+    existed before (``prepared``).
 
     ``offload`` holds the codec's TTUN_OFFLOAD bits. ``name`` is the last known name (DeviceWatch
     follows renames), ``index`` the interface index. ``addresses``, ``mtu`` (bytes) and ``networks``
@@ -65,23 +71,31 @@ class Device:
 
         queue: length of its transmit queue, in packets.
         """
-        privileges.check()
+        self.prepared = _is_taken(name)
+        if not self.prepared:
+            prepare = f", or prepare it: {PREPARE.format(name=name, user=os.geteuid())}"
+            privileges.check("" if "%" in name else prepare)
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
         self.has_ipv6 = self.default_route = False
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
-            if _is_taken(name):
-                raise TtunError(f"device {name} already exists (choose another name)") from None
+            if self.prepared:
+                why = _why_not_attached(error).format(name=name, user=os.geteuid())
+                raise TtunError(f"device {name} {why}") from None
             raise TtunError(_why_no_device(error)) from None
         try:
             self.name: str = self._tun.name
             self.index = socket.if_nametoindex(self.name)
             os.set_inheritable(self.fileno(), False)
             os.set_blocking(self.fileno(), False)
-            self._configure(addresses, mtu, queue)
-            for network in networks:
-                routes.add(network, self.name)
+            if self.prepared:
+                self._complete()
+            else:
+                self._configure(addresses, mtu, queue)
+                for network in networks:
+                    routes.add(network, self.name)
+            self._warn_of_clashes()
         except TtunError:
             self.close()
             raise
@@ -114,6 +128,47 @@ class Device:
                 log.info("no IPv6 in the tunnel: %s", error.strerror or error)
         log.info("tun %s up: %s mtu %d", self.name, " ".join(shown), mtu)
 
+    def _warn_of_clashes(self) -> None:
+        networks: list[Network] = [self.addresses.ipv4.network]
+        if self.has_ipv6:
+            networks.append(self.addresses.ipv6.network)
+        for network in networks:
+            if other := routes.clash(network, self.name):
+                log.warning(
+                    "%s is also routed through %s, so traffic may be misrouted (choose other "
+                    "addresses: --local%d, --peer%d)",
+                    network, other, network.version, network.version,
+                )  # fmt: skip
+
+    def _complete(self) -> None:
+        """Add what a prepared device lacks; without the privileges, nothing."""
+        mine = self.addresses
+        if self._tun.mtu != self.mtu:
+            with _permitted():
+                self._tun.mtu = self.mtu
+        with _permitted():
+            self._tun.up()
+        with contextlib.closing(netlink.Netlink()) as kernel:
+
+            def add(request: netlink.Request) -> int:
+                return kernel.result(request, (0, errno.EEXIST, errno.EPERM))
+
+            if failed := add(netlink.new_address(self.index, mine.ipv4, mine.peer4)):
+                raise OSError(failed, os.strerror(failed))
+            failed = errno.EMSGSIZE  # of IPv6
+            if self.mtu >= MIN_IPV6_MTU:
+                failed = add(netlink.new_address(self.index, mine.ipv6, None))
+            if failed:
+                log.info("no IPv6 in the tunnel: %s", os.strerror(failed))
+            self.has_ipv6 = not failed
+            wanted = [*self.networks]
+            if self.has_ipv6 and mine.peer6 is not None:
+                wanted.append(ipaddress.ip_network(mine.peer6))
+            for network in wanted:
+                if failed := add(netlink.new_route(self.index, network)):
+                    raise OSError(failed, f"route {network}: {os.strerror(failed)}")
+        log.info("attached to %s, which existed", self.name)
+
     def _add_ipv6(self, address: ipaddress.IPv6Interface) -> None:
         """Add an IPv6 address: SIOCSIFADDR with struct in6_ifreq on an IPv6 socket."""
         request = struct.pack("=16sIi", address.ip.packed, address.network.prefixlen, self.index)
@@ -137,7 +192,10 @@ class Device:
         return drained
 
     def close(self) -> None:
-        """Close the device; the kernel removes it."""
+        """Close the device; the kernel removes it, unless it was prepared."""
+        if self.prepared:  # what attaches next may want no offload
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._tun, TUNSETOFFLOAD, 0)
         self._tun.close()
 
 
@@ -157,11 +215,34 @@ def _open(name: str, offload: bool) -> tuple[Any, int]:
                     fcntl.ioctl(tun, TUNSETOFFLOAD, wanted)
                     return tun, bits
             return tun, lib.TTUN_OFFLOAD_VNET
-    return pytun.TunTapDevice(name=name, flags=flags), 0
+    tun = pytun.TunTapDevice(name=name, flags=flags)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(tun, TUNSETOFFLOAD, 0)  # of a prepared device, after another program
+    return tun, 0
+
+
+@contextlib.contextmanager
+def _permitted() -> Iterator[None]:
+    """Suppress the error of a missing privilege; pytun's is not a PermissionError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
 
 
 def _is_taken(name: str) -> bool:
     return name in (other for _, other in socket.if_nameindex())
+
+
+def _why_not_attached(error: OSError) -> str:
+    if error.errno == errno.EPERM:
+        return f"belongs to another user (sudo ip link delete {{name}}; {PREPARE})"
+    if error.errno == errno.EBUSY:
+        return "is used by another program (choose another name)"
+    if error.errno == errno.EINVAL:
+        return "already exists (choose another name)"
+    return f"exists, but not for us: {error.strerror or error}"
 
 
 def _why_no_device(error: OSError) -> str:

@@ -162,13 +162,15 @@ class Wanted:
         return any(address.version == 6 for address, _ in self.addresses)
 
 
-def describe(lacks: list[Lack]) -> str:
-    """Return what is missing and how to restore it, for the log."""
+def describe(lacks: list[Lack], prepared: bool = False) -> str:
+    """Return what is missing and how to restore it, for the log. prepared: see Device."""
     whats = [lack.what for lack in lacks]
     remedies = [f"sudo {lack.remedy}" for lack in lacks if lack.remedy]
     if not remedies:
         return f"{', '.join(whats)} (set addresses and routes there, or restart ttun)"
-    return f"{', '.join(some(whats))} (to restore: {'; '.join(some(remedies))}; or restart ttun)"
+    how = "to add" if prepared else "to restore"
+    last = "" if prepared else "; or restart ttun"
+    return f"{', '.join(some(whats))} ({how}: {'; '.join(some(remedies))}{last})"
 
 
 def is_up(link: Message) -> bool:

@@ -52,6 +52,7 @@ class DeviceWatch:
         self._complained = False
         self._read_before = False
         self._said: list[Lack] = []  # as last logged
+        self._was_complete = not device.prepared
         self._lines, self._lines_at = float(LINES), 0.0
         self._may_mend, self._mend_at = True, 0.0
         self._put_back: list[str] = []
@@ -121,6 +122,7 @@ class DeviceWatch:
             self._wanted.connected = [x for x in self._wanted.connected if key(x) in seen.routes]
         lacks = self._wanted.lacks(seen)
         self.missing = [lack.what for lack in lacks]
+        self._was_complete |= not lacks
         self._follow_name(seen, now)
         if self._put_back and self._may_say(now):
             log.info("restored on %s: %s", self._device.name, ", ".join(self._put_back))
@@ -168,7 +170,9 @@ class DeviceWatch:
             return  # the next reading tries again
         self._said = lacks
         if after - before:
-            log.warning("%s changed: %s", self._device.name, describe(lacks))
+            what = "changed" if self._was_complete else "is incomplete"
+            told = describe(lacks, self._device.prepared)
+            log.warning("%s %s: %s", self._device.name, what, told)
         elif lacks:
             log.warning("%s is still incomplete: %s", self._device.name, describe(lacks))
         else:

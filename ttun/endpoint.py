@@ -18,6 +18,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Callable, ClassVar, TypeVar
 
@@ -27,13 +28,13 @@ from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import LACKS, TtunError, UsageError, reason
 from ttun.flag import SLICE, Flag
-from ttun.handshake import Keys, agreeable, psk_key
+from ttun.handshake import agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
 from ttun.pending import Pending
 from ttun.record import Record, Status, carried, lost
 from ttun.session import Session
-from ttun.settings import BUFFERS, Addresses, Settings, check_type
+from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, check_type
 from ttun.version import __version__
 
 log = logging.getLogger("ttun")
@@ -59,7 +60,7 @@ class Endpoint(abc.ABC):
 
     def __init__(
         self,
-        key: bytes,
+        keys: Sequence[bytes],
         settings: Settings,
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
@@ -67,15 +68,12 @@ class Endpoint(abc.ABC):
         """Check the options; open nothing. Raises UsageError for an invalid one, TtunError for one
         that this machine does not support.
         """
-        check_type("the key", key, bytes)
-        if not key:
-            raise UsageError("the key is empty")
+        self.use_keys(keys)
         for callback in (on_connected, on_disconnected):
             if callback is not None and not callable(callback):
                 raise UsageError(f"a callback must be callable, not {type(callback).__name__}")
         self._settings = settings
         self._terms = agreeable(settings.wire, settings.cipher, settings.mtu)
-        self._k = psk_key(key)
         self._addresses = settings.addresses or self.addresses
         self._users = settings.users or (os.geteuid(),)
         self._buffers = BUFFERS[settings.buffers]
@@ -96,6 +94,17 @@ class Endpoint(abc.ABC):
         self._record = Record()
         self._moved = False  # _why_dead() ended the last connection
         self._error: TtunError | None = None
+
+    def use_keys(self, keys: Sequence[bytes]) -> None:
+        """Replace the pre-shared keys; before start(). Raises UsageError for an invalid one."""
+        for key in keys:
+            check_type("the key", key, bytes)
+        if not all(keys) or not keys:
+            raise UsageError("the key is empty")
+        if len(keys) > MAX_KEYS:
+            raise UsageError(f"{len(keys)} keys are too many (at most {MAX_KEYS})")
+        self._ks = [psk_key(key) for key in keys]
+        self.key_names = [f"{n} of {len(keys)}" for n in range(1, len(keys) + 1)]
 
     def open(self) -> None:
         """Open the device and the server's port: all that needs privileges. Raises TtunError."""
@@ -415,12 +424,9 @@ class Endpoint(abc.ABC):
             log.exception("callback failed: %s: %s", type(error).__name__, error)
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
-        keys: Keys = peer.keys
-        log.info(
-            "peer %s authenticated: protocol %s, %s%s%s",
-            peer.name,
-            keys.wire,
-            keys.sending.cipher.name,
-            ", forward secrecy" if keys.agreement else "",
-            then,
-        )
+        which = f", key {self.key_names[peer.keys.key]}" if len(self._ks) > 1 else ""
+        log.info("peer %s authenticated: %s%s%s", peer.name, peer.keys.describe(), which, then)
+        agreement, mtu = peer.keys.agreement, self._terms.mtu
+        if agreement and agreement.mtu not in (0, mtu):
+            fix = "start both ends with the same -mtu"
+            log.warning("MTU differs: %d here, %d at the peer (%s)", mtu, agreement.mtu, fix)

@@ -13,6 +13,9 @@ Protocol v1, ``||`` is concatenation::
 Protocol x1 is the same, except that Nc and Ns carry marks, and each magic is followed by an offer
 as frame 1, in the same write. All later frames use keys derived from both offers (x1.py).
 
+A server may have several pre-shared keys. A mark says which one the client has; without a mark, the
+server tries each of them on frame 0.
+
 Each side is a generator. It yields the bytes to send and the number of bytes it needs next,
 receives exactly that many, and returns the keys. It raises ProtocolError if authentication fails.
 The caller owns the socket and enforces the timeout of 10 seconds.
@@ -23,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from ttun import x1
@@ -36,6 +39,7 @@ TIMEOUT = 10.0  # seconds
 NONCE_SIZE = 16  # bytes of Nc and of Ns
 MAGIC = b"TTUN/v1\0"
 NOT_X1 = "protocol v1, or different pre-shared key"
+NOT_OPENED = "authentication failed (different pre-shared key or cipher?)"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Terms:
     cipher: Cipher = EVERYWHERE  # in protocol v1
     offers: list[Cipher] = field(default_factory=list)  # in protocol x1
     features: int = 0  # offload bits of this end's device, as in an offer
+    mtu: int = 0  # of this end's device, as in an offer
     needs_x1: str = "--wire x1 requires x1"  # the reason, if wire is "x1"
 
 
@@ -56,11 +61,17 @@ class Keys:
     sending: CipherState
     receiving: CipherState
     agreement: x1.Agreement | None = None  # None in protocol v1
+    key: int = 0  # index of the pre-shared key that the client has
 
     @property
     def wire(self) -> str:
         """The protocol of these keys: "v1" or "x1"."""
         return "x1" if self.agreement else "v1"
+
+    def describe(self) -> str:
+        """Return the protocol, the cipher and their properties, for the log."""
+        secrecy = ", forward secrecy" if self.agreement else ""
+        return f"protocol {self.wire}, {self.sending.cipher.name}{secrecy}"
 
     def wipe(self) -> None:
         """Overwrite the keys of both directions."""
@@ -102,39 +113,52 @@ def client(k: bytes, terms: Terms) -> Steps:
     keys = Keys(CipherState(cipher, TO_SERVER, sk), CipherState(cipher, TO_CLIENT, sk))
     magic = keys.sending.seal(MAGIC)
     if not is_x1:
-        yield from _receive_magic(keys.receiving, magic)
+        yield from _receive_magic(keys, magic)
         return keys
     pair = KeyPair()
-    ours = x1.make_offer(terms.offers, terms.features, pair).encode()
-    yield from _receive_magic(keys.receiving, magic + keys.sending.seal(ours))
-    theirs = yield from _receive(keys.receiving, b"", len(ours), "its offer")
+    ours = x1.make_offer(terms.offers, terms.features, terms.mtu, pair).encode()
+    yield from _receive_magic(keys, magic + keys.sending.seal(ours))
+    theirs = yield from _receive(keys.receiving, len(ours), "its offer")
     return _agreed(keys, x1.agree(sk, True, pair, ours, theirs))
 
 
-def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) -> Steps:
+def server(
+    k: bytes,
+    terms: Terms,
+    answered: x1.AnsweredNonces | None = None,
+    others: Sequence[bytes] = (),
+) -> Steps:
     """Run the server's side of the handshake. It sends no frame before the client's is verified.
 
-    answered: nonces answered before; a replayed one counts as unmarked. If only x1 is accepted,
-    raises UnrecognizedError for a client without a fresh mark, before sending anything.
+    answered: nonces answered before; a replayed one counts as unmarked. others: more keys that a
+    client may have. If only x1 is accepted, raises UnrecognizedError for a client without a fresh
+    mark, before sending anything.
     """
     client_nonce = yield b"", NONCE_SIZE
-    is_x1 = knows_key(k, terms, client_nonce, answered)
+    ks = [k, *others]
+    marked = [i for i, each in enumerate(ks) if knows_key(each, terms, client_nonce, answered)][:1]
+    is_x1 = bool(marked)
     if not is_x1 and terms.wire == "x1":
         raise UnrecognizedError(_why_not_x1(terms))
     if is_x1 and answered is not None:
         answered.add(client_nonce)
-    server_nonce = _nonce(k, TO_CLIENT, is_x1)
-    sk = session_key(k, client_nonce, server_nonce)
+    server_nonce = _nonce(ks[marked[0]] if is_x1 else k, TO_CLIENT, is_x1)
     cipher = EVERYWHERE if is_x1 else terms.cipher
-    keys = Keys(CipherState(cipher, TO_CLIENT, sk), CipherState(cipher, TO_SERVER, sk))
-    yield from _receive_magic(keys.receiving, server_nonce)
+    possible = []
+    for number in marked or range(len(ks)):
+        sk = session_key(ks[number], client_nonce, server_nonce)
+        sending, receiving = (CipherState(cipher, way, sk) for way in (TO_CLIENT, TO_SERVER))
+        possible.append(Keys(sending, receiving, key=number))
+    frame = yield from _read(cipher, server_nonce, len(MAGIC), "its first frame")
+    keys = _open_magic(possible, frame)
     if not is_x1:
         yield keys.sending.seal(MAGIC), 0
         return keys
     pair = KeyPair()
-    ours = x1.make_offer(terms.offers, terms.features, pair).encode()
-    theirs = yield from _receive(keys.receiving, b"", len(ours), "its offer")
+    ours = x1.make_offer(terms.offers, terms.features, terms.mtu, pair).encode()
+    theirs = yield from _receive(keys.receiving, len(ours), "its offer")
     yield keys.sending.seal(MAGIC) + keys.sending.seal(ours), 0  # even without a common cipher
+    # With a mark there is one possible key: sk is of that one.
     return _agreed(keys, x1.agree(sk, False, pair, ours, theirs))
 
 
@@ -161,31 +185,50 @@ def _why_not_x1(terms: Terms) -> str:
 def _agreed(keys: Keys, agreement: x1.Agreement) -> Keys:
     """Switch to the keys with forward secrecy."""
     keys.wipe()
-    return Keys(*agreement.states(), agreement)
+    return Keys(*agreement.states(), agreement, keys.key)
 
 
-def _receive_magic(state: CipherState, send_first: bytes) -> _Step:
+def _receive_magic(keys: Keys, send_first: bytes) -> _Step:
     """Send, then read frame 0 and verify the magic in it."""
-    plaintext = yield from _receive(state, send_first, len(MAGIC), "its first frame")
-    if not hmac.compare_digest(plaintext, MAGIC):
-        raise ProtocolError("wrong magic: incompatible version")
+    frame = yield from _read(keys.receiving.cipher, send_first, len(MAGIC), "its first frame")
+    _open_magic([keys], frame)
 
 
-def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Frame:
-    """Send, then read the next frame, whose plaintext must be size bytes.
+def _open_magic(possible: Sequence[Keys], frame: bytes) -> Keys:
+    """Verify the magic in frame 0; return the keys that open it, and wipe all others."""
+    found = None
+    for keys in possible:
+        plaintext = None if found else keys.receiving.open(frame)
+        if plaintext is None:
+            keys.wipe()
+        elif hmac.compare_digest(plaintext, MAGIC):
+            found = keys
+        else:
+            raise ProtocolError("wrong magic: incompatible version")
+    if found is None:
+        raise ProtocolError(NOT_OPENED)
+    return found
+
+
+def _receive(state: CipherState, size: int, what: str) -> _Frame:
+    """Read the next frame, whose plaintext must be size bytes, and open it."""
+    plaintext = state.open((yield from _read(state.cipher, b"", size, what)))
+    if plaintext is None:
+        raise ProtocolError(NOT_OPENED)
+    return plaintext
+
+
+def _read(cipher: Cipher, send_first: bytes, size: int, what: str) -> _Frame:
+    """Send, then read the next frame, whose plaintext must be size bytes; return it still sealed.
 
     A frame of another length is rejected unread, so a pending handshake buffers a few dozen bytes
     at most.
     """
     prefix = yield send_first, PREFIX
     length = int.from_bytes(prefix, "big")
-    if length != size + state.cipher.tag_size:
+    if length != size + cipher.tag_size:
         raise ProtocolError(f"not a ttun peer: {what} has length {length}")
-    ciphertext = yield b"", length
-    plaintext = state.open(ciphertext)
-    if plaintext is None:
-        raise ProtocolError("authentication failed (different pre-shared key or cipher?)")
-    return plaintext
+    return (yield b"", length)
 
 
 def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
@@ -199,7 +242,7 @@ def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
     if not offers:
         raise UsageError(f"MTU {mtu} is too large for {name}")
     if cipher is None or cipher.in_v1:
-        return Terms(wire, cipher or EVERYWHERE, offers)
+        return Terms(wire, cipher or EVERYWHERE, offers, mtu=mtu)
     if wire == "v1":
         raise UsageError(f"protocol v1 does not support {cipher.name} (remove --wire v1)")
-    return Terms("x1", EVERYWHERE, offers, needs_x1=f"{cipher.name} requires x1")
+    return Terms("x1", EVERYWHERE, offers, mtu=mtu, needs_x1=f"{cipher.name} requires x1")

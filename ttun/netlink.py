@@ -137,6 +137,14 @@ class Netlink:
         self._sock.send(header + body)
         return self._sequence
 
+    def result(self, request: Request, fine: Iterable[int]) -> int:
+        """Send a request; return its errno, or 0 if it is a fine one. Raises OSError."""
+        sequence = self.ask(request)
+        while True:
+            for answer in self.receive():
+                if answer.sequence == sequence and answer.kind == NLMSG_ERROR:
+                    return 0 if answer.fields[0] in fine else answer.fields[0]
+
     def receive(self) -> list[Message]:
         """Return the messages of the next datagram. Raises BlockingIOError if there is none,
         OSError with ENOBUFS if some were lost.

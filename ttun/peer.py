@@ -7,14 +7,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from dataclasses import dataclass, field
 from typing import Callable
 
-from ttun.conversation import Conversation
+from ttun.conversation import CLOSED, Conversation
 from ttun.handshake import Keys, Steps
 from ttun.transport import Listener
 
+CLOSES = (CLOSED, os.strerror(errno.ECONNRESET), os.strerror(errno.EPIPE))
 SILENT_AFTER = 0.1  # seconds without receiving a byte
 
 
@@ -57,11 +60,22 @@ class HalfOpen:
     nonce: bytearray = field(default_factory=bytearray)  # of a client, before the handshake
     knows_key: bool = False  # its nonce carries a valid mark
     unrecognized: bool = False
+    dialled: bool = False  # by this end, a client
 
     @property
     def spoke(self) -> bool:
         """Whether the peer has sent anything."""
         return bool(self.nonce) or (self.handshake is not None and self.handshake.heard)
+
+    def explain(self, why: str) -> str:
+        """Return why its handshake failed; for a client with the probable cause."""
+        if not self.dialled or (self.spoke and why not in CLOSES):
+            return why
+        if self.spoke:
+            return f"{why} (probably a different pre-shared key, or with v1 a different cipher)"
+        if why in CLOSES:
+            return f"{why}, before the server answered (does a ttun server listen there?)"
+        return f"{why} (no answer: different pre-shared key, or the server has another client)"
 
     def worth(self, now: float) -> int:
         """Return its priority, 0 to 3: in an overload the lowest is dropped first."""

@@ -120,7 +120,8 @@ class Pending:
         now = time.monotonic()
         self._prepare(sock)
         talk = Conversation(sock, steps)
-        peer = HalfOpen(sock, name, transport, name, now, now + (seconds or TIMEOUT), talk)
+        deadline = now + (seconds or TIMEOUT)
+        peer = HalfOpen(sock, name, transport, name, now, deadline, talk, dialled=True)
         self._admit(peer, select.POLLOUT)
         self._announce(peer, "handshaking")
         return peer
@@ -141,7 +142,7 @@ class Pending:
         self._stop.beat()
         now = time.monotonic()
         for peer in [peer for peer in self._half_open.values() if peer.deadline <= now]:
-            self._drop(peer, f"timed out after {now - peer.since:.0f} s")
+            self._drop(peer, peer.explain(f"timed out after {now - peer.since:.0f} s"))
         self._sum_up(now)
         if self._resume_at is not None and now >= self._resume_at:
             self._resume()
@@ -268,7 +269,7 @@ class Pending:
                 self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, error)
                 self._leave_unanswered(peer)
             else:
-                self._drop(peer, getattr(error, "strerror", None) or str(error))
+                self._drop(peer, peer.explain(getattr(error, "strerror", None) or str(error)))
         except BaseException:  # no memory: the handshake cannot continue
             self._close(peer)
             raise

@@ -5,7 +5,7 @@ the device. A client rejects a route that would send its own connection into the
 the server addresses that such a route matches (client.py). A server cannot check this in advance:
 a client whose address it routes into the tunnel gets no answer.
 
-Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg).
+Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg), proc(5).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import fcntl
 import ipaddress
 import socket
 import struct
+from pathlib import Path
 
 from ttun._codec import ffi
 from ttun.errors import TtunError
-from ttun.settings import Network
+from ttun.settings import Address, Network
 
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
@@ -70,3 +71,40 @@ def _add_ipv6(network: Network, device: str) -> None:
     )
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCADDRT, request)
+
+
+def clash(network: Network, device: str) -> str | None:
+    """Return another device with a route to a network of this one, at least as specific."""
+    length, other = _longest_other(network[-1], device)
+    return other if length >= network.prefixlen else None
+
+
+def _longest_other(target: Address, device: str) -> tuple[int, str]:
+    """Return the longest prefix length of other devices' routes to an address, or -1, and the
+    device.
+    """
+    lengths = [(-1, "")]
+    if target.version == 4:
+        for line in _table("/proc/net/route")[1:]:
+            fields = line.split()
+            # Hexadecimal, in host byte order.
+            network, mask = (
+                ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
+            )
+            route = ipaddress.ip_network(f"{network}/{mask}")
+            if fields[0] != device and target in route:
+                lengths.append((route.prefixlen, fields[0]))
+    else:
+        for line in _table("/proc/net/ipv6_route"):
+            fields = line.split()
+            net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
+            if fields[9] not in (device, "lo") and target in net6:
+                lengths.append((net6.prefixlen, fields[9]))
+    return max(lengths)
+
+
+def _table(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []

@@ -51,7 +51,7 @@ class Server(Endpoint):
 
     def __init__(
         self,
-        key: bytes,
+        key: bytes | Sequence[bytes],
         *,
         listen: str | Listener = DEFAULT_LISTEN,
         takeover: bool = False,
@@ -69,7 +69,9 @@ class Server(Endpoint):
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
-        """key: the pre-shared key, any bytes. For options of both ends, see Settings.
+        """key: the pre-shared key, any bytes; or up to four, of which a client needs one.
+
+        For options of both ends, see Settings.
 
         listen: HOST:PORT, :PORT, or another Listener. takeover: a new client replaces the
         connected one instead of waiting. For callbacks and errors, see Endpoint.
@@ -78,7 +80,9 @@ class Server(Endpoint):
             cipher, wire, mtu, mptcp, offload, congestion_control,
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
-        super().__init__(key, settings, on_connected, on_disconnected)
+        check_type("the key", key, bytes, Sequence)
+        keys = [key] if isinstance(key, bytes) else key
+        super().__init__(keys, settings, on_connected, on_disconnected)
         check_type("listen", listen, str, Listener)
         check_type("takeover", takeover, bool)
         if isinstance(listen, str):
@@ -126,11 +130,12 @@ class Server(Endpoint):
                 self._pending.release()
 
     def _host(self) -> Host:
+        k, *others = self._ks
         return Host(
             self._listener,
-            begin=lambda: handshake.server(self._k, self._terms, self._answered),
-            knows_key=lambda nonce: handshake.knows_key(
-                self._k, self._terms, nonce, self._answered
+            begin=lambda: handshake.server(k, self._terms, self._answered, others),
+            knows_key=lambda nonce: any(
+                handshake.knows_key(each, self._terms, nonce, self._answered) for each in self._ks
             ),
             silent=self._terms.wire == "x1" and not self._listener.single,
         )

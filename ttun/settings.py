@@ -21,6 +21,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 WIRES = ("auto", "v1", "x1")
 MIN_MTU, MAX_MTU = 576, 65519  # least that RFC 791 requires of hosts; largest that fits a frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
+MAX_KEYS = 4  # of a server: a stranger's first frame is tried with each
 MAX_KEY_LIFE = 120.0  # seconds; a server ends an x1 session after twice as much
 
 

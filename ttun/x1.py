@@ -1,7 +1,8 @@
 """Protocol x1: negotiation inside the v1 handshake. Bytes and keys, no I/O.
 
 1. Marks: each side's nonce tells only holders of the key that it supports x1.
-2. Offers: each side sends its ciphers, the offloads of its device, and an ephemeral X25519 key.
+2. Offers: each side sends its ciphers, the offloads and the MTU of its device, and an ephemeral
+   X25519 key.
 3. Agreement: the best common cipher, and keys with forward secrecy, even if the pre-shared key is
    disclosed later.
 4. Rekeying: the same, from the previous keys and two new ephemeral X25519 keys.
@@ -24,7 +25,7 @@ from ttun.sodium import KeyPair, Secret, blake2b
 
 MARK_SIZE = 6  # bytes at the end of a nonce
 MAGIC = b"TTUN/x1\0"
-OFFER = struct.Struct(">8sBB2x32s")
+OFFER = struct.Struct(">8sBBH32s")
 
 
 def mark(k: bytes, direction: int, nonce: bytes) -> bytes:
@@ -76,6 +77,7 @@ class Offer(NamedTuple):
 
     ciphers: int  # Cipher.bit of each
     features: int  # 1: its device accepts TCP GSO packets, 2: UDP
+    mtu: int  # of its device, in bytes; 0: unknown
     public: bytes  # ephemeral X25519 key
 
     def encode(self) -> bytes:
@@ -84,7 +86,7 @@ class Offer(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Offer:
-        """Decode 44 bytes; ignore unknown bits and the two reserved bytes. Raises ProtocolError."""
+        """Decode 44 bytes; ignore unknown bits. Raises ProtocolError."""
         magic, *fields = OFFER.unpack(data)
         if not hmac.compare_digest(magic, MAGIC):
             raise ProtocolError("missing offer: incompatible version")
@@ -99,9 +101,9 @@ def _in(bits: int) -> list[Cipher]:
     return [cipher for cipher in CIPHERS.values() if bits & cipher.bit]
 
 
-def make_offer(ciphers: Sequence[Cipher], features: int, pair: KeyPair) -> Offer:
-    """Return the offer of some ciphers and device features."""
-    return Offer(sum(cipher.bit for cipher in ciphers), features, pair.public)
+def make_offer(ciphers: Sequence[Cipher], features: int, mtu: int, pair: KeyPair) -> Offer:
+    """Return the offer of some ciphers, and of a device's features and MTU."""
+    return Offer(sum(cipher.bit for cipher in ciphers), features, mtu, pair.public)
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Agreement:
     cipher: Cipher
     is_client: bool
     features: int  # the peer's
+    mtu: int  # the peer's; 0: unknown
     p: Secret
 
     def states(self) -> tuple[CipherState, CipherState]:
@@ -138,7 +141,7 @@ def agree(sk: bytes, is_client: bool, pair: KeyPair, ours: bytes, theirs: bytes)
         raise ProtocolError(f"no common cipher: ours {mine.names()}, the peer's {other.names()}")
     client, server = (ours, theirs) if is_client else (theirs, ours)
     p = _exchange(pair, other.public, client + server, sk, b"ttun/x1 session")
-    return Agreement(common[0], is_client, other.features, p)
+    return Agreement(common[0], is_client, other.features, other.mtu, p)
 
 
 def _exchange(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -50,6 +52,26 @@ def names(directory: Path, **hosts: list[str]) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "/etc/hosts"], check=True)
+
+
+def opened(*paths: str | Path) -> str:
+    """Shell lines that let every user reach these directories, in this mount namespace.
+
+    A directory above one of them that is closed to others gets a cover with nothing else in it.
+    """
+    closed: dict[Path, list[Path]] = {}
+    for path in map(Path, paths):
+        for above in list(path.parents)[-2::-1]:
+            if not above.stat().st_mode & stat.S_IXOTH:
+                closed.setdefault(above, []).append(path)
+                break
+    lines = []
+    for above, inside in closed.items():
+        kept = [(shlex.quote(f"/mnt/opened{path}"), shlex.quote(str(path))) for path in inside]
+        lines += [f"mkdir -p {keep}; mount --bind {path} {keep}" for keep, path in kept]
+        lines += [f"mount -t tmpfs -o mode=755 none {shlex.quote(str(above))}"]
+        lines += [f"mkdir -p {path}; mount --bind {keep} {path}" for keep, path in kept]
+    return "\n".join(lines)
 
 
 def record(text: str, level: int = logging.INFO) -> logging.LogRecord:

@@ -113,9 +113,10 @@ class X1Peer(Peer):
         psk: bytes = b"secret",
         ciphers: tuple[str, ...] = ("chacha20-poly1305",),
         features: int = 0,
+        mtu: int = 0,
     ) -> None:
         super().__init__(sock, psk)
-        self.ciphers, self.features = ciphers, features
+        self.ciphers, self.features, self.mtu = ciphers, features, mtu
         self.passed_over: list[bytes] = []
         self.fresh()
 
@@ -131,7 +132,7 @@ class X1Peer(Peer):
     def offer(self, magic: bytes = b"TTUN/x1\0", public: bytes | None = None) -> bytes:
         bits = sum(BITS[name] for name in self.ciphers)
         public = self.fresh() if public is None else public
-        return magic + bytes([bits, self.features, 0, 0]) + public
+        return magic + struct.pack(">BBH", bits, self.features, self.mtu) + public
 
     def mix(self, public: bytes, said: bytes, key: bytes, person: bytes) -> None:
         """Derive the keys of both directions; use_next() activates them."""
@@ -145,6 +146,7 @@ class X1Peer(Peer):
         self.next_receiving = Direction(self.cipher, keys[1 - self.role], 1 - self.role)
 
     def agree(self, mine: bytes, theirs: bytes) -> None:
+        (self.their_mtu,) = struct.unpack(">H", theirs[10:12])
         common = mine[8] & theirs[8]
         self.cipher = next(name for name in reversed(list(BITS)) if common & BITS[name])
         said = theirs + mine if self.role else mine + theirs

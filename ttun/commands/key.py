@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ttun.errors import TtunError, UsageError
 from ttun.process import files
+from ttun.settings import MAX_KEYS
 
 log = logging.getLogger("ttun")
 
@@ -27,6 +28,16 @@ def generate() -> str:
     import secrets  # loads OpenSSL, which the keeper does not need
 
     return secrets.token_hex(32)
+
+
+def find_all(given: str | None, files: Sequence[str]) -> list[bytes]:
+    """Return the keys of a server: those of several files, else the one of find(), if any."""
+    if given is not None or len(files) < 2:
+        found = find(given, files[0] if files else None)
+        return [] if found is None else [found]
+    if len(files) > MAX_KEYS:
+        raise UsageError(f"--psk-file: {len(files)} files are too many (at most {MAX_KEYS})")
+    return [read_file(Path(file)) for file in files]
 
 
 def find(given: str | None, file: str | None) -> bytes | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from ttun.commands import options_file
 from ttun.process.argv import Parser, join_each
 from ttun.settings import (
     BUFFERS,
@@ -31,8 +32,9 @@ examples:
 
 ttun COMMAND -h lists the options of a command."""
 EPILOG = """\
-The key is taken from -k, else --psk-file, else TTUN_PSK in the environment,
-else /etc/ttun/psk. Options of Go ttun may begin with one dash: -mtu."""
+The key is taken from -k, else --psk-file, else the environment variable
+TTUN_PSK, else /etc/ttun/psk. @FILE stands for the options in FILE, one a line,
+with # comments and quotes as in a shell. Options of Go ttun may begin with one dash: -mtu."""
 
 
 def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Parser:
@@ -105,6 +107,7 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
         metavar="SECONDS",
         help="protocol x1: change keys after this time, or 64 GiB (default: %(default).0f)",
     )
+    server.takes_files = client.takes_files = True
     for end, ours, peers in ((server, SERVER, CLIENT), (client, CLIENT, SERVER)):
         end.add_argument(
             "--tox-nodes",
@@ -162,7 +165,17 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         "-k", "--psk", metavar="KEY", help="pre-shared key (ps shows it for a moment)"
     )
     command.add_argument(
-        "-psk-file", "--psk-file", metavar="FILE", help="file with the pre-shared key, mode 0600"
+        "-psk-file",
+        "--psk-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file with the pre-shared key, mode 0600"
+        + (
+            " (repeatable: up to four keys, any of which a client may have)"
+            if ours is SERVER
+            else ""
+        ),
     )
     command.add_argument(
         "-m",
@@ -272,7 +285,10 @@ def _boolean(text: str) -> bool:
 
 
 def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Write ``-k VALUE`` as ``-k=VALUE``: argparse then takes a value with a dash in front."""
+    """Write ``-k VALUE`` as ``-k=VALUE``: argparse then takes a value with a dash in front.
+
+    For server and client, read the options in the files of ``@FILE`` first. Raises TtunError.
+    """
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     joined = list(arguments[:1])
     command = commands.choices.get(arguments[0]) if arguments else None
@@ -284,4 +300,7 @@ def join_values(arguments: Sequence[str], parser: argparse.ArgumentParser) -> li
         for option in action.option_strings
         if action.nargs is None
     }
-    return joined + join_each(arguments[1:], with_value.__contains__, "=")
+    rest = list(arguments[1:])
+    if command.takes_files:
+        rest = list(options_file.expand(rest, with_value, command))
+    return joined + join_each(rest, with_value.__contains__, "=")

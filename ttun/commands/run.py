@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,9 @@ def server(options: argparse.Namespace) -> int:
         raise UsageError(f"--route {DEFAULT} is for the client")
     if options.stdio and options.tox:
         raise UsageError("--stdio and --tox: a server has its peers in one place")
-    psk = _find_key(options) if options.stdio else key.find(options.psk, options.psk_file)
-    made = psk is None
-    if psk is None:
-        privileges.check()  # before a key is made in vain
-        psk = key.create()
-        log.info("wrote a new key to %s", key.DEFAULT_FILE)
+    keys = key.find_all(options.psk, options.psk_file)
+    if options.stdio and not keys:
+        raise _no_key()
     listen: str | Listener = options.listen
     where = None if options.tox or options.stdio else _our_address(options.listen)
     if options.stdio:
@@ -60,17 +58,32 @@ def server(options: argparse.Namespace) -> int:
         listen = transport.Listener(Path(options.tox_dir), nodes)
         where = listen.name
         log.info("on the client: ttun client -s %s", where)
-    if made:
-        _show_client_command(psk, str(where))
-    end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
+    made = not keys
+    end = Server(
+        keys or key.generate().encode(),
+        listen=listen,
+        takeover=options.takeover,
+        **_tunnel_options(options, SERVER),
+    )
+    if len(keys) > 1:
+        end.key_names = options.psk_file
+
+    def make_key() -> None:
+        keys.append(key.create())
+        log.info("wrote a new key to %s", key.DEFAULT_FILE)
+        end.use_keys(keys)
+        _show_client_command(keys[0], str(where))
+
     if isinstance(listen, stdio.Listener):
         listen.over = end.stop
-    return _run(end, psk, options, Keeper())
+    return _run(end, keys, options, Keeper(), make_key if made else None)
 
 
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
-    psk = _find_key(options)
+    psk = key.find(options.psk, options.psk_file[-1] if options.psk_file else None)
+    if psk is None:
+        raise _no_key()
     keeper = Keeper()
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
     if options.via is not None:
@@ -99,18 +112,14 @@ def client(options: argparse.Namespace) -> int:
         users=users,
         **_tunnel_options(options, CLIENT),
     )
-    return _run(end, psk, options, keeper)
+    return _run(end, [psk], options, keeper)
 
 
-def _find_key(options: argparse.Namespace) -> bytes:
-    """Return the key where none is made. Raises UsageError."""
-    psk = key.find(options.psk, options.psk_file)
-    if psk is None:
-        raise UsageError(
-            f"no key (give the server's key with -k or --psk-file, in {key.VARIABLE}, "
-            f"or in {key.DEFAULT_FILE}, mode 0600)"
-        )
-    return psk
+def _no_key() -> UsageError:
+    return UsageError(
+        f"no key (give the server's key with -k or --psk-file, in {key.VARIABLE}, "
+        f"or in {key.DEFAULT_FILE}, mode 0600)"
+    )
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
@@ -164,8 +173,17 @@ def _hooks(options: argparse.Namespace, keeper: Keeper) -> Hooks | Keeper:
     return keeper
 
 
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Keeper) -> int:
-    """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
+def _run(
+    endpoint: Endpoint,
+    keys: list[bytes],
+    options: argparse.Namespace,
+    keeper: Keeper,
+    when_open: Callable[[], None] | None = None,
+) -> int:
+    """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end.
+
+    when_open: called once it is open, still with privileges.
+    """
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
@@ -178,8 +196,15 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Ke
 
     endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
-    key.warn_if_short(psk)
+    for each in keys:
+        key.warn_if_short(each)
     endpoint.open()
+    if when_open is not None:
+        try:
+            when_open()
+        except BaseException:
+            endpoint.stop()
+            raise
     whole = DEFAULT in options.route
     if whole:
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))

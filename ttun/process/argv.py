@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from ttun.errors import printable
 
 SECRETS = ("-k", "--psk")  # options whose value is a key
+LIKE = 3  # letters after one dash from which on they are an abbreviated option
 NOT_SHOWN = "not shown: it may be a key"
 
 
@@ -48,6 +49,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and show no value that may be a key."""
 
+    takes_files = False  # whether a bare @FILE stands for the options in a file
+
     def __init__(self, **named: Any) -> None:
         """Take what argparse takes, but no abbreviated options."""
         super().__init__(allow_abbrev=False, formatter_class=Help, **named)
@@ -66,9 +69,17 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
         """Parse as argparse does, but reject unknown arguments."""
         parsed, unknown = super().parse_known_args(*arguments, **named)
-        if unknown:
+        if unknown:  # a value where none belongs
             self.error(_why_unknown(unknown[0], self._option_string_actions))
         return parsed, unknown
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """Reject an unknown option at once, before argparse misses what was meant by it."""
+        found: Any = super()._parse_optional(arg_string)
+        first = found[0] if isinstance(found, list) else found
+        if first is not None and first[0] is None and self._subparsers is None:
+            self.error(_why_unknown(arg_string, self._option_string_actions))
+        return found
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Return the options of one letter that an argument may be, with the value attached.
@@ -96,6 +107,7 @@ def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int
     parsing will fail there, but the process is visible until then.
     """
     options, commands, free = _what_it_takes(parser)
+    files = getattr(parser, "takes_files", False)
     index = -1
     is_after_unknown = False
     while (index := index + 1) < len(arguments):
@@ -110,8 +122,11 @@ def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int
             if name in SECRETS or options[name] is None:
                 yield index, len(name) + 1
         elif argument in commands:
+            files = getattr(commands[argument], "takes_files", False)
             options, commands, free = _what_it_takes(commands[argument])
         elif not argument.startswith("-"):
+            if files and argument.startswith("@") and not was_after_unknown:
+                continue
             if was_after_unknown or not free:
                 yield index, 0
             else:
@@ -161,11 +176,13 @@ def join_each(
 def _joins(argument: str, option: str, names: Iterable[str]) -> bool:
     """Return whether an argument can be an option of one letter with its value attached.
 
-    Not if it is, or begins with, a long option after one dash: ``-server h`` does not mean ``-s
-    erver``.
+    Not if it begins with a long option after one dash, or with LIKE letters of one and an end:
+    ``-server h`` does not mean ``-s erver``.
     """
+    word = argument.partition("=")[0][1:]
+    long = [name.lstrip("-") for name in names if len(name) > 2]
     return len(option) == 2 and not any(
-        argument.startswith(name) or argument == name[1:] for name in names if len(name) > 2
+        word.startswith(name) or (len(word) >= LIKE and name.startswith(word)) for name in long
     )
 
 

@@ -1,0 +1,145 @@
+"""A device that an administrator prepared: ttun attaches to it, without any privilege."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from machine import opened, threads
+from tunnel import CLIENT, PROGRAM, ROOT, Bench, Program
+
+from ttun.lab import netns
+
+UID = 65534
+ROUTES = ["--route", "198.51.100.0/24", "--route", "fd00:9::/64"]
+ADDRESSES = ["10.1.1.2/30", "fc11::2/126"]
+COMPLETE = [
+    "link set tun5 mtu 1280 up",
+    *(f"address add {address} dev tun5" for address in ADDRESSES),
+    "route add 198.51.100.0/24 dev tun5",
+    "route add fd00:9::/64 dev tun5",
+]
+
+pytestmark = pytest.mark.hosts
+
+
+class Prepared:
+    """A host with the device tun5 of an unprivileged user."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.name = bench, bench.pair.names[CLIENT]
+
+    def ip(self, *lines: str) -> None:
+        for line in lines:
+            netns.ip("-n", self.name, *line.split())
+
+    def addresses(self) -> list[str]:
+        shown = json.loads(netns.ip("-n", self.name, "-json", "address", "show", "dev", "tun5"))
+        return [
+            f"{each['local']}/{each['prefixlen']}"
+            for each in shown[0]["addr_info"]
+            if each["scope"] == "global"
+        ]
+
+    def client(self, *options: str) -> Program:
+        """A client that runs as that user, with no capability."""
+        script = f"""
+            mount -t tmpfs none /mnt
+            {opened(ROOT, sys.base_prefix, sys.prefix)}
+            exec setpriv --reuid {UID} --regid {UID} --clear-groups --bounding-set=-all "$@"
+        """
+        works = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        trial = [*works, *PROGRAM, "--version"]
+        if subprocess.run(trial, capture_output=True, check=False).returncode != 0:
+            pytest.skip("no other user can run ttun here")
+        log = self.bench.directory / f"user{len(self.bench.ends)}.log"
+        with log.open("w") as file:
+            process = self.bench.pair.start(
+                CLIENT,
+                [*works, *PROGRAM, "client", "-k", "secret", "-s", "192.0.2.1", "--dev", "tun5",
+                 *self.bench.options, *options],
+                stderr=file, environment=netns.environment(XDG_RUNTIME_DIR=""),
+            )  # fmt: skip
+        program = Program(process, log)
+        self.bench.ends.append(program)  # type: ignore[arg-type]
+        return program
+
+
+@pytest.fixture
+def prepared(bench: Bench) -> Iterator[Prepared]:
+    made = Prepared(bench)
+    made.ip(f"tuntap add dev tun5 mode tun user {UID}")
+    try:
+        yield made
+    finally:
+        bench.close()
+        made.ip("link delete tun5")
+
+
+def test_a_user_without_privileges_attaches_to_it(bench: Bench, prepared: Prepared) -> None:
+    prepared.ip(*COMPLETE)
+    bench.server()
+    for _ in range(2):  # the device outlives the program
+        client = prepared.client(*ROUTES)
+        client.says("authenticated")
+        bench.answers()
+        for task in threads(client.process.pid):
+            assert int(task["CapEff"], 16) == 0 and task["Uid"].split() == [str(UID)] * 4
+        assert client.stop() == 0
+        assert "incomplete" not in client.log() and "missing" not in client.log()
+        assert prepared.addresses() == ADDRESSES
+
+
+def test_what_it_lacks_is_one_line_and_what_comes_later_is_seen(
+    bench: Bench, prepared: Prepared
+) -> None:
+    bench.server()
+    client = prepared.client(*ROUTES)
+    client.says("authenticated")
+    (line,) = [x for x in client.says("tun5 is incomplete").splitlines() if "incomplete" in x]
+    assert "device down, MTU is 1500, not 1280, address 10.1.1.2/30 missing" in line
+    commands = line.partition("(to add: ")[2].rstrip(")")
+    for command in commands.split("; "):
+        prepared.ip(command.partition("sudo ip ")[2])
+    client.says("tun5 is complete again")
+    bench.answers()
+    assert client.stop() == 0
+
+
+def test_root_adds_what_it_lacks_and_an_address_that_is_there_is_no_error(
+    bench: Bench, prepared: Prepared
+) -> None:
+    prepared.ip("link set tun5 up", "address add fc11::2/126 dev tun5")
+    bench.server()
+    for _ in range(2):
+        client = bench.client("--dev", "tun5", *ROUTES)
+        client.says("authenticated")
+        bench.answers()
+        assert client.status()["missing"] == []
+        assert client.stop() == 0
+        assert sorted(prepared.addresses()) == ADDRESSES
+        assert "no IPv6" not in client.log() and "incomplete" not in client.log()
+
+
+def test_a_device_that_cannot_be_attached_to_is_an_error_that_says_why(
+    bench: Bench, prepared: Prepared
+) -> None:
+    bench.client("--dev", "tun5").says("attached to tun5")
+    again = bench.client("--dev", "tun5")
+    assert again.ended() == 1
+    assert "ttun: device tun5 is used by another program (choose another name)" in again.log()
+    prepared.ip("tuntap add dev tun6 mode tun user 1", "tuntap add dev tap5 mode tap")
+    try:
+        for name, why in (
+            ("tun6", "belongs to another user (sudo ip link delete tun6; sudo ip tuntap add"),
+            ("tap5", "already exists (choose another name)"),
+            ("tun7", "run with sudo, or prepare it: sudo ip tuntap add dev tun7 mode tun user"),
+        ):
+            user = prepared.client("--dev", name)
+            assert user.ended() == 1
+            assert user.log().count("\nttun: ") == 1 and why in user.log(), user.log()
+    finally:
+        prepared.ip("link delete tun6", "link delete tap5")
