@@ -161,7 +161,7 @@ class Client(Endpoint):
                 raise
             except OSError as error:
                 wait = backoff.after_failure(time.monotonic())
-                log.info("cannot resolve %s; retrying in %.1f s", error, wait)
+                log.warning("cannot resolve %s; retrying in %.1f s", error, wait)
                 self._stop.wait(wait)
         raise InterruptedError
 
@@ -224,6 +224,7 @@ class Client(Endpoint):
         try:
             found = self._dialer.candidates(self._stop)
             for candidate in sorted(found, key=lambda each: each.name != self._best):
+                log.debug("connecting to %s", candidate.name)
                 try:
                     sock = self._dial(candidate)
                 except InterruptedError:
@@ -245,7 +246,9 @@ class Client(Endpoint):
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
-            log.info("cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures)))
+            log.warning(
+                "cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures))
+            )
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0

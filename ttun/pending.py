@@ -66,7 +66,7 @@ class Pending:
         self._resume_at: float | None = None  # when to accept again
         self._allowed, self._allowed_at = 1, float("-inf")
         # Limit the log: a flood of connections must not fill the disk.
-        self._connected = Summary("%d more connected")
+        self._connected = Summary("%d more connected", logging.INFO)
         self._failed = Summary("%d more handshakes failed")
         self._not_accepted = Summary("%d more connections not accepted")
 

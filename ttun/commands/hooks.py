@@ -224,6 +224,7 @@ class Hooks:
     def _watch(self, name: str, group: ProcessGroup, left: Callable[[], float]) -> None:
         """Wait until a command ends, or terminate it."""
         started = time.monotonic()
+        log.debug("--%s: started", name)
         while not group.wait(TICK):
             self._tend()
             if left() <= 0:
@@ -234,6 +235,7 @@ class Hooks:
                 )
                 process_group.end([group])
                 return
+        log.debug("--%s: ended after %.1f s", name, time.monotonic() - started)
         if group.code:
             how = f"exit code {group.code}" if group.code > 0 else f"killed by signal {-group.code}"
             log.warning("--%s: %s", name, how)

@@ -64,7 +64,7 @@ class StatusSocket:
                 return
             except OSError as error:
                 where, why = place, error.strerror or error
-        log.info("ttun show will not see this tunnel: cannot listen in %s: %s", where, why)
+        log.warning("ttun show will not see this tunnel: cannot listen in %s: %s", where, why)
 
     def serve(self, status: Callable[[], Status]) -> None:
         """Start to answer, on a thread. Call it again after patience(): it may have failed."""
@@ -77,7 +77,7 @@ class StatusSocket:
             thread.start()
         except RuntimeError as error:  # other programs of this user may use them all
             if not self._told_no_thread:
-                log.info("cannot answer ttun show: %s (retrying)", error)
+                log.warning("cannot answer ttun show: %s (retrying)", error)
             self._told_no_thread = True
             return
         self._thread = thread
