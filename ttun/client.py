@@ -165,6 +165,10 @@ class Client(Endpoint):
                 self._stop.wait(wait)
         raise InterruptedError
 
+    @property
+    def _endpoint(self) -> str:
+        return self._dialer.name
+
     def _open(self) -> None:
         reasons = [self._caught(address) for address in self._known]
         if reasons and all(reasons):
@@ -246,9 +250,9 @@ class Client(Endpoint):
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
-            log.warning(
-                "cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures))
-            )
+            why = "; ".join(map(str, failures))
+            log.warning("cannot connect to %s: %s", self._dialer.name, why)
+            self._attempt_failed(why)
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0

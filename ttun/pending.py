@@ -27,6 +27,7 @@ import resource
 import select
 import socket
 import time
+from typing import Callable
 
 from ttun import tcp
 from ttun.conversation import CLOSED, Conversation
@@ -55,6 +56,7 @@ class Pending:
 
     def __init__(self, stop: Flag) -> None:
         """stop: turn() returns at once when it is set, and records its heartbeats there."""
+        self.on_failure: Callable[[str], object] = lambda why: None  # of a handshake
         self._stop = stop
         self._poll = select.poll()
         self._poll.register(stop, select.POLLIN)
@@ -254,7 +256,7 @@ class Pending:
         except BlockingIOError:
             pass
         except UnrecognizedError as error:
-            self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, error)
+            self._handshake_failed(peer, str(error))
             self._leave_unanswered(peer)
         except (ProtocolError, OSError) as error:
             self._drop(peer, getattr(error, "strerror", None) or str(error))
@@ -346,8 +348,13 @@ class Pending:
 
     def _drop(self, peer: HalfOpen, why: str) -> None:
         if not peer.unrecognized and not self._holding:  # held connections are not logged
-            self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, why)
+            self._handshake_failed(peer, why)
         self._close(peer)
+
+    def _handshake_failed(self, peer: HalfOpen, why: str) -> None:
+        why = f"handshake with {peer.name} failed: {why}"
+        self._failed.log(time.monotonic(), "%s", why)
+        self.on_failure(why)
 
     def _close(self, peer: HalfOpen) -> None:
         self._forget(peer)

@@ -113,13 +113,15 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
+    group = privileges.find_group(options.status_group)
     hooks = Hooks(options.up, options.down)
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
-    socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
+    device = str(endpoint.status().device)
+    socket_of_status = status.StatusSocket(device, user, group)
     privileges.drop(user, required=options.user is not None)  # before there are threads
     log_writer.start()
     hooks.start()
