@@ -22,12 +22,16 @@ make install PREFIX=/usr/local DESTDIR="$system" > /dev/null
 
 mkdir -p "$system/etc/ttun"
 cat > "$system/etc/ttun/office.conf" << 'END'
-OPTIONS=-l :20203
+OPTIONS=-l :20203 --status-group adm
 END
+mkdir -p "$system/etc/systemd/system/ttun-server@office.service.d"
+printf '[Service]\nSupplementaryGroups=adm\n' > \
+    "$system/etc/systemd/system/ttun-server@office.service.d/group.conf"
 cat > "$system/etc/ttun/home.conf" << 'END'
 OPTIONS=-s 127.0.0.1 --dev ttun9 --local4 10.9.9.2 --peer4 10.9.9.1 --local6 fd00::2 --peer6 fd00::1
 END
-for name in office home; do
+echo 'OPTIONS=--no-such-option' > "$system/etc/ttun/typo.conf"
+for name in office home typo; do
     (umask 077; echo 'a key of two tunnels' > "$system/etc/ttun/$name.psk")
 done
 cat > "$system/etc/systemd/system/report.service" << 'END'
@@ -48,6 +52,10 @@ sleep 5
 state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
 echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
+echo "typo=$(systemctl show -P ActiveState ttun-server@typo) $(systemctl show -P NRestarts ttun-server@typo)"
+echo "said=$(journalctl -q -o cat -p 3..3 -u ttun-server@typo | cut -c 1-12)"
+echo "stamps=$(journalctl -q -o cat -p 6..6 -u $unit | grep -c '^20..[/-]')"
+echo "asked=$(setpriv --reuid=nobody --regid=nogroup --groups=adm /usr/local/bin/ttun show | grep -c server)"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
 echo "sockets=$(find /run/ttun -type s | wc -l)"
@@ -61,6 +69,10 @@ cat > "$system/expected.txt" << 'END'
 ready=active 0
 client=active
 shown=2
+typo=failed 0
+said=ttun server:
+stamps=0
+asked=1
 user=ttun
 capabilities=0000000000000000
 seccomp=2
@@ -72,7 +84,8 @@ left=
 end=success
 END
 chroot "$system" systemd-sysusers
-chroot "$system" systemctl -q enable ttun-server@office ttun-client@home report
+chroot "$system" systemctl -q enable ttun-server@office ttun-client@home \
+    ttun-server@typo report
 chroot "$system" systemctl -q mask systemd-udevd console-getty getty@tty1
 
 rm -f "$system/report.txt"

@@ -1,4 +1,4 @@
-"""--status-group: who may ask a tunnel with ttun show, as root, as a unit's user, and who may not."""
+"""--status-group: a group may query a tunnel that root started, or a unit; others may not."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ def test_the_group_may_ask_and_others_may_not(plain: Bench, user: list[str]) -> 
     assert "PermissionError" in asks(plain, path, ADM).stderr, "without the option"
 
 
+REFUSED = "only root and this user can use ttun show: --status-group: Operation not"
+
+
 def test_a_service_whose_user_is_in_the_group_needs_no_root(plain: Bench) -> None:
     """As a unit does: a user of its own, CAP_NET_ADMIN, SupplementaryGroups=."""
     for groups, mode in (("adm", ADM), ("daemon", DAEMON)):
@@ -64,17 +67,8 @@ def test_a_service_whose_user_is_in_the_group_needs_no_root(plain: Bench) -> Non
             "--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin",
         ]  # fmt: skip
         log = plain.directory / f"{groups}.log"
-        command = [
-            *setpriv,
-            *PROGRAM,
-            "server",
-            "-k",
-            "secret",
-            "-l",
-            ":0",
-            "--status-group",
-            "adm",
-        ]
+        options = ["-k", "secret", "-l", ":0", "--status-group", "adm"]
+        command = [*setpriv, *PROGRAM, "server", *options]
         with log.open("w") as file:
             process = plain.pair.start(
                 SERVER, command, stderr=file, environment={"RUNTIME_DIRECTORY": place}
@@ -89,12 +83,11 @@ def test_a_service_whose_user_is_in_the_group_needs_no_root(plain: Bench) -> Non
             if found is True:
                 pytest.skip("that user may not enter this directory: " + log.read_text()[-200:])
             path = f"{place}/{found[0]}"
-            refused = "only root and this user can use ttun show: --status-group: Operation not"
             if groups == "adm":
                 assert json.loads(asks(plain, path, ADM).stdout)["role"] == "server"
-                assert refused not in log.read_text()
+                assert REFUSED not in log.read_text()
             else:
-                eventually(lambda log=log: refused in log.read_text(), "why not")
+                eventually(lambda log=log: REFUSED in log.read_text(), "why not")
         finally:
             process.terminate()
             process.wait(10)

@@ -1,7 +1,7 @@
 """The status socket of an endpoint: a Unix socket that answers each connection once.
 
  1. The endpoint opens it before it drops privileges, as the user that it switches to. Only that
-    user, root and a group that the administrator names may connect. runtime.py describes where it is.
+    user, root and a group that the administrator names may connect. runtime.py says where it is.
  2. A thread answers each connection with one line of JSON and closes it. It never waits: what the
     client does not accept at once is lost.
  3. ``ttun show`` queries all sockets on the machine (query.py).
