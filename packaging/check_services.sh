@@ -22,7 +22,7 @@ make install PREFIX=/usr/local DESTDIR="$system" > /dev/null
 
 mkdir -p "$system/etc/ttun"
 cat > "$system/etc/ttun/office.conf" << 'END'
-OPTIONS=-l :20203 --status-group adm
+OPTIONS=-l :20203 --monitor-group adm
 END
 mkdir -p "$system/etc/systemd/system/ttun-server@office.service.d"
 printf '[Service]\nSupplementaryGroups=adm\n' > \

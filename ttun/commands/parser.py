@@ -329,7 +329,7 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
             help=text,
         )
     command.add_argument(
-        "--status-group", metavar="NAME", help="let this group use ttun show for this tunnel"
+        "--monitor-group", metavar="NAME", help="let this group use ttun show for this tunnel"
     )
     command.add_argument(
         "-user",

@@ -113,7 +113,7 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
-    group = privileges.find_group(options.status_group)
+    group = privileges.find_group(options.monitor_group)
     hooks = Hooks(options.up, options.down)
     endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})

@@ -97,7 +97,7 @@ def ask(device: str | None, told: list[str] | None = None) -> list[Tunnel]:
     told[:] = skipped
     found = [t for t in tunnels if device in (None, t["device"])]
     if not found and denied:
-        raise NoTunnel("the tunnel belongs to another user (use sudo, or --status-group)")
+        raise NoTunnel("the tunnel belongs to another user (use sudo, or --monitor-group)")
     if not found:
         raise NoTunnel(f"no tunnel is running{f' on {printable(device)}' if device else ''}")
     return sorted(found, key=lambda t: (t["device"] or "", t["role"], t["netns"] or 0, _pid(t)))

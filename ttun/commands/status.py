@@ -148,7 +148,7 @@ class StatusSocket:
             os.chown(self._name, -1, self._group, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
             why = f"{error.strerror} (systemd: SupplementaryGroups=)"
-            log.warning("only root and this user can use ttun show: --status-group: %s", why)
+            log.warning("only root and this user can use ttun show: --monitor-group: %s", why)
 
     def _serve(self, status: Callable[[], Status], listener: socket.socket) -> None:
         failed = Summary("and %d more queries of ttun show failed")

@@ -1,4 +1,4 @@
-"""--status-group: a group may query a tunnel that root started, or a unit; others may not."""
+"""--monitor-group: a group may query a tunnel that root started, or a unit; others may not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def asks(bench: Bench, path: object, *groups: int) -> subprocess.CompletedProces
 @pytest.mark.parametrize("user", [[], ["--user", "root"]], ids=["nobody", "root"])
 def test_the_group_may_ask_and_others_may_not(plain: Bench, user: list[str]) -> None:
     os.umask(0o022)
-    server = plain.server("--status-group", "adm", *user)
+    server = plain.server("--monitor-group", "adm", *user)
     path = server.socket()
     state = path.stat()
     assert (stat.S_IMODE(state.st_mode), state.st_gid) == (0o660, ADM)
@@ -53,7 +53,7 @@ def test_the_group_may_ask_and_others_may_not(plain: Bench, user: list[str]) -> 
     assert "PermissionError" in asks(plain, path, ADM).stderr, "without the option"
 
 
-REFUSED = "only root and this user can use ttun show: --status-group: Operation not"
+REFUSED = "only root and this user can use ttun show: --monitor-group: Operation not"
 
 
 def test_a_service_whose_user_is_in_the_group_needs_no_root(plain: Bench) -> None:
@@ -67,7 +67,7 @@ def test_a_service_whose_user_is_in_the_group_needs_no_root(plain: Bench) -> Non
             "--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin",
         ]  # fmt: skip
         log = plain.directory / f"{groups}.log"
-        options = ["-k", "secret", "-l", ":0", "--status-group", "adm"]
+        options = ["-k", "secret", "-l", ":0", "--monitor-group", "adm"]
         command = [*setpriv, *PROGRAM, "server", *options]
         with log.open("w") as file:
             process = plain.pair.start(
