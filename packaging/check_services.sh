@@ -25,7 +25,7 @@ cat > "$system/etc/ttun/office.conf" << 'END'
 OPTIONS=-l :20203 --monitor-group adm
 END
 mkdir -p "$system/etc/systemd/system/ttun-server@office.service.d"
-printf '[Service]\nSupplementaryGroups=adm\n' > \
+printf '[Service]\nGroup=adm\n' > \
     "$system/etc/systemd/system/ttun-server@office.service.d/group.conf"
 cat > "$system/etc/ttun/home.conf" << 'END'
 OPTIONS=-s 127.0.0.1 --dev ttun9 --local4 10.9.9.2 --peer4 10.9.9.1 --local6 fd00::2 --peer6 fd00::1
@@ -53,8 +53,8 @@ state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
 echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
 echo "typo=$(systemctl show -P ActiveState ttun-server@typo) $(systemctl show -P NRestarts ttun-server@typo)"
-echo "said=$(journalctl -q -o cat -p 3..3 -u ttun-server@typo | cut -c 1-12)"
-echo "stamps=$(journalctl -q -o cat -p 6..6 -u $unit | grep -c '^20..[/-]')"
+echo "said=$(journalctl -bq -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=ttun-server@typo.service PRIORITY=3 | cut -c 1-12)"
+echo "stamps=$(journalctl -bq -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=$unit.service PRIORITY=6 | grep -c '^20..[/-]')"
 echo "asked=$(setpriv --reuid=nobody --regid=nogroup --groups=adm /usr/local/bin/ttun show | grep -c server)"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status

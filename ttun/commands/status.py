@@ -147,7 +147,7 @@ class StatusSocket:
         try:
             os.chown(self._name, -1, self._group, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
-            why = f"{error.strerror} (systemd: SupplementaryGroups=)"
+            why = f"{error.strerror} (systemd: Group=)"
             log.warning("only root and this user can use ttun show: --monitor-group: %s", why)
 
     def _serve(self, status: Callable[[], Status], listener: socket.socket) -> None:
