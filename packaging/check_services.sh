@@ -22,8 +22,11 @@ make install PREFIX=/usr/local DESTDIR="$system" > /dev/null
 
 mkdir -p "$system/etc/ttun"
 cat > "$system/etc/ttun/office.conf" << 'END'
-OPTIONS=-l :20203 --hook-user ttun --up /etc/ttun/up --down /etc/ttun/down
+OPTIONS=-l :20203 --hook-user ttun --up /etc/ttun/up --down /etc/ttun/down --monitor-group adm
 END
+mkdir -p "$system/etc/systemd/system/ttun-server@office.service.d"
+printf '[Service]\nGroup=adm\n' > \
+    "$system/etc/systemd/system/ttun-server@office.service.d/group.conf"
 cat > "$system/etc/ttun/home.conf" << 'END'
 OPTIONS=-s 127.0.0.1 --dev ttun9 --local4 10.9.9.2 --peer4 10.9.9.1 --local6 fd00::2 --peer6 fd00::1 --up /etc/ttun/say --down /etc/ttun/say
 END
@@ -53,7 +56,8 @@ cat > "$system/etc/systemd/system/ttun-home-session.service" << 'END'
 Type=oneshot
 ExecStart=/etc/ttun/session
 END
-for name in office home; do
+echo 'OPTIONS=--no-such-option' > "$system/etc/ttun/typo.conf"
+for name in office home typo; do
     (umask 077; echo 'a key of two tunnels' > "$system/etc/ttun/$name.psk")
 done
 cat > "$system/etc/systemd/system/report.service" << 'END'
@@ -75,6 +79,10 @@ state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
 echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
 echo "route=$(ip route show 198.51.100.0/24 | wc -l)"
+echo "typo=$(systemctl show -P ActiveState ttun-server@typo) $(systemctl show -P NRestarts ttun-server@typo)"
+echo "said=$(journalctl -bq -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=ttun-server@typo.service PRIORITY=3 | cut -c 1-12)"
+echo "stamps=$(journalctl -bq -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=$unit.service PRIORITY=6 | grep -c '^20..[/-]')"
+echo "asked=$(setpriv --reuid=nobody --regid=nogroup --groups=adm /usr/local/bin/ttun show | grep -c server)"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
 echo "sockets=$(find /run/ttun -type s | wc -l)"
@@ -90,6 +98,10 @@ ready=active 0
 client=active
 shown=2
 route=1
+typo=failed 0
+said=ttun server:
+stamps=0
+asked=1
 user=ttun
 capabilities=0000000000000000
 seccomp=2
@@ -106,7 +118,7 @@ end=success
 END
 chroot "$system" systemd-sysusers
 chroot "$system" systemctl -q enable ttun-server@office ttun-client@home \
-    ttun-home-session.path report
+    ttun-server@typo ttun-home-session.path report
 chroot "$system" systemctl -q mask systemd-udevd console-getty getty@tty1
 
 rm -f "$system/report.txt"

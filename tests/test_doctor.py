@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import impostor
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench
+from impostor import Place
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, in_namespace
 
 from ttun import congestion, sodium, tox
 from ttun.commands import doctor, doctor_connection, path_mtu
@@ -184,11 +186,33 @@ def test_a_default_route_is_no_conflict(pair: netns.Hosts) -> None:
 
 
 @hosts_only
-def test_another_tunnel_is_a_conflict(bench: Bench) -> None:
-    bench.server()
+def test_your_own_running_tunnel_is_no_conflict(bench: Bench) -> None:
+    bench.server().status()
     found = report(bench.pair, host=SERVER)
-    assert "in use on ttun0" in found["IPv4 addresses"][1]
-    assert "in use on ttun0" in found["IPv6 addresses"][1]
+    for version, network in (("4", "10.1.1.0/30"), ("6", "fc11::/126")):
+        assert found[f"IPv{version} addresses"] == (OK, f"{network}: of the running tunnel ttun0")
+
+
+@hosts_only
+def test_the_tunnel_of_another_program_is_a_conflict(pair: netns.Hosts) -> None:
+    do = "ip tuntap add ttun0 mode tun && ip addr add 10.1.1.1/30 dev ttun0 && ip link set ttun0 up"
+    with changed(pair, ["sh", "-c", do], ["ip", "tuntap", "del", "ttun0", "mode", "tun"]):
+        mark, text = report(pair)["IPv4 addresses"]
+    assert mark == WARN and "in use on ttun0" in text
+
+
+@hosts_only
+def test_an_answer_that_claims_the_device_of_another_hides_no_conflict(
+    pair: netns.Hosts, place: Place
+) -> None:
+    """It says that the veth device is a tunnel's."""
+    inode = in_namespace(pair.names[CLIENT], lambda: os.stat("/proc/thread-self/ns/net").st_ino)
+    place.answer("a.sock", impostor.line(device="vclient", netns=inode))
+    add = "addr add 10.1.1.1/30 dev vclient"
+    prefix = ["env", f"XDG_RUNTIME_DIR={place.directory.parent}"]
+    with changed(pair, ["ip", *add.split()], ["ip", *add.replace(" add ", " del ").split()]):
+        mark, text = report(pair, prefix=prefix)["IPv4 addresses"]
+    assert mark == WARN and "in use on vclient" in text
 
 
 @hosts_only
@@ -262,6 +286,16 @@ def test_without_a_package_it_says_which_and_looks_at_the_rest(
     assert "pytun" in out.splitlines()[0]
     assert "fix: run make in its directory" in out
     assert "clock" in out
+
+
+def test_it_starts_also_where_a_package_is_missing() -> None:
+    script = "import sys; sys.modules['pytun'] = None; from ttun import cli; sys.exit(cli.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "doctor"], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.startswith("FAIL  packages") and "clock" in done.stdout, done.stderr
 
 
 def test_a_processor_without_aes_and_a_system_without_toxcore(

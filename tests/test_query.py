@@ -21,6 +21,8 @@ from ttun.commands import answer, show
 from ttun.commands.answer import Malformed, parse
 from ttun.errors import printable
 
+TEXTS = ("device", "peer", "transport", "cipher", "endpoint", "last_failure",
+         "local4", "local6", "peer4", "peer6")  # fmt: skip
 HIDDEN = "".join(chr(c) for c in (*range(32), *range(127, 160), 0x200F, 0x202E, 0x2028, 0xFEFF))
 
 
@@ -64,6 +66,13 @@ MALFORMED = {
     "a total in words": line(totals={**made()["totals"], "uplink_bytes": "many"}),
     "a process in words": line(pid="1"),
     "a namespace below zero": line(netns=-1),
+    "another format": line(format=2),
+    "an address in a list": line(peer4=["10.1.1.1"]),
+    "a failure of 600 characters": line(last_failure="x" * 600),
+    "a failure in the future": line(last_failure_ago=-1),
+    "failures in words": line(failed_attempts="3"),
+    "an MTU below zero": line(mtu=-1),
+    "an endpoint that is a number": line(endpoint=20203),
     "70,000 bytes": b" " * 70000 + line(),
 }
 
@@ -85,7 +94,7 @@ def test_fields_are_those_that_a_tunnel_sends() -> None:
     assert parse(line(more="than that")) == made()
     assert parse(line(silent_for=None))["silent_for"] is None, "a session that is just ending"
     earlier = {name: value for name, value in made().items() if name not in answer.NEW}
-    assert parse(json.dumps(earlier).encode()) == made(missing=None, pid=None, netns=None)
+    assert parse(json.dumps(earlier).encode()) == made(**{**dict.fromkeys(answer.NEW), "format": 1})
 
 
 def test_random_answers_are_one_or_malformed() -> None:
@@ -123,7 +132,7 @@ SERIES = re.compile(rf"ttun_\w+\{{{LABEL}(?:,{LABEL})*\}} [0-9.e+-]+")
 
 def test_nothing_that_a_terminal_obeys_reaches_it(place: Place) -> None:
     evil = f"\x1b]0;pwned\x07{HIDDEN}"
-    changes = {name: evil for name in ("device", "peer", "transport", "cipher")}
+    changes = {**{name: evil for name in TEXTS}, "last_failure_ago": 1}
     place.answer("a\x1b[2J\n\u202e.sock", b"nonsense")
     place.answer("b.sock", line(**changes, missing=[evil]))
     for options in ((), ("--json",), ("--prometheus",), (evil,)):

@@ -18,6 +18,7 @@ from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
 from ttun import privileges
 from ttun.lab import netns
 
+SHELLS = [["dash"], ["busybox", "ash"], ["bash", "--posix"]]
 UNITS = [f"ttun-{kind}@.service" for kind in ("server", "client", "tox")]
 UID = 65534
 
@@ -218,7 +219,7 @@ procd_add_reload_trigger() { echo "trigger $1"; }
 """
 
 
-@pytest.mark.parametrize("shell", [["dash"], ["busybox", "ash"], ["bash", "--posix"]])
+@pytest.mark.parametrize("shell", SHELLS)
 def test_what_the_init_script_asks_of_procd(shell: list[str]) -> None:
     """procd is not in Debian: its shell functions are stood in for."""
     if not shutil.which(shell[0]):
@@ -230,8 +231,49 @@ def test_what_the_init_script_asks_of_procd(shell: list[str]) -> None:
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "load ttun", "open office",
-        "set command /usr/bin/ttun client --psk-file /etc/ttun/office.psk "
-        "-s vpn.example.net --dev ttun7",
+        "set command /etc/init.d/ttun run_tunnel office /usr/bin/ttun client --psk-file "
+        "/etc/ttun/office.psk -s vpn.example.net --dev ttun7",
         "set file /etc/ttun/office.psk",
         "set respawn 3600 5 0", "set stdout 1", "set stderr 1", "close", "trigger ttun",
     ]  # fmt: skip
+
+
+RUN = """
+ubus() { echo "ubus $*"; }
+. "$0"; run_tunnel office "$@"
+"""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_bad_usage_is_not_retried_by_procd_and_signals_reach_the_tunnel(shell: list[str]) -> None:
+    """The instance is deleted, which stops the respawning; after any other code it stays."""
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    init = str(ROOT / "packaging" / "openwrt" / "ttun.init")
+    for code, says in ((0, ""), (1, ""), (2, DELETED)):
+        done = subprocess.run(
+            [*shell, "-c", RUN, init, "sh", "-c", f"exit {code}"],
+            capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (code, says, "")
+    slow = "trap 'sleep 0.5; echo clean; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    with subprocess.Popen(
+        [*shell, "-c", RUN, init, "sh", "-c", slow], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.stdout.read() == "clean\n"
+        assert process.wait(10) == 0, "it has waited for the tunnel to end in order"
+
+
+DELETED = 'ubus call service delete {"name":"ttun","instance":"office"}\n'
+
+
+@pytest.mark.hosts
+def test_what_a_unit_runs_with_a_typo_ends_with_the_code_that_is_not_retried(plain: Bench) -> None:
+    for unit in UNITS:
+        text = (ROOT / "packaging" / "systemd" / unit).read_text()
+        assert "\nRestart=always\n" in text and "\nRestartPreventExitStatus=2\n" in text
+    for command in ("server --lisen :1", "client -s", "client -s 192.0.2.1 -mtu 1", "tox --no"):
+        assert plain.start(SERVER, *command.split()).ended(30) == 2, command

@@ -96,6 +96,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         raise TtunError("ttun runs on Linux only: it needs a Linux TUN device")
     end_while_starting(options.run)
     threading.excepthook = _log_failed_thread
+    log.setLevel(getattr(options, "log_level", None) or logging.INFO)
     try:
         return int(COMMANDS[options.run](options))
     except UsageError as error:

@@ -169,9 +169,13 @@ class Client(Endpoint):
                     log.info("cannot resolve %s", error)  # works behind the rules too
                     return
                 wait = backoff.after_failure(time.monotonic())
-                log.info("cannot resolve %s; retrying in %.1f s", error, wait)
+                log.warning("cannot resolve %s; retrying in %.1f s", error, wait)
                 self._stop.wait(wait)
         raise InterruptedError
+
+    @property
+    def _endpoint(self) -> str:
+        return self._dialer.name
 
     def _open(self) -> None:
         outside = [default_route.OUTSIDE] if self._settings.default_route else []
@@ -249,6 +253,7 @@ class Client(Endpoint):
         try:
             found = self._dialer.candidates(self._stop)
             for candidate in sorted(found, key=lambda each: each.name != self._best):
+                log.debug("connecting to %s", candidate.name)
                 try:
                     sock = self._dial(candidate)
                 except InterruptedError:
@@ -272,8 +277,10 @@ class Client(Endpoint):
         if failures and not self._stop.is_set():
             name = self._dialer.name
             named = (f"{name}: ", f"{name.rpartition(':')[0]}: ")  # the server is named once
-            why = [str(each).removeprefix(named[0]).removeprefix(named[1]) for each in failures]
-            log.info("cannot connect to %s: %s", name, "; ".join(why))
+            reasons = [str(x).removeprefix(named[0]).removeprefix(named[1]) for x in failures]
+            why = "; ".join(reasons)
+            log.warning("cannot connect to %s: %s", name, why)
+            self._attempt_failed(why)
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
         usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0

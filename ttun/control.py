@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -27,6 +28,8 @@ from ttun.errors import ProtocolError
 from ttun.settings import Limits
 from ttun.sodium import KeyPair
 from ttun.x1 import Agreement
+
+log = logging.getLogger("ttun")
 
 PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
 # TCP doubles its retransmission timeout each time: after an outage of 10 s it may wait 10 s more.
@@ -211,6 +214,7 @@ class Control:
         """Complete the rekey, on the peer's SWITCH: its next frames use the new key."""
         self._expected = None
         self.rekeys += 1
+        log.debug("rekey %d of this session", self.rekeys)
         self._begin_epoch()
         if not self._agreement.is_client:
             self._post(lib.TTUN_SWITCH)

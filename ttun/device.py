@@ -125,7 +125,7 @@ class Device:
                 shown.append(str(addresses.ipv6))
                 self.has_ipv6 = True
             except OSError as error:
-                log.info("no IPv6 in the tunnel: %s", error.strerror or error)
+                log.warning("no IPv6 in the tunnel: %s", error.strerror or error)
         log.info("tun %s up: %s mtu %d", self.name, " ".join(shown), mtu)
 
     def _warn_of_clashes(self) -> None:

@@ -12,16 +12,15 @@ import socket
 import struct
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable, NamedTuple, Union
+from typing import Callable, NamedTuple
 
 from ttun import default_route, netlink
 from ttun.device import Device
 from ttun.netlink import Message, Request, new_address, new_route
-from ttun.settings import MIN_IPV6_MTU, Address, Network
+from ttun.settings import MIN_IPV6_MTU, Address, Interface, Network
 
 IFF_UP = 0x1  # linux/if.h
 SHOWN = 6  # items, and commands, in one log line
-Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 Key = tuple[bytes, int]  # of a network: packed address, prefix length
 AddressKey = tuple[bytes, int, bytes]  # address, length, peer (or address again)
 

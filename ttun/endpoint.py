@@ -32,7 +32,7 @@ from ttun.handshake import agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
 from ttun.pending import Pending
-from ttun.record import Record, Status, carried, lost
+from ttun.record import MOST_CHARACTERS, Record, Status, carried, in_tunnel, lost
 from ttun.session import Session
 from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, check_type
 from ttun.version import __version__
@@ -91,7 +91,9 @@ class Endpoint(abc.ABC):
         self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
         self._pending = Pending(self._stop)
+        self._pending.on_failure = self._attempt_failed
         self._record = Record()
+        self._created = time.monotonic()
         self._moved = False  # _why_dead() ended the last connection
         self._error: TtunError | None = None
 
@@ -220,7 +222,14 @@ class Endpoint(abc.ABC):
     def status(self) -> Status:
         """Return the current status, from any thread."""
         missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []
-        return self._record.status(self.role, self._device_name_shown, missing)
+        return self._record.status(
+            role=self.role,
+            device=self._device_name_shown,
+            missing=missing,
+            uptime=time.monotonic() - self._created,
+            endpoint=self._endpoint[:MOST_CHARACTERS],
+            **in_tunnel(self._device),
+        )
 
     def facts(self) -> dict[str, str | None]:
         """Return what stays the same during a session, as text."""
@@ -246,6 +255,15 @@ class Endpoint(abc.ABC):
 
         Called again after an OSError, MemoryError or RuntimeError (a temporary shortage).
         """
+
+    @property
+    @abc.abstractmethod
+    def _endpoint(self) -> str:
+        """Where it listens, or the server that it dials."""
+
+    def _attempt_failed(self, why: str) -> None:
+        """Record it for the status."""
+        self._record = self._record.failure(why)
 
     def _new_peer(self, session: Session, peer: Peer) -> None:
         """Handle a peer that authenticates during a session."""
@@ -354,7 +372,9 @@ class Endpoint(abc.ABC):
             session = Session(peer.sock, self._device, peer.keys, limits, self._buffers)
         except LACKS as error:
             peer.close()
-            log.warning("cannot start a session with %s: %s", peer.name, reason(error))
+            why = f"cannot start a session with {peer.name}: {reason(error)}"
+            log.warning("%s", why)
+            self._attempt_failed(why)
             return 0.0
         try:
             self._record = self._record.begun(session, peer)
@@ -365,7 +385,7 @@ class Endpoint(abc.ABC):
             raise
         finally:
             why = session.wait()
-            self._record = self._record.ended()
+            self._record = self._record.ended(why)
             log.info(
                 "peer %s disconnected after %.0f s: %s; %s%s",
                 peer.name,

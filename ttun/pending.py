@@ -27,6 +27,7 @@ import resource
 import select
 import socket
 import time
+from typing import Callable
 
 from ttun import tcp
 from ttun.conversation import CLOSED, Conversation
@@ -55,6 +56,7 @@ class Pending:
 
     def __init__(self, stop: Flag) -> None:
         """stop: turn() returns at once when it is set, and records its heartbeats there."""
+        self.on_failure: Callable[[str], object] = lambda why: None  # of a handshake
         self._stop = stop
         self._poll = select.poll()
         self._poll.register(stop, select.POLLIN)
@@ -66,7 +68,7 @@ class Pending:
         self._resume_at: float | None = None  # when to accept again
         self._allowed, self._allowed_at = 1, float("-inf")
         # Limit the log: a flood of connections must not fill the disk.
-        self._connected = Summary("%d more connected")
+        self._connected = Summary("%d more connected", logging.INFO)
         self._failed = Summary("%d more handshakes failed")
         self._not_accepted = Summary("%d more connections not accepted")
 
@@ -266,7 +268,7 @@ class Pending:
             pass
         except (ProtocolError, OSError) as error:
             if self._silent and isinstance(error, UnrecognizedError):
-                self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, error)
+                self._handshake_failed(peer, str(error))
                 self._leave_unanswered(peer)
             else:
                 self._drop(peer, peer.explain(getattr(error, "strerror", None) or str(error)))
@@ -358,8 +360,13 @@ class Pending:
 
     def _drop(self, peer: HalfOpen, why: str) -> None:
         if not peer.unrecognized and not self._holding:  # held connections are not logged
-            self._failed.log(time.monotonic(), "handshake with %s failed: %s", peer.name, why)
+            self._handshake_failed(peer, why)
         self._close(peer)
+
+    def _handshake_failed(self, peer: HalfOpen, why: str) -> None:
+        why = f"handshake with {peer.name} failed: {why}"
+        self._failed.log(time.monotonic(), "%s", why)
+        self.on_failure(why)
 
     def _close(self, peer: HalfOpen) -> None:
         self._forget(peer)

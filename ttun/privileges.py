@@ -88,6 +88,18 @@ def find_user(name: str | None) -> User | None:
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 
+def find_group(name: str | None) -> int | None:
+    """Return the ID of a group, None for None. Raises UsageError for an unknown one."""
+    if name is None:
+        return None
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError, OSError):
+        raise UsageError(f"no such group: {name!r}") from None
+
+
 def drop(user: User | None, *, required: bool) -> None:
     """Switch to user, if not None, and drop every capability, irrevocably.
 

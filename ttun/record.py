@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ttun.congestion import TcpStats
+from ttun.device import Device
 from ttun.peer import Peer
 from ttun.session import Counters, Session
-from ttun.settings import Addresses
+from ttun.settings import Addresses, Interface
 
+MOST_CHARACTERS = 500  # of a text that others cause
 DROPPED = {  # counters of dropped packets, and why
     "refused": "rejected by the kernel",
     "unsendable": "too large",
@@ -42,6 +45,16 @@ class Status:
     counters: Counters  # of this or the last session
     totals: Counters  # of all sessions
     missing: list[str]  # deviations of the device: "route 203.0.113.0/24 missing"
+    uptime: float  # seconds since this end was created
+    endpoint: str  # where a server listens; the server that a client dials
+    failed_attempts: int  # since the last session: connections and handshakes
+    last_failure: str | None  # why the last of them failed; if 0, why the last session ended
+    last_failure_ago: float | None  # seconds
+    mtu: int | None = None  # bytes, of the device; None before start, as are the addresses
+    local4: str | None = None  # this end's in the tunnel: "10.1.1.1/30"
+    peer4: str | None = None  # the peer's, as far as this end knows it
+    local6: str | None = None  # None too if the tunnel carries no IPv6
+    peer6: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,9 @@ class Record:
     since: float = 0.0
     sessions: int = 0  # including this one
     earlier: Counters = field(default_factory=Counters)  # of all sessions before it
+    failed: int = 0  # attempts since then
+    why: str = ""  # the last one failed, or this session ended
+    failed_at: float = 0.0
 
     def begun(self, session: Session, peer: Peer) -> Record:
         """Return the record after the start of a session."""
@@ -72,19 +88,22 @@ class Record:
             earlier=self.earlier.plus(self.session.counters() if self.session else Counters()),
         )
 
-    def ended(self) -> Record:
+    def ended(self, why: str) -> Record:
         """Return the record after its end."""
-        return replace(self, connected=False)
+        return replace(self.failure(why), connected=False, failed=0)
 
-    def status(self, role: str, device: str | None, missing: list[str]) -> Status:
-        """Return the current status."""
+    def failure(self, why: str) -> Record:
+        """Return the record after an attempt that failed."""
+        why = why[:MOST_CHARACTERS]
+        return replace(self, failed=self.failed + 1, why=why, failed_at=time.monotonic())
+
+    def status(self, **ends: Any) -> Status:
+        """Return the current status. ends: the fields of Status that an endpoint knows."""
         session = self.session if self.connected else None
         control = session.control if session else None
         stats = session.tcp_stats() if session else None
         counters = self.session.counters() if self.session else Counters()
         return Status(
-            role=role,
-            device=device,
             peer=self.peer if session else None,
             transport=self.transport if session else None,
             wire=self.wire if session else None,
@@ -98,7 +117,10 @@ class Record:
             sessions=self.sessions,
             counters=counters,
             totals=self.earlier.plus(counters),
-            missing=missing,
+            failed_attempts=self.failed,
+            last_failure=self.why or None,
+            last_failure_ago=time.monotonic() - self.failed_at if self.why else None,
+            **ends,
         )
 
     def facts(self, role: str, device: str | None, ours: Addresses) -> dict[str, str | None]:
@@ -113,6 +135,34 @@ class Record:
             "local4": str(ours.ipv4),
             "local6": str(ours.ipv6),
         }
+
+
+def in_tunnel(device: Device | None) -> dict[str, Any]:
+    """Return the fields of Status that a device has."""
+    if device is None:
+        return {}
+    ours = device.addresses
+    found: dict[str, Any] = {"mtu": device.mtu}
+    pairs: dict[int, tuple[Interface, object]] = {
+        4: (ours.ipv4, ours.peer4),
+        6: (ours.ipv6, ours.peer6),
+    }
+    for version, (local, peer) in pairs.items():
+        if version == 4 or device.has_ipv6:
+            found[f"local{version}"] = str(local)
+            found[f"peer{version}"] = _other(local, peer)
+    return found
+
+
+def _other(ours: Interface, peer: object) -> str | None:
+    """Return the peer's address as text: the given one, else the other one of two.
+
+    Those of an IPv4 /30 are its two hosts, and an IPv6 /126 is used likewise.
+    """
+    mask = int(ours.hostmask)
+    if peer is None and (mask == 1 or (mask == 3 and int(ours) & 3 in (1, 2))):
+        peer = type(ours.ip)(int(ours) ^ mask)
+    return None if peer is None else str(peer)
 
 
 def carried(counters: Counters) -> str:

@@ -109,7 +109,9 @@ class Resolver:
                 self._asked = None  # it has ended; otherwise it is still running
             if not self.known:
                 raise
-            log.info("cannot resolve %s: %s; using its last addresses", self._host, reason(error))
+            log.warning(
+                "cannot resolve %s: %s; using its last addresses", self._host, reason(error)
+            )
         return self.known
 
     def _find_outside(self, host: str, port: int, flags: int) -> list[Target]:

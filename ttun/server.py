@@ -100,6 +100,10 @@ class Server(Endpoint):
             raise TtunError("this server has no port yet (open or start it first)")
         return self._listener.port
 
+    @property
+    def _endpoint(self) -> str:
+        return self._listener.name
+
     def _open(self) -> None:
         self._listener.open(self._stop)
         log.info("listening on %s", self._listener.name)

@@ -18,6 +18,7 @@ DEFAULT_PORT = 20203
 DEFAULT = "default"  # the route to everything
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 WIRES = ("auto", "v1", "x1")
 MIN_MTU, MAX_MTU = 576, 65519  # least that RFC 791 requires of hosts; largest that fits a frame
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5

@@ -15,9 +15,9 @@ class Summary:
     Times are those of time.monotonic().
     """
 
-    def __init__(self, more: str) -> None:
-        """more: format of the summary, e.g. ``%d more failed``."""
-        self._more = more
+    def __init__(self, more: str, level: int = logging.WARNING) -> None:
+        """more: format of the summary, e.g. ``%d more failed``. level: of all its lines."""
+        self._more, self._level = more, level
         self._start = float("-inf")
         self._events = 0
 
@@ -33,7 +33,7 @@ class Summary:
             self._start = now
         self._events += 1
         if self._events <= MOST:
-            log.info(message, *arguments)
+            log.log(self._level, message, *arguments)
 
     def tick(self, now: float, *, end: bool = False) -> None:
         """Log the summary after the period; end: now."""
@@ -41,5 +41,6 @@ class Summary:
             return
         if self._events > MOST:
             seconds = max(1, round(now - self._start))
-            log.info(self._more + " in the last %d s", self._events - MOST, seconds)
+            text = self._more + " in the last %d s"
+            log.log(self._level, text, self._events - MOST, seconds)
         self._events = 0

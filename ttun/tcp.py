@@ -163,7 +163,7 @@ def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.so
             if error.errno == errno.EAFNOSUPPORT:
                 raise
             if not quietly:
-                log.info("no Multipath TCP in this kernel: %s; using TCP", reason(error))
+                log.warning("no Multipath TCP in this kernel: %s; using TCP", reason(error))
     sock = sock or socket.socket(family, socket.SOCK_STREAM)
     congestion.start(sock, control)
     return sock

@@ -26,7 +26,13 @@ def made(**changes: object) -> dict[str, Any]:
     """What a tunnel answers, with some fields changed."""
     plain = status.as_dict(ttun.Server(b"key").status())
     peer = {"peer": "192.0.2.1:20203", "transport": "tcp", "wire": "x1", "cipher": "aegis-256"}
-    times = {"connected_for": 5.0, "silent_for": 0.5, "round_trip": 0.001, "rekeys": 0}
+    times = {
+        "connected_for": 5.0,
+        "silent_for": 0.5,
+        "round_trip": 0.001,
+        "rekeys": 0,
+        "uptime": 9.0,
+    }
     return {**plain, "device": "ttun0", **peer, **times, **changes}
 
 

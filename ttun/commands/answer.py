@@ -10,7 +10,8 @@ from typing import Any, Callable
 
 from ttun.session import Counters
 
-MOST_CHARACTERS = 256  # of a string
+FORMAT = 1  # of the JSON; docs/status.md says when it changes
+MOST_CHARACTERS = 512  # of a string
 Tunnel = dict[str, Any]
 Check = Callable[[object], bool]
 
@@ -37,7 +38,7 @@ def parse(line: bytes) -> Tunnel:
             raise Malformed(f"a peer without {name}")
     for name in ("counters", "totals"):
         found[name] = {field: found[name][field] for field in Counters._fields}
-    return {name: found.get(name) for name in FIELDS}
+    return {**{name: found.get(name) for name in FIELDS}, "format": FORMAT}
 
 
 def _integer(digits: str) -> int:
@@ -78,7 +79,7 @@ def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
-def _one_of(*values: str | None) -> Check:
+def _one_of(*values: object) -> Check:
     return lambda value: value in values
 
 
@@ -99,9 +100,20 @@ FIELDS: dict[str, Check] = {
     "counters": _counters,
     "totals": _counters,
     "missing": _texts,
+    "uptime": _or_none(_seconds),
+    "endpoint": _or_none(_text),
+    "failed_attempts": _or_none(_count),
+    "last_failure": _or_none(_text),
+    "last_failure_ago": _or_none(_seconds),
+    "mtu": _or_none(_count),
+    "local4": _or_none(_text),
+    "peer4": _or_none(_text),
+    "local6": _or_none(_text),
+    "peer6": _or_none(_text),
     "pid": _or_none(_count),
     "netns": _or_none(_count),
+    "format": _one_of(FORMAT, None),
 }
-# Tunnels of earlier versions do not send these.
-NEW = {"missing", "pid", "netns", "congestion_control", "retransmitted"}
+# Tunnels of earlier versions do not send the ones after "totals", and these.
+NEW = {"congestion_control", "retransmitted", *list(FIELDS)[list(FIELDS).index("missing") :]}
 OF_A_PEER = ("transport", "wire", "cipher", "connected_for")

@@ -2,9 +2,10 @@
 
 In this order: the packages that ttun imports, another project of the same name, privileges, the TUN
 device and its offloads, IPv6, AES in the processor, Multipath TCP, congestion control, toxcore, the
-clock, and conflicts of the tunnel's addresses. If a server is named: whether it accepts
-connections, the TCP buffers and the path MTU. Nothing is changed: the device made to try the
-offloads is never up and is removed again. Without root some items are skipped.
+clock, conflicts of the tunnel's addresses, forwarding and reverse path filtering. If a server is
+named: whether it accepts connections, the TCP buffers and the path MTU. Nothing is changed: the
+device made to try the offloads is never up and is removed again. Without root some items are
+skipped.
 
 Sources: linux/if_tun.h, proc(5), netdevice(7).
 """
@@ -30,7 +31,13 @@ from typing import Union
 from ttun import default_route, privileges, tox
 from ttun._codec import ffi
 from ttun.address import Address
-from ttun.commands.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
+from ttun.commands.doctor_connection import (
+    look_at_congestion_control,
+    look_at_forwarding,
+    look_at_mptcp,
+    look_at_peer,
+    look_at_reverse_path,
+)
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import TtunError
 
@@ -41,7 +48,8 @@ NODE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)  # Documentation/admin-guide/devices.txt
 TUNGETFEATURES, TUNSETIFF = 0x800454CF, 0x400454CA  # linux/if_tun.h, as are these
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
-SIOCGIFCONF = 0x8912  # linux/sockios.h
+SIOCGIFCONF, SIOCGIFHWADDR = 0x8912, 0x8927  # linux/sockios.h
+ARPHRD_NONE = 0xFFFE  # linux/if_arp.h: of a TUN device
 IFREQ_SIZE = struct.calcsize("16sP") + (16 if struct.calcsize("P") == 8 else 12)
 MANY_ADDRESSES = 1000
 WRITTEN = datetime.date(2026, 1, 1)  # a correct clock is not older than this program
@@ -93,9 +101,13 @@ def look(peer: Address | None) -> Iterator[Finding]:
     if packages.mark == OK:
         from ttun.settings import SERVER
 
-        yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, ipv4_routes())
-        yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, ipv6_routes())
+        routes4, routes6 = ipv4_routes(), ipv6_routes()
+        own = own_devices([*routes4, *routes6])
+        yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, routes4, own)
+        yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, routes6, own)
+        yield look_at_reverse_path(own)
         yield from look_at_rp_filter()
+    yield look_at_forwarding()
     if peer is not None:
         yield from look_at_peer(peer)
 
@@ -326,13 +338,43 @@ def _lines(path: str) -> list[str]:
         return []  # no IPv6 in this kernel
 
 
-def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) -> Finding:
-    """Check whether another device has the tunnel's addresses, or a route to them."""
+def own_devices(routes: Iterable[Route]) -> set[str]:
+    """Return those devices of routes that running tunnels of this network namespace have.
+
+    A tunnel's answer is the word of its user, so each has to be a device without a link layer too.
+    """
+    from ttun.commands import show
+
+    try:
+        netns = os.stat("/proc/self/ns/net").st_ino
+        said = {tunnel["device"] for tunnel in show.ask(None) if tunnel["netns"] == netns}
+    except (OSError, TtunError):  # none is running, or none that may be asked
+        return set()
+    return {name for name in {route.device for route in routes} & said if _has_no_link(name)}
+
+
+def _has_no_link(device: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        try:
+            found = fcntl.ioctl(control, SIOCGIFHWADDR, struct.pack("40s", device.encode()))
+        except OSError:  # it has just been removed
+            return False
+    return int.from_bytes(found[16:18], sys.byteorder) == ARPHRD_NONE
+
+
+def look_at_addresses(
+    subject: str, wanted: Network, routes: Iterable[Route], own: Iterable[str] = ()
+) -> Finding:
+    """Check whether another device than own ones has the tunnel's addresses, or a route to them."""
+    mine = set()
     taken: list[Route] = []
     around: list[Route] = []
     for route in routes:
         # A default route is no conflict: the tunnel's route is more specific.
         if route.network.prefixlen and route.network.overlaps(wanted):
+            if route.device in own:
+                mine.add(route.device)
+                continue
             (taken if route.network.prefixlen >= wanted.prefixlen else around).append(route)
     if taken:
         names = sorted({route.device for route in taken})
@@ -352,4 +394,5 @@ def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) ->
             f"its hosts in {wanted} are unreachable while the tunnel is up",
             OTHER_ADDRESSES,
         )
-    return Finding(OK, subject, f"{wanted}: free")
+    whose = f"of the running tunnel {', '.join(sorted(mine))}" if mine else "free"
+    return Finding(OK, subject, f"{wanted}: {whose}")

@@ -1,13 +1,15 @@
-"""``ttun doctor`` on the tunnel's connection: what the kernel has for it, and the path to a server.
+"""``ttun doctor`` on the network: forwarding, what the kernel has for the tunnel's connection, and
+the path to a server.
 
-Sources: net/ipv4/tcp_cong.c, tcp(7) for tcp_rmem and tcp_wmem, Documentation/networking/mptcp.rst.
+Sources: ip-sysctl.rst, net/ipv4/tcp_cong.c, tcp(7) for tcp_rmem and tcp_wmem,
+Documentation/networking/mptcp.rst.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ttun import congestion, tcp
@@ -64,6 +66,49 @@ def _sysctl(name: str) -> list[str]:
         return (SYSCTL / name).read_text().split()
     except OSError:  # not in this container
         return []
+
+
+def look_at_forwarding() -> Finding:
+    """Check whether this machine forwards packets of networks behind it."""
+    off = []
+    for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        if _sysctl(f"../{name}") == ["0"]:
+            off.append(f"net.{name.replace('/', '.')}")
+    if not off:
+        return Finding(OK, "forwarding", "enabled")
+    return Finding(
+        WARN,
+        "forwarding",
+        f"disabled: {' and '.join(f'{name}=0' for name in off)}",
+        "networks behind this machine cannot use the tunnel, only the machine itself",
+        f"if it routes for others: sysctl {' '.join(f'{name}=1' for name in off)}",
+    )
+
+
+def look_at_reverse_path(devices: Iterable[str]) -> Finding:
+    """Check whether the kernel drops packets from the tunnel whose source is routed elsewhere.
+
+    devices: of running tunnels. The larger value of "all" and of the device holds.
+    """
+    everywhere, subject = _rp_filter("all"), "reverse path"
+    found = {name: _rp_filter(name) for name in [*devices] or ["default"]}
+    strict = sorted(name for name, value in found.items() if max(value, everywhere) == 1)
+    if not strict:
+        return Finding(OK, subject, "not filtered strictly")
+    at = "all" if everywhere == 1 else strict[0]
+    rows = [row.split() for row in Path("/proc/net/netstat").read_text().splitlines()[:2]]
+    dropped = dict(zip(*rows)).get("IPReversePathFilter", "0")
+    return Finding(
+        WARN,
+        subject,
+        f"strict: net.ipv4.conf.{at}.rp_filter=1 ({dropped} packets dropped since boot)",
+        "packets from the tunnel are silently dropped if their source is routed elsewhere",
+        f"sysctl net.ipv4.conf.{at}.rp_filter=2, or --route for each network behind the peer",
+    )
+
+
+def _rp_filter(device: str) -> int:
+    return int((_sysctl(f"conf/{device}/rp_filter") or ["0"])[0])
 
 
 def look_at_buffers(rtt: float) -> Finding:

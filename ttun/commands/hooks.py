@@ -226,6 +226,7 @@ class Hooks:
     def _watch(self, name: str, group: ProcessGroup, left: Callable[[], float]) -> None:
         """Wait until a command ends, or terminate it."""
         started = time.monotonic()
+        log.debug("--%s: started", name)
         while not group.wait(TICK):
             self._tend()
             if left() <= 0:
@@ -236,6 +237,7 @@ class Hooks:
                 )
                 process_group.end([group])
                 return
+        log.debug("--%s: ended after %.1f s", name, time.monotonic() - started)
         if group.code:
             log.warning("--%s: %s", name, process_group.how_it_ended(group.code))
         self._background.append(group)

@@ -41,7 +41,7 @@ class Manager:
             self._sock = sock
         except OSError as error:
             sock.close()
-            log.info("cannot connect to the service manager: %s", error.strerror or error)
+            log.warning("cannot connect to the service manager: %s", error.strerror or error)
 
     def tell(self, state: str) -> None:
         """Send one state. Never waits."""
@@ -50,7 +50,9 @@ class Manager:
         try:
             self._sock.send(state.encode())
         except OSError as error:
-            log.info("cannot notify the service manager of %s: %s", state, error.strerror or error)
+            log.warning(
+                "cannot notify the service manager of %s: %s", state, error.strerror or error
+            )
 
 
 def _interval(microseconds: str, pid: str) -> float | None:

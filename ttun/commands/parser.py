@@ -255,6 +255,21 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         command.add_argument(
             f"--{name}", metavar="COMMAND", help=f"shell command to run when the peer {when}"
         )
+    for name, level, text in (
+        ("verbose", "DEBUG", "log more: each attempt, key change and hook"),
+        ("quiet", "WARNING", "log only warnings and errors"),
+    ):
+        command.add_argument(
+            f"-{name[0]}",
+            f"--{name}",
+            dest="log_level",
+            action="store_const",
+            const=level,
+            help=text,
+        )
+    command.add_argument(
+        "--monitor-group", metavar="NAME", help="let this group use ttun show for this tunnel"
+    )
     command.add_argument(
         "--hook-user",
         metavar="NAME",

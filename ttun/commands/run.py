@@ -187,6 +187,7 @@ def _run(
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
+    group = privileges.find_group(options.monitor_group)
     hooks = _hooks(options, keeper)
 
     def connected(_: str) -> None:
@@ -209,7 +210,8 @@ def _run(
     if whole:
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
     signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
-    socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
+    device = str(endpoint.status().device)
+    socket_of_status = status.StatusSocket(device, user, group)
     try:
         keeper.start(endpoint.facts(), socket_of_status.entry())
     except TtunError:

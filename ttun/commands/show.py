@@ -36,6 +36,7 @@ COLORS = {
     "  not connected": "yellow",
     "  device": "red",
     "  dropped": "yellow",
+    "  failed attempts": "yellow",
 }
 MOST_LINES = 10  # about what was skipped
 LAST_RESORT = 10  # seconds
@@ -50,6 +51,10 @@ COUNTERS = {  # of Prometheus: name, help, the field of Counters
 }
 
 
+class NoTunnel(TtunError):
+    """There is nothing to show."""
+
+
 def run(device: str | None, how: str) -> int:
     """Show all tunnels, or those of one device. how: "text", "json", "prometheus" or "watch"."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -58,7 +63,12 @@ def run(device: str | None, how: str) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             _watch(device)
         return 0
-    tunnels = ask(device)
+    try:
+        tunnels = ask(device)
+    except NoTunnel:
+        if how == "json":
+            print("[]")
+        raise
     if how == "json":
         print(json.dumps(tunnels, indent=1))
     elif how == "prometheus":
@@ -71,7 +81,7 @@ def run(device: str | None, how: str) -> int:
 def ask(device: str | None, told: list[str] | None = None) -> list[Tunnel]:
     """Return what every tunnel answers; report on stderr what was skipped and is not in told.
 
-    Raises TtunError if there is none, or none that this user may query.
+    Raises NoTunnel if there is none, or none that this user may query; TtunError.
     """
     told = [] if told is None else told
     directories = runtime.directories()
@@ -87,9 +97,9 @@ def ask(device: str | None, told: list[str] | None = None) -> list[Tunnel]:
     told[:] = skipped
     found = [t for t in tunnels if device in (None, t["device"])]
     if not found and denied:
-        raise TtunError("the tunnel belongs to another user (use sudo)")
+        raise NoTunnel("the tunnel belongs to another user (use sudo, or --monitor-group)")
     if not found:
-        raise TtunError(f"no tunnel is running{f' on {printable(device)}' if device else ''}")
+        raise NoTunnel(f"no tunnel is running{f' on {printable(device)}' if device else ''}")
     return sorted(found, key=lambda t: (t["device"] or "", t["role"], t["netns"] or 0, _pid(t)))
 
 
@@ -132,12 +142,15 @@ def describe_all(tunnels: list[Tunnel]) -> list[list[str]]:
             who = f", netns {_netns(tunnel, names) or 'unknown'}, pid {_pid(tunnel)}"
         if tunnel["uid"] not in (0, os.geteuid()):  # the answer is that user's word only
             who += f", user {tunnel['uid']}"
-        described.append(describe(tunnel, who))
+        described.append(describe(tunnel, who, names))
     return described
 
 
-def describe(tunnel: Tunnel, who: str = "") -> list[str]:
-    """Return the lines of a tunnel. who: follows its role and says whose it is."""
+def describe(tunnel: Tunnel, who: str = "", names: dict[int, str] | None = None) -> list[str]:
+    """Return the lines of a tunnel.
+
+    who: follows its role and says whose it is. names: of network namespaces.
+    """
     lines = [f"{printable(tunnel['device'] or 'no device')}: {tunnel['role']}{who}"]
     if tunnel["missing"]:
         lines.append(f"  device: {', '.join(map(printable, tunnel['missing']))}")
@@ -159,6 +172,7 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
             lost = tunnel["retransmitted"]
             share = "" if lost is None else f", {100 * lost:.1f} % retransmitted"
             lines.append(f"  congestion control: {printable(tunnel['congestion_control'])}{share}")
+    lines += _ends(tunnel)
     total = tunnel["totals"]
     lines += [
         f"  uplink: {size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
@@ -169,16 +183,44 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
         lines.append("  dropped: " + ", ".join(dropped))
     if tunnel["sessions"] > 1:
         lines.append(f"  reconnects: {tunnel['sessions'] - 1}")
-    return lines
+    process = (
+        f"  process: {_pid(tunnel)}, network namespace {_netns(tunnel, names or {}) or 'unknown'}"
+    )
+    if tunnel["uptime"] is not None:
+        process += f", running for {_duration(tunnel['uptime'])}"
+    return [*lines, process]
 
 
-def _shown(lines: list[str]) -> list[str]:
-    """Return the lines of a tunnel as stdout shows them: a terminal wraps and colors them."""
-    if not is_terminal():
+def _ends(tunnel: Tunnel) -> Iterator[str]:
+    """Yield the lines about what an end connects, and why it is not connected."""
+    if (ago := tunnel["last_failure_ago"]) is not None:
+        number, why = tunnel["failed_attempts"], printable(tunnel["last_failure"] or "")
+        what = f"failed attempts: {number}, the last" if number else "last session: ended"
+        yield f"  {what} {_duration(ago)} ago: {why}"
+    if tunnel["endpoint"] not in (None, tunnel["peer"]):
+        what = "server" if tunnel["role"] == "client" else "listening on"
+        yield f"  {what}: {printable(tunnel['endpoint'])}"
+    parts = []
+    for name, word in (("local", ""), ("peer", "peer ")):
+        found = [printable(tunnel[name + v]) for v in "46" if tunnel[name + v] is not None]
+        if found:
+            parts.append(word + " ".join(found))
+    if tunnel["mtu"] is not None:
+        parts.append(f"MTU {tunnel['mtu']}")
+    if parts:
+        yield f"  addresses: {', '.join(parts)}"
+
+
+def _shown(lines: list[str], *, fit: bool = False) -> list[str]:
+    """Return the lines of a tunnel as stdout shows them, colored on a terminal.
+
+    A terminal wraps them. fit: none is longer than a row, wherever they are shown.
+    """
+    if not is_terminal() and not fit:
         return lines
     shown: list[str] = []
     for line in lines:
-        first, *rest = wrapped(line, 4)
+        first, *rest = wrapped(line, 4, cut=fit)
         name = first.partition(":")[0]
         color = COLORS.get(name) if shown else "bold"
         shown += [colored(name, color) + first[len(name) :] if color else first, *rest]
@@ -207,6 +249,8 @@ def prometheus(tunnels: list[Tunnel]) -> list[str]:
             "Share of retransmitted segments",
             "retransmitted",
         ),
+        ("ttun_uptime_seconds", "gauge", "Time since the start", "uptime"),
+        ("ttun_failed_attempts", "gauge", "Failed since the last session", "failed_attempts"),
         ("ttun_silence_seconds", "gauge", "Time since data was last received", "silent_for"),
     ):
         metric(name, kind, text, [t[field] for t in tunnels])
@@ -314,14 +358,14 @@ def _screen(tunnels: list[Tunnel], rates: list[_Rates]) -> list[str]:
     lines = [
         line
         for text, rate in zip(described, rates)
-        for line in (*_shown(text), *rate.lines(columns), "")
+        for line in (*_shown(text, fit=True), *rate.lines(columns), "")
     ]
     if len(lines) <= room or not is_terminal():
         return lines
     lines = []
     for tunnel, text, rate in zip(tunnels, described, rates):
         peer = tunnel["peer"]
-        head = f"{text[0]}, {printable(peer) if peer else 'not connected'}"[:columns]
+        head = wrapped(f"{text[0]}, {printable(peer) if peer else 'not connected'}", 0, cut=True)[0]
         color = "red" if tunnel["missing"] else "green" if peer else "yellow"
         lines += [colored(head, color), "".join(rate.lines(columns // 2))]
     if len(lines) > room:
@@ -338,7 +382,7 @@ def _watch(device: str | None) -> None:
     while True:
         try:
             tunnels = ask(device, told)
-        except TtunError:
+        except NoTunnel:
             if not seen:
                 raise
             tunnels = []

@@ -1,7 +1,7 @@
 """The status socket of an endpoint: a Unix socket that answers each connection once.
 
  1. The endpoint opens it before it drops privileges, as the user that it switches to. Only that
-    user and root may connect. runtime.py describes where it is.
+    user, root and a group that the administrator names may connect. runtime.py says where it is.
  2. A thread answers each connection with one line of JSON and closes it. It never waits: what the
     client does not accept at once is lost.
  3. ``ttun show`` queries all sockets on the machine (query.py).
@@ -29,6 +29,7 @@ from typing import Any, Callable
 
 from ttun import privileges
 from ttun.commands import runtime
+from ttun.commands.answer import FORMAT
 from ttun.privileges import User
 from ttun.record import Status
 from ttun.summary import Summary
@@ -44,11 +45,13 @@ JOIN = 1.0  # seconds for the last answer
 class StatusSocket:
     """Answers for one endpoint. If it cannot be opened, the endpoint runs without it."""
 
-    def __init__(self, device: str, user: User | None = None) -> None:
+    def __init__(self, device: str, user: User | None = None, group: int | None = None) -> None:
         """Listen in the first directory that this process may write to.
 
-        user: the user that this process switches to before serve(), if any.
+        user: the user that this process switches to before serve(), if any. group: one that may
+        connect too.
         """
+        self._group = group
         self._listener: socket.socket | None = None
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
@@ -64,7 +67,7 @@ class StatusSocket:
                 return
             except OSError as error:
                 where, why = place, error.strerror or error
-        log.info("ttun show will not see this tunnel: cannot listen in %s: %s", where, why)
+        log.warning("ttun show will not see this tunnel: cannot listen in %s: %s", where, why)
 
     def serve(self, status: Callable[[], Status]) -> None:
         """Start to answer, on a thread. Call it again after patience(): it may have failed."""
@@ -77,7 +80,7 @@ class StatusSocket:
             thread.start()
         except RuntimeError as error:  # other programs of this user may use them all
             if not self._told_no_thread:
-                log.info("cannot answer ttun show: %s (retrying)", error)
+                log.warning("cannot answer ttun show: %s (retrying)", error)
             self._told_no_thread = True
             return
         self._thread = thread
@@ -111,15 +114,24 @@ class StatusSocket:
     def _listen(self, place: Path, device: str, user: User | None) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            os.fchmod(listener.fileno(), 0o600)  # bind() makes the name with this mode
+            # bind() makes the name with this mode
+            os.fchmod(listener.fileno(), 0o600 if self._group is None else 0o660)
             directory, is_users = _own_directory(place, user)
             # Nothing is changed as root in a directory that another user owns.
-            acting = privileges.acting_as(user) if user and is_users else contextlib.nullcontext()
+            acting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if user and is_users:
+                gid = user.gid if self._group is None else self._group
+                acting = privileges.acting_as(user._replace(gid=gid))
             try:
                 dead = runtime.dead(directory)
                 with acting:
                     runtime.remove(directory, dead)
-                    self._name = _bind(listener, directory, device)
+                    mask = os.umask(0o117)
+                    try:
+                        self._name = _bind(listener, directory, device)
+                    finally:
+                        os.umask(mask)
+                    self._let_group_in(directory)
                     listener.listen(BACKLOG)
                 # Again: SO_PEERCRED names who did this last, and no other user can forge root.
                 listener.listen(BACKLOG)
@@ -131,6 +143,16 @@ class StatusSocket:
             raise
         self._directory, self._listener = directory, listener
         atexit.register(self.close)  # the endpoint may fail to start
+
+    def _let_group_in(self, directory: int) -> None:
+        """Give the name to the group, unless bind() has. An unprivileged user needs to be in it."""
+        if self._group is None or self._group == os.getegid():
+            return
+        try:
+            os.chown(self._name, -1, self._group, dir_fd=directory, follow_symlinks=False)
+        except OSError as error:
+            why = f"{error.strerror} (systemd: Group=)"
+            log.warning("only root and this user can use ttun show: --monitor-group: %s", why)
 
     def _serve(self, status: Callable[[], Status], listener: socket.socket) -> None:
         failed = Summary("and %d more queries of ttun show failed")
@@ -160,12 +182,13 @@ class StatusSocket:
 
 
 def as_dict(status: Status) -> dict[str, Any]:
-    """Return a status as it is sent: plain types, counters by name, pid and netns.
+    """Return a status as it is sent: plain types, counters by name, and fields of the process.
 
     netns: the inode number of this process's network namespace, None without /proc.
     """
     counters = {name: getattr(status, name)._asdict() for name in ("counters", "totals")}
-    return {**dataclasses.asdict(status), **counters, "pid": os.getpid(), "netns": _netns()}
+    more = {"pid": os.getpid(), "netns": _netns(), "format": FORMAT}
+    return {**dataclasses.asdict(status), **counters, **more}
 
 
 def _netns() -> int | None:

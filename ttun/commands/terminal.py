@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 
+WIDE = "\u1100"  # from here on characters may take two columns (UAX #11)
 COLORS = {"red": 31, "green": 32, "yellow": 33, "bold": 1}  # parameters of SGR
 
 
@@ -35,12 +36,16 @@ def colored(text: str, color: str) -> str:
     return f"\033[{COLORS[color]}m{text}\033[0m"
 
 
-def wrapped(text: str, indent: int) -> list[str]:
-    """Return text in lines of stdout's width, those after the first indented. No word is cut."""
+def wrapped(text: str, indent: int, *, cut: bool = False) -> list[str]:
+    """Return text in lines of stdout's width, those after the first indented.
+
+    cut: also words that are longer than a line.
+    """
+    columns = max(width(), indent + 20)
     return textwrap.wrap(
         text,
-        max(width(), indent + 20),
+        columns // 2 if max(text) >= WIDE else columns,
         subsequent_indent=" " * indent,
-        break_long_words=False,
+        break_long_words=cut,
         break_on_hyphens=False,
     )

@@ -10,9 +10,11 @@
     itself: it holds no lock that the interpreter's shutdown takes, and if it hangs it ends with the
     process.
 
+If systemd's journal reads stderr, lines have no time stamp, and their priority in front.
+
 The open file description of stderr is shared with others, such as the shell. O_NONBLOCK would
 affect them too, so it is not set. What Python itself prints on stderr takes the same path.
-Sources: pipe(7) for PIPE_BUF, write(2), poll(2).
+Sources: pipe(7) for PIPE_BUF, write(2), poll(2), sd-daemon(3), JOURNAL_STREAM of systemd.exec(5).
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ RETRY = 1.0  # seconds until starting a thread is retried
 PIECE = select.PIPE_BUF  # bytes that a pipe accepts at once when poll() reports room
 UNREAD = "the log is not being read"
 STDERR = 2
+# Of syslog(3), for levels of logging.
+SEVERITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
 class Output(Protocol):
@@ -59,13 +63,19 @@ class Descriptor:
         """Use a descriptor, which stays open."""
         self._descriptor = descriptor
         self._encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        state = os.fstat(descriptor)
+        stream = os.environ.get("JOURNAL_STREAM")
+        self.is_journal = stream == f"{state.st_dev}:{state.st_ino}"
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
         return self._descriptor
 
-    def encode(self, text: str, _: int) -> bytes:
-        """Return a line as it is written."""
+    def encode(self, text: str, level: int) -> bytes:
+        """Return a line as it is written; for the journal each line of a traceback by itself."""
+        if self.is_journal:
+            priority = f"<{SEVERITIES.get(level, 6)}>"
+            text = priority + text.replace("\n", f"\n{priority}")
         return text.encode(self._encoding, "backslashreplace") + b"\n"
 
     def write(self, data: bytes) -> int:
@@ -303,8 +313,10 @@ def install() -> None:
     for earlier in _writers():
         log.removeHandler(earlier)
     logging.raiseExceptions = False
-    writer = Writer(Descriptor())
-    writer.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
+    output = Descriptor()
+    writer = Writer(output)
+    form = "%(message)s" if output.is_journal else "%(asctime)s %(message)s"
+    writer.setFormatter(logging.Formatter(form, "%Y/%m/%d %H:%M:%S"))
     log.addHandler(writer)
     log.setLevel(logging.INFO)
     with contextlib.suppress(OSError):  # the caller has replaced it

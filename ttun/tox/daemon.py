@@ -6,7 +6,6 @@ Sources: daemon(7), syslog(3); RFC 3164 for the priority in front of a message.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -17,7 +16,6 @@ from ttun.process import log_writer
 
 SYSLOG = "/dev/log"
 LOG_DAEMON = 3 << 3  # the facility
-SEVERITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
 def to_background() -> None:
@@ -73,7 +71,7 @@ class Syslog:
 
     def encode(self, text: str, level: int) -> bytes:
         """Return the datagram for a line."""
-        priority = LOG_DAEMON | SEVERITIES.get(level, 6)
+        priority = LOG_DAEMON | log_writer.SEVERITIES.get(level, 6)
         return f"<{priority}>ttun[{os.getpid()}]: {text}\0".encode("utf-8", "backslashreplace")
 
     def write(self, data: bytes) -> int:
