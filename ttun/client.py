@@ -1,7 +1,8 @@
-"""The client: dials, runs a session, and dials again, for ever."""
+"""The client: dials its servers in turn, runs a session, and dials again, for ever."""
 
 from __future__ import annotations
 
+import collections
 import errno
 import logging
 import random
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import handshake, tcp
+from ttun import handshake, proxy, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
 from ttun.errors import LACKS, UsageError, is_lack
 from ttun.peer import Peer
@@ -35,16 +36,29 @@ log = logging.getLogger("ttun")
 WAITED = 1.0
 
 
-def dialer(server: str, mptcp: bool | None, control: str, nodes: Path | None = None) -> Dialer:
+def dialer(
+    server: str,
+    mptcp: bool | None,
+    control: str,
+    nodes: Path | None = None,
+    *,
+    through: str | None = None,
+    bind: str | None = None,
+) -> Dialer:
     """Return what reaches a server, whatever its address is like. Raises TtunError.
 
-    mptcp, control: as tcp.Dialer takes them. nodes: a file of nodes to enter the Tox network by.
+    mptcp, control, bind: as tcp.Dialer takes them. nodes: a file of nodes to enter the Tox network
+    by. through: the URL of a proxy.
     """
     if server.strip().lower().startswith("tox:"):
+        if through is not None or bind is not None:
+            raise UsageError(f"--proxy, {proxy.VARIABLE} and --bind do not work with tox:")
         from ttun.tox.transport import Dialer as ToxDialer
 
         return ToxDialer(server, nodes)
-    return tcp.Dialer(server, mptcp, control)
+    if through is not None:
+        return proxy.Dialer(server, through, mptcp, control, bind)
+    return tcp.Dialer(server, mptcp, control, bind)
 
 
 class Backoff:
@@ -117,7 +131,9 @@ class Client(Endpoint):
         self,
         key: bytes,
         *,
-        server: str | Dialer,
+        server: str | Dialer | Sequence[str | Dialer],
+        proxy: str | None = None,
+        bind: str | None = None,
         cipher: str | None = Settings.cipher,
         wire: str = Settings.wire,
         mtu: int = Settings.mtu,
@@ -134,35 +150,49 @@ class Client(Endpoint):
     ) -> None:
         """Take the pre-shared key, any bytes; see Settings for what both ends can be told.
 
-        server: its HOST:PORT, tox:ID, or another Dialer. Callbacks and errors: see Endpoint.
+        server: HOST:PORT, tox:ID, another Dialer, or several of these, to be tried in turn. proxy:
+        its URL. bind: an address of this machine or %DEVICE. Callbacks and errors: see Endpoint.
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
-        check_type("server", server, str, Dialer)
-        if isinstance(server, str):
-            server = dialer(server, mptcp, congestion_control)
-        self._dialer = server
+        check_type("server", server, str, Dialer, Sequence)
+        self._dialers = collections.deque[Dialer]()
+        for each in [server] if isinstance(server, (str, Dialer)) else server:
+            check_type("a server", each, str, Dialer)
+            if isinstance(each, str):
+                each = dialer(each, mptcp, congestion_control, through=proxy, bind=bind)  # noqa: PLW2901
+            self._dialers.append(each)
+        if not self._dialers:
+            raise UsageError("a client needs a server")
+        self._dialer = self._dialers[0]
         self._known: Sequence[str] = ()  # addresses that routes could catch
         self._best: str | None = None  # the candidate of the last session
 
     def _prepare(self) -> None:
-        """Find the server's addresses before routes are there that may catch the question."""
+        """Find the servers' addresses before routes are there that may catch the question."""
         if not self._settings.routes:
             return
         backoff = Backoff()
         while not self._stop.is_set():
-            try:
-                self._known = self._dialer.look_up(self._stop)
+            known: list[str] = []
+            failures = []
+            for each in self._dialers:
+                try:
+                    known += each.look_up(self._stop)
+                except InterruptedError:
+                    raise
+                except OSError as error:
+                    failures.append(error)
+            if len(failures) < len(self._dialers):
+                self._known = known
                 return
-            except InterruptedError:
-                raise
-            except OSError as error:
-                wait = backoff.after_failure(time.monotonic())
-                log.info("cannot look up %s; trying again in %.1f s", error, wait)
-                self._stop.wait(wait)
+            wait = backoff.after_failure(time.monotonic())
+            what = "; ".join(map(str, failures))
+            log.info("cannot look up %s; trying again in %.1f s", what, wait)
+            self._stop.wait(wait)
         raise InterruptedError
 
     def _open(self) -> None:
@@ -171,10 +201,12 @@ class Client(Endpoint):
             raise UsageError(str(reasons[0]))
 
     def _begin(self) -> None:
-        self._dialer.start()
+        for each in self._dialers:
+            each.start()
 
     def _close(self) -> None:
-        self._dialer.close()
+        for each in self._dialers:
+            each.close()
 
     def _run(self) -> None:
         backoff = Backoff()
@@ -215,12 +247,27 @@ class Client(Endpoint):
         return f"the route to {route} would carry the tunnel's own way to {address}"
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
-        """Dial each address and shake hands, until one has proved the key.
+        """Try each server in turn, from the last one on, until one has proved the key.
 
         Returns that peer, or None and how many seconds to wait.
         """
         self._watch_connection(None)
-        waits, failures = [], []
+        waits: list[float] = []
+        for _ in self._dialers:
+            self._dialer = self._dialers[0]
+            peer = self._try(backoff, waits)
+            if peer is not None or self._stop.is_set():
+                return peer, 0.0
+            self._dialers.rotate(-1)
+        usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
+        return None, min(waits, default=usual)
+
+    def _try(self, backoff: Backoff, waits: list[float]) -> Peer | None:
+        """Dial each address of a server and shake hands, until one has proved the key.
+
+        Returns that peer, or None; adds to waits how many seconds may be waited.
+        """
+        failures = []
         try:
             found = self._dialer.candidates(self._stop)
             for candidate in sorted(found, key=lambda each: each.name != self._best):
@@ -237,19 +284,18 @@ class Client(Endpoint):
                 peer, silent_for = self._shake_hands(sock, candidate)
                 if peer is not None:
                     self._best = candidate.name
-                    return peer, 0.0
+                    return peer
                 if silent_for is not None:
                     waits.append(backoff.after_silence(silent_for))
         except InterruptedError:
-            return None, 0.0
+            return None
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
             log.info("cannot connect to %s: %s", self._dialer.name, "; ".join(map(str, failures)))
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
-        usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
-        return None, min(waits, default=usual)
+        return None
 
     def _dial(self, candidate: Candidate) -> socket.socket:
         if candidate.address is not None and (why := self._caught(candidate.address)):
@@ -259,7 +305,10 @@ class Client(Endpoint):
     def _shake_hands(
         self, sock: socket.socket, candidate: Candidate
     ) -> tuple[Peer | None, float | None]:
-        """Prove the key to each other; return as _connect() does."""
+        """Prove the key to each other.
+
+        Returns the peer, or None and for how many seconds it was silent, None if it was not.
+        """
         began = time.monotonic()
         steps = handshake.client(self._k, self._terms)
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)

@@ -54,7 +54,7 @@ class Server(Endpoint):
         self,
         key: bytes,
         *,
-        listen: str | Listener = DEFAULT_LISTEN,
+        listen: str | Sequence[str] | Listener = DEFAULT_LISTEN,
         takeover: bool = False,
         cipher: str | None = Settings.cipher,
         wire: str = Settings.wire,
@@ -72,7 +72,7 @@ class Server(Endpoint):
     ) -> None:
         """Take the pre-shared key, any bytes; see Settings for what both ends can be told.
 
-        listen: the address, HOST:PORT or :PORT, or another Listener. takeover: a new client
+        listen: HOST:PORT or :PORT, several of these, or another Listener. takeover: a new client
         replaces the one that is connected; else it waits. Callbacks and errors: see Endpoint.
         """
         settings = Settings(
@@ -80,9 +80,9 @@ class Server(Endpoint):
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
-        check_type("listen", listen, str, Listener)
+        check_type("listen", listen, str, Sequence, Listener)
         check_type("takeover", takeover, bool)
-        if isinstance(listen, str):
+        if not isinstance(listen, Listener):
             listen = tcp.Listener(listen, mptcp, congestion_control)
         self._listener = listen
         self._takeover = takeover

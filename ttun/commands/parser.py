@@ -34,9 +34,9 @@ def build_parser() -> Parser:
     server.add_argument(
         "-l",
         "--listen",
-        default=f":{DEFAULT_PORT}",
+        action="append",
         metavar="ADDRESS",
-        help="listen on :PORT, 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
+        help=f"listen on :PORT, 0.0.0.0:PORT or [::]:PORT; repeatable (default: :{DEFAULT_PORT})",
     )
     server.add_argument(
         "-takeover",
@@ -58,11 +58,22 @@ def build_parser() -> Parser:
     client.add_argument(
         "-s",
         "--server",
+        action="append",
         required=True,
         metavar="HOST:PORT",
         help="the server: a name, an IPv4 address or an [IPv6] one; the port is "
         f"{DEFAULT_PORT} if left out; "
-        "tox:ID through the Tox network, or tox:NAME from ~/.config/ttun/hosts",
+        "tox:ID through the Tox network, or tox:NAME from ~/.config/ttun/hosts; repeatable: the "
+        "next one after a failure",
+    )
+    client.add_argument(
+        "--proxy",
+        metavar="URL",
+        help="connect through http://[USER:PASSWORD@]HOST:PORT or socks5://... (default: "
+        "TTUN_PROXY in the environment)",
+    )
+    client.add_argument(
+        "--bind", metavar="ADDRESS", help="connect from this address, or from device %%NAME"
     )
     client.add_argument(
         "-rekey",

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import privileges, tcp
+from ttun import privileges, proxy, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status
 from ttun.commands.hooks import Hooks
 from ttun.errors import UsageError
 from ttun.process import log_writer
 from ttun.process.signals import ENDING, Signals
-from ttun.server import Server
+from ttun.server import DEFAULT_LISTEN, Server
 from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ def server(options: argparse.Namespace) -> int:
         privileges.check()  # before a key is made that nobody can use
         psk = key.create()
         log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
-    listen: str | Listener = options.listen
-    where = None if options.tox else _our_address(options.listen)
+    addresses: Sequence[str] = options.listen or [DEFAULT_LISTEN]
+    listen: Sequence[str] | Listener = addresses
+    where = None if options.tox else " -s ".join(map(_our_address, addresses))
     if options.tox:
         from ttun.tox import transport
 
@@ -66,9 +69,20 @@ def client(options: argparse.Namespace) -> int:
             f"or into {key.DEFAULT_FILE} (chmod 600)"
         )
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
-    server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+    through = os.environ.get(proxy.VARIABLE) or None if options.proxy is None else options.proxy
+    servers = [
+        dialer(
+            each,
+            options.mptcp,
+            options.congestion_control,
+            nodes,
+            through=through,
+            bind=options.bind,
+        )
+        for each in dict.fromkeys(options.server)
+    ]
     limits = Limits(seconds=options.rekey)
-    end = Client(psk, server=server, limits=limits, **_tunnel_options(options, CLIENT))
+    end = Client(psk, server=servers, limits=limits, **_tunnel_options(options, CLIENT))
     return _run(end, psk, options)
 
 
