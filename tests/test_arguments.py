@@ -224,8 +224,8 @@ def test_the_options_of_go_ttun_stay_with_one_dash_and_values_may_be_joined() ->
     assert parsed(["server", "-psk-file", "x"])["psk_file"] == "x"
     assert parsed(["server", "-mtu", "1400", "-wire=x1"])["wire"] == "x1"
     joined = parsed(["server", f"-k{KEY}", "-l:5", "-maegis-256"])
-    assert (joined["psk"], joined["listen"], joined["cipher"]) == (KEY, ":5", "aegis-256")
-    assert parsed(["client", "-sh:1", "-k=-x"])["server"] == "h:1"
+    assert (joined["psk"], joined["listen"], joined["cipher"]) == (KEY, [":5"], "aegis-256")
+    assert parsed(["client", "-sh:1", "-k=-x"])["server"] == ["h:1"]
 
 
 @pytest.mark.parametrize(

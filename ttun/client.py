@@ -25,7 +25,7 @@ from ttun.settings import (
     Limits,
     Network,
     Settings,
-    check_type,
+    several,
 )
 from ttun.transport import Candidate, Dialer
 
@@ -158,15 +158,11 @@ class Client(Endpoint):
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
-        check_type("server", server, str, Dialer, Sequence)
         self._dialers = collections.deque[Dialer]()
-        for each in [server] if isinstance(server, (str, Dialer)) else server:
-            check_type("a server", each, str, Dialer)
+        for each in several("server", server, str, Dialer):
             if isinstance(each, str):
                 each = dialer(each, mptcp, congestion_control, through=proxy, bind=bind)  # noqa: PLW2901
             self._dialers.append(each)
-        if not self._dialers:
-            raise UsageError("a client needs a server")
         self._dialer = self._dialers[0]
         self._known: Sequence[str] = ()  # addresses that routes could catch
         self._best: str | None = None  # the candidate of the last session

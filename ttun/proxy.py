@@ -87,8 +87,10 @@ def _ascii(server: Address) -> Address:
         ipaddress.ip_address(host)
         is_valid = "%" not in host  # the proxy has other zones
     except ValueError:
-        with contextlib.suppress(UnicodeError):
+        try:
             host = host.encode("idna").decode()
+        except UnicodeError:
+            host = ""
         is_valid = re.fullmatch(r"[\w.-]{1,255}", host, re.ASCII) is not None
     if not is_valid:
         raise UsageError(f"{server.host!r} is not a name that a proxy can resolve")

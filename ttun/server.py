@@ -26,6 +26,7 @@ from ttun.settings import (
     Network,
     Settings,
     check_type,
+    several,
 )
 from ttun.transport import Listener
 from ttun.x1 import AnsweredNonces
@@ -80,7 +81,7 @@ class Server(Endpoint):
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
-        check_type("listen", listen, str, Sequence, Listener)
+        several("listen", listen, str, Listener)
         check_type("takeover", takeover, bool)
         if not isinstance(listen, Listener):
             listen = tcp.Listener(listen, mptcp, congestion_control)

@@ -170,6 +170,16 @@ def parse_network(text: str) -> Network:
         raise UsageError(f"--route {text}: {error}") from None
 
 
+def several(name: str, value: Any, *kinds: type) -> Sequence[Any]:
+    """Return the values of an option that takes one or several. Raises UsageError."""
+    found = value if isinstance(value, (list, tuple)) else [value]
+    if not found:
+        raise UsageError(f"{name} is empty")
+    for each in found:
+        check_type(name, each, *kinds)
+    return found
+
+
 def check_type(name: str, value: Any, *kinds: type) -> None:
     """Raise UsageError, without the value, if that is of none of these kinds."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

@@ -19,10 +19,10 @@ from typing import Callable
 from ttun import congestion, resolver, transport
 from ttun.address import Address, parse_host_port
 from ttun.binding import Binding
-from ttun.errors import TtunError, UsageError, reason
+from ttun.errors import TtunError, reason
 from ttun.flag import Flag
 from ttun.resolver import Resolver, SocketAddress, Target
-from ttun.settings import DEFAULT_PORT, check_type
+from ttun.settings import DEFAULT_PORT, several
 from ttun.transport import Arrival, Candidate
 
 log = logging.getLogger("ttun")
@@ -299,12 +299,8 @@ class Listener(transport.Listener):
 
         Raises UsageError.
         """
-        several = [listen] if isinstance(listen, str) else listen
-        for each in several:
-            check_type("an address to listen on", each, str)
-        self._addresses = list(dict.fromkeys(parse_address(x, listening=True) for x in several))
-        if not self._addresses:
-            raise UsageError("a server needs an address to listen on")
+        wanted = (parse_address(each, listening=True) for each in several("listen", listen, str))
+        self._addresses = list(dict.fromkeys(wanted))
         self.name = ", ".join(map(str, self._addresses))
         self._mptcp, self._control = mptcp, control
         self._listening: dict[int, socket.socket] = {}  # by descriptor
