@@ -29,7 +29,7 @@ GOOD = {
     "http 1.0": ("http", None, b"HTTP/1.0 200\r\n\r\n"),
     "http with bare line ends": ("http", None, b"HTTP/1.1 201 fine\nA: b\n\n"),
     "http with mixed line ends": ("http", None, b"HTTP/1.1 299 fine\nA: b\n\r\n"),
-    "http after interim ones": ("http", None, b"HTTP/1.1 100 Go\r\nA: b\r\n\r\n" * 2 + OK + b"\r\n"),
+    "http after interim ones": ("http", None, b"HTTP/1.1 100 Go\r\n\r\n" * 2 + OK + b"\r\n"),
     "socks5": ("socks5", None, b"\5\0" + b"\5\0\0\1" + bytes(6)),
     "socks5 without a password after all": ("socks5", LOGIN, b"\5\0" + b"\5\0\0\1" + bytes(6)),
     "socks5 with a password": ("socks5", LOGIN, b"\5\2" + b"\1\0" + b"\5\0\0\1" + bytes(6)),

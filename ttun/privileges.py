@@ -170,5 +170,6 @@ def _why_not(error: OSError) -> str:
 
 
 def _load_what_comes_later() -> None:
-    """Import what Python would import at the first look-up of a name."""
+    """Import what Python would import at the first look-up of a name, the first odd character."""
     "é".encode("idna")  # which takes the codec of ASCII names, and one more
+    "\n".encode("unicode_escape")
