@@ -1,5 +1,5 @@
-# make            build in place, into .venv: ./ttun.py then runs
-# make help       what else there is
+# make            build into .venv; then run ./ttun.py
+# make help       list the other targets
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,12 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # $(LISTED) NAME: the strings of that list in pyproject.toml.
 LISTED := $(BIN)/python -c "import re, sys; text = open('pyproject.toml').read(); \
   print(*re.findall(r'\"(.+?)\"', re.search(rf'^{sys.argv[1]} = \[(.*?)\]', text, re.M)[1]))"
-# $(call fetch,arguments of pip): what takes a network; without one, one line says so.
+# $(call fetch,arguments of pip): run a pip command that needs network access; without it, print one line.
 export PIP_RETRIES ?= 2
 UNREACHED := NewConnectionError|NameResolutionError|TimeoutError|Read timed out|Max retries|onnection (broken|reset)|versions: none
 fetch = $(PIP) $(1) > $(VENV)/pip.log 2>&1 || { \
   if grep -qE '$(UNREACHED)' $(VENV)/pip.log; then \
-    echo 'make needs a network here: pip gets nothing from its package index (see $(VENV)/pip.log)'; \
+    echo 'pip cannot reach its package index: make needs network access (see $(VENV)/pip.log)'; \
   else cat $(VENV)/pip.log; fi >&2; exit 1; }
 FUZZERS := $(basename $(notdir $(wildcard tests/fuzz/*.c)))
 FUZZ_SECONDS ?= 60
@@ -30,7 +30,7 @@ WORKERS ?= 2
 WIRE ?= x1
 PYTHON_FILES := ttun ttun.py setup.py csrc tests packaging
 
-# Where make install puts things; DESTDIR goes before all of it, for packages.
+# Installation paths; DESTDIR is prepended to all of them, for packages.
 PREFIX ?= /usr/local
 DESTDIR ?=
 BINDIR = $(PREFIX)/bin
@@ -38,7 +38,7 @@ LIBDIR = $(PREFIX)/lib/ttun
 SHARE = $(DESTDIR)$(PREFIX)/share
 SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
 SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
-# A distribution's fish does not look into /usr/local.
+# fish from a distribution does not search /usr/local.
 FISH = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHARE)/fish/vendor_completions.d)
 FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
@@ -46,8 +46,8 @@ FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
 .PHONY: all demo test asan ubsan tsan fuzz faults mutants soak dist check-dist wheels check-wheels \
   check-services pictures install uninstall lint format help clean
 
-# Root in a user's tree, as under sudo: what is made there is then given to that user. Left as they are:
-# the systems that check-wheels and check-services make, whose files have owners of their own.
+# As root in a user's tree, as under sudo: give the files that were made to that user, except the root
+# file systems of check-wheels and check-services, whose files have other owners.
 ifeq ($(shell id -u)-$(shell find . -maxdepth 0 ! -user 0)$(GIVEN_BACK),0-.)
 .NOTPARALLEL:
 .PHONY: $(MAKECMDGOALS)
@@ -62,29 +62,29 @@ all: $(VENV)/.built
 
 help:
 	@echo 'make         build into .venv; then: sudo ./ttun.py server'
-	@echo 'make demo    both ends on this machine: pings, a transfer, a table'
-	@echo 'make test    all tests; those that need root use a user namespace without it'
-	@echo 'make asan    the same on a codec built with AddressSanitizer; also: ubsan, tsan'
-	@echo 'make fuzz    FUZZ_SECONDS=60 for each fuzzer; needs clang and its runtime'
-	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: a tunnel under traffic, and what can go wrong; as root'
-	@echo 'make mutants SEED=1 EACH=15 WORKERS=2: small mistakes in the sources, and which the tests miss; as root'
-	@echo 'make soak    SECONDS=1200 SEED=1: connections through Tox at random, and what they leave; as root'
+	@echo 'make demo    run both ends on this machine: pings, a transfer, a table'
+	@echo 'make test    run all tests; without root, in a user namespace'
+	@echo 'make asan    run them with AddressSanitizer in the codec; also: ubsan, tsan'
+	@echo 'make fuzz    FUZZ_SECONDS=60: run each fuzzer; needs clang and its runtime'
+	@echo 'make faults  SECONDS=120 SEED=1 WIRE=x1: faults injected into a tunnel under traffic; as root'
+	@echo 'make mutants SEED=1 EACH=15 WORKERS=2: mutation testing; as root'
+	@echo 'make soak    SECONDS=1200 SEED=1: random connections through Tox, checked for leaks; as root'
 	@echo 'make install PREFIX=/usr/local DESTDIR=: program, man page, completions, systemd units'
-	@echo 'make uninstall, with the same two: take them away again'
-	@echo 'make dist    into dist/: the sdist, and a wheel that is built from it'
-	@echo 'make check-dist: install that wheel where nothing else is, run the unit tests from the sdist'
-	@echo 'make wheels  into dist/, for six platforms, with all that pip needs there'
-	@echo 'make check-wheels: install and run them, for glibc and musl; ARM under emulation, as root'
-	@echo 'make check-services: the systemd units under a real systemd, in namespaces, as root'
-	@echo 'make pictures: record the terminal sessions of the README anew, as root'
+	@echo 'make uninstall PREFIX=/usr/local DESTDIR=: remove them'
+	@echo 'make dist    build the sdist, and a wheel from it, into dist/'
+	@echo 'make check-dist: install that wheel in a clean environment, run the unit tests of the sdist'
+	@echo 'make wheels  build wheels and their dependencies for six platforms, into dist/'
+	@echo 'make check-wheels: install and run them under glibc and musl, ARM emulated; as root'
+	@echo 'make check-services: test the systemd units under a real systemd, in namespaces; as root'
+	@echo 'make pictures: record the terminal sessions of the README; as root'
 	@echo 'make lint    ruff, mypy --strict, import-linter, clang-format, gcc and clang with -Werror'
-	@echo 'make format  put the sources into shape'
-	@echo 'make clean   remove all that was built'
+	@echo 'make format  format the sources'
+	@echo 'make clean   remove everything that was built'
 
 demo: $(VENV)/.built
 	./ttun.py demo
 
-# JOBS at once, as most of them wait; then those that measure, alone. With TESTS: pytest's arguments.
+# Run JOBS tests at once, as most of them wait; then those that measure, alone. TESTS: pytest arguments.
 test: $(VENV)/.built $(VENV)/.tools-test
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
@@ -96,7 +96,7 @@ endif
 asan ubsan tsan: $(VENV)/.built $(VENV)/.tools-test
 	$(BIN)/python tests/sanitize.py $@ $(TESTS)
 
-# What a fuzzer finds it leaves in build/fuzz; put it into tests/fuzz/seeds/ once it is mended.
+# A fuzzer leaves what it finds in build/fuzz; move it to tests/fuzz/seeds/ once the bug is fixed.
 build/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h $(wildcard csrc/*.[ch])
 	@mkdir -p build/fuzz
 	clang -std=c11 -g -O1 -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc \
@@ -114,8 +114,8 @@ fuzz: $(VENV)/.built $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
 
-# The program and what it needs go into a directory of their own, which no other Python reads. It takes
-# no network, and nothing stays in this tree that is root's: make clean needs no sudo.
+# The program and its dependencies go into their own directory, which no other Python reads. This needs no
+# network and leaves no files of root's in this tree, so make clean needs no sudo.
 install: $(VENV)/.built
 	rm -rf $(DESTDIR)$(LIBDIR) build/lib* build/bdist.*
 	TTUN_WHOLE=1 $(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation \
@@ -142,8 +142,8 @@ uninstall:
 	  $(SHARE)/man/man1/ttun.1 $(SHARE)/bash-completion/completions/ttun \
 	  $(SHARE)/zsh/site-functions/_ttun $(FISH)/ttun.fish
 
-# What a package index would get: the sdist, and a wheel that is made of it and nothing else. pip's
-# isolated builds find what pyproject.toml says they require among the wheels: no network.
+# What goes to a package index: the sdist, and a wheel built from it alone. pip's isolated builds find
+# the requirements of pyproject.toml among the wheels, so this needs no network.
 dist: $(VENV)/.built $(VENV)/.tools-dist
 	rm -rf dist/ttun_tunnel-*.tar.gz dist/ttun_tunnel-*-linux_*.whl build/lib* build/bdist.*
 	@PIP_NO_INDEX=1 PIP_FIND_LINKS=$(abspath $(WHEELS)) $(BIN)/python -m build \
@@ -153,7 +153,7 @@ dist: $(VENV)/.built $(VENV)/.tools-dist
 check-dist: dist $(VENV)/.tools-test
 	packaging/check_dist.sh
 
-# PLATFORMS: all of them if empty; packaging/wheels.py names them.
+# PLATFORMS: a subset of those in packaging/wheels.py (default: all).
 wheels: $(VENV)/.tools-wheels
 	nice $(BIN)/python packaging/wheels.py $(PLATFORMS)
 
@@ -183,7 +183,7 @@ lint: $(VENV)/.built $(VENV)/.tools-test $(VENV)/.tools-lint
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	@for compiler in gcc clang musl-gcc; do \
-	  command -v $$compiler > /dev/null || { echo "$$compiler: not here, left out"; continue; }; \
+	  command -v $$compiler > /dev/null || { echo "$$compiler: not found, skipped"; continue; }; \
 	  echo "$$compiler -Wall -Wextra -Werror"; \
 	  for file in $(filter %.c,$(C_FILES)); do \
 	    $$compiler -std=c11 -O2 -Wall -Wextra -Werror -Icsrc -fsyntax-only $$file || exit 1; \
@@ -199,7 +199,7 @@ clean:
 	rm -rf $(MADE)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# What it takes to build, asked for in one line of apt.
+# Check for the build dependencies; name the missing ones in one apt command.
 $(VENV)/.venv:
 	@missing=; \
 	command -v cc > /dev/null || missing="$$missing gcc libc6-dev"; \
@@ -208,22 +208,22 @@ $(VENV)/.venv:
 	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' \
 	  2> /dev/null || missing="$$missing python3-dev"; \
 	command -v ip > /dev/null || missing="$$missing iproute2"; \
-	test -z "$$missing" || { echo "ttun needs more to build: sudo apt install$$missing" >&2; exit 1; }
+	test -z "$$missing" || { echo "missing build dependencies (sudo apt install$$missing)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The wheels of what ttun and its man page need stay: with them the next build takes no network, nor
-# does make install.
+# Keep the wheels that ttun and its man page need, so that neither the next build nor make install needs
+# network access.
 $(VENV)/.built: $(VENV)/.venv $(SOURCES) Makefile
 	@needs="$$($(LISTED) requires) $$($(LISTED) dependencies) $$($(LISTED) manual)"; \
 	$(PIP) wheel --no-index --find-links $(WHEELS) -w $(WHEELS) $$needs > $(VENV)/pip.log 2>&1 || \
 	  { $(call fetch,wheel -w $(WHEELS) $$needs); } && \
 	$(PIP) install --no-index --find-links $(WHEELS) $$needs
-	@rm -rf ttun.egg-info || :  # of an earlier name: ttun doctor would take it for another project
+	@rm -rf ttun.egg-info || :  # from an earlier name: ttun doctor would take it for another project
 	@$(BIN)/python setup.py -q build_ext --inplace --force --build-lib $(VENV)/codec \
 	  --build-temp $(VENV)/codec > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@rm -r $(VENV)/codec
-	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does, into directories of root's
+	@$(BIN)/python -m compileall -q ttun  # else sudo ./ttun.py does it, in directories owned by root
 	@touch $@
 
 $(VENV)/.tools-%: $(VENV)/.venv pyproject.toml

@@ -1,8 +1,8 @@
-"""Build the extension ttun._codec, and leave out of wheels what a router has no use for.
+"""Build the extension ttun._codec, and reduce wheels to what a router needs.
 
-Everything else about the package is in pyproject.toml. A wheel has no ttun.lab, which makes two
-hosts on this machine, and its modules are compact. With TTUN_WHOLE in the environment, as for
-``make install``, the package is what it is here.
+All other package metadata is in pyproject.toml. Wheels omit ttun.lab, the test bed on one machine,
+and their modules are compacted. With TTUN_WHOLE in the environment, as for ``make install``, the
+package is built unchanged.
 """
 
 import os
@@ -11,32 +11,44 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 sys.path.append("packaging")
 from compact import compact
+from press import press
 
-PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # help(ttun.Server) shows them
+PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
 
 
 class BuildPython(build_py):  # type: ignore[misc]
-    """Copies the modules that a wheel has, compact."""
+    """Copy the modules of a wheel, compacted."""
 
     packages: list[str]
 
     def finalize_options(self) -> None:
-        """Leave out a package."""
+        """Omit ttun.lab."""
         super().finalize_options()
         self.packages = [package for package in self.packages if package != "ttun.lab"]
 
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
-        """Copy one."""
+        """Copy and compact a module."""
         outfile, copied = super().build_module(module, module_file, package)
-        if (package, module) != ("ttun", "__init__"):  # which is there to be read
+        if (package, module) != ("ttun", "__init__"):  # kept readable
             source = Path(module_file).read_text(encoding="utf-8")
             text = compact(source, package == "ttun" and module in PUBLIC)
             Path(outfile).write_text(text, encoding="utf-8")
         return outfile, copied
+
+
+class BuildWheel(bdist_wheel):  # type: ignore[misc]
+    """Build a wheel and compress it well."""
+
+    def run(self) -> None:
+        """Build it."""
+        super().run()
+        for _, _, wheel in self.distribution.dist_files:
+            press(Path(wheel))
 
 
 def description(whole: bool) -> str:
@@ -56,7 +68,9 @@ def description(whole: bool) -> str:
 
 
 setup(
-    cmdclass={} if "TTUN_WHOLE" in os.environ else {"build_py": BuildPython},
+    cmdclass={}
+    if "TTUN_WHOLE" in os.environ
+    else {"build_py": BuildPython, "bdist_wheel": BuildWheel},
     cffi_modules=["csrc/build_codec.py:ffibuilder"],
     # cffi compiles against the stable ABI, so one wheel serves every Python from 3.9 on.
     options={"bdist_wheel": {"py_limited_api": "cp39"}},

@@ -1,8 +1,8 @@
-"""Compile the C files beside this one into the extension module ``ttun._codec`` (cffi, abi3).
+"""Compile the C files in this directory into the extension module ``ttun._codec`` (cffi, abi3).
 
-setup.py names ``ffibuilder`` in cffi_modules: ``make``, ``pip wheel``, ``make install`` and ``make
-wheels`` all compile what is below. TTUN_CFLAGS in the environment takes the place of what makes it
-small: ``-g`` for a debugger, ``-g -O1 -fsanitize=address`` for a sanitizer.
+setup.py names ``ffibuilder`` in cffi_modules, so ``make``, ``pip wheel``, ``make install`` and
+``make wheels`` all build it this way. TTUN_CFLAGS in the environment replaces the flags for small
+size: ``-g`` for a debugger, ``-g -O1 -fsanitize=address`` for a sanitizer.
 """
 
 import os
@@ -19,24 +19,24 @@ SOURCES = [
     "coalesce.c",
     "codel.c",
     "connection.c",
+    "control_queue.c",
     "downlink.c",
     "fq.c",
     "frame.c",
-    "mailbox.c",
     "process.c",
     "ring.c",
     "segment.c",
     "session.c",
     "uplink.c",
 ]
-# No tables for debuggers, no names but the module's, and no tables to unwind a stack with: a
-# process that holds keys leaves no core file to look at.
+# No debug information, no symbols but the module's, no unwind tables: a process that holds keys
+# writes no core file to inspect.
 SMALL = (
     "-g0 -fvisibility=hidden -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-ident "
     "-ffunction-sections -fdata-sections"
 )
 FLAGS = shlex.split(os.environ.get("TTUN_CFLAGS", SMALL))
-# What cffi writes is more than half of the codec, and no packet passes it.
+# The code that cffi generates is more than half of the codec, and not on the packet path.
 SPARE = """
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("Os")
@@ -49,15 +49,15 @@ int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *dat
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 
-# A wheel goes to routers: without what none of them calls (5 kB), and with less unrolled (2 kB, for
-# a quarter more time per segment; -Os would double that time: docs/performance.md), nor padding
-# between loops (0.4 kB; what that costs was not measured).
+# Wheels are for routers, where space is scarce. They omit parts for tests and benchmarks (5 kB),
+# unroll less (2 kB, for 25 % more time per segment; -Os would double it: docs/performance.md) and
+# do not align loops (0.4 kB; the cost was not measured).
 WHEEL = "bdist_wheel" in sys.argv and "TTUN_WHOLE" not in os.environ
 LEVEL = "-O2 -fno-align-functions -fno-align-jumps -fno-align-loops" if WHEEL else "-O3"
 
 
 def definitions(name: str) -> str:
-    """Return what Python sees: a .cdef.h, or a header whose every declaration cffi can read."""
+    """Return the declarations for cffi: a .cdef.h, or a header without preprocessor lines."""
     text = (HERE / name).read_text(encoding="utf-8")
     return text if name.endswith(".cdef.h") else re.sub(r"^#.*", "", text, flags=re.M)
 
@@ -74,11 +74,11 @@ ffibuilder.set_source(
         f'#include "{name}.h"\n'
         for name in ("checksum", "codel", "fq", "frame", "offload", "process", "session")
     ),
-    # setuptools wants paths relative to setup.py.
+    # setuptools requires paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],
     depends=[f"csrc/{path.name}" for path in HERE.glob("*.[ch]")],
     include_dirs=["csrc"],
-    # The asserts guard memory that a peer's bytes reach: they stay in a release build.
+    # Keep assertions in release builds: they guard memory that a peer's input reaches.
     undef_macros=["NDEBUG"],
     extra_compile_args=["-std=c11", *LEVEL.split(), "-Wall", "-Wextra", "-pthread", *FLAGS],
     libraries=["dl"],

@@ -3,8 +3,8 @@
 #include <string.h>
 
 uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size) {
-    /* 32-bit words into 64-bit sums overflow only after 2^32 of them; eight sums side by side let
-     * the compiler use vectors, also with -Os when it is told to unroll them. */
+    /* A 64-bit sum of 32-bit words overflows only after 2^32 of them. Eight sums in parallel let
+     * the compiler vectorize, with the pragma also under -Os. */
     uint64_t sums[8] = {0};
     for (; size >= 32; data += 32, size -= 32) {
         uint32_t words[8];
@@ -22,7 +22,7 @@ uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size) {
     }
     if (size == 1) {
         uint16_t w = 0;
-        memcpy(&w, data, 1); /* the byte and a zero behind it, whatever the byte order */
+        memcpy(&w, data, 1); /* the byte and a zero, in any byte order */
         sum += w;
     }
     return sum;

@@ -1,24 +1,24 @@
-/* From packets to one that the kernel takes in one go:
+/* Coalesces packets into one GSO packet for the kernel:
  *
- *  1. ttun_coalesce looks whether a packet is the next of its flow, with nothing unusual about it
- *     and right checksums. Merged packets reach the kernel as «checksum to be completed», so a
- *     wrong one would be made right: what is broken is never merged.
- *  2. ttun_flush gives the first packet's headers the length of all of them.
+ *  1. ttun_coalesce checks that a packet continues its flow, has no unusual headers, and valid
+ *     checksums. Coalesced packets are passed with a partial checksum, which the kernel completes:
+ *     that would hide corruption, so a packet with a wrong checksum is never coalesced.
+ *  2. ttun_flush sets the lengths in the headers of the first packet.
  *
- * or, between two ends that both have offloads:
+ * For offloaded packets, between two ends with offloads:
  *
- *  3. ttun_stays_whole asks whether the other end could restore the kernel's header.
- *  4. ttun_restore_vnet does so, from the packet alone, and refuses what does not add up. */
+ *  3. ttun_stays_whole checks whether the peer can restore the vnet header.
+ *  4. ttun_restore_vnet restores it from the packet alone, and rejects malformed ones. */
 #include <string.h>
 
 #include "offload.h"
 #include "packet.h"
 
-/* UDP_MAX_SEGMENTS of linux/udp.h: no kernel makes more of one. */
+/* UDP_MAX_SEGMENTS of linux/udp.h: the kernel's limit. */
 enum { UDP_SEGMENTS_MAX = 128 };
 
-/* The sum over the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1). size: of the transport's packet.
- */
+/* Returns the pseudo-header sum (RFC 9293, 3.1; RFC 8200, 8.1). size: of transport header and
+ * payload. */
 static uint64_t pseudo_sum(const uint8_t *packet, uint8_t protocol, size_t size) {
     bool v6 = packet[0] >> 4 == 6;
     const uint8_t next[2] = {0, protocol};
@@ -26,23 +26,23 @@ static uint64_t pseudo_sum(const uint8_t *packet, uint8_t protocol, size_t size)
     return v6 ? ttun_sum(sum, packet + 8, 32) : ttun_sum(sum, packet + 12, 8);
 }
 
-/* Where things are in a packet that may be merged. */
+/* Layout of a packet that may be coalesced: offset of TCP or UDP, size of all headers. */
 struct layout {
     size_t transport, headers_size;
     uint8_t protocol;
 };
 
-/* Is this one TCP or UDP packet, right behind an IP header without options, all of it there? */
+/* Returns whether this is a complete TCP or UDP packet with no IP options; sets the layout. */
 static bool find_transport(const uint8_t *packet, size_t size, struct layout *l) {
     if (size >= IPV6_HEADER && packet[0] >> 4 == 6) {
         l->transport = IPV6_HEADER;
-        l->protocol = packet[6]; /* an extension header is neither TCP nor UDP */
+        l->protocol = packet[6]; /* neither TCP nor UDP if there are extension headers */
         if ((size_t)get16(packet + 4) + IPV6_HEADER != size)
             return false;
     } else if (size >= IPV4_HEADER && packet[0] == 0x45) {
         l->transport = IPV4_HEADER;
         l->protocol = packet[9];
-        /* Length; no fragment: neither offset nor «more», nor the reserved bit. */
+        /* Length; not a fragment: no offset, no MF, no reserved bit. */
         if (get16(packet + 2) != size || (get16(packet + 6) & 0xbfff) != 0)
             return false;
     } else {
@@ -58,9 +58,9 @@ static bool find_transport(const uint8_t *packet, size_t size, struct layout *l)
     return l->protocol == PROTO_UDP && room >= UDP_HEADER && get16(transport + 4) == room;
 }
 
-/* Does it have a payload and nothing unusual, and are its checksums right? In ones' complement
- * 0xffff is a second zero: nobody computes it (UDP apart), and it would not come back from
- * segmenting, so it counts as unusual. */
+/* Returns whether a packet has a payload, valid checksums and no unusual headers. In ones'
+ * complement, 0xffff is a second zero, which no sender computes (except for UDP) and segmenting
+ * would not reproduce, so it counts as unusual. */
 static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
                      struct layout *l) {
     if (!find_transport(packet, size, l) || l->headers_size == size)
@@ -71,7 +71,7 @@ static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size
     const uint8_t *transport = packet + l->transport;
     size_t room = size - l->transport;
     if (l->protocol == PROTO_TCP) {
-        /* ACK, perhaps PSH and ECE, and no reserved bit. */
+        /* ACK, optionally PSH and ECE; no reserved bit. */
         if (!c->tcp || (transport[12] & 0x0f) != 0 ||
             (transport[13] & (FIN | SYN | RST | URG | CWR | ACK)) != ACK ||
             get16(transport + TCP_CHECKSUM) == 0xffff)
@@ -82,24 +82,23 @@ static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size
     return ttun_fold(ttun_sum(pseudo_sum(packet, l->protocol, room), transport, room)) == 0xffff;
 }
 
-/* Are the headers of a packet those of the first one, but for what segmenting would give it? */
+/* Returns whether the headers equal those that segmenting would give this packet. */
 static bool follows(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
                     const struct layout *l) {
     const uint8_t *first = c->parts[1].iov_base;
     size_t payload = size - l->headers_size;
     if (!c->open || l->headers_size != c->headers_size || l->transport != c->transport ||
         payload > c->vnet.gso_size || c->segments == TTUN_SEGMENTS_MAX ||
-        c->size + payload > TTUN_MERGED_MAX)
+        c->size + payload > TTUN_COALESCED_MAX)
         return false;
     if (l->transport == IPV4_HEADER) {
-        /* Version and service; identification, one more each; flags, lifetime, protocol;
-         * addresses. */
+        /* Version and TOS; identification, incremented; flags, TTL, protocol; addresses. */
         if (memcmp(packet, first, 2) != 0 ||
             get16(packet + 4) != (uint16_t)(get16(first + 4) + c->segments) ||
             memcmp(packet + 6, first + 6, 4) != 0 || memcmp(packet + 12, first + 12, 8) != 0)
             return false;
     } else {
-        /* Version, class and flow label; protocol and hop limit; addresses. */
+        /* Version, traffic class, flow label; next header, hop limit; addresses. */
         if (memcmp(packet, first, 4) != 0 || memcmp(packet + 6, first + 6, 34) != 0)
             return false;
     }
@@ -108,8 +107,8 @@ static bool follows(const struct ttun_coalescer *c, const uint8_t *packet, size_
         return false;
     if (l->protocol == PROTO_UDP)
         return true;
-    /* Sequence; acknowledgement, header length; flags but for PSH, which ends a merged packet;
-     * window; urgent pointer and options. */
+    /* Sequence number; acknowledgement, data offset; flags except PSH, which ends a coalesced
+     * packet; window; urgent pointer, options. */
     return get32(mine + 4) == c->next_sequence && memcmp(mine + 8, theirs + 8, 5) == 0 &&
            (mine[13] & ~PSH) == theirs[13] && memcmp(mine + 14, theirs + 14, 2) == 0 &&
            memcmp(mine + 18, theirs + 18, l->headers_size - l->transport - 18) == 0;
@@ -161,8 +160,9 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
     return true;
 }
 
-/* The header of a packet whose checksum the kernel is to complete. gso_size: 0, or what to cut it
- * into. */
+/* Returns the vnet header of a packet with a partial checksum. gso_size: segment payload size, or
+ * 0.
+ */
 static struct ttun_vnet describe(const struct layout *l, uint16_t gso_size) {
     bool udp = l->protocol == PROTO_UDP;
     return (struct ttun_vnet){
@@ -178,7 +178,7 @@ static struct ttun_vnet describe(const struct layout *l, uint16_t gso_size) {
     };
 }
 
-/* What the kernel wants in the checksum's field of such a packet. */
+/* Returns the partial checksum of such a packet. */
 static uint16_t partial_sum(const uint8_t *packet, size_t size, const struct layout *l) {
     return ttun_fold(pseudo_sum(packet, l->protocol, size - l->transport));
 }
@@ -186,7 +186,7 @@ static uint16_t partial_sum(const uint8_t *packet, size_t size, const struct lay
 unsigned ttun_flush(struct ttun_coalescer *c) {
     unsigned segments = c->segments;
     c->segments = 0;
-    if (segments <= 1) { /* goes out as it came in, its checksum unjudged */
+    if (segments <= 1) { /* passed unchanged, its checksum not verified */
         c->vnet = (struct ttun_vnet){0};
         return segments == 0 ? 0 : 2;
     }
@@ -201,11 +201,11 @@ unsigned ttun_flush(struct ttun_coalescer *c) {
     return 1 + segments;
 }
 
-/* ---- whole packets -------------------------------------------------------------------------- */
+/* ---- offloaded packets ---------------------------------------------------------------------- */
 
-/* May this packet travel whole? Then l is where things are in it. */
-static bool is_whole(const uint8_t *packet, size_t size, uint16_t gso_size, bool tcp, bool udp,
-                     struct layout *l) {
+/* Returns whether this packet can be sent unsegmented; sets the layout. */
+static bool is_offloadable(const uint8_t *packet, size_t size, uint16_t gso_size, bool tcp,
+                           bool udp, struct layout *l) {
     if (size > TTUN_PACKET_MAX || !find_transport(packet, size, l) ||
         !(l->protocol == PROTO_TCP ? tcp : udp))
         return false;
@@ -221,7 +221,7 @@ static bool is_whole(const uint8_t *packet, size_t size, uint16_t gso_size, bool
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp) {
     struct layout l = {0};
-    if (!is_whole(packet, size, gso_size, tcp, udp, &l))
+    if (!is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
     *vnet = describe(&l, gso_size);
     store_sum(packet + l.transport + vnet->checksum_offset, partial_sum(packet, size, &l));
@@ -232,11 +232,11 @@ bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_
                       bool udp) {
     struct layout l = {0};
     uint16_t gso_size = vnet->gso_type == TTUN_GSO_NONE ? 0 : vnet->gso_size;
-    /* Two that may be merged with others are worth more to the receiver than a checksum. */
-    bool mergeable = gso_size == 0 && size <= TTUN_MERGED_MAX / 2;
-    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || mergeable ||
+    /* Coalescing at the receiver saves more than skipping a checksum. */
+    bool coalescable = gso_size == 0 && size <= TTUN_COALESCED_MAX / 2;
+    if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || coalescable ||
         (vnet->gso_type != TTUN_GSO_NONE && gso_size == 0) ||
-        !is_whole(packet, size, gso_size, tcp, udp, &l))
+        !is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
     struct ttun_vnet same = describe(&l, gso_size);
     return same.gso_type == vnet->gso_type && same.checksum_start == vnet->checksum_start &&

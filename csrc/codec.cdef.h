@@ -1,4 +1,4 @@
-/* What Python sees of frame.h and of the C library, in the subset of C that cffi reads. */
+/* Declarations of frame.h and of the C library for cffi, in the subset of C that it parses. */
 
 typedef int (*ttun_encrypt)(unsigned char *, unsigned long long *, const unsigned char *,
                             unsigned long long, const unsigned char *, unsigned long long,

@@ -1,9 +1,9 @@
 /* The control law of RFC 8289, section 5. */
 #include "codel.h"
 
-/* The interval / sqrt(n). */
+/* Returns interval / sqrt(n). */
 static uint64_t gap(uint64_t interval, uint32_t n) {
-    uint64_t root = 16; /* 16 * sqrt(n), rounded down; at most 1,600, so a loop does */
+    uint64_t root = 16; /* 16 * sqrt(n), rounded down; at most 1,600, so a loop is fine */
     while ((root + 1) * (root + 1) <= (uint64_t)n * 256)
         root++;
     return interval * 16 / root;
@@ -25,7 +25,7 @@ void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay,
             codel->count++;
         codel->next += gap(pace->interval, codel->count);
     } else {
-        /* Soon after the last episode, go on about where that one ended. */
+        /* Soon after the last episode, resume near its drop rate. */
         bool soon = now < codel->next + 16 * pace->interval && codel->count > 2;
         codel->count = soon ? codel->count - 2 : 1;
         codel->next = now + gap(pace->interval, codel->count);

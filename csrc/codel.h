@@ -1,8 +1,8 @@
-/* CoDel, RFC 8289: when to drop a packet so that no queue stands for long.
+/* CoDel (RFC 8289): decides when to drop a packet, to avoid a standing queue.
  *
- * A queue that empties now and then only evens out bursts. One whose delay stays above TARGET for
- * an INTERVAL is of no use to anybody: one packet is dropped, then further ones in ever shorter
- * intervals, until senders have slowed down. */
+ * A queue that drains now and then absorbs bursts. If its delay stays above the target for an
+ * interval, one packet is dropped, then further ones at decreasing intervals, until the senders
+ * have slowed down. */
 #ifndef TTUN_CODEL_H
 #define TTUN_CODEL_H
 
@@ -11,33 +11,32 @@
 #include <stdint.h>
 
 enum {
-    TTUN_CODEL_COUNT = 10000, /* drops after which they come no faster: one in a millisecond */
-    TTUN_CODEL_SPARED = 256   /* bytes of a packet that is not dropped */
+    TTUN_CODEL_COUNT = 10000, /* of drops; limits the rate to one per ms */
+    TTUN_CODEL_SPARED = 256   /* bytes; packets up to this size are never dropped */
 };
 
-/* What is long: microseconds. */
+/* Parameters, in microseconds. */
 struct ttun_codel_pace {
-    uint64_t target;   /* a delay above it, */
-    uint64_t interval; /* and all the time for so long */
+    uint64_t target;   /* acceptable delay */
+    uint64_t interval; /* how long the delay may exceed it */
 };
 
-/* All zero to begin with. */
+/* Initially all zero. Times: microseconds. */
 struct ttun_codel {
-    uint64_t above; /* when the delay has been above the target for an interval; 0: it is not */
-    uint64_t next;  /* the next drop */
-    uint32_t count; /* of drops in this episode, TTUN_CODEL_COUNT at most */
+    uint64_t above; /* end of the interval above the target; 0: below it */
+    uint64_t next;  /* time of the next drop */
+    uint32_t count; /* drops in this episode, up to TTUN_CODEL_COUNT */
     bool dropping;
-    bool due; /* the next packet that is not small is to be dropped */
+    bool due; /* drop the next packet that is not small */
 };
 
-/* Looks at the queue. now, delay: microseconds; delay: how long a packet that comes now has to
- * wait. */
+/* Updates the state. now, delay: microseconds; delay: the current queueing delay. */
 void ttun_codel_watch(struct ttun_codel *codel, uint64_t now, uint64_t delay,
                       const struct ttun_codel_pace *pace);
 
-/* Returns whether a packet of so many bytes is the one to drop. A ping, a key press, an
- * acknowledgement or a look-up does not fill a queue, and they are many beside packets of 64 KiB:
- * it is not one of these. */
+/* Returns whether to drop a packet of size bytes. Small packets (pings, keystrokes,
+ * acknowledgements, DNS queries) are spared: they do not fill the queue, and next to packets of
+ * 64 KiB most packets are small. */
 bool ttun_codel_drops(struct ttun_codel *codel, size_t size);
 
 #endif

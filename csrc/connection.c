@@ -8,30 +8,30 @@
 #include "ring.h"
 
 enum {
-    EVERY = 10000, /* microseconds between two looks */
-    /* Microseconds. The socket takes more when half of what may wait unsent is left. Measured
-     * (docs/performance.md): less of it runs dry, more of it is only waited for. */
+    EVERY = 10000, /* microseconds between queries */
+    /* Microseconds. The socket is writable when half of the unsent limit is left. Measured
+     * (docs/performance.md): with less it runs dry, more only adds latency. */
     UNSENT = 4000,
     SEALED = 2000,
-    /* Bytes. When the socket takes more, a segment has to be unsent still, or bbr takes that for
-     * the end of what there is to send: half of four segments, less the one that just left. From
-     * 1.2 Mbit/s on it sends two at once (bbr_min_tso_segs() of Linux). */
+    /* Bytes. When the socket becomes writable, a segment must still be unsent, or bbr considers the
+     * flow application-limited: half of four segments, minus the one that was just sent. From
+     * 1.2 Mbit/s on it sends two at once (bbr_min_tso_segs() in Linux). */
     UNSENT_LEAST = 6000,
     UNSENT_LEAST_PAIRS = 9000,
     PAIRS_FROM = 150000, /* bytes per second */
     UNSENT_MOST = 256 * 1024,
-    SEALED_LEAST = 1024, /* one packet of the usual MTU is more */
-    WHOLE = 4000,        /* microseconds */
-    WHOLE_LEAST = 1500,
+    SEALED_LEAST = 1024, /* less than one packet of the default MTU */
+    GSO_TIME = 4000,     /* microseconds */
+    GSO_LEAST = 1500,
     /* Microseconds. A bulk flow whose congestion control halves its window needs a queue of about
-     * its round trip to keep the link busy; what is small does not wait behind it. And a lost
-     * segment outside holds all back for a round trip, which is no reason to lose one inside. */
+     * one round trip to keep the link busy; small packets do not wait behind it. And a segment lost
+     * outside the tunnel delays everything by a round trip, which is no reason to drop one inside.
+     */
     TARGET_LEAST = 5000, /* RFC 8289, 4.3 */
     TARGET_MOST = 200000,
     INTERVAL_LEAST = 100000,
     INTERVAL_MOST = 1000000,
-    /* linux/tcp.h. glibc's own header has a shorter struct, and musl-gcc does not see the kernel's.
-     */
+    /* linux/tcp.h. glibc's struct is shorter, and musl-gcc does not find the kernel's header. */
     INFO_UNACKED = 24,      /* u32, segments */
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
@@ -42,17 +42,17 @@ enum {
     OPTION_CC_INFO = 26,
     /* linux/inet_diag.h, struct tcp_bbr_info */
     BBR_BANDWIDTH = 0, /* u64, bytes per second */
-    BBR_GAIN = 12,     /* u32, of the pacing, in 256ths */
+    BBR_GAIN = 12,     /* u32, pacing gain, in 256ths */
     BBR_SIZE = 20,
-    BBR_STARTUP = 2 * 256, /* its gain is 2.89 while it starts up, and 1.25 at most afterwards */
-    BUSY = 8,              /* segments under way */
-    QUEUED = 5000,         /* microseconds of round trip more than the least: there is a queue */
-    FULL_FOR = 3,          /* round trips without more bandwidth */
-    HELD_FOR = 10,
+    BBR_STARTUP = 2 * 256, /* the gain is 2.89 in startup and at most 1.25 later */
+    BUSY = 8,              /* segments in flight */
+    QUEUED = 5000,         /* microseconds above the minimum RTT that show a queue */
+    FULL_FOR = 3,          /* round trips without bandwidth growth */
+    HELD_FOR = 10,         /* round trips */
     OPTION_MAX_PACING_RATE = 47
 };
 
-static const uint64_t RATE_MOST = 1ull << 40; /* bytes per second; the kernel says all ones */
+static const uint64_t RATE_MOST = 1ull << 40; /* bytes per second; unlimited is all ones */
 
 static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most) {
     return value < least ? least : value > most ? most : value;
@@ -61,7 +61,7 @@ static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most) {
 void connection_init(struct connection *c, int socket, unsigned slots) {
     *c = (struct connection){.socket = socket,
                              .batch = SLOT_SIZE,
-                             .whole = SLOT_SIZE,
+                             .gso_max = SLOT_SIZE,
                              .slots = slots,
                              .pace = {.target = TARGET_LEAST, .interval = INTERVAL_LEAST}};
     int protocol = 0;
@@ -71,7 +71,7 @@ void connection_init(struct connection *c, int socket, unsigned slots) {
         c->look_at = UINT64_MAX;
 }
 
-/* Of struct tcp_info. */
+/* Fields of struct tcp_info. */
 struct tcp {
     uint64_t pacing_rate;  /* bytes per second */
     uint32_t unacked;      /* segments */
@@ -82,19 +82,19 @@ static void limit_pacing(struct connection *c, uint32_t rate) {
     setsockopt(c->socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
 }
 
-/* Helps bbr out of its start-up. It leaves that when three round trips brought no more, and leaves
- * out those in which the socket ran dry (app-limited). Inside a tunnel it always does: TCP inside
- * sends as its acknowledgements come, as fast as the link, and start-up paces at 2.89 times that.
- * So it would go on for ever, with a queue of two round trips in the network and the losses of one
- * that is full. Where the link does not carry more and there is a queue, the connection is held
- * just below its rate until bbr has seen that. */
+/* Helps bbr out of startup. It leaves startup after three round trips without bandwidth growth, not
+ * counting those in which the socket ran dry (application-limited). In a tunnel that is all of
+ * them: TCP inside sends at the rate of its acknowledgements, which is that of the link, while
+ * startup paces at 2.89 times that. So startup would last for ever, with a queue of two round trips
+ * in the network and the losses of a full one. If the bandwidth stops growing and there is a queue,
+ * limit the pacing to just below the rate until bbr notices. */
 static void watch_startup(struct connection *c, uint64_t now, const struct tcp *tcp) {
     uint8_t info[BBR_SIZE];
     uint64_t bandwidth = 0;
     uint32_t gain = 0;
     socklen_t size = sizeof info;
     if (getsockopt(c->socket, IPPROTO_TCP, OPTION_CC_INFO, info, &size) == 0 &&
-        size == sizeof info) { /* of another congestion control it is shorter, or longer */
+        size == sizeof info) { /* other congestion controls have another size */
         memcpy(&bandwidth, info + BBR_BANDWIDTH, sizeof bandwidth);
         memcpy(&gain, info + BBR_GAIN, sizeof gain);
     }
@@ -123,7 +123,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint8_t info[INFO_SIZE];
     socklen_t size = sizeof info;
     if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < sizeof info) {
-        c->look_at = UINT64_MAX; /* a kernel before 4.9 */
+        c->look_at = UINT64_MAX; /* before Linux 4.9 */
         return;
     }
     struct tcp tcp;
@@ -136,7 +136,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint64_t sealed = rate * SEALED / 1000000;
     c->limited = sealed < (uint64_t)slots * SLOT_SIZE;
     c->batch = (size_t)clamp(sealed, SEALED_LEAST, SLOT_SIZE);
-    c->whole = (size_t)clamp(rate * WHOLE / 1000000, WHOLE_LEAST, SLOT_SIZE);
+    c->gso_max = (size_t)clamp(rate * GSO_TIME / 1000000, GSO_LEAST, SLOT_SIZE);
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
     c->pace.target = clamp(tcp.rtt, TARGET_LEAST, TARGET_MOST);
     c->pace.interval = clamp(3 * (uint64_t)tcp.rtt, INTERVAL_LEAST, INTERVAL_MOST);

@@ -1,14 +1,14 @@
-/* How far the uplink may be ahead of its connection.
+/* Limits how much data the uplink seals and sends ahead of the connection.
  *
- * What is sealed has its nonce and with it its place: whatever comes later stands behind it. So no
- * more is sealed, and no more handed to the kernel, than the connection carries in a few
- * milliseconds; the rest waits in a queue where what is small may overtake (fq.h). Much less would
- * let the connection run dry between two wake-ups, and bbr would take that for the end of what
- * there is to send, and not measure the link.
+ * A sealed packet has its nonce, and so a fixed position: later packets cannot overtake it. So only
+ * as much is sealed and passed to the kernel as the connection carries in a few milliseconds; the
+ * rest waits in a queue where small packets can overtake (fq.h). With much less, the socket would
+ * run dry between two wake-ups, bbr would consider the flow application-limited and not measure the
+ * link.
  *
- * The kernel knows how fast the connection is: its pacing rate, which it also keeps for a
- * congestion control that does not pace. Where it knows nothing, for Multipath TCP and a Unix
- * socket, and where the connection is faster than all there is room for, nothing is limited.
+ * The rate comes from the kernel: its pacing rate, which it maintains even for a congestion control
+ * that does not pace. If there is none (Multipath TCP, Unix sockets) or the connection is faster
+ * than the slots can hold, nothing is limited.
  *
  * Sources: struct tcp_info of linux/tcp.h; TCP_NOTSENT_LOWAT in tcp(7); net/ipv4/tcp_rate.c. */
 #ifndef TTUN_CONNECTION_H
@@ -23,22 +23,22 @@
 
 struct connection {
     int socket;
-    uint64_t look_at;            /* when the kernel is asked next; microseconds */
-    uint32_t unsent;             /* bytes of TCP_NOTSENT_LOWAT, as they were set last; 0: not yet */
-    atomic_bool limited;         /* read by the thread that sends, too */
-    size_t whole;                /* bytes of a packet that is not cut */
-    size_t batch;                /* bytes to seal at once, about */
-    unsigned slots;              /* sealed ones that may wait for the socket */
-    uint64_t most_bandwidth;     /* of bbr while it starts up; bytes per second */
-    uint64_t full_since;         /* the link has carried no more; microseconds */
-    uint64_t held_until;         /* its pacing is limited; 0: it is not */
-    struct ttun_codel_pace pace; /* of each flow in the queue */
+    uint64_t look_at;            /* next query of the kernel; microseconds */
+    uint32_t unsent;             /* current TCP_NOTSENT_LOWAT, bytes; 0: not set */
+    atomic_bool limited;         /* the sending thread reads it too */
+    size_t gso_max;              /* bytes; larger packets are segmented */
+    size_t batch;                /* bytes to seal at once, roughly */
+    unsigned slots;              /* sealed slots that may wait for the socket */
+    uint64_t most_bandwidth;     /* of bbr in startup; bytes per second */
+    uint64_t full_since;         /* no bandwidth growth since; microseconds */
+    uint64_t held_until;         /* end of the pacing limit; 0: no limit */
+    struct ttun_codel_pace pace; /* CoDel parameters of the flows in the queue */
 };
 
-/* Begins without limits. slots: how many there are. */
+/* Starts without limits. slots: of the uplink's ring. */
 void connection_init(struct connection *c, int socket, unsigned slots);
 
-/* Asks the kernel, when it was not asked for a while. now: microseconds. slots: as before. */
+/* Updates the limits from the kernel, every 10 ms. now: microseconds. slots: as above. */
 void connection_look(struct connection *c, uint64_t now, unsigned slots);
 
 #endif

@@ -1,4 +1,4 @@
-/* From the connection to the device; session.h has the whole way. */
+/* The downlink, from the connection to the device; session.h has the overview. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
@@ -9,12 +9,11 @@
 
 #include "internal.h"
 
-enum { LARGE_BATCH = 64 * 1024 /* bytes of a slot from which on the uplink waits for its end */ };
+enum { LARGE_BATCH = 64 * 1024 /* bytes in a slot; see await_delivery */ };
 
-static_assert(SLOT_SIZE >= 2 * FRAME_MAX,
-              "a slot has room for the rest of a frame and a whole one");
+static_assert(SLOT_SIZE >= 2 * FRAME_MAX, "a slot has room for a partial and a complete frame");
 
-/* The uplink waits for the end of a large batch: see await_delivery. */
+/* Marks the start or end of a large batch, for await_delivery. */
 static void set_delivering(struct ttun_session *s, bool delivering) {
     pthread_mutex_lock(&s->delivery_lock);
     s->delivering = delivering;
@@ -25,8 +24,8 @@ static void set_delivering(struct ttun_session *s, bool delivering) {
     pthread_mutex_unlock(&s->delivery_lock);
 }
 
-/* Writes one packet, its vnet header in parts[0], to the device. Returns false when the device is
- * gone. packets, bytes: what it stands for. */
+/* Writes one packet to the device; parts[0] is its vnet header. packets, bytes: to count. Returns
+ * false if the device was removed. */
 static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsigned n,
                          uint64_t packets, uint64_t bytes) {
     unsigned skip = s->vnet_size == 0; /* the vnet header */
@@ -46,20 +45,20 @@ static bool write_packet(struct ttun_session *s, const struct iovec *parts, unsi
     return true;
 }
 
-/* Writes what the coalescer holds to the device. Returns false when the device is gone. */
-static bool write_merged(struct ttun_session *s) {
+/* Flushes the coalescer to the device. Returns false if the device was removed. */
+static bool flush_coalescer(struct ttun_session *s) {
     uint64_t packets = s->coalescer.segments, bytes = 0;
     unsigned parts = ttun_flush(&s->coalescer);
     if (parts == 0)
         return true;
     for (unsigned i = 1; i < parts; i++)
         bytes += s->coalescer.parts[i].iov_len;
-    bytes += (packets - 1) * s->coalescer.headers_size; /* as many as came in frames */
+    bytes += (packets - 1) * s->coalescer.headers_size; /* as they were in frames */
     return write_packet(s, s->coalescer.parts, parts, packets, bytes);
 }
 
-/* Writes a packet that came whole, once its vnet header is restored. */
-static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size) {
+/* Restores the vnet header of an offloaded packet and writes it to the device. */
+static bool write_offloaded(struct ttun_session *s, uint8_t *plaintext, size_t size) {
     struct ttun_vnet vnet;
     if (size <= TTUN_OFFLOADED_PREFIX ||
         !ttun_restore_vnet(&vnet, plaintext + TTUN_OFFLOADED_PREFIX, size - TTUN_OFFLOADED_PREFIX,
@@ -74,7 +73,7 @@ static bool write_whole(struct ttun_session *s, uint8_t *plaintext, size_t size)
     return write_packet(s, parts, 2, 1, size - TTUN_OFFLOADED_PREFIX);
 }
 
-/* Leaves a control frame to Python. Returns false when that ended the session. */
+/* Passes a control frame to Python. Returns false if that ended the session. */
 static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, size_t size) {
     struct ttun_control frame = {.type = plaintext[0]};
     int body_size = ttun_body_size(frame.type);
@@ -87,38 +86,36 @@ static bool receive_control(struct ttun_session *s, const uint8_t *plaintext, si
         fine = next_key(s, &s->rx);
     if (fine) {
         memcpy(frame.body, plaintext + 1, (size_t)body_size);
-        /* Of pings the last one counts, but no key may get lost. */
-        fine = mailbox_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
+        /* A PING may replace another, but a REKEY must not be lost. */
+        fine = control_queue_post(&s->inbox, &frame) || frame.type != TTUN_REKEY;
     }
     if (!fine)
         end_session(s, TTUN_END_CONTROL, frame.type);
     return fine;
 }
 
-/* Brings one packet, or what else a frame may hold, where it belongs. Returns false when the
- * session is over. */
+/* Processes the plaintext of a frame. Returns false when the session has ended. */
 static bool deliver(struct ttun_session *s, uint8_t *plaintext, size_t size) {
     if (s->wire != 0 && !is_ip(plaintext)) {
         if (plaintext[0] == TTUN_OFFLOADED)
-            return write_merged(s) && write_whole(s, plaintext, size);
+            return flush_coalescer(s) && write_offloaded(s, plaintext, size);
         return receive_control(s, plaintext, size);
     }
     if (ttun_coalesce(&s->coalescer, plaintext, size))
         return true;
-    return write_merged(s) && ttun_coalesce(&s->coalescer, plaintext, size);
+    return flush_coalescer(s) && ttun_coalesce(&s->coalescer, plaintext, size);
 }
 
-/* Opens each frame of a slot and delivers what is in it. Packets are merged with those before them
- * where they can be. */
+/* Opens each frame of a slot and delivers its content, coalescing packets where possible. */
 static void open_frames(struct ttun_session *s, struct slot *slot) {
     while (slot->begin < slot->end && !is_over(s)) {
         uint8_t *plaintext = slot->bytes + slot->begin + TTUN_PREFIX;
         size_t length = ttun_frame_length(slot->bytes + slot->begin);
         slot->begin += TTUN_PREFIX + length;
-        assert(slot->begin <= slot->end); /* a slot holds whole frames */
+        assert(slot->begin <= slot->end); /* a slot holds complete frames */
         ptrdiff_t size = ttun_open(&s->rx.now, plaintext, length);
         if (size < 0) {
-            write_merged(s); /* what came before it counts */
+            flush_coalescer(s); /* deliver what came before */
             end_session(s, TTUN_END_TAG, (int)length);
             return;
         }
@@ -127,8 +124,8 @@ static void open_frames(struct ttun_session *s, struct slot *slot) {
         else if (!deliver(s, plaintext, (size_t)size))
             break;
     }
-    write_merged(s); /* nothing waits for what may come later */
-    atomic_store_explicit(&s->heard, now_ms(), memory_order_relaxed);
+    flush_coalescer(s); /* do not hold packets back for later ones */
+    atomic_store_explicit(&s->last_received, now_ms(), memory_order_relaxed);
 }
 
 static void open_slot(struct ttun_session *s, struct slot *slot) {
@@ -142,7 +139,7 @@ static void open_slot(struct ttun_session *s, struct slot *slot) {
 
 void ttun_downlink_receive(struct ttun_session *s) {
     prctl(PR_SET_NAME, "ttun-down-recv");
-    const uint8_t *rest = NULL; /* the beginning of a frame, in the slot before */
+    const uint8_t *rest = NULL; /* partial frame, in the previous slot */
     size_t rest_size = 0;
     long bad = -1;
     struct slot *slot;
@@ -156,7 +153,7 @@ void ttun_downlink_receive(struct ttun_session *s) {
                 continue;
             if (got <= 0) {
                 int error = errno;
-                ring_finish(&s->downlink); /* what came before the end still counts */
+                ring_finish(&s->downlink); /* deliver the frames before the end */
                 if (got < 0)
                     end_session(s, TTUN_END_SOCKET, error);
                 else
@@ -174,7 +171,7 @@ void ttun_downlink_receive(struct ttun_session *s) {
             open_slot(s, slot);
             ring_return(&s->downlink, false);
         }
-        if (bad >= 0) { /* nothing behind it can be read; what came before it counts */
+        if (bad >= 0) { /* nothing after it can be parsed; deliver what came before */
             ring_finish(&s->downlink);
             end_session(s, TTUN_END_LENGTH, (int)bad);
             return;

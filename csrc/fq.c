@@ -8,18 +8,18 @@
 
 enum { NONE = 0xffff };
 
-/* A cell. The first one of a packet says what it is; what does not fit goes on in the next. */
+/* A packet is a list of cells; the first one holds its metadata. */
 struct cell {
-    uint16_t next;   /* of the same packet, or free; NONE behind the last */
-    uint16_t behind; /* first: the next packet of the flow */
-    uint32_t size;   /* first: of the packet */
-    uint64_t since;  /* first: when it came, in microseconds */
+    uint16_t next;   /* cell of the packet, or free cell; NONE: the last */
+    uint16_t behind; /* first cell: the next packet of the flow */
+    uint32_t size;   /* first cell: of the packet */
+    uint64_t since;  /* first cell: arrival, in microseconds */
     uint8_t bytes[FQ_CELL - 16];
 };
 
-static_assert(sizeof(struct cell) == FQ_CELL, "cells lie behind each other");
-static_assert((int)FQ_CELLS_MAX <= (int)NONE, "each has a number");
-static_assert((int)FQ_FLOWS <= (int)NONE, "and each flow");
+static_assert(sizeof(struct cell) == FQ_CELL, "cells are contiguous");
+static_assert((int)FQ_CELLS_MAX <= (int)NONE, "cell indices fit");
+static_assert((int)FQ_FLOWS <= (int)NONE, "flow indices fit");
 
 enum { ROOM = sizeof((struct cell *)0)->bytes };
 
@@ -56,7 +56,7 @@ static uint16_t new_cell(struct ttun_fq *fq) {
     return number;
 }
 
-/* Takes a flow's oldest packet away; copies it to `out` unless that is NULL. Returns its size. */
+/* Removes a flow's oldest packet; copies it to `out` unless NULL. Returns its size. */
 static size_t take_head(struct ttun_fq *fq, struct fq_flow *flow, uint8_t *out) {
     uint16_t number = flow->head;
     struct cell *first = cell(fq, number);
@@ -94,7 +94,7 @@ static uint64_t mix(uint64_t hash, const uint8_t *bytes, size_t size) {
     return hash;
 }
 
-/* Whatever else it is, a packet shares its turn with those of the same addresses and protocol. */
+/* Returns the flow of a packet: by addresses, protocol and, for unfragmented TCP and UDP, ports. */
 static struct fq_flow *find_flow(struct ttun_fq *fq, const uint8_t *ip, size_t size) {
     uint64_t hash = fq->salt;
     uint8_t protocol = 0;
@@ -135,14 +135,14 @@ static void remove_first(struct ttun_fq *fq, struct fq_list *list) {
     flow->listed = false;
 }
 
-/* Makes room, at the cost of the flow that takes most. */
+/* Frees cells by dropping packets of the largest flow. */
 static void make_room(struct ttun_fq *fq, unsigned cells) {
     while (fq->free_cells < cells) {
         struct fq_flow *fattest = &fq->flows[0];
         for (unsigned i = 1; i < FQ_FLOWS; i++)
             if (fq->flows[i].cells > fattest->cells)
                 fattest = &fq->flows[i];
-        /* Some at once, so that a flood does not look through all flows for each packet. */
+        /* Drop several at once, so that a flood does not search all flows for each packet. */
         unsigned enough = fq->cells / 64;
         for (unsigned before = fq->free_cells;
              fattest->head != NONE && (fq->free_cells < cells || fq->free_cells - before < enough);
@@ -198,7 +198,7 @@ size_t ttun_fq_take(struct ttun_fq *fq, uint8_t *out, uint64_t now,
         }
         while (flow->head != NONE) {
             const struct cell *first = cell(fq, flow->head);
-            /* What stands alone is no queue (RFC 8289, 5.4). */
+            /* A single packet is not a queue (RFC 8289, 5.4). */
             uint64_t delay = flow->bytes > FQ_QUANTUM ? now - first->since : 0;
             ttun_codel_watch(&flow->codel, now, delay, pace);
             if (ttun_codel_drops(&flow->codel, first->size)) {
@@ -212,7 +212,7 @@ size_t ttun_fq_take(struct ttun_fq *fq, uint8_t *out, uint64_t now,
         }
         bool was_new = flow->is_new;
         remove_first(fq, list);
-        /* A new flow has its turn among the old ones before it can be new again (RFC 8290, 4.2). */
+        /* A new flow becomes an old one before it can be new again (RFC 8290, 4.2). */
         if (was_new && fq->old_flows.first != NONE)
             append(fq, &fq->old_flows, flow);
     }

@@ -7,7 +7,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { NONCE_COUNTER = 4 }; /* where the counter starts in the nonce */
+enum { NONCE_COUNTER = 4 }; /* offset of the counter in the nonce */
 
 static_assert(NONCE_COUNTER + sizeof(uint64_t) <= TTUN_NONCE_MAX, "the counter fits the nonce");
 
@@ -43,8 +43,8 @@ void ttun_cipher_free(struct ttun_cipher_state *state) {
     free(state);
 }
 
-/* Writes the next counter into the nonce and counts on. A counter is never used twice: after the
- * last one there is none (2^64 frames, which no link lives to see). */
+/* Writes the counter into the nonce and increments it. A counter is never reused: returns -1 when
+ * it is exhausted, after 2^64 - 1 frames. */
 static int next_nonce(struct ttun_cipher_state *state) {
     if (state->counter == UINT64_MAX)
         return -1;
@@ -125,6 +125,6 @@ void *ttun_find_function(const char *library, const char *name) {
     if (handle == NULL)
         return NULL;
     void *function = dlsym(handle, name);
-    dlclose(handle); /* it stays loaded: somebody else holds it */
+    dlclose(handle); /* it stays loaded: PyNaCl holds it */
     return function;
 }

@@ -1,4 +1,4 @@
-/* The frame: what one IP packet looks like on the TCP connection.
+/* The frame: the encoding of one IP packet on the TCP connection.
  *
  *     u16 big-endian length | length bytes of ciphertext and tag
  *
@@ -6,8 +6,8 @@
  *
  *     direction (1) | 0 0 0 | counter (u64 big-endian) | zeros up to the cipher's nonce size
  *
- * This file knows bytes and nothing else: no descriptor, no thread, no Python. The AEAD functions
- * are libsodium's, handed in as pointers, so the process has one libsodium: the one in PyNaCl. */
+ * Pure functions: no descriptors, threads or Python. The AEAD functions are passed in as pointers
+ * to PyNaCl's libsodium, so the process has only one copy of it. */
 #ifndef TTUN_FRAME_H
 #define TTUN_FRAME_H
 
@@ -33,13 +33,13 @@ typedef int (*ttun_decrypt)(unsigned char *m, unsigned long long *mlen, unsigned
                             const unsigned char *ad, unsigned long long adlen,
                             const unsigned char *npub, const unsigned char *k);
 
-/* crypto_aead_*_beforenm: does once what depends on the key alone. encrypt and decrypt are then the
- * _afternm functions, which take what it wrote in place of the key. */
+/* crypto_aead_*_beforenm: expands the key once. encrypt and decrypt are then the _afternm
+ * functions, which take the expanded key. */
 typedef int (*ttun_expand)(unsigned char *key_state, const unsigned char *key);
 
-/* One direction of a session: its cipher, its key and the number of its next frame. */
+/* One direction of a session: cipher, key, and counter of the next frame. */
 struct ttun_cipher_state {
-    _Alignas(16) uint8_t key[TTUN_KEY_STATE]; /* libsodium wants the expanded one so aligned */
+    _Alignas(16) uint8_t key[TTUN_KEY_STATE]; /* alignment of an expanded key */
     uint8_t nonce[TTUN_NONCE_MAX];
     ttun_encrypt encrypt;
     ttun_decrypt decrypt;
@@ -47,46 +47,46 @@ struct ttun_cipher_state {
     uint32_t tag_size;
 };
 
-/* Makes a cipher state whose next frame is number 0. expand: NULL where the cipher has none.
- * direction: 0 client to server, 1 server to client. key: TTUN_KEY_SIZE bytes, copied. Returns NULL
- * when tag_size is over TTUN_TAG_MAX or there is no memory. */
+/* Creates a cipher state with counter 0. expand: NULL if the cipher has none. direction: 0 client
+ * to server, 1 server to client. key: TTUN_KEY_SIZE bytes, copied. Returns NULL if tag_size exceeds
+ * TTUN_TAG_MAX or memory is short. */
 struct ttun_cipher_state *ttun_cipher_new(ttun_encrypt encrypt, ttun_decrypt decrypt,
                                           ttun_expand expand, uint32_t tag_size, uint8_t direction,
                                           const uint8_t *key);
 
-/* Overwrites key and nonce, in a way that the compiler may not leave out. */
+/* Overwrites key and nonce; the compiler cannot optimize it away. */
 void ttun_cipher_wipe(struct ttun_cipher_state *state);
 
-/* Wipes and frees it. NULL is fine. */
+/* Wipes and frees it. NULL is allowed. */
 void ttun_cipher_free(struct ttun_cipher_state *state);
 
-/* Seals one packet into one frame. frame: room for TTUN_PREFIX + packet_size + tag_size bytes.
- * packet may be frame + TTUN_PREFIX (in place) or lie elsewhere, but not overlap otherwise.
- * Returns the size of the frame, or 0 when the packet does not fit one or the counter ran out. */
+/* Seals a packet into a frame. frame: room for TTUN_PREFIX + packet_size + tag_size bytes. packet:
+ * frame + TTUN_PREFIX (in place), or a buffer that does not overlap. Returns the size of the frame,
+ * or 0 if the packet is too large or the counter is exhausted. */
 size_t ttun_seal(struct ttun_cipher_state *state, uint8_t *frame, const uint8_t *packet,
                  size_t packet_size);
 
-/* Opens the ciphertext of one frame (frame + TTUN_PREFIX, length bytes) in place: the packet is
- * then its first length - tag_size bytes. Returns the packet's size, or -1 when the length is
- * below the tag or the tag is wrong. */
+/* Opens the ciphertext of a frame (at frame + TTUN_PREFIX, length bytes) in place: its first
+ * length - tag_size bytes become the packet. Returns the size of the packet, or -1 if length is
+ * below tag_size or authentication fails. */
 ptrdiff_t ttun_open(struct ttun_cipher_state *state, uint8_t *ciphertext, size_t length);
 
-/* Reads a length prefix. bytes: at least TTUN_PREFIX. */
+/* Returns the length prefix. bytes: at least TTUN_PREFIX of them. */
 static inline size_t ttun_frame_length(const uint8_t *bytes) {
     return (size_t)bytes[0] << 8 | bytes[1];
 }
 
-/* How many of the first size bytes of a stream are whole frames. *bad is the first length found
- * below tag_size (nothing behind it can be read), else -1. */
+/* Returns how many of the first size bytes of a stream form complete frames. *bad: the first length
+ * below tag_size, after which nothing can be parsed, or -1. */
 size_t ttun_whole_frames(const uint8_t *bytes, size_t size, uint32_t tag_size, long *bad);
 
-/* Seals as many packets of size bytes as buffer has room for, opens them, and so on for some
- * seconds. rates: bytes of packets per second, sealed and opened. Returns 0, or -1 when a frame did
- * not open or there is no room for one. */
+/* Repeatedly seals as many packets of size bytes as fit into room bytes of buffer, and opens them,
+ * for some seconds. rates: packet bytes per second sealed and opened. Returns 0, or -1 if a frame
+ * failed to open or none fits. */
 int ttun_bench(struct ttun_cipher_state *sealing, struct ttun_cipher_state *opening,
                uint8_t *buffer, size_t room, size_t size, double seconds, double rates[2]);
 
-/* Finds a function in a library that this process has loaded already; NULL if there is none. */
+/* Finds a function in an already loaded library. Returns NULL if there is none. */
 void *ttun_find_function(const char *library, const char *name);
 
 #endif

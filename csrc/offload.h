@@ -1,14 +1,15 @@
-/* Large packets at the TUN device: one read or write carries up to 64 KiB.
+/* Offloads of the TUN device: one read or write carries up to 64 KiB.
  *
  * With a vnet header (Documentation/networking/tuntap.rst, linux/virtio_net.h) the kernel leaves
- * checksums and segmentation to us on the way in, and takes merged packets on the way out:
+ * checksums and segmentation of the uplink to this program, and accepts coalesced packets on the
+ * downlink:
  *
- *     segment    one packet of the kernel's  ->  packets that a peer without offloads can use
- *     coalesce   consecutive packets         ->  one that the kernel takes in one go
+ *     segment    one GSO packet       ->  packets for a peer without offloads
+ *     coalesce   consecutive packets  ->  one GSO packet for the kernel
  *
- * coalesce, then segment gives the same bytes. Where the other end has offloads too, a packet
- * travels whole, with its gso_size as all that must be said about it. Knows bytes and nothing else:
- * no descriptor, no allocation, no copy of a payload. */
+ * coalesce followed by segment gives the same bytes. If the peer has offloads too, a packet is sent
+ * unsegmented, with its gso_size as the only metadata. Pure functions: no descriptors, allocations
+ * or copies of payloads. */
 #ifndef TTUN_OFFLOAD_H
 #define TTUN_OFFLOAD_H
 
@@ -18,81 +19,81 @@
 #include <sys/uio.h>
 
 enum {
-    TTUN_PACKET_MAX = 40 + 65535, /* an IPv6 header and what its length field can say */
-    TTUN_SEGMENTS_MAX = 64,       /* merged into one; the kernel's least limit for UDP */
-    TTUN_MERGED_MAX = 65535       /* bytes of a merged packet, the IPv6 header included */
+    TTUN_PACKET_MAX = 40 + 65535, /* an IPv6 header and the largest length in it */
+    TTUN_SEGMENTS_MAX = 64,       /* coalesced into one; the kernel's lowest limit for UDP */
+    TTUN_COALESCED_MAX = 65535    /* bytes of a coalesced packet, with the IPv6 header */
 };
 
-/* struct virtio_net_hdr, in the byte order of the machine. */
+/* struct virtio_net_hdr, in host byte order. */
 struct ttun_vnet {
     uint8_t flags;    /* TTUN_NEEDS_CHECKSUM */
     uint8_t gso_type; /* enum ttun_gso */
     uint16_t header_size;
-    uint16_t gso_size; /* payload bytes of each segment but the last */
+    uint16_t gso_size; /* payload bytes of each segment except the last */
     uint16_t checksum_start, checksum_offset;
 };
 
-enum { TTUN_NEEDS_CHECKSUM = 1, TTUN_GSO_MIN = 8 /* least gso_size that anybody needs */ };
+enum { TTUN_NEEDS_CHECKSUM = 1, TTUN_GSO_MIN = 8 /* smallest gso_size accepted */ };
 enum ttun_gso { TTUN_GSO_NONE = 0, TTUN_GSO_TCP4 = 1, TTUN_GSO_TCP6 = 4, TTUN_GSO_UDP = 5 };
 
 /* ---- segment ---- */
 
 struct ttun_segmenter {
-    uint8_t *packet; /* the rest of it: what comes next is payload at `next` */
+    uint8_t *packet; /* the packet; its remaining payload is at `next` */
     size_t size, next;
-    size_t headers_size, transport; /* IP, its options or extensions, and TCP or UDP */
-    size_t gso_size;                /* 0: one packet, as it is */
-    uint64_t partial;               /* sum over the pseudo-header, but for the length */
+    size_t headers_size, transport; /* all headers; offset of TCP or UDP */
+    size_t gso_size;                /* 0: not a GSO packet */
+    uint64_t partial;               /* pseudo-header sum without the length */
     bool udp;
-    uint8_t flags; /* of TCP, in the whole packet */
+    uint8_t flags; /* TCP flags of the GSO packet */
 };
 
-/* Starts on a packet of size bytes, which is written to. Returns false, and there are no segments,
- * when the header contradicts the packet. */
+/* Starts segmenting a packet of size bytes, in place. Returns false, and there are no segments, if
+ * the vnet header does not match the packet. */
 bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_t *packet,
                   size_t size);
 
-/* The next segment, with its checksums; NULL when there is none left. It stays until the next call,
- * which writes over it, and takes its headers from there. */
+/* Returns the next segment, with valid checksums, or NULL after the last one. It is valid until the
+ * next call, which overwrites it. */
 const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size);
 
 /* ---- coalesce ---- */
 
 struct ttun_coalescer {
     struct ttun_vnet vnet;
-    bool tcp, udp;     /* what may be merged */
-    bool open;         /* one more may follow */
-    unsigned segments; /* merged so far; 0: empty */
-    size_t size;       /* of all: its headers once, all payloads */
+    bool tcp, udp;     /* which protocols to coalesce */
+    bool open;         /* another packet may follow */
+    unsigned segments; /* coalesced so far; 0: empty */
+    size_t size;       /* headers once, and all payloads */
     size_t transport, headers_size;
     uint32_t next_sequence;
     /* The vnet header, the first packet, the payloads of the others. */
     struct iovec parts[2 + TTUN_SEGMENTS_MAX];
 };
 
-/* Makes an empty one. What is false is never merged. */
+/* Initializes an empty coalescer. tcp, udp: which protocols to coalesce. */
 void ttun_coalescer_init(struct ttun_coalescer *c, bool tcp, bool udp);
 
-/* Adds a packet, which must stay where it is until the flush and is written to. Returns false when
- * it cannot follow those before it: flush, then add it again. */
+/* Adds a packet, which must stay valid until the flush and is modified. Returns false if it does
+ * not continue the current one: flush, then add it again. */
 bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size);
 
-/* Ends what was added: parts[0] is the vnet header, the others are the packet. Returns how many
- * parts there are, 0 when nothing was added. The coalescer is empty then. */
+/* Finishes the packet: parts[0] is the vnet header, the other parts are the packet. Returns the
+ * number of parts, 0 if it was empty. Leaves the coalescer empty. */
 unsigned ttun_flush(struct ttun_coalescer *c);
 
-/* ---- whole packets ---- */
+/* ---- offloaded packets, sent unsegmented ---- */
 
-/* Makes the vnet header of a packet that lacks it, and writes the sum over the pseudo-header where
- * the kernel wants it. gso_size: 0 for one packet, else what its payload is to be cut into. tcp,
- * udp: what this device takes. Returns false for anything but one TCP or UDP packet, with no
- * fragment, IP option or extension header, whose lengths are those of the packet, with more than
- * one segment of at least TTUN_GSO_MIN bytes, and without SYN, RST, URG, CWR in all of them. */
+/* Restores the vnet header of an offloaded packet, and the pseudo-header sum in its checksum field.
+ * gso_size: 0 for a single packet, else the segment payload size. tcp, udp: offloads of this
+ * device. Returns false unless it is a TCP or UDP packet without fragmentation, IP options or
+ * extension headers, and with correct lengths. A gso_size other than 0 must be at least
+ * TTUN_GSO_MIN, with more than one segment and without SYN, RST, URG and CWR. */
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp);
 
-/* Would ttun_restore_vnet give this very header, and this very packet, at an end that takes tcp,
- * udp, and is it worth it? */
+/* Returns whether ttun_restore_vnet would give the same header and packet at a peer with the
+ * offloads tcp and udp, and whether sending it unsegmented is worthwhile. */
 bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_t size, bool tcp,
                       bool udp);
 

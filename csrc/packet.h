@@ -1,5 +1,5 @@
-/* IP packets with TCP or UDP in them: where things stand, and how they are read and written there
- * (RFC 791, RFC 8200, RFC 9293, RFC 768). */
+/* Layout of IP, TCP and UDP headers, and access to their fields (RFC 791, RFC 8200, RFC 9293,
+ * RFC 768). */
 #ifndef TTUN_PACKET_H
 #define TTUN_PACKET_H
 
@@ -16,7 +16,7 @@ enum {
     UDP_HEADER = 8,
     PROTO_TCP = 6,
     PROTO_UDP = 17,
-    TCP_CHECKSUM = 16, /* where it stands in the header */
+    TCP_CHECKSUM = 16, /* offset in the header */
     UDP_CHECKSUM = 6,
     FIN = 0x01,
     SYN = 0x02,
@@ -45,7 +45,7 @@ static inline void put32(uint8_t *p, uint32_t v) {
     put16(p + 2, (uint16_t)v);
 }
 
-/* Stores a folded sum, which has the byte order of the machine already. */
+/* Stores a folded sum, which is in host byte order. */
 static inline void store_sum(uint8_t *field, uint16_t sum) {
     memcpy(field, &sum, sizeof sum);
 }
@@ -56,14 +56,14 @@ static inline uint16_t load_sum(const uint8_t *field) {
     return sum;
 }
 
-/* What the length of the transport's packet adds to the sum over the pseudo-header. */
+/* Returns the contribution of the transport length to the pseudo-header sum. */
 static inline uint64_t length_sum(size_t size) {
     uint8_t length[4];
     put32(length, (uint32_t)size);
     return ttun_sum(0, length, sizeof length);
 }
 
-/* Gives an IP packet its length, and IPv4 the checksum of its header. */
+/* Sets the length of an IP packet, and the IPv4 header checksum. */
 static inline void set_ip_length(uint8_t *packet, size_t size) {
     if (packet[0] >> 4 == 6) {
         put16(packet + 4, (uint16_t)(size - IPV6_HEADER));

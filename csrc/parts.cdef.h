@@ -1,5 +1,5 @@
-/* What the benchmark and the tests see besides codec.cdef.h: the parts of the packet path by
- * themselves. A wheel has none of it. */
+/* Declarations for tests and the benchmark, in addition to codec.cdef.h: the individual parts of the
+ * packet path. Wheels omit them. */
 
 struct ttun_cipher_state {
     uint64_t counter;

@@ -7,7 +7,7 @@
 #include <sys/auxv.h>
 #include <unistd.h>
 
-/* Appends a string; returns the new end. Only what is safe in a signal handler. */
+/* Appends a string; returns the new end. Async-signal-safe. */
 static char *append(char *end, const char *text) {
     size_t size = strlen(text);
     memcpy(end, text, size);
@@ -26,10 +26,10 @@ static void end_at_once(int number) {
     char *end = append(line, "ttun: stopped by ");
     end = append(end, name);
     end = append(end, " while starting\n");
-    /* Nobody may be reading: a pipe with room for PIPE_BUF bytes takes the line without waiting. */
+    /* Do not block on a full pipe: one that is writable has room for PIPE_BUF bytes. */
     struct pollfd output = {.fd = STDERR_FILENO, .events = POLLOUT};
     if (poll(&output, 1, 0) == 1 && write(STDERR_FILENO, line, (size_t)(end - line)) < 0) {
-        /* closed, or a full disk */
+        /* closed, or disk full */
     }
     _exit(0);
 }
@@ -40,10 +40,10 @@ int ttun_end_on_signal(int number) {
     return sigaction(number, &action, NULL);
 }
 
-/* More than the kernel takes of arguments and environment (fs/exec.c), and what stands below. */
+/* More than the kernel's limit for arguments and environment (fs/exec.c), plus stack frames. */
 enum { STACK_ROOM = 8 << 20 };
 
-/* No variable of C is in the memory that these two look at. */
+/* These two access stack memory outside of any C object. */
 __attribute__((no_sanitize_address)) static int stands_at(const char *place, const char *bytes,
                                                           size_t size) {
     for (size_t i = 0; i < size; i++)

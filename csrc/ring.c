@@ -75,7 +75,7 @@ void ring_release(struct ring *ring) {
     ring->emptying = false;
     ring->first = (ring->first + 1) % ring->count;
     ring->filled--;
-    pthread_cond_signal(&ring->room); /* costs nothing while nobody waits */
+    pthread_cond_signal(&ring->room); /* free if no thread waits */
     pthread_mutex_unlock(&ring->lock);
 }
 

@@ -1,11 +1,11 @@
 /* A ring buffer: slots between the two threads of one direction.
  *
- *  1. The first thread takes a free slot, fills it, and pushes it behind the others.
- *  2. The second one takes the oldest, empties it, and releases it.
+ *  1. The first thread (producer) gets a free slot, fills it, and pushes it.
+ *  2. The second thread (consumer) takes the oldest slot, empties it, and releases it.
  *
- * Waking a thread for a slot is dear where cores are scarce. So the first thread may ask to empty
- * the slot by itself (`direct`): it may when nothing is before it and nobody works, and it returns
- * the slot emptied, or unfinished for the second thread to go on. */
+ * Waking a thread for each slot is expensive with few cores. With `direct`, the producer may empty
+ * the slot itself if the ring is otherwise empty and the consumer idle. It then returns the slot
+ * emptied, or unfinished for the consumer to continue. */
 #ifndef TTUN_RING_H
 #define TTUN_RING_H
 
@@ -15,61 +15,61 @@
 #include <stdint.h>
 
 enum {
-    SLOTS = 4,             /* of each ring, at most */
+    SLOTS = 4,             /* per ring, at most */
     SLOT_SIZE = 260 * 1024 /* bytes: four of the largest frames */
 };
 
 struct slot {
-    uint8_t *bytes;    /* SLOT_SIZE of them */
-    size_t begin, end; /* what is left to do: whole frames */
-    uint64_t since;    /* when its first frame came, in microseconds; the uplink's only */
+    uint8_t *bytes;    /* SLOT_SIZE bytes */
+    size_t begin, end; /* offsets of the remaining data: complete frames */
+    uint64_t since;    /* start of its first frame, microseconds; uplink only */
 };
 
 struct ring {
     pthread_mutex_t lock;
-    pthread_cond_t work; /* the second thread waits for a filled slot */
-    pthread_cond_t room; /* the first one for a free slot, or for all to be done */
+    pthread_cond_t work; /* the consumer waits for a filled slot */
+    pthread_cond_t room; /* the producer waits for a free slot, or an empty ring */
     struct slot slots[SLOTS];
-    unsigned count;  /* of slots in use, 1 to SLOTS */
-    unsigned first;  /* the oldest filled slot, below count */
-    unsigned filled; /* how many are filled, 0 to count */
-    bool emptying;   /* some thread works on the oldest one: there is one then */
+    unsigned count;  /* of slots, 1 to SLOTS */
+    unsigned first;  /* index of the oldest filled slot */
+    unsigned filled; /* number of filled slots */
+    bool emptying;   /* a thread is emptying the oldest slot */
     bool closed;
 };
 
-/* Makes an empty one on count * SLOT_SIZE bytes of memory. Returns 0, or -1 with errno set. */
+/* Initializes an empty ring on count * SLOT_SIZE bytes. Returns 0, or -1 with errno set. */
 int ring_init(struct ring *ring, uint8_t *memory, unsigned count);
 
-/* Only when no thread uses it any more. */
+/* Destroys it. No thread may use it any more. */
 void ring_destroy(struct ring *ring);
 
-/* Ends it: whoever waits comes back with nothing. */
+/* Closes it: waiting threads return without a slot. */
 void ring_close(struct ring *ring);
 
-/* First thread: the next slot to fill, or NULL when the session is over. Waits for a free one. */
+/* Producer: returns the next slot to fill, or NULL if closed. Waits for a free one. */
 struct slot *ring_free_slot(struct ring *ring);
 
-/* First thread: puts the slot that it filled behind the others. With `direct`, true when nothing
- * was before it, so that nobody works: the caller then empties it and calls ring_return. */
+/* Producer: pushes the filled slot. With `direct`, returns true if the ring was empty: the caller
+ * then empties the slot itself and calls ring_return. */
 bool ring_push(struct ring *ring, bool direct);
 
-/* Second thread: the oldest filled slot, or NULL when the session is over. */
+/* Consumer: returns the oldest filled slot, or NULL if closed. Waits for one. */
 struct slot *ring_take(struct ring *ring);
 
-/* Second thread: gives the emptied slot back. */
+/* Consumer: frees the emptied slot. */
 void ring_release(struct ring *ring);
 
-/* First thread, when ring_push left the slot to it: emptied, the slot is the next one to fill,
- * while it is in the cache; `unfinished`, the second thread goes on with it. */
+/* Producer, after ring_push returned true: an emptied slot is the next one to fill, as it is in the
+ * cache; an `unfinished` one is left to the consumer. */
 void ring_return(struct ring *ring, bool unfinished);
 
-/* First thread: how many are filled. */
+/* Producer: returns the number of filled slots. */
 unsigned ring_filled(struct ring *ring);
 
-/* First thread: since when the oldest filled slot has waited, or 0 when none is filled. */
+/* Producer: returns `since` of the oldest filled slot, or 0 if there is none. */
 uint64_t ring_waits_since(struct ring *ring);
 
-/* First thread: waits until all that it handed over is done. */
+/* Producer: waits until all slots are empty. */
 void ring_finish(struct ring *ring);
 
 #endif

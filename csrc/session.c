@@ -1,8 +1,7 @@
-/* A session from its beginning to its end, and what Python does with it in between: counters,
- * control frames, keys.
+/* Creates and ends a session, and gives Python access to its counters, control frames and keys.
  *
- * The first reason stays: end_session stores the reason once, closes both rings and the inbox,
- * wakes the device's poll and shuts the socket down. All memory is taken in ttun_session_new. */
+ * end_session stores the first reason only, closes both rings and the inbox, wakes the uplink's
+ * poll and shuts the socket down. ttun_session_new allocates all memory. */
 #define _GNU_SOURCE
 #include "internal.h"
 
@@ -51,7 +50,7 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
     size_t ring_size = (size_t)slots * SLOT_SIZE;
     s->memory_size = 2 * ring_size + 2 * SCRATCH_SIZE;
-    s->memory = malloc(s->memory_size + queue); /* only what is used of it becomes real */
+    s->memory = malloc(s->memory_size + queue); /* the kernel commits only what is used */
     if (s->memory == NULL)
         goto no_memory;
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -61,13 +60,13 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
         goto no_uplink;
     if (ring_init(&s->downlink, s->memory + ring_size, slots) < 0)
         goto no_downlink;
-    if (mailbox_init(&s->inbox) < 0)
+    if (control_queue_init(&s->inbox) < 0)
         goto no_inbox;
-    if (mailbox_init(&s->outbox) < 0)
+    if (control_queue_init(&s->outbox) < 0)
         goto no_outbox;
     s->scratch = s->memory + 2 * ring_size;
     s->taken = s->scratch + SCRATCH_SIZE;
-    uint64_t salt = now_us(); /* where there are no random numbers yet, at boot */
+    uint64_t salt = now_us(); /* if random numbers are not available yet, at boot */
     if (syscall(SYS_getrandom, &salt, sizeof salt, NONBLOCK) < 0) /* glibc 2.17 has none */
         salt *= 0x9E3779B97F4A7C15u;
     ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, salt);
@@ -78,10 +77,10 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->tx.now = *uplink;
     s->rx.now = *downlink;
     s->tag_size = downlink->tag_size;
-    s->heard = now_ms();
+    s->last_received = now_ms();
     return s;
 no_outbox:
-    mailbox_destroy(&s->inbox);
+    control_queue_destroy(&s->inbox);
 no_inbox:
     ring_destroy(&s->downlink);
 no_downlink:
@@ -102,13 +101,13 @@ void ttun_session_free(struct ttun_session *s) {
     explicit_bzero(&s->rx, sizeof s->rx);
     ring_destroy(&s->uplink);
     ring_destroy(&s->downlink);
-    mailbox_destroy(&s->inbox);
-    mailbox_destroy(&s->outbox);
+    control_queue_destroy(&s->inbox);
+    control_queue_destroy(&s->outbox);
     pthread_mutex_destroy(&s->keys_lock);
     pthread_cond_destroy(&s->delivered);
     pthread_mutex_destroy(&s->delivery_lock);
     close(s->wake);
-    explicit_bzero(s->memory, s->memory_size); /* packets are secrets too */
+    explicit_bzero(s->memory, s->memory_size); /* packets are secret too */
     ttun_fq_wipe(&s->queue);
     free(s->memory);
     free(s);
@@ -116,13 +115,12 @@ void ttun_session_free(struct ttun_session *s) {
 
 void wake_uplink(struct ttun_session *s) {
     if (eventfd_write(s->wake, 1) < 0)
-        assert(errno == EAGAIN); /* full is as good as written */
+        assert(errno == EAGAIN); /* already set */
 }
 
 void end_session(struct ttun_session *s, enum ttun_reason why, int detail) {
     int running = TTUN_RUNNING;
-    /* The detail is published by the store to `reason`, so it is written first, by one thread only.
-     */
+    /* The store to `reason` publishes the detail, so write the detail first, by one thread only. */
     static const int claimed = -1;
     if (!atomic_compare_exchange_strong(&s->reason, &running, claimed))
         return;
@@ -130,7 +128,7 @@ void end_session(struct ttun_session *s, enum ttun_reason why, int detail) {
     atomic_store(&s->reason, (int)why);
     ring_close(&s->uplink);
     ring_close(&s->downlink);
-    mailbox_close(&s->inbox);
+    control_queue_close(&s->inbox);
     wake_uplink(s);
     shutdown(s->socket, SHUT_RDWR);
 }
@@ -143,7 +141,7 @@ int ttun_session_reason(struct ttun_session *s, int *detail) {
     int reason = atomic_load(&s->reason);
     if (detail != NULL)
         *detail = atomic_load(&s->reason_detail);
-    return reason < 0 ? TTUN_RUNNING : reason; /* claimed, not yet told */
+    return reason < 0 ? TTUN_RUNNING : reason; /* claimed, not stored yet */
 }
 
 uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
@@ -151,18 +149,18 @@ uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
 }
 
 uint64_t ttun_session_silence(struct ttun_session *s) {
-    uint64_t heard = atomic_load(&s->heard), now = now_ms();
-    return now > heard ? now - heard : 0;
+    uint64_t last_received = atomic_load(&s->last_received), now = now_ms();
+    return now > last_received ? now - last_received : 0;
 }
 
 /* ---- control frames and keys ---------------------------------------------------------------- */
 
 int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long milliseconds) {
-    return mailbox_take(&s->inbox, frame, milliseconds);
+    return control_queue_take(&s->inbox, frame, milliseconds);
 }
 
 void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame) {
-    mailbox_post(&s->outbox, frame);
+    control_queue_post(&s->outbox, frame);
     wake_uplink(s);
 }
 
@@ -191,10 +189,10 @@ bool next_key(struct ttun_session *s, struct keys *keys) {
     return ready;
 }
 
-/* ---- beside the session --------------------------------------------------------------------- */
+/* ---- device --------------------------------------------------------------------------------- */
 
 long ttun_drain(int tun, long most) {
-    uint8_t first[sizeof(struct ttun_vnet) + 1]; /* a TUN read drops what does not fit */
+    uint8_t first[sizeof(struct ttun_vnet) + 1]; /* a TUN read truncates the packet */
     long drained = 0;
     while (drained < most && (read(tun, first, sizeof first) > 0 || errno == EINTR))
         drained++;

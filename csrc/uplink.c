@@ -1,9 +1,9 @@
-/* From the device to the connection; session.h has the whole way.
+/* The uplink, from the device to the connection; session.h has the overview.
  *
- *  1. await_room: while the connection is busy, packets of the device go into the queue, where what
- *     is small overtakes.
- *  2. seal_batch: fills a slot from the queue, else from the device.
- *  3. send_slot: hands it to the socket, on this thread or the next. */
+ *  1. await_room: while the connection is busy, move packets from the device into the queue, where
+ *     small ones overtake.
+ *  2. seal_batch: fill a slot from the queue, or else from the device.
+ *  3. send_slot: write it to the socket, on this thread or the next. */
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
@@ -16,13 +16,13 @@
 
 #include "internal.h"
 
-enum { ARRIVALS = 64 /* packets of the device that the queue takes at once */ };
+enum { ARRIVALS = 64 /* packets moved from the device to the queue at once */ };
 
 static_assert((TTUN_PREFIX + 1 + TTUN_BODY_MAX + TTUN_TAG_MAX) * TTUN_TYPES < FRAME_MAX,
-              "all control frames fit in front of the first packet of a slot");
+              "all control frames fit before the first packet of a slot");
 
-/* Waits until the device has a packet, there is a control frame to send, or the session is over.
- * With `room`, until the socket takes more, too. */
+/* Waits until the device has a packet, a control frame is posted, or the session has ended; with
+ * `room`, also until the socket is writable. */
 static void await_device(struct ttun_session *s, bool room) {
     struct pollfd fds[] = {{.fd = s->tun, .events = POLLIN},
                            {.fd = s->wake, .events = POLLIN},
@@ -37,32 +37,32 @@ static void await_device(struct ttun_session *s, bool room) {
     }
 }
 
-/* While the downlink delivers a batch, each packet of it may make the kernel answer with one of
- * ours (TCP's acknowledgements). Wait for the end of the batch and take them all at once: a
- * wake-up, a system call and a packet on the wire for each would cost more than the data. */
+/* While the downlink delivers a batch, the kernel may answer each packet with a TCP
+ * acknowledgement. Wait for the end of the batch and read them all at once: a wake-up, a system
+ * call and a packet on the network for each of them would cost more than the data. */
 static void await_delivery(struct ttun_session *s) {
     pthread_mutex_lock(&s->delivery_lock);
-    /* The end of this batch, not of all: the next may begin before this thread is awake. */
+    /* The end of this batch only: the next may begin before this thread is awake. */
     unsigned seen = s->deliveries;
     while (s->delivering && s->deliveries == seen)
         pthread_cond_wait(&s->delivered, &s->delivery_lock);
     pthread_mutex_unlock(&s->delivery_lock);
 }
 
-/* Starts on a packet in the scratch: whole where the peer takes it so, else in segments. Returns
- * false when its vnet header contradicts it. */
+/* Starts a packet in the scratch buffer: unsegmented if the peer has the offload, else segmented.
+ * Returns false if its vnet header is invalid. */
 static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     struct ttun_vnet vnet = {0};
     memcpy(&vnet, packet - s->vnet_size, s->vnet_size);
     if (s->wire != 0 && (size == 0 || !is_ip(packet)))
-        return false; /* its first byte would be taken for a type */
+        return false; /* its first byte would be read as a frame type */
     if (size + TTUN_OFFLOADED_PREFIX + s->tx.now.tag_size <= TTUN_LENGTH_MAX &&
-        size <= s->connection.whole &&
+        size <= s->connection.gso_max &&
         ttun_stays_whole(&vnet, packet, size, s->wire & TTUN_OFFLOAD_TCP,
                          s->wire & TTUN_OFFLOAD_UDP)) {
         static const struct ttun_vnet done;
         uint16_t gso_size = vnet.gso_type == TTUN_GSO_NONE ? 0 : vnet.gso_size;
-        packet -= TTUN_OFFLOADED_PREFIX; /* where the vnet header was */
+        packet -= TTUN_OFFLOADED_PREFIX; /* overwrites the vnet header */
         packet[0] = TTUN_OFFLOADED;
         packet[1] = (uint8_t)(gso_size >> 8);
         packet[2] = (uint8_t)gso_size;
@@ -71,14 +71,14 @@ static bool start_packet(struct ttun_session *s, uint8_t *packet, size_t size) {
     return ttun_segment(&s->segmenter, &vnet, packet, size);
 }
 
-/* Looks, before the first packet of a slot is taken, whether one has to be dropped. Who sends
- * faster than a near peer takes it has to be told, or the queues of the socket, the ring and the
- * device grow to seconds. It must be now: what is in a slot has its place among the nonces. */
+/* Decides, before the first packet of a slot, whether CoDel drops one. A sender that is faster than
+ * the connection must be slowed down, or the queues of the socket, ring and device grow to seconds.
+ * It must happen here, because a sealed packet cannot be dropped: its nonce is used. */
 static void watch_device(struct ttun_session *s) {
     static const struct ttun_codel_pace pace = {.target = 2000, .interval = 100000};
     uint64_t now = now_us(), delay = 0, oldest = ring_waits_since(&s->uplink);
     if (s->connection.limited)
-        delay = 0; /* they wait in the queue */
+        delay = 0; /* packets wait in the queue, which has its own CoDel */
     else if (oldest > 0)
         delay = now - oldest;
     else if (now - atomic_load(&s->send_end) < pace.target)
@@ -86,21 +86,21 @@ static void watch_device(struct ttun_session *s) {
     ttun_codel_watch(&s->codel, now, delay, &pace);
 }
 
-/* Reads the next packet of the device into the scratch and starts on it. Returns false when there
- * is none and `wait` is false, when a control frame is to be sent, or when the session is over. */
+/* Reads the next packet from the device into the scratch buffer and starts it. Returns false if
+ * there is none and `wait` is false, a control frame is posted, or the session has ended. */
 static bool read_packet(struct ttun_session *s, bool wait) {
     uint8_t *packet = s->scratch + SCRATCH_PACKET;
     if (wait) {
         await_device(s, false);
         await_delivery(s);
     }
-    while (!is_over(s) && !(wait && mailbox_has(&s->outbox))) {
+    while (!is_over(s) && !(wait && control_queue_has(&s->outbox))) {
         ssize_t size = read(s->tun, packet - s->vnet_size, s->vnet_size + TTUN_PACKET_MAX);
         if (size < 0 && errno == EAGAIN) {
             if (!wait)
                 return false;
             await_device(s, false);
-        } else if (size <= 0 && errno != EINTR) { /* 0: the end of a test's socketpair */
+        } else if (size <= 0 && errno != EINTR) { /* 0: EOF of a test's socketpair */
             end_session(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
             if (wait)
@@ -117,12 +117,12 @@ static bool read_packet(struct ttun_session *s, bool wait) {
     return false;
 }
 
-/* Is it a packet as the kernel left it, with what that takes in front? */
+/* Returns whether a plaintext is an offloaded packet, with its prefix. */
 static bool is_offloaded(const struct ttun_session *s, const uint8_t *packet) {
     return s->wire != 0 && packet[0] == TTUN_OFFLOADED;
 }
 
-/* Puts what is left of the packet in the scratch into the queue. */
+/* Moves the remaining segments of the current packet into the queue. */
 static void queue_segments(struct ttun_session *s, uint64_t now) {
     uint64_t dropped = s->queue.dropped;
     const uint8_t *packet;
@@ -133,7 +133,7 @@ static void queue_segments(struct ttun_session *s, uint64_t now) {
     count(s, TTUN_COUNT_CONGESTED, s->queue.dropped - dropped);
 }
 
-/* Moves what the device has into the queue. */
+/* Moves packets from the device into the queue. */
 static void queue_arrivals(struct ttun_session *s) {
     uint64_t now = now_us();
     queue_segments(s, now);
@@ -141,7 +141,7 @@ static void queue_arrivals(struct ttun_session *s) {
         queue_segments(s, now);
 }
 
-/* The next packet to seal, or NULL as read_packet says. What waits in the queue comes first. */
+/* Returns the next packet to seal, from the queue first, or NULL for the reasons of read_packet. */
 static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *size) {
     for (;;) {
         if (s->queue.packets > 0) {
@@ -157,13 +157,12 @@ static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *siz
         if (packet != NULL || !read_packet(s, wait))
             return packet;
         if (s->segmenter.size > s->connection.batch)
-            queue_segments(s, now_us()); /* something small may come before it is through */
+            queue_segments(s, now_us()); /* so that small packets can overtake it */
     }
 }
 
-/* Looks, or waits, until less than half of TCP_NOTSENT_LOWAT is unsent. send() does not: it fills
- * the last buffer of the socket, up to 64 KiB, whatever is unsent (tcp_sendmsg_locked() of Linux).
- */
+/* Checks whether, or waits until, less than half of TCP_NOTSENT_LOWAT is unsent. send() does not:
+ * it fills the last socket buffer, up to 64 KiB, regardless (tcp_sendmsg_locked() in Linux). */
 static bool has_room(struct ttun_session *s, bool wait) {
     if (!atomic_load(&s->connection.limited))
         return true;
@@ -172,10 +171,10 @@ static bool has_room(struct ttun_session *s, bool wait) {
     do
         ready = poll(&fd, 1, wait ? -1 : 0);
     while (ready < 0 && errno == EINTR);
-    return ready != 0; /* send() says what an error is */
+    return ready != 0; /* on an error, send() reports it */
 }
 
-/* Waits until the connection is not too far behind. Meanwhile packets go into the queue. */
+/* Waits until the connection has caught up. Meanwhile moves packets into the queue. */
 static void await_room(struct ttun_session *s) {
     connection_look(&s->connection, now_us(), s->uplink.count);
     while (s->connection.limited && !is_over(s)) {
@@ -188,10 +187,10 @@ static void await_room(struct ttun_session *s) {
     }
 }
 
-/* Seals what Python wants to be sent. The slot is empty. */
+/* Seals the posted control frames. The slot is empty. */
 static void seal_control(struct ttun_session *s, struct slot *slot) {
     struct ttun_control frame;
-    while (mailbox_take(&s->outbox, &frame, 0) == 1) {
+    while (control_queue_take(&s->outbox, &frame, 0) == 1) {
         uint8_t plaintext[1 + TTUN_BODY_MAX] = {frame.type};
         size_t size = (size_t)ttun_body_size(frame.type);
         memcpy(plaintext + 1, frame.body, size);
@@ -201,15 +200,15 @@ static void seal_control(struct ttun_session *s, struct slot *slot) {
     }
 }
 
-/* Fills the slot with at least one frame; false when the session is over. A large packet may go on
- * in the next slot. */
+/* Fills the slot with at least one frame. Returns false when the session has ended. Segments of a
+ * GSO packet may continue in the next slot. */
 static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     uint64_t packets = 0, bytes = 0;
     slot->begin = slot->end = 0;
     while (SLOT_SIZE - slot->end >= FRAME_MAX && slot->end < s->connection.batch && !is_over(s)) {
         if (slot->end == 0)
             slot->since = now_us();
-        if (slot->end == 0 && mailbox_has(&s->outbox))
+        if (slot->end == 0 && control_queue_has(&s->outbox))
             seal_control(s, slot);
         size_t size;
         const uint8_t *packet = next_packet(s, slot->end == 0, &size);
@@ -236,8 +235,8 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     return !is_over(s);
 }
 
-/* Sends what is left of a slot. flags: MSG_DONTWAIT to stop when the socket is full. Returns
- * whether something is left. */
+/* Sends the rest of a slot. flags: MSG_DONTWAIT to stop when the socket is full. Returns whether
+ * data is left. */
 static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
     while (slot->begin < slot->end && !is_over(s)) {
         if (!has_room(s, (flags & MSG_DONTWAIT) == 0))

@@ -1,10 +1,10 @@
 #!/bin/sh
-# make check-dist: is what make dist made whole? It takes no network and no root.
+# make check-dist: check the files that make dist made. Requires neither network nor root.
 #
-# 1. The sdist has each file that git has, and no other.
-# 2. In an empty virtual environment pip installs the wheel, without an index: tests/helpers/check_install.py,
-#    and its help is that of the source, which has all comments.
-# 3. In the unpacked sdist the codec is built, and the tests that need no root pass (TESTS: those).
+# 1. The sdist has the same files as git.
+# 2. The wheel, installed by pip without an index into an empty virtual environment, runs
+#    (tests/helpers/check_install.py), and its help() is that of the source.
+# 3. In the unpacked sdist the codec is built, and the tests that need no root pass (TESTS selects).
 set -eu
 cd "$(dirname "$0")/.."
 here=$PWD python=$PWD/.venv/bin/python work=$PWD/build/check-dist
@@ -13,7 +13,7 @@ mkdir -p "$work"
 tar -xzf dist/ttun_tunnel-*.tar.gz -C "$work"
 cd "$work"/ttun_tunnel-*
 if [ -e "$here/.git" ]; then
-    # CI's root may not own what it checks out.
+    # In CI, root may not own the checkout.
     git -C "$here" -c safe.directory="$here" ls-files | sort > "$work/git"
     find . -type f | sed 's|^./||' | grep -vE '[.]egg-info/|^(PKG-INFO|setup.cfg)$' | sort |
         diff "$work/git" - || { echo 'git and the sdist differ (see MANIFEST.in)' >&2; exit 1; }
@@ -33,6 +33,6 @@ print(ttun.__doc__)'
 (cd "$work" && "$installed" -c "$help" > help.wheel)
 cmp "$work/help.source" "$work/help.wheel"
 
-# shellcheck disable=SC2086 # TESTS: words, for pytest; all of them if there are none
+# shellcheck disable=SC2086 # TESTS: words for pytest; all tests if it is empty
 "$python" -m pytest -q -n 2 -m 'not hosts and not slow' ${TESTS:-}
-echo 'the sdist and its wheel are whole'
+echo 'the sdist and its wheel are complete'

@@ -1,15 +1,15 @@
 #!/bin/sh
-# make check-services: the systemd units under a real systemd, booted in namespaces. As root.
+# make check-services: run the systemd units under a real systemd, booted in namespaces. As root.
 #
-# A Debian 12 with systemd is made by debootstrap (once), make install puts ttun into it, and its
-# systemd is started in namespaces and a control group of its own, with two tunnels: a server and a
-# client of that server. A unit of the test's own then looks at them, kills one, stops another, and
-# writes down what came of it. Nothing of it reaches this machine's network, services or /dev.
+# debootstrap makes a Debian 12 with systemd (once), and make install installs ttun in it. Its systemd
+# boots in separate namespaces and a control group, with two units: a server and a client of that
+# server. A unit of this test checks them, kills one, stops another, and writes the results to a file.
+# The network, services and /dev of this machine are not affected.
 set -eu
 cd "$(dirname "$0")/.."
 system=$PWD/build/check-services
 if [ "$(id -u)" != 0 ] || ! command -v debootstrap > /dev/null; then
-    echo 'it takes root and debootstrap: apt install debootstrap; sudo make check-services' >&2
+    echo 'requires root and debootstrap: apt install debootstrap; sudo make check-services' >&2
     exit 1
 fi
 if [ ! -e "$system/made" ]; then
@@ -22,10 +22,36 @@ make install PREFIX=/usr/local DESTDIR="$system" > /dev/null
 
 mkdir -p "$system/etc/ttun"
 cat > "$system/etc/ttun/office.conf" << 'END'
-OPTIONS=-l :20203
+OPTIONS=-l :20203 --hook-user ttun --up /etc/ttun/up --down /etc/ttun/down
 END
 cat > "$system/etc/ttun/home.conf" << 'END'
-OPTIONS=-s 127.0.0.1 --dev ttun9 --local4 10.9.9.2 --peer4 10.9.9.1 --local6 fd00::2 --peer6 fd00::1
+OPTIONS=-s 127.0.0.1 --dev ttun9 --local4 10.9.9.2 --peer4 10.9.9.1 --local6 fd00::2 --peer6 fd00::1 --up /etc/ttun/say --down /etc/ttun/say
+END
+# The three ways of docs/hooks.md to do without root: one capability, ExecStartPost=+, a path unit.
+script() { { echo '#!/bin/sh'; cat; } > "$system/etc/ttun/$1"; chmod 755 "$system/etc/ttun/$1"; }
+echo 'ip route replace 198.51.100.0/24 dev "$TTUN_DEVICE"' | script up
+echo 'ip route del 198.51.100.0/24 dev "$TTUN_DEVICE" 2> /dev/null || :' | script down
+echo 'echo "${TTUN_REASON:+down}" > /run/ttun/ttun-client@home/session' | script say
+echo 'echo "started as $(id -u), $(ls -d /sys/class/net/ttun9)" >> /hooks.txt' | script started
+echo 'echo "stopped as $(id -u)" >> /hooks.txt' | script stopped
+echo 'echo "session $(cat /run/ttun/ttun-client@home/session) as $(id -u)" >> /hooks.txt' | script session
+rm -f "$system/hooks.txt"
+mkdir -p "$system/etc/systemd/system/ttun-client@home.service.d"
+cat > "$system/etc/systemd/system/ttun-client@home.service.d/override.conf" << 'END'
+[Service]
+ExecStartPost=+/etc/ttun/started
+ExecStopPost=+/etc/ttun/stopped
+END
+cat > "$system/etc/systemd/system/ttun-home-session.path" << 'END'
+[Path]
+PathModified=/run/ttun/ttun-client@home/session
+[Install]
+WantedBy=multi-user.target
+END
+cat > "$system/etc/systemd/system/ttun-home-session.service" << 'END'
+[Service]
+Type=oneshot
+ExecStart=/etc/ttun/session
 END
 for name in office home; do
     (umask 077; echo 'a key of two tunnels' > "$system/etc/ttun/$name.psk")
@@ -47,7 +73,8 @@ state() { echo "$1=$(systemctl show -P ActiveState $unit) $(systemctl show -P NR
 sleep 5
 state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
-echo "shown=$(/usr/local/bin/ttun show | grep -c 'wire: x1')"
+echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
+echo "route=$(ip route show 198.51.100.0/24 | wc -l)"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
 echo "sockets=$(find /run/ttun -type s | wc -l)"
@@ -55,12 +82,14 @@ kill -KILL $(pid); sleep 6; state killed
 echo "sockets=$(find /run/ttun -type s | wc -l)"
 kill -STOP $(pid); sleep 45; state hung
 systemctl stop $unit ttun-client@home; echo "left=$(ls -A /run/ttun)"
+sort -u /hooks.txt
 echo "end=$(systemctl show -P Result $unit)"
 END
 cat > "$system/expected.txt" << 'END'
 ready=active 0
 client=active
 shown=2
+route=1
 user=ttun
 capabilities=0000000000000000
 seccomp=2
@@ -69,14 +98,19 @@ killed=active 1
 sockets=2
 hung=active 2
 left=
+session  as 0
+session down as 0
+started as 0, /sys/class/net/ttun9
+stopped as 0
 end=success
 END
 chroot "$system" systemd-sysusers
-chroot "$system" systemctl -q enable ttun-server@office ttun-client@home report
+chroot "$system" systemctl -q enable ttun-server@office ttun-client@home \
+    ttun-home-session.path report
 chroot "$system" systemctl -q mask systemd-udevd console-getty getty@tty1
 
 rm -f "$system/report.txt"
-# What kills it kills, by --kill-child, the systemd of that namespace too.
+# With --kill-child, killing this also kills the systemd in the namespace.
 unshare --mount sh -ec '
     mount --make-rprivate /
     mount --bind "$0" "$0"

@@ -1,11 +1,11 @@
-"""``make check-wheels``: install what ``make wheels`` made where there is nothing else, and run it.
+"""``make check-wheels``: install the wheels of ``make wheels`` on minimal systems, and run them.
 
-Each place gets a fresh virtual environment, the wheels by pip, and tests/helpers/check_install.py:
-this machine; with root, Debian 12 for aarch64 and armv7l, with Python and no compiler; with root,
-musl and CPython 3.11 for each processor, and nothing else (musl_python.sh; if the wheels are for
-3.11).
-Other processors' programs run in qemu-user (enter.sh): apt install debootstrap qemu-user-static
-With names (here, debian-arm64, debian-armhf, musl-amd64, musl-arm64, musl-armhf): only those.
+Each system gets a new virtual environment, the wheels by pip, and tests/helpers/check_install.py.
+The systems are this machine; as root also Debian 12 for aarch64 and armv7l, with Python and no
+compiler; and musl with CPython 3.11 for each processor and nothing else (musl_python.sh; if the
+wheels are for 3.11). Programs for other processors run in qemu-user (enter.sh): apt install
+debootstrap qemu-user-static. Arguments (here, debian-arm64, debian-armhf, musl-amd64, musl-arm64,
+musl-armhf) select systems.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from wheels import PACKAGING, ROOT, apt, build_libffi, cross, debian_source, host, run
 
 WORK = ROOT / "build" / "check-wheels"
-# Debian's names of processors: wheels', qemu's, and what is at 4 and 18 in the ELF header: elf(5).
+# Debian's name of a processor: the wheels' name, qemu's, bytes 4 and 18 of the ELF header, elf(5).
 PROCESSORS = {"amd64": ("x86_64", "", 2, 62), "arm64": ("aarch64", "aarch64", 2, 183),
               "armhf": ("armv7l", "arm", 1, 40)}  # fmt: skip
 NAMES = ["here", "debian-arm64", "debian-armhf", "musl-amd64", "musl-arm64", "musl-armhf"]
@@ -26,7 +26,7 @@ NO_COMPILER = "import shutil; assert not shutil.which('cc') and not shutil.which
 
 
 def check(name: str, python: str, source: Path, place: Path, *enter: str | Path) -> None:
-    """Install and check; enter: what begins a command there."""
+    """Install and check. enter: the command that runs a command in the system."""
     installed = place / "bin" / "python"
     run([*enter, python, "-m", "venv", "--clear", place])
     run([*enter, installed, "-m", "pip", "--disable-pip-version-check", "-q", "install",
@@ -37,7 +37,7 @@ def check(name: str, python: str, source: Path, place: Path, *enter: str | Path)
 
 
 def check_system(name: str) -> None:
-    """Check in a system of its own, which is made if it is not there."""
+    """Check in a separate system, which is created if it does not exist."""
     kind, processor = name.split("-")
     machine, qemu, bits, code = PROCESSORS[processor]
     root = WORK / name
@@ -57,7 +57,7 @@ def check_system(name: str) -> None:
 
 
 def make_debian(processor: str, root: Path) -> None:
-    """Unpack a Debian with Python; nothing of it is run, so nothing is configured."""
+    """Unpack a Debian with Python; no maintainer script runs, so nothing is configured."""
     wanted = ["--include=python3,python3-venv", f"--arch={processor}", "--variant=minbase"]
     packages = root / "var" / "packages"
     run(["debootstrap", "--download-only", *wanted, "bookworm", packages])
@@ -68,7 +68,7 @@ def make_debian(processor: str, root: Path) -> None:
 
 
 def make_musl(platform: str, processor: str, root: Path) -> None:
-    """Compile a Python on musl, and add Debian's musl."""
+    """Compile Python for musl, and add Debian's musl."""
     place, environment = cross(platform)
     build_libffi(place, environment)
     what = [debian_source("python3.11"), debian_source("zlib"), place / "ffi", place, root]
@@ -84,8 +84,8 @@ if __name__ == "__main__":
         if name == "here":
             check(name, sys.executable, ROOT, WORK / "here")
         elif os.geteuid() or (qemu and not shutil.which(f"qemu-{qemu}-static")):
-            print(f"{name}: NOT CHECKED: it takes root, debootstrap and qemu-user-static")
+            print(f"{name}: NOT CHECKED: requires root, debootstrap and qemu-user-static")
         elif name.startswith("musl") and sys.version_info[:2] != (3, 11):
-            print(f"{name}: NOT CHECKED: it takes Python 3.11")
+            print(f"{name}: NOT CHECKED: requires Python 3.11")
         else:
             check_system(name)

@@ -1,11 +1,11 @@
-"""Python source without what only its readers need: setup.py puts that into wheels.
+"""Python source reduced to what runs: setup.py puts the result into wheels.
 
-A wheel goes to routers. Comments, docstrings, annotations of functions and the look of the source
-would be a third of it. What help(ttun.Server) shows and what a type checker wants of that stays.
+Wheels go to routers. Comments, docstrings, annotations of functions and formatting would be a third
+of the size. What help(ttun.Server) shows, and what a type checker needs of it, stays.
 
-1. Parse it, and take out of the tree what goes, imports for annotations among it.
-2. Write the tree down again, with as few blanks as it takes.
-3. What is written has to parse to that tree: else it would be another program, and the build ends.
+1. Parse the source and remove nodes from the tree, including imports for annotations.
+2. Write the tree back with as little white space as possible.
+3. Check that the result parses to the same tree; else the build fails.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Documented = Union[ast.Module, ast.ClassDef, ast.FunctionDef]
 
 
 def compact(source: str, public: bool = False) -> str:
-    """Return the same program, smaller. public: keep what public names say of themselves."""
+    """Return the same program, smaller. public: keep docstrings and annotations of public names."""
     tree = ast.fix_missing_locations(Reader(public).visit(ast.parse(source)))
     result = squeezed(ast.unparse(tree) + "\n")
     if ast.dump(ast.parse(result)) != ast.dump(tree):
-        raise ValueError("the compact program is another one")
+        raise ValueError("the compact program differs from the source")
     return result
 
 
 class Reader(ast.NodeTransformer):
-    """Takes docstrings and annotations out of a tree."""
+    """Removes docstrings and annotations from a tree."""
 
     def __init__(self, public: bool) -> None:
         self._public, self._in_function = public, False
 
     def visit_Module(self, node: ast.Module) -> ast.AST:
-        """Take its docstring out, and what only annotations used."""
+        """Remove its docstring, and imports that only annotations used."""
         self._see(node, True)
         every = list(ast.walk(node))
         used = {each.id for each in every if isinstance(each, ast.Name)} - {"TYPE_CHECKING"}
@@ -52,12 +52,12 @@ class Reader(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """Take its docstring out; annotations of its fields stay, as dataclasses need them."""
+        """Remove its docstring; annotations of fields stay, as dataclasses need them."""
         self._in_function = False
         return self._see(node, self._goes(node.name))
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Take its docstring and its annotations out."""
+        """Remove its docstring and annotations."""
         outer, self._in_function = self._in_function, self._goes(node.name)
         if self._in_function:
             node.returns = None
@@ -69,7 +69,7 @@ class Reader(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """Take out what a function says of a variable."""
+        """Remove the annotation of a local variable."""
         if not self._in_function or node.value is None:
             return node
         return ast.Assign([node.target], node.value)
@@ -86,9 +86,9 @@ class Reader(ast.NodeTransformer):
 
 
 def squeezed(source: str) -> str:
-    """Return what ast.unparse() wrote with one blank for a level, and none between most tokens."""
+    """Return the output of ast.unparse() with one space per level and few between tokens."""
     lines, text, level, begins, end = source.splitlines(keepends=True), "", 0, True, (1, 0)
-    strings = 0  # f-strings that are open: they are many tokens from Python 3.12 on
+    strings = 0  # open f-strings: several tokens each from Python 3.12 on
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         name, (row, column) = tokenize.tok_name[token.type], token.start
         level += (name == "INDENT") - (name == "DEDENT")

@@ -1,8 +1,8 @@
 #!/bin/sh
-# enter.sh ROOT SOURCE QEMU HEADER COMMAND...: run a command in a system of its own, in namespaces.
+# enter.sh ROOT SOURCE QEMU HEADER COMMAND...: run a command in another root, in namespaces.
 #
-# The programs of another processor run through qemu-user. binfmt_misc belongs to this user namespace,
-# so nothing is registered on this machine (Linux 6.7 and newer). HEADER: of its programs, escaped.
+# Programs for another processor run through qemu-user. binfmt_misc belongs to this user namespace, so
+# nothing is registered on this machine (Linux 6.7 and newer). HEADER: the start of such programs.
 set -eu
 if [ -z "${ENTERED:-}" ]; then
     ENTERED=1 exec unshare --map-root-user --mount "$0" "$@"

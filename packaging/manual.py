@@ -1,10 +1,10 @@
-"""The man page and the shell completions, written out of the command line's own parser.
+"""The man page and the shell completions, generated from the command line's parser.
 
     python packaging/manual.py man|bash|zsh|fish
 
-``make install`` runs it, so nothing of the command line is kept in two places. argparse-manpage and
-shtab do the work. Here is what they cannot know: what a value is, from how help shows it (VALUES),
-and what a shell needs beyond that (BASH, _zsh, _fish). manual.inc has the page's other sections.
+``make install`` runs it, so the options are kept in one place. argparse-manpage and shtab do most
+of the work. This adds what they cannot know: the kind of a value, from its metavar (VALUES), and
+what each shell needs (BASH, _zsh, _fish). The other sections of the page are in manual.inc.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ttun.cipher import CIPHERS
+from ttun.cli import build_parser
 from ttun.commands import parser as grammar
 from ttun.tox import options as tox
 from ttun.version import __version__
@@ -34,7 +35,7 @@ HOSTS = {
     "preamble": {"bash": '_ttun_hosts() { compgen -A hostname -- "$1"; }'},
 }
 VALUES = {"FILE": "file", "DIR": "directory", "HOST": HOSTS}  # by the first word of a metavar
-# bash cuts --option=value in three.
+# bash splits --option=value into three words.
 BASH = """
 _ttun() {
   local word words=("${COMP_WORDS[@]:0:COMP_CWORD + 1}")
@@ -50,8 +51,8 @@ complete -o bashdefault -F _ttun ttun ttun.py
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """Return the whole command line; ``ttun tox`` has its options in a parser of its own."""
-    parser = grammar.build_parser()
+    """Return the parser of the whole command line, with the options of ``ttun tox``."""
+    parser = build_parser()
     tox.build_parser(dict(each(parser))["tox"])
     return parser
 
@@ -59,7 +60,7 @@ def whole_parser() -> argparse.ArgumentParser:
 def each(
     parser: argparse.ArgumentParser, words: str = ""
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield a parser and all below it, each with the words of its command."""
+    """Yield a parser and all its subparsers, each with the words of its command."""
     yield words, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -73,9 +74,9 @@ def man(parser: argparse.ArgumentParser) -> str:
 
     os.environ["COLUMNS"] = "9999"  # argparse would break lines
     for _, command in each(parser):
-        command.description = command.epilog  # what a command's description says, its help says
-    parser._positionals.title = "commands"
-    # The day of the command line's last change, for as much as is known here.
+        command.description = command.epilog  # the description only repeats the command's help
+    parser.description = parser.epilog = None  # manual.inc has more
+    # The date of the parser's last change, as far as it is known.
     seconds = os.environ.get("SOURCE_DATE_EPOCH") or os.stat(grammar.__file__).st_mtime
     date = time.strftime("%Y-%m-%d", time.gmtime(float(seconds)))
     data = {
@@ -85,12 +86,12 @@ def man(parser: argparse.ArgumentParser) -> str:
         "manual_title": "User Commands",
         "version": __version__,
     }
-    page = str(Manpage(parser, data, format="single-commands-section"))
-    return page.replace(date.replace("-", r"\-"), date)  # which man(7) does not call a date
+    page = str(Manpage(parser, data, format="single-commands-section")).replace("\n\n.TP", "\n.TP")
+    return page.replace(date.replace("-", r"\-"), date)  # man(7) wants plain hyphens in a date
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Return what completes it in a shell."""
+    """Return the completion script of a shell."""
     import shtab
 
     values = {**VALUES, "DEVICE": shtab.cmd(DEVICES)}
@@ -111,14 +112,14 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _zsh(option: argparse.Action) -> None:
-    """Let a value follow a =, as it has to where it may be left out; mask colons."""
+    """Make a value follow a =, as it must if it is optional; escape colons."""
     ending, colon = ("=-", ":") if option.nargs == "?" else ("=", "")
     option.option_strings = [n + ending if len(n) > 2 else n for n in option.option_strings]
     option.metavar = colon + str(option.metavar or option.dest).replace(":", r"\:")
 
 
 def _fish(text: str) -> str:
-    """Let long options begin with one dash, and a value that may be left out follow a =."""
+    """Accept long options with one dash, and an optional value after a =."""
     text = re.sub(r"^(complete .*?) -s (\w[\w-]+)", r"\1 -o \2", text, flags=re.M)
     text = text.replace('-xka "true false"', '-fka "true false"')
     return text + "complete -c ttun.py -w ttun\n"

@@ -1,10 +1,9 @@
 #!/bin/sh
 # musl_python.sh PYTHON ZLIB FFI BUILD ROOT HOST: fill ROOT with CPython on musl and nothing else.
 #
-# Debian has no Python for musl, so zig compiles Debian's sources of it, for check_wheels.py to run
-# wheels in; it gets into no wheel. What ttun, cffi and pip need is linked into the interpreter: a
-# wheel's own modules are then the only ones that musl's loader loads. There is no shell, no compiler,
-# and no glibc to fall back on.
+# Debian has no Python for musl, so zig compiles Debian's source, for check_wheels.py to run wheels in;
+# it is part of no wheel. The modules that ttun, cffi and pip need are linked into the interpreter, so
+# musl's loader loads only modules from wheels. There is no shell, no compiler, and no glibc.
 set -eu
 python=$1 zlib=$2 ffi=$3 build=$4 root=$5 host=$6
 modules='array|binascii|fcntl|grp|math|mmap|pyexpat|resource|select|syslog|termios|unicodedata|zlib'
@@ -22,12 +21,13 @@ cp "$zlib/zlib.h" zconf.h "$ffi/include"
 
 cd "$build/python"
 { echo '*static*'; sed -nE "s/^#(($modules) .*)/\1/p" "$python/Modules/Setup"; } > Modules/Setup.local
-# zig links musl's programs statically, with a stack of 16 MiB for each thread, if not told. 128 KiB is
-# what musl gives a thread by itself: the least that ttun may meet. Without -fPIC the linker copies
-# libc's environ into the program, and getenv crashed.
+# By default zig links musl programs statically, with a stack of 16 MiB for each thread. 128 KiB is
+# musl's default, the least that ttun may get. Without -fPIC the linker copies libc's environ into the
+# program, and getenv crashes.
 export LDFLAGS="-dynamic -Wl,-z,stack-size=131072 -L$ffi/lib"
 export CFLAGS="-fPIC -Wno-date-time -I$ffi/include"
-# It asks the name of the machine that builds which libc it is. What it would run, it is told.
+# configure guesses the libc from the build machine's name. Results of programs that it would run are
+# given to it.
 "$python/configure" --host="$host" --build=x86_64-pc-linux-musl --prefix=/usr \
     --with-build-python="$CROSS_PYTHON" READELF=true ac_cv_file__dev_ptmx=yes \
     ac_cv_file__dev_ptc=no ac_cv_buggy_getaddrinfo=no ac_cv_func_preadv2=no ac_cv_func_pwritev2=no

@@ -1,21 +1,20 @@
-"""``make wheels``: all that a platform needs to install ttun without an index.
+"""``make wheels``: the wheels that a platform needs to install ttun without an index.
 
     pip install --no-index --find-links dist ttun-tunnel
 
-1. zig, which comes from PyPI with the headers of every libc, is the C compiler (zig-cc).
-2. ttun itself is built from this directory: one abi3 wheel for Python 3.9 and newer.
-3. Each package that ttun depends on is downloaded as a wheel, or built from its sdist, unchanged,
-   where its makers have no wheel for this platform. cffi and python-pytun do not use the stable
-   ABI: theirs are for the Python that runs this script.
-4. auditwheel names what was built for the processor and the oldest libc that it runs on; abi3audit
-   sees that ours keeps to the stable ABI.
+1. The C compiler is zig from PyPI, which has the headers of every libc (zig-cc).
+2. ttun is built from this directory: one abi3 wheel for Python 3.9 and newer.
+3. Each dependency is downloaded as a wheel or, if there is none for the platform, built from its
+   unchanged sdist. cffi and python-pytun do not use the stable ABI: their wheels are for the Python
+   that runs this script.
+4. auditwheel tags the wheels with the processor and the oldest libc that they run on; abi3audit
+   checks that ttun's wheel uses only the stable ABI.
 
-Not from PyPI: libffi, which cffi's sdist leaves to the system; its source is Debian's, through apt.
+libffi is not on PyPI, and cffi's sdist expects it on the system: its source comes from Debian.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
@@ -23,16 +22,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from press import press
 
 PACKAGING = Path(__file__).resolve().parent
 ROOT = PACKAGING.parent
 DIST, WORK = ROOT / "dist", ROOT / "build" / "wheels"
-LARGEST = 150_000  # bytes of our wheel: it goes to routers
-# A wheel's platform (PEP 600, PEP 656): what zig calls it. Debian's armhf and some routers have a
-# processor without NEON and with half of VFP's registers.
+LARGEST = 150_000  # bytes of ttun's wheel, which goes to routers
+# A wheel's platform (PEP 600, PEP 656) and zig's name of it. Debian's armhf and some routers have
+# processors without NEON and with half of the VFP registers.
 ARMV7 = "-mthumb -mcpu=generic+v7a+vfp3d16-neon-d32 -target arm-linux-"
 PLATFORMS = {
     "manylinux_2_17_x86_64": "-target x86_64-linux-gnu.2.17",
@@ -48,7 +48,7 @@ http://deb.debian.org/debian bookworm main"
 
 
 def run(command: Sequence[str | Path], cwd: Path = ROOT, /, **environment: str) -> str:
-    """Run a command quietly; return its stdout. Ends the program with what it said if it fails."""
+    """Run a command and return its output; exit with that output if it fails."""
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, text=True, check=False,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -59,29 +59,29 @@ def run(command: Sequence[str | Path], cwd: Path = ROOT, /, **environment: str) 
 
 
 def host(platform: str) -> str:
-    """Return what autoconf calls a platform."""
+    """Return autoconf's name of a platform."""
     return re.sub(r"\.\d.*", "", PLATFORMS[platform].split()[-1])
 
 
 def machine(platform: str) -> str:
-    """Return what uname calls its processor."""
+    """Return uname's name of a platform's processor."""
     return re.sub(r".*?_\d_\d+_", "", platform)
 
 
 def cross(platform: str) -> tuple[Path, dict[str, str]]:
-    """Return a directory for a platform, and what makes setuptools and autoconf build for it."""
+    """Return a platform's directory, and the environment to build for it."""
     place = WORK / platform
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(sysconfig.get_path("include"), place / "include")
     text = Path(sysconfig.get_config_h_filename()).read_text()
-    # Debian has one for each processor, and this file chooses.
+    # Debian has one such file for each processor, and this one selects it.
     if real := re.search(rf"# *include <({sysconfig.get_config_var('MULTIARCH')}/\S+)>", text):
         text = Path("/usr/include", real[1]).read_text()
-    # What it says of this machine's types, the compiler says of the platform's.
+    # Replace the sizes of this machine's types by those that the compiler knows.
     as_long = r"(OF_(?:LONG|SIZE_T|VOID_P|UINTPTR_T|PTHREAD_T)) \d+"
     text = re.sub(as_long, r"\1 __SIZEOF_LONG__", text)
     (place / "include" / "pyconfig.h").write_text(text)
-    # autoconf reads this file before it looks at the machine: do not run what is compiled.
+    # autoconf reads this file first: do not run compiled programs.
     (place / "site").write_text(f"host_alias={host(platform)}\ncross_compiling=yes\n")
     zig, ffi = shlex.join([*PYTHON, "ziglang"]), place / "ffi"
     return place, {
@@ -97,15 +97,15 @@ def cross(platform: str) -> tuple[Path, dict[str, str]]:
         "LDFLAGS": f"-L{ffi / 'lib'}",
         "CONFIG_SITE": str(place / "site"),
         "PKG_CONFIG": "false",
-        # PyNaCl's build runs libsodium's tests, which this machine's processor cannot.
+        # PyNaCl's build would run libsodium's tests, which need the platform's processor.
         "LIBSODIUM_MAKE_ARGS": "check_PROGRAMS= TESTS=",
-        "SETUPTOOLS_EXT_SUFFIX": ".so",  # else the name would say this machine's processor
+        "SETUPTOOLS_EXT_SUFFIX": ".so",  # else the name has this machine's processor
         "_PYTHON_HOST_PLATFORM": f"linux-{machine(platform)}",
     }
 
 
 def build(place: Path, environment: dict[str, str], *what: str | Path) -> Path:
-    """Build a wheel from a directory or, with pip's options, from an index; put it into dist."""
+    """Build a wheel from a directory or, with options for pip, from an index; put it into dist."""
     fresh = place / "wheel"
     shutil.rmtree(fresh, ignore_errors=True)
     options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "-q"]
@@ -118,47 +118,20 @@ def build(place: Path, environment: dict[str, str], *what: str | Path) -> Path:
 
 
 def build_ttun(place: Path, environment: dict[str, str]) -> Path:
-    """Build our own wheel from a copy, so that nothing of another platform gets into it."""
+    """Build ttun's wheel from a copy, so that it has no file of another platform."""
     other = shutil.ignore_patterns(".*", "build", "dist", "docs", "tests", "*.egg-info", "*.so")
     shutil.copytree(ROOT, place / "ttun", ignore=other)
     wheel = build(place, environment, place / "ttun")
     press(wheel)
     if wheel.stat().st_size > LARGEST:
-        sys.exit(f"{wheel.name} has {wheel.stat().st_size} bytes: more than {LARGEST}")
+        sys.exit(f"{wheel.name} is too large: {wheel.stat().st_size} bytes (limit: {LARGEST})")
     run([*PYTHON, "abi3audit", "--strict", wheel])
     return wheel
 
 
-class Zopfli:
-    """A compressor for zipfile: takes its time, and 2.5 % less than the highest level of zlib."""
-
-    def __init__(self) -> None:
-        self._data = b""
-
-    def compress(self, data: bytes) -> bytes:
-        """Keep it until all is there."""
-        self._data += data
-        return b""
-
-    def flush(self) -> bytes:
-        """Return all of it compressed, without what zlib puts around that (RFC 1950)."""
-        import zopfli.zlib
-
-        return bytes(zopfli.zlib.compress(self._data)[2:-4])
-
-
-def press(wheel: Path) -> None:
-    """Compress a zip file anew."""
-    zipfile._get_compressor = lambda *_: Zopfli()  # type: ignore[attr-defined]
-    plain = zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as pressed:
-        for item in plain.infolist():
-            pressed.writestr(item, plain.read(item))
-
-
 def provide(place: Path, environment: dict[str, str], requirement: str) -> Path:
     """Download a dependency's wheel for a platform, or build it."""
-    # Other people's wheels that run on Debian 11 or Alpine 3.16, and newer.
+    # Wheels that run on Debian 11 or Alpine 3.16, and newer.
     glibc = ["manylinux2014", *(f"manylinux_2_{minor}" for minor in range(31, 4, -1))]
     accepted = glibc if place.name.startswith("many") else ["musllinux_1_2", "musllinux_1_1"]
     options = [f"--platform={libc}_{machine(place.name)}" for libc in accepted]
@@ -174,7 +147,7 @@ def provide(place: Path, environment: dict[str, str], requirement: str) -> Path:
 
 
 def build_libffi(place: Path, environment: dict[str, str]) -> None:
-    """Build libffi as a static library, for cffi to contain."""
+    """Build libffi as a static library, to be linked into cffi."""
     (place / "libffi").mkdir()
     options = [f"--host={host(place.name)}", f"--prefix={place / 'ffi'}",
                f"--libdir={place / 'ffi' / 'lib'}", "--disable-shared", "--disable-docs",
@@ -195,8 +168,8 @@ def debian_source(package: str) -> Path:
 def apt(package: str, *how: str) -> Path:
     """Fetch a package, or its source, from Debian 12, and return its directory.
 
-    how: sources.list's word for it and apt-get's. apt-get has lists of its own there, and checks
-    Debian's signature.
+    how: the type in sources.list, and the command of apt-get. apt-get uses separate lists in that
+    directory and checks Debian's signature.
     """
     place = WORK.parent / "debian" / package
     if not (place / "fetched").exists():

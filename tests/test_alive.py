@@ -1,5 +1,5 @@
-"""Wire x1 end to end: a peer that vanished, fresh keys under load, and a hostile peer that has the
-key, all with real TUN devices."""
+"""Protocol x1 end to end with real TUN devices: a vanished peer, rekeying under load, and a hostile
+peer that has the key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PORT = "5001"
 
 
 def test_a_cable_that_is_cut_is_noticed_on_both_ends(bench: Bench) -> None:
-    """No FIN comes, one end has data under way, the other one has none."""
+    """No FIN arrives; one end has data in flight, the other does not."""
     server, client = bench.tunnel()
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
     flood = bench.pair.start(
@@ -37,7 +37,7 @@ def test_a_cable_that_is_cut_is_noticed_on_both_ends(bench: Bench) -> None:
         with bench.link_down(SERVER):
             started = time.monotonic()
             for end in (server, client):
-                end.says("no sign of life from the peer for 1", seconds=40)  # 15 s, or a bit more
+                end.says("peer timed out: last received 1", seconds=40)  # 15 s, or a bit more
             assert time.monotonic() - started >= 14
             assert "over 15 s" not in server.log()
         server.says("authenticated", times=2)
@@ -66,11 +66,11 @@ def test_an_independent_client_is_answered(bench: Bench, cipher: str) -> None:
     with connect(bench) as sock:
         peer = X1Peer(sock, ciphers=(cipher,))
         peer.shake(0)
-        assert f"wire x1, {cipher}, forward secrecy" in server.says("authenticated")
+        assert f"protocol x1, {cipher}, forward secrecy" in server.says("authenticated")
         for body in (b"", b"x" * 1252, b"y" * 30_000):
             request = echo_request(TUNNEL4[CLIENT], TUNNEL4[SERVER], body)
             peer.send(request)
-            # What the server's kernel makes of the last one may be cut by its MTU.
+            # The server's kernel may fragment its answer to the last one.
             if len(request) <= 1280:
                 while not is_reply(peer.receive_packet(), request):
                     pass
@@ -79,7 +79,7 @@ def test_an_independent_client_is_answered(bench: Bench, cipher: str) -> None:
 
 
 def test_what_a_hostile_peer_makes_up_does_no_harm(bench: Bench) -> None:
-    """It has the key. Whole packets of every kind go to the kernel or are dropped; nothing ends."""
+    """Offloaded packets of every kind from a peer with the key are delivered or dropped."""
     server = bench.server()
     dice = random.Random(1)
     with connect(bench) as sock:
@@ -107,8 +107,8 @@ def test_what_a_hostile_peer_makes_up_does_no_harm(bench: Bench) -> None:
         peer.send(request)
         while not is_reply(peer.receive_packet(), request):
             pass
-    line = server.says("of the peer's packets did not add up")
-    found = re.search(r"(\d+) of the peer's packets did not add up", line)
+    line = server.says("dropped: malformed offload packet")
+    found = re.search(r"(\d+) dropped: malformed offload packet", line)
     assert found and int(found[1]) > 100
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tunnel import PROGRAM, eventually
 
-from ttun.cli import main
-from ttun.commands.parser import build_parser, join_values
+from ttun.cli import build_parser, main
+from ttun.commands.parser import join_values
 from ttun.process import argv
 from ttun.tox import options as tox_options
 

@@ -13,7 +13,7 @@ from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 from ttun import cli
 from ttun.cipher import CIPHERS, fast
 from ttun.errors import TtunError, UsageError
-from ttun.lab import bench_link, link_report, netns, targets
+from ttun.lab import bench, bench_link, link_report, netns, table, targets
 from ttun.lab.bench import COLUMNS
 from ttun.lab.demo import end
 from ttun.lab.link_emulator import Link, LinkedHosts
@@ -25,14 +25,18 @@ def test_codec_has_a_line_for_each_cipher() -> None:
     done = subprocess.run(
         [*PROGRAM, "bench", "codec"], capture_output=True, text=True, check=True, timeout=60
     )
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(CIPHERS)
-    assert all(float(figure) > 0 for figure in lines[1].split()[1:] if figure[0].isdigit())
+    rows = [line.split() for line in done.stdout.splitlines()]
+    figures = {name: [row[1:] for row in rows if row[:1] == [name]] for name in CIPHERS}
+    for sealed, opened in figures.values():
+        assert len(sealed) == len(opened) == len(bench.SIZES)
+        assert all(float(figure) > 0 for figure in sealed + opened)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert [f"... {name}" for name in CIPHERS] == done.stderr.splitlines()
 
 
 @pytest.mark.hosts
 @pytest.mark.alone
-def test_tunnel_measures_everything_of_every_subject(tmp_path: Path) -> None:
+def test_tunnel_measures_everything_of_every_target(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     me = " ".join(PROGRAM)
     other = f"{me} server -k x :: {me} client -k x -s {{peer}}"
@@ -49,7 +53,10 @@ def test_tunnel_measures_everything_of_every_subject(tmp_path: Path) -> None:
         assert set(figures) == set(COLUMNS)
         assert all(figures[column] > 0 for column in ("up", "down_8", "datagrams", "ping"))
         assert (figures["memory"] > 0) == (name != "no tunnel")
-        assert name in done.stdout
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in medians:
+        assert sum(line.startswith(f"{name} ") for line in lines) >= 2, "a line in each table"
 
 
 @pytest.mark.hosts
@@ -111,7 +118,7 @@ def test_link_with_several_losses_measures_goodput_over_loss(
         better, worse = (each["summary"][name]["goodput"]["down_1"] for each in (clean, lossy))
         assert better > 2 * worse
         assert set(clean["summary"][name]) == {"goodput"}
-    assert "0 %      5 %" in capsys.readouterr().out
+    assert "0 %     5 %" in capsys.readouterr().out
 
 
 @pytest.mark.hosts
@@ -159,23 +166,51 @@ def test_percentiles_are_of_what_was_answered() -> None:
     assert found["fetch_idle"]["median"] == float("inf")
 
 
-def test_tables_fit_80_columns_whatever_the_names() -> None:
-    figures = bench_link.Figures(dict.fromkeys(link_report.GOODPUT, 1e6))
-    summary = {90 * "n": link_report.summary([figures])}
-    for losses in ([0.0], [0, 0.03, 0.1, 0.3, 1, 3]):
-        shown = link_report.table("a link", losses, [summary] * len(losses))
-        assert max(len(line) for line in shown.splitlines()) <= 80
+@pytest.mark.parametrize("columns", [80, 120, 400])
+def test_tables_fit_the_terminal_whatever_the_names(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    times: list[float | None] = [0.04]
+    figures = bench_link.Figures(
+        dict.fromkeys(link_report.GOODPUT, 1e6), dict.fromkeys(link_report.BESIDE, times),
+        {"idle": times},
+    )  # fmt: skip
+    for name in ("ttun", 90 * "n"):
+        summary = {name: link_report.summary([figures])}
+        for losses in ([0.0], [0, 0.03, 0.1, 0.3, 1, 3]):
+            shown = link_report.render(["a link"], losses, [summary] * len(losses))
+            assert max(map(len, shown.splitlines())) <= columns
+        shown = bench._tables({name: dict.fromkeys(COLUMNS, 123456.7)})
+        assert max(map(len, shown.splitlines())) <= columns
+        assert len(shown.split("\n\n")) == 1 or columns < 400, "side by side where there is room"
+
+
+def test_a_tables_rows_are_names_and_a_missing_figure_is_a_dash() -> None:
+    groups = [table.Group("first", ["a", "b"], {"one": ["1", "2"], "two": ["3", "4"]}),
+              table.Group("a longer title", ["c"], {"two": ["5"]})]  # fmt: skip
+    assert table.render(groups).splitlines() == [
+        "     first             a longer title",
+        "          a       b                 c",
+        "one       1       2                 -",
+        "two       3       4                 5",
+    ]
+
+
+def test_what_a_target_cannot_have_is_a_dash() -> None:
+    assert bench._cell("memory", 0) == bench._cell("ping", float("inf")) == "-"
+    assert bench._cell("datagram_loss", 0) == "0.000"
 
 
 def test_a_target_has_the_name_that_it_is_given() -> None:
-    named = targets.against("Go-ttun=sh server :: sh client -s {peer}:1")
-    assert (named.name, targets.against("sh a=b :: sh").name) == ("Go-ttun", "sh")
+    named = targets.competitor("Go-ttun=sh server :: sh client -s {peer}:1")
+    assert (named.name, targets.competitor("sh a=b :: sh").name) == ("Go-ttun", "sh")
 
 
-def test_bad_subjects_are_a_line() -> None:
+def test_bad_competitors_are_a_line() -> None:
     with pytest.raises(UsageError, match="openvpn, wireguard-go or"):
-        targets.against("tinc")
+        targets.competitor("tinc")
     with pytest.raises(UsageError, match="a command is missing"):
-        targets.against(":: client")
+        targets.competitor(":: client")
     with pytest.raises(TtunError, match="no-such-program is not installed"):
-        targets.against("no-such-program a :: no-such-program b")
+        targets.competitor("no-such-program a :: no-such-program b")

@@ -254,9 +254,9 @@ def test_no_server_and_no_address_to_listen_on_are_refused(given: object) -> Non
 
 @pytest.mark.parametrize("given", [["h", 1], [b"h"], [None]])
 def test_each_of_several_has_to_be_one(given: list[object]) -> None:
-    with pytest.raises(UsageError, match="server has to be str or Dialer, not"):
+    with pytest.raises(UsageError, match="server must be str or Dialer, not"):
         ttun.Client(b"secret", server=given)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="listen has to be str"):
+    with pytest.raises(UsageError, match="listen must be str"):
         ttun.Server(b"secret", listen=given)  # type: ignore[arg-type]
 
 

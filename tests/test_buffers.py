@@ -1,4 +1,4 @@
-"""--buffers small: less of everything, and still every frame that the wire has."""
+"""--buffers small: less memory, and still every valid frame."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually
 import ttun
 from ttun import cli, sodium
 from ttun.cipher import CIPHERS
-from ttun.cli import main
-from ttun.commands.parser import build_parser, join_values
+from ttun.cli import build_parser, main
+from ttun.commands.parser import join_values
 from ttun.errors import TtunError
 
 
@@ -42,24 +42,24 @@ USAGE = {
     "client -k x": "required: -s",
     "client -s host:1 -k": "-k/--psk: expected one argument",
     "server -k -- -l :5": "-k/--psk: expected one argument",
-    "client -k x -s host:port": "the port is a number from 1 to 65535",
-    "client -k x -s :20203": "a host is missing",
-    "client -k x -s 2001:db8::1": "put an IPv6 address in brackets",
-    "server -k x -l 20203:": "the port is a number",
-    "server -k x -l :65536": "the port is a number",
+    "client -k x -s host:port": "the port must be a number from 1 to 65535",
+    "client -k x -s :20203": "the host is missing",
+    "client -k x -s 2001:db8::1": "put IPv6 addresses in brackets",
+    "server -k x -l 20203:": "the port must be a number",
+    "server -k x -l :65536": "the port must be a number",
     "server -k x -m rot13": "unknown cipher 'rot13': choose chacha20-poly1305 or aes-256-gcm or",
     "server -k x --wire v2": "unknown wire 'v2': choose auto, v1, x1",
-    "server -k x -m aegis-256 --wire v1": "wire v1 does not know aegis-256: leave --wire v1 out",
-    "server -k x -m aegis-256 --mtu 65504": "aegis-256 and an MTU of 65504: with its tag a packet",
-    "client -k x -s h --rekey 0": "--rekey 0: more than 0, and 120 seconds at most",
-    "server -k x -mtu 575": "an MTU of 575: it goes from 576 to 65519",
-    "server -k x -mtu 65520": "an MTU of 65520: it goes from 576 to 65519",
+    "server -k x -m aegis-256 --wire v1": "protocol v1 does not support aegis-256",
+    "server -k x -m aegis-256 --mtu 65504": "MTU 65504 is too large for aegis-256",
+    "client -k x -s h --rekey 0": "--rekey 0: must be above 0 and at most 120 seconds",
+    "server -k x -mtu 575": "MTU 575 is out of range (576 to 65519)",
+    "server -k x -mtu 65520": "MTU 65520 is out of range (576 to 65519)",
     "server -k x -mtu many": "'many' is not a number",
-    "server -k x -mptcp=maybe": "-mptcp/--mptcp: it is true or false",
+    "server -k x -mptcp=maybe": "-mptcp/--mptcp: expected true or false",
     "server -k x extra": "unexpected argument (not shown: it may be a key)",
     "server -k=": "the key in -k is empty",
     "server -k=--": "the key in -k is empty",
-    "server -k x --user no.such.user": "there is no user 'no.such.user' here",
+    "server -k x --user no.such.user": "no such user: 'no.such.user'",
     "genkey now": "unexpected argument (not shown: it may be a key)",
 }
 
@@ -91,13 +91,13 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, option: str)
     file.chmod(0o644)
     code, _, err = run("server", option, str(file))
     assert code == 1
-    assert err == f"ttun: others can read the key file {file}: chmod 600 {file}\n"
+    assert err == f"ttun: the key file {file} is readable by other users (chmod 600 {file})\n"
 
 
 def test_without_net_admin_it_says_which_right_is_missing() -> None:
     code, _, err = run("server", "-k", "x", prefix=["setpriv", "--bounding-set", "-net_admin"])
     assert code == 1
-    assert "making a TUN device needs root or CAP_NET_ADMIN" in err.splitlines()[-1]
+    assert "a TUN device requires root or CAP_NET_ADMIN" in err.splitlines()[-1]
 
 
 @pytest.mark.hosts
@@ -105,7 +105,7 @@ def test_without_the_device_node_it_says_how_to_get_it() -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
     code, _, err = run("server", "-k", "x", prefix=hide)
     assert code == 1
-    assert "there is no /dev/net/tun: modprobe tun" in err.splitlines()[-1]
+    assert "/dev/net/tun not found (modprobe tun;" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
@@ -115,7 +115,7 @@ def test_a_port_that_is_taken_is_a_line(bench: Bench) -> None:
     second = bench.start(SERVER, "server", "-k", "x")
     assert second.ended() == 1
     assert second.log().splitlines()[-1] == (
-        "ttun: cannot listen on :20203: another program has that port; stop it or choose another"
+        "ttun: cannot listen on :20203: port in use (stop the other program or choose another port)"
     )
     assert bench.devices(SERVER) == ["ttun0"], "its own device is gone again"
 
@@ -124,7 +124,7 @@ def test_aes_on_a_processor_without_it_names_the_other_cipher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sodium, "HAS_AES", False)
-    with pytest.raises(TtunError, match=r"lacks: use -m chacha20-poly1305 on both ends"):
+    with pytest.raises(TtunError, match=r"lacks \(use -m chacha20-poly1305 on both ends\)"):
         ttun.Server(b"key", cipher="aes-256-gcm")
     ttun.Server(b"key", cipher="chacha20-poly1305")
 
@@ -276,8 +276,8 @@ def test_a_key_of_bytes_that_are_no_text_does_not_stay_either(bench: Bench) -> N
 @pytest.mark.hosts
 def test_a_short_key_is_worth_a_line(bench: Bench) -> None:
     server = bench.server(key="fifteen bytes..")
-    assert "the key has 15 bytes" in server.log()
-    assert "ttun genkey makes a safe one" in server.log()
+    assert "weak key: 15 bytes" in server.log()
+    assert "(use ttun genkey)" in server.log()
     client = bench.client(key="sixteen bytes...")
     client.says("tun ttun0 up")
     assert "genkey" not in client.log()
@@ -376,5 +376,5 @@ def test_without_the_codec_there_is_help_and_a_line_that_says_what_to_do(tmp_pat
     for arguments in (["server", "-k", "x"], ["doctor"], ["show"], ["tox", "-i", "x"]):
         done = run(*arguments)
         assert (done.returncode, done.stderr) == (
-            1, "ttun: the codec is not built here: run make in the source directory\n",
+            1, "ttun: the codec is not built (run make in the source directory)\n",
         ), arguments  # fmt: skip

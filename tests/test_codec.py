@@ -1,4 +1,4 @@
-"""The frame codec against the known answers of wire v1, whole and in pieces."""
+"""The frame codec against the test vectors of protocol v1."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_less_than_a_tag_is_refused(length: int) -> None:
 def test_the_largest_packet_fits_and_one_byte_more_does_not() -> None:
     state = CipherState(CHACHA, 0, KEY)
     assert state.seal(bytes(65519))[:2] == b"\xff\xff"
-    with pytest.raises(ValueError, match="fits no frame"):
+    with pytest.raises(ValueError, match="too large for a frame"):
         state.seal(bytes(65520))
     assert state.c.counter == 1, "a packet that was not sealed uses no nonce"
 
@@ -79,7 +79,7 @@ def test_the_last_nonce_is_never_passed() -> None:
     state = CipherState(CHACHA, 0, KEY)
     state.c.counter = 2**64 - 2
     state.seal(b"last")
-    with pytest.raises(ValueError, match="fits no frame"):
+    with pytest.raises(ValueError, match="too large for a frame"):
         state.seal(b"one more")
 
 

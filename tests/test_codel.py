@@ -1,4 +1,4 @@
-"""When a packet is dropped so that no queue stands for long: the law of RFC 8289, and its use."""
+"""CoDel: the control law of RFC 8289, and its effect on a tunnel."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, Bench
 
 TARGET, INTERVAL = 2000, 100_000  # microseconds
 STEP = 100
-SMALL, LARGE = 256, 257  # bytes: up to there a packet is spared
+SMALL, LARGE = 256, 257  # bytes: small packets are never dropped
 
 
 class Codel:
-    """One that is asked every STEP microseconds."""
+    """A CoDel state that is updated every STEP microseconds."""
 
     def __init__(self) -> None:
         self.state = ffi.new("struct ttun_codel *")
@@ -25,7 +25,7 @@ class Codel:
         self.now = 0
 
     def drops(self, delay: int, during: int) -> list[int]:
-        """When it drops, in microseconds from now, while the delay is the same all the time."""
+        """The times of drops at a constant delay, in microseconds from now."""
         start, dropped = self.now, []
         while self.now < start + during:
             lib.ttun_codel_watch(self.state, self.now, delay, self.pace)
@@ -36,7 +36,7 @@ class Codel:
 
 
 def law(first: int, n: int, count: int = 1) -> list[float]:
-    """The first n drops from one at `first` on, as in section 5.5 of the RFC."""
+    """The times of the first n drops, from `first` on, as in section 5.5 of the RFC."""
     times = [float(first)]
     while len(times) < n:
         times.append(times[-1] + INTERVAL / sqrt(count))
@@ -104,7 +104,7 @@ def test_a_drop_that_met_no_large_packet_is_forgotten_with_the_queue() -> None:
 
 @contextlib.contextmanager
 def shaped(bench: Bench, rate: str) -> Iterator[None]:
-    """The link between the hosts, slower, and with a queue of 50 ms."""
+    """Limit the link between the hosts, with a queue of 50 ms."""
     for host in (SERVER, CLIENT):
         bench.run(host, "tc", "qdisc", "add", "dev", bench.pair.links[host], "root",
                   "tbf", "rate", rate, "burst", "64k", "latency", "50ms")  # fmt: skip
@@ -145,4 +145,4 @@ def test_a_full_tunnel_still_answers(bench: Bench, sender: str) -> None:
         assert rates[0] > 50e6, "and the link is used"
         end = next(end for end in ends if end.host == sender)
         end.stop()
-        assert "were dropped as the link was full" in end.log()
+        assert "dropped: queue full" in end.log()

@@ -1,4 +1,4 @@
-"""Which congestion control the tunnel's connection gets, and what is said when it cannot be had."""
+"""Selection of the congestion control, and the messages when it is not available."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stop() -> Flag:
 
 @pytest.fixture
 def system() -> str:
-    """The congestion control that this machine gives to every connection."""
+    """The default congestion control of this machine."""
     with socket.socket() as fresh:
         return control(fresh)
 
@@ -62,7 +62,7 @@ def test_a_far_peer_gets_bbr_and_a_near_one_is_not_paced(
     need_mptcp()
     monkeypatch.setattr(congestion, "NEAR", 10.0 if near else 0.0)
     with connected(stop, listener_mptcp, dial_mptcp) as ends:
-        # Pacing that was asked for once stays: it must not be there from the beginning.
+        # Pacing stays enabled once requested, so it must not be on from the start.
         assert [control(end) for end in ends] == [congestion.UNPACED] * 2
         for end in ends:
             assert congestion.choose(end) is None
@@ -92,7 +92,7 @@ def test_system_leaves_a_socket_alone(system: str) -> None:
 def test_one_that_a_route_chose_is_left_alone(
     bbr: None, stop: Flag, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the kernel does for a route with congctl: while it connects."""
+    """A congestion control set by a route is kept."""
     monkeypatch.setattr(congestion, "NEAR", 10.0)
     with connected(stop) as ends:
         for end in ends:
@@ -106,17 +106,17 @@ def test_what_has_no_congestion_control_is_no_trouble() -> None:
         with end:
             congestion.start(end)
             assert congestion.choose(end) is None
-            assert congestion.way(end) is None
+            assert congestion.tcp_stats(end) is None
 
 
 def test_the_way_says_what_the_kernel_measured(stop: Flag) -> None:
     with connected(stop) as ends:
         ends[0].sendall(b"x" * 100)
-        way = congestion.way(ends[0])
+        way = congestion.tcp_stats(ends[0])
         assert way is not None and way.min_rtt is not None
         assert 0 < way.min_rtt < 10
         assert way.retransmitted is not None and 0 <= way.retransmitted <= 1
-    assert congestion.way(ends[0]) is None, "of a closed one nothing"
+    assert congestion.tcp_stats(ends[0]) is None, "of a closed one nothing"
 
 
 def test_without_a_descriptor_it_says_that_bbr_cannot_be_had(
@@ -136,12 +136,12 @@ def test_without_a_descriptor_it_says_that_bbr_cannot_be_had(
 
 @pytest.mark.parametrize("name", ["", "a b", "sixteen_letters_", "ü", "x\n"])
 def test_what_is_no_name_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="no congestion control"):
+    with pytest.raises(UsageError, match="unknown congestion control"):
         congestion.checked(name)
 
 
 def test_one_that_this_kernel_lacks_is_refused_before_anything_is_made() -> None:
-    with pytest.raises(TtunError, match=r"cannot use nosuch: this kernel .*modprobe tcp_nosuch"):
+    with pytest.raises(TtunError, match=r"cannot use nosuch: .*modprobe tcp_nosuch"):
         congestion.prepare("nosuch")
     congestion.prepare("system")
     congestion.prepare("auto")
@@ -151,14 +151,14 @@ def test_one_that_this_kernel_lacks_is_refused_before_anything_is_made() -> None
 
 
 def routes(bench: Bench, *more: str) -> None:
-    """Have the routes between the hosts say something, to connections yet to be made."""
+    """Set route attributes between the hosts, for new connections."""
     for host in (SERVER, CLIENT):
         where = ["192.0.2.0/24", "dev", bench.pair.links[host], "src", netns.IPV4[host]]
         bench.run(host, "ip", "route", "change", *where, *more)
 
 
 def controls(bench: Bench) -> set[str]:
-    """What the kernel says of both ends' connections."""
+    """The TCP statistics of both ends' connections."""
     found = set()
     for host in (SERVER, CLIENT):
         shown = bench.run(host, "ss", "-tinH", "state", "established", BOTH)
@@ -232,8 +232,5 @@ def test_where_it_is_not_allowed_there_is_one_line_and_a_tunnel(
     ends = plain.tunnel("--congestion-control", restricted[0])
     plain.answers()
     for end in ends:
-        assert (
-            end.log().count(f"cannot use congestion control {restricted[0]}: net.ipv4.tcp_allowed")
-            == 1
-        )
+        assert end.log().count(f"cannot use congestion control {restricted[0]}: not in ") == 1
         assert end.status()["congestion_control"] == system

@@ -1,4 +1,4 @@
-"""A conversation over a socket: a generator gets the bytes that it wants, and no other."""
+"""Conversation: a generator gets exactly the bytes that it asks for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_peer_that_leaves_or_does_not_read_is_an_error(
     ours, theirs = pair
     theirs.sendall(b"\3a")
     theirs.shutdown(socket.SHUT_WR)
-    with pytest.raises(ProtocolError, match="closed the connection before"):
+    with pytest.raises(ProtocolError, match="closed during the handshake"):
         Conversation(ours, ask()).advance()
     theirs.close()
     with pytest.raises(OSError, match="Broken pipe"):

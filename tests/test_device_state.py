@@ -1,6 +1,6 @@
-"""What is missing on a real device: noticed, said once, and put back with the commands of the log.
+"""Changes of a real device: detected, logged once, and restored with the logged commands.
 
-A DeviceWatch by itself; test_device_watch.py has whole ends.
+Tests DeviceWatch alone; test_device_watch.py tests complete endpoints.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def test_a_device_that_was_down_lacks_its_ipv6_address_and_routes(host: str) -> 
         end.ip("link", "set", "ttun0", "down")
         end.misses("device down", ADDRESS6, MISSING4, MISSING6)
         line = end.says("ttun0 changed: device down, address fc11::1/126 missing, ")
-        assert "(put back: sudo ip link set ttun0 up; sudo ip address add fc11::1/126 " in line
+        assert "(to restore: sudo ip link set ttun0 up; sudo ip address add fc11::1/126 " in line
         end.ip("link", "set", "ttun0", "up")
         end.misses(ADDRESS6, MISSING4, MISSING6)
-        end.says("ttun0 is not complete yet: address fc11::1/126 missing, ")
+        end.says("ttun0 is still incomplete: address fc11::1/126 missing, ")
         end.do_what_it_says()
         end.misses()
         end.says("ttun0 is complete again")
@@ -76,7 +76,7 @@ def test_disabled_ipv6_is_named(host: str) -> None:
             if name == "all":
                 end.shell("sysctl -qw net/ipv6/conf/all/disable_ipv6=0")
                 end.misses(ADDRESS6, MISSING6)
-                end.says("not complete yet: address")
+                end.says("still incomplete: address")
             else:
                 end.says("IPv6 disabled")
             end.do_what_it_says()
@@ -105,7 +105,7 @@ def test_an_address_or_a_route_that_is_deleted_is_missing(
     with Watched(host, ROUTE4, ROUTE6) as end:
         end.ip(*command.split())
         end.misses(*missing)
-        end.says(f"ttun0 changed: {', '.join(missing)} (put back: ")
+        end.says(f"ttun0 changed: {', '.join(missing)} (to restore: ")
         if "replace" in command:
             end.shell(f"ip -{6 if '-6' in command else 4} route del {command.split()[-3]}")
         end.do_what_it_says()
@@ -162,7 +162,7 @@ def test_a_peers_address_is_looked_at_too(host: str) -> None:
 def test_a_new_name_is_followed(host: str) -> None:
     with Watched(host, ROUTE4) as end:
         end.ip("link", "set", "ttun0", "name", "uplink")
-        end.says("ttun0 was renamed: it is uplink now")
+        end.says("ttun0 was renamed to uplink")
         assert end.device.name == "uplink"
         end.ip("route", "del", ROUTE4, "dev", "uplink")
         end.says(f"uplink changed: {MISSING4}")
@@ -174,7 +174,7 @@ def test_a_name_that_is_no_text_is_written_as_one(host: str) -> None:
     with Watched(host) as end:
         command = ["ip", "-n", host, "link", "set", "ttun0", "name", b"\xff\x1b[2J"]
         subprocess.run(command, check=True)
-        end.says("ttun0 was renamed: it is \\xff\\x1b[2J now")
+        end.says("ttun0 was renamed to \\xff\\x1b[2J")
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def test_who_still_may_puts_addresses_and_routes_back(host: str) -> None:
         end.says("ttun0 changed: device down")
         end.ip("link", "set", "ttun0", "up")
         end.misses(seconds=20)
-        end.says(f"put back on ttun0: address fc11::1/126, route {ROUTE4}, route {ROUTE6}")
+        end.says(f"restored on ttun0: address fc11::1/126, route {ROUTE4}, route {ROUTE6}")
         end.says("ttun0 is complete again")
         shown = end.ip("address", "show", "dev", "ttun0")
         assert "inet 10.1.1.1/30 " in shown and "inet6 fc11::1/126 " in shown
@@ -237,7 +237,7 @@ def test_who_still_may_puts_addresses_and_routes_back(host: str) -> None:
 
 
 def test_who_gave_its_rights_up_puts_nothing_back(host: str) -> None:
-    """Though its socket was opened before: the kernel asks who sends."""
+    """Although the socket was opened earlier: the kernel checks the sender's privileges."""
     with Watched(host, ROUTE4) as end:
         end.ip("route", "del", ROUTE4, "dev", "ttun0")
         end.says(MISSING4)
@@ -260,7 +260,7 @@ FLOODS = {
 def test_a_flood_of_changes_takes_no_time_and_hides_nothing(
     host: str, kind: str, filtered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """no-filter: as in a kernel that takes none."""
+    """no-filter: as in a kernel that accepts none."""
 
     def refuse(*_: object) -> None:
         raise OSError
@@ -299,7 +299,7 @@ def test_a_device_that_flaps_fills_no_log(host: str) -> None:
 
 
 def test_large_tables_do_not_hold_it_up(host: str) -> None:
-    """They are read in pieces, and the less often the longer that takes."""
+    """They are read in parts, less often the longer that takes."""
     with Watched(host, ROUTE4) as end:
         routes = "".join(f"route add 10.{n >> 8}.{n & 255}.0/24 dev ttun0\n" for n in range(20000))
         subprocess.run(
@@ -357,4 +357,4 @@ def test_without_a_descriptor_it_says_so_once_and_tries_again(host: str) -> None
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if "netlink" in line]
-    assert said == ["changes of ttun0 may go unnoticed: netlink: Too many open files"] * 2
+    assert said == ["cannot monitor ttun0: netlink: Too many open files"] * 2

@@ -1,4 +1,4 @@
-"""Whole ends whose device is changed or removed, whose address leaves, and whose machine sleeps."""
+"""Complete endpoints: changed or removed device, removed address, system suspend."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ pytestmark = pytest.mark.hosts
 ROUTE4, ROUTE6 = "203.0.113.0/24", "2001:db8:1::/48"
 ROUTES = ("--route", ROUTE4, "--route", ROUTE6)
 GONE6 = ["address {} missing", f"route {ROUTE6} missing"]
-OURS = "192.0.2.77"  # what the client dials from, until that goes
+OURS = "192.0.2.77"  # the client's local address, until it is removed
 HOSTS = pytest.mark.parametrize("host", [SERVER, CLIENT])
 
 
 def shown(bench: Bench, end: End) -> dict[str, Any]:
-    """What ``ttun show`` has of an end."""
+    """The status of an end, as in ``ttun show``."""
     found = json.loads(bench.run(end.host, *PROGRAM, "show", "--json"))
     (mine,) = [tunnel for tunnel in found if tunnel["role"] == end.host]
     return dict(mine)
@@ -57,7 +57,7 @@ def misses(bench: Bench, end: End, *missing: str) -> None:
 
 
 def put_back(bench: Bench, end: End) -> None:
-    """Run the commands that the last line of the log names; all is well then."""
+    """Run the commands of the last log line; nothing is missing afterwards."""
     for command in commands(end.log().splitlines()[-1]):
         bench.run(end.host, "sh", "-c", command)
     end.says("ttun0 is complete again")
@@ -70,10 +70,10 @@ def test_a_device_that_was_down_says_what_it_lost_and_carries_on(bench: Bench, h
     address6 = f"address {TUNNEL6[host]}/126 missing"
     lost = [address6, f"route {ROUTE4} missing", f"route {ROUTE6} missing"]
     bench.run(host, "ip", "link", "set", "ttun0", "down")
-    end.says(f"ttun0 changed: device down, {', '.join(lost)} (put back: sudo ip link set ttun0 up")
+    end.says(f"ttun0 changed: device down, {', '.join(lost)} (to restore: sudo ip link set ttun0")
     misses(bench, end, "device down", *lost)
     bench.run(host, "ip", "link", "set", "ttun0", "up")
-    end.says(f"ttun0 is not complete yet: {', '.join(lost)} (put back: sudo ip address add ")
+    end.says(f"ttun0 is still incomplete: {', '.join(lost)} (to restore: sudo ip address add ")
     misses(bench, end, *lost)
     text = bench.run(host, *PROGRAM, "show", "ttun0")
     assert f"ttun0: {host}\n  device: {', '.join(lost)}\n  peer: " in text
@@ -86,21 +86,21 @@ def test_a_device_that_was_down_says_what_it_lost_and_carries_on(bench: Bench, h
 
 
 def test_ipv6_that_an_mtu_or_a_setting_took_away_is_said(plain: Bench) -> None:
-    """By an end that has no peer yet, too."""
+    """Also without a peer."""
     end = plain.server(*ROUTES)
     lost = [f"address {TUNNEL6[SERVER]}/126 missing", f"route {ROUTE6} missing"]
     plain.run(SERVER, "ip", "link", "set", "ttun0", "mtu", "1000")
-    end.says(f"ttun0 changed: MTU is 1000, not 1280, {', '.join(lost)} (put back: ")
+    end.says(f"ttun0 changed: MTU is 1000, not 1280, {', '.join(lost)} (to restore: ")
     plain.run(SERVER, "ip", "link", "set", "ttun0", "mtu", "1280")
-    end.says(f"ttun0 is not complete yet: {', '.join(lost)} (put back: ")
+    end.says(f"ttun0 is still incomplete: {', '.join(lost)} (to restore: ")
     misses(plain, end, *lost)
     put_back(plain, end)
     setting = "net/ipv6/conf/ttun0/disable_ipv6"
     plain.run(SERVER, "sysctl", "-qw", f"{setting}=1")
-    end.says(f"ttun0 changed: IPv6 disabled, {', '.join(lost)} (put back: ")
+    end.says(f"ttun0 changed: IPv6 disabled, {', '.join(lost)} (to restore: ")
     misses(plain, end, "IPv6 disabled", *lost)
     plain.run(SERVER, "sysctl", "-qw", f"{setting}=0")
-    end.says(f"ttun0 is not complete yet: {', '.join(lost)} (put back: ", times=2)
+    end.says(f"ttun0 is still incomplete: {', '.join(lost)} (to restore: ", times=2)
     for command in commands(end.log().splitlines()[-1]):
         plain.run(SERVER, "sh", "-c", command)
     end.says("ttun0 is complete again", times=2)
@@ -109,7 +109,7 @@ def test_ipv6_that_an_mtu_or_a_setting_took_away_is_said(plain: Bench) -> None:
 def test_a_new_name_is_that_of_the_tunnel(plain: Bench) -> None:
     server, _ = plain.tunnel("--down", "echo hook of $TTUN_DEVICE >&2")
     plain.run(SERVER, "ip", "link", "set", "ttun0", "name", "uplink")
-    server.says("ttun0 was renamed: it is uplink now")
+    server.says("ttun0 was renamed to uplink")
     assert shown(plain, server)["device"] == "uplink"
     plain.answers()
     server.stop()
@@ -133,7 +133,7 @@ def test_a_device_in_another_namespace_carries_on(plain: Bench) -> None:
     finally:
         netns.ip("netns", "delete", away)
     assert client.ended() == 1
-    assert "was ttun0 removed?" in client.log().splitlines()[-1]
+    assert "(was ttun0 removed?)" in client.log().splitlines()[-1]
 
 
 @pytest.mark.parametrize("where", ["10.99.{0}.{1}/32 dev ttun0", "10.99.{0}.{1}/32 dev vserver"])
@@ -201,7 +201,7 @@ def program(bench: Bench, *arguments: str) -> Iterator[Program]:
 def test_a_program_that_kept_its_privileges_puts_back_what_was_lost(plain: Bench) -> None:
     with program(plain) as embedding:
         plain.run(SERVER, "sh", "-c", "ip link set ttun0 down; sleep 1; ip link set ttun0 up")
-        embedding.says(f"put back on ttun0: address fc11::1/126, route {ROUTE4}")
+        embedding.says(f"restored on ttun0: address fc11::1/126, route {ROUTE4}")
         embedding.says("ttun0 is complete again")
         assert ROUTE4 in plain.run(SERVER, "ip", "route", "show", "dev", "ttun0")
         assert "fc11::1/126" in plain.run(SERVER, "ip", "address", "show", "dev", "ttun0")
@@ -213,22 +213,20 @@ def test_a_program_that_kept_its_privileges_puts_back_what_was_lost(plain: Bench
     platform.machine() not in ("x86_64", "aarch64"), reason="other numbers of system calls"
 )
 def test_without_netlink_it_works_and_says_so_once(plain: Bench) -> None:
-    """As under a seccomp filter that does not know that ttun watches its device."""
+    """As under a seccomp filter that blocks netlink."""
     with program(plain, "without-netlink") as embedding:
         plain.client().says("authenticated")
         plain.answers()
-        line = (
-            "changes of ttun0 may go unnoticed: netlink: Address family not supported by protocol"
-        )
+        line = "cannot monitor ttun0: netlink: Address family not supported by protocol"
         assert embedding.log().count(line) == 1
         plain.run(SERVER, "ip", "link", "delete", "ttun0")
-        embedding.says("was ttun0 removed?")
+        embedding.says("(was ttun0 removed?)")
         assert embedding.ended() == 0
 
 
 # ---- a device that is removed, whatever its end is doing ----
 
-KEPT: list[socket.socket] = []  # open until the test is over
+KEPT: list[socket.socket] = []  # open until the test ends
 
 
 def alone(bench: Bench) -> End:
@@ -240,7 +238,7 @@ def taking_over(bench: Bench) -> End:
 
 
 def dialling(bench: Bench) -> End:
-    """An address that nobody answers for: a dial takes four seconds."""
+    """An address without a host: an attempt takes four seconds."""
     end = bench.client(to="192.0.2.99")
     end.says("tun ttun0 up")
     time.sleep(0.5)
@@ -248,7 +246,7 @@ def dialling(bench: Bench) -> End:
 
 
 def waiting(bench: Bench) -> End:
-    """For its next dial, up to thirty seconds."""
+    """For its next attempt, up to thirty seconds."""
     end = bench.client()
     end.says("reconnecting", times=4)
     return end
@@ -262,7 +260,7 @@ def unanswered(bench: Bench) -> End:
 
 
 def stuck(bench: Bench) -> End:
-    """With a peer that reads nothing, until nothing is read from the device either."""
+    """With a peer that does not read, until the device is not read either."""
     end = bench.server("--wire", "v1")
     sock = connect(bench)
     Peer(sock, b"secret").handshake_as_client()
@@ -293,7 +291,7 @@ def test_a_removed_device_ends_it_whatever_it_does(
     removed = time.monotonic()
     assert end.ended(10) == 1
     print(f"{time.monotonic() - removed:.2f} s")
-    assert end.log().splitlines()[-1].endswith("was ttun0 removed?"), end.log()
+    assert end.log().splitlines()[-1].endswith("(was ttun0 removed?)"), end.log()
     assert "Traceback" not in end.log()
     while KEPT:
         KEPT.pop().close()
@@ -304,7 +302,7 @@ def test_a_removed_device_ends_it_whatever_it_does(
 
 @contextmanager
 def another_address(bench: Bench, host: str = CLIENT) -> Iterator[Callable[[], None]]:
-    """The host uses OURS towards the other one, until the function is called."""
+    """The host uses OURS for the other one, until the function is called."""
     link = bench.pair.links[host]
     bench.run(host, "ip", "address", "add", f"{OURS}/24", "dev", link)
     bench.run(host, "ip", "route", "add", netns.IPV4[OTHER[host]], "dev", link, "src", OURS)
@@ -320,7 +318,7 @@ def another_address(bench: Bench, host: str = CLIENT) -> Iterator[Callable[[], N
 
 
 def test_a_client_whose_address_leaves_dials_from_the_next_one(bench: Bench) -> None:
-    """On both wires, and twice: also when the session was short."""
+    """In both protocols, and twice: also after a short session."""
     server = bench.server("--takeover")
     client = bench.client()
     for times in (1, 2):
@@ -336,7 +334,7 @@ def test_a_client_whose_address_leaves_dials_from_the_next_one(bench: Bench) -> 
             bench.answers()
             leave()
             left = time.monotonic()
-            client.says(f"the connection's local address {OURS} was removed", times=times)
+            client.says(f"local address {OURS} was removed", times=times)
             server.says("peer 192.0.2.2:", seconds=10)
             bench.answers()
             print(f"{time.monotonic() - left:.2f} s")
@@ -352,7 +350,7 @@ def test_a_server_whose_address_leaves_is_free_for_the_next_client(plain: Bench)
         plain.answers()
         leave()
         server.says("disconnected after", seconds=10)
-        assert f"the connection's local address {OURS} was removed" in server.log()
+        assert f"local address {OURS} was removed" in server.log()
         first.stop()
         plain.client().says("authenticated", seconds=10)
         plain.answers()
@@ -364,14 +362,14 @@ def test_a_client_that_is_shaking_hands_notices_too(plain: Bench) -> None:
         client = plain.client(to="192.0.2.1:9998")
         client.says("handshaking")
         leave()
-        client.says(f"failed: the connection's local address {OURS} was removed", seconds=7)
+        client.says(f"failed: local address {OURS} was removed", seconds=7)
         client.says("handshaking", times=2, seconds=7)
     silent.kill()
 
 
 @pytest.fixture
 def clock(plain: Bench) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
-    """The environment of an end whose machine sleeps when the function says for how long."""
+    """An environment in which the function simulates a suspend of an end."""
     library, path = plain.directory / "clock.so", plain.directory / "clock"
     source = ROOT / "tests/helpers/clock.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
@@ -399,7 +397,7 @@ def test_a_client_whose_machine_slept_dials_again(
     sleep(3600)
     woken = time.monotonic()
     client.says("disconnected after", seconds=10)
-    assert "the machine was suspended for 3600 s" in client.log()
+    assert "the system was suspended for 3600 s" in client.log()
     client.says("authenticated", times=2, seconds=10)
     print(f"{time.monotonic() - woken:.2f} s")
     assert "suspended" not in server.log(), "whose peers may be there still"
@@ -411,5 +409,5 @@ def test_a_client_whose_machine_slept_dials_again(
     )
     dials = client.log().count("cannot connect")
     sleep(7200)
-    client.says("dialling now: the machine was suspended for 3600 s", seconds=5)
+    client.says("reconnecting now: the system was suspended for 3600 s", seconds=5)
     client.says("cannot connect", times=dials + 1, seconds=5)

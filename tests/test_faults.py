@@ -1,4 +1,4 @@
-"""The host of faults for a short while. ``make faults SECONDS=600 SEED=1`` is the long one."""
+"""Fault injection for a short time. ``make faults SECONDS=600 SEED=1`` is the long run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.hosts
 @pytest.mark.nft
 @pytest.mark.parametrize("wire", ["v1", "x1"])
 def test_a_short_while_of_faults(wire: str) -> None:
-    """TTUN_TEST_SEED: another order of them."""
+    """TTUN_TEST_SEED: another order of faults."""
     script = ROOT / "tests/soak/faults.py"
     done = subprocess.run(
         [sys.executable, script, "15", os.environ.get("TTUN_TEST_SEED", "1"), wire],

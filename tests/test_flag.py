@@ -1,4 +1,4 @@
-"""The flag that ends waits."""
+"""The stop flag."""
 
 from __future__ import annotations
 

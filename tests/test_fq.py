@@ -1,4 +1,4 @@
-"""The uplink's queue: what is small and rare overtakes, every flow has its share and its order."""
+"""The uplink's queue: sparse flows overtake, flows share fairly and keep their order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MS = 1000  # microseconds
 
 
 def packet(flow: int, number: int, size: int = 1280, *, v6: bool = False) -> bytes:
-    """A UDP packet; flow and number can be read from it."""
+    """A UDP packet that contains its flow and number."""
     ports = (5000 + flow).to_bytes(2, "big") + (53).to_bytes(2, "big")
     if v6:
         head = bytes([0x60, 0, 0, 0, 0, 0, 17, 64]) + bytes(31) + b"\1"
@@ -72,7 +72,7 @@ def test_a_packet_with_something_in_front_belongs_to_the_flow_of_its_ip_header()
     queue = Queue()
     whole = [b"\1\2\3" + packet(1, number) for number in range(4)]
     queue.put(*whole[:3], ip=3)
-    queue.put(packet(1, 9))  # the same flow: it stands behind
+    queue.put(packet(1, 9))  # the same flow: it comes later
     assert queue.rest() == [*whole[:3], packet(1, 9)]
 
 
@@ -89,7 +89,7 @@ def test_flows_share_by_bytes_and_none_is_reordered() -> None:
 
 
 def test_a_flow_that_sends_again_at_once_is_not_new_each_time() -> None:
-    """Else somebody who sends one packet after the other would keep all others out."""
+    """Otherwise a sender of single packets would starve all others."""
     queue = Queue()
     bulk = [packet(1, number) for number in range(10)]
     queue.put(*bulk, packet(2, 0))

@@ -45,11 +45,11 @@ def test_both_of_ours_agree() -> None:
 @pytest.mark.parametrize(
     ("psk", "cipher", "magic", "why"),
     [
-        (b"wrong", "chacha20-poly1305", MAGIC, "wrong key, or another cipher"),
-        (b"secret", "aes-256-gcm", MAGIC, "wrong key, or another cipher"),
+        (b"wrong", "chacha20-poly1305", MAGIC, "authentication failed"),
+        (b"secret", "aes-256-gcm", MAGIC, "authentication failed"),
         (b"secret", "chacha20-poly1305", b"TTUN/v2\0", "wrong magic"),
-        (b"secret", "chacha20-poly1305", b"", "length of 16"),
-        (b"secret", "chacha20-poly1305", MAGIC * 2, "length of 32"),
+        (b"secret", "chacha20-poly1305", b"", "length 16"),
+        (b"secret", "chacha20-poly1305", MAGIC * 2, "length 32"),
     ],
 )
 @pytest.mark.parametrize("role", ["client", "server"])
@@ -92,7 +92,7 @@ def test_a_web_browser_is_recognised_after_18_bytes() -> None:
         steps.send(request[16:18])
 
 
-def test_an_unfinished_handshake_wants_few_bytes() -> None:
+def test_a_pending_handshake_wants_few_bytes() -> None:
     for length in range(65536):
         steps = handshake.server(K, V1)
         next(steps)

@@ -1,7 +1,7 @@
-"""The kernel's own segmentation, packet by packet, beside ours.
+"""Compare the segments of segment.c with the kernel's, packet by packet.
 
-A packet and its vnet header go out of a packet socket to a TUN device that has no offloads, so the
-kernel cuts it for that device, and what it makes of it is read there: packet(7), PACKET_VNET_HDR.
+A packet socket sends a packet with a vnet header to a TUN device without offloads, so the kernel
+segments it, and the segments are read from the device: packet(7), PACKET_VNET_HDR.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COUNT = int(os.environ.get("TTUN_TEST_PACKETS", "1500"))
 
 
 class Kernel:
-    """A device without offloads, and the way to it."""
+    """A device without offloads, and a packet socket to it."""
 
     def __init__(self) -> None:
         self.device = pytun.TunTapDevice(flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
@@ -42,7 +42,7 @@ class Kernel:
         self.address = name
 
     def segment(self, vnet: Vnet, packet: bytes) -> list[bytes]:
-        """Return what it makes of a packet; nothing when it drops it. Raises OSError."""
+        """Return the kernel's segments of a packet; none if it drops it. Raises OSError."""
         protocol = ETH_P[packet[0] >> 4]
         message = struct.pack("=BBHHHH", *vnet) + packet
         self.socket.sendto(message, (self.address, protocol))
@@ -73,7 +73,7 @@ def kernel() -> Iterator[Kernel]:
 
 
 def extension(dice: random.Random) -> tuple[int, bytes]:
-    """A header that stands between those of IPv6 and of the transport."""
+    """An IPv6 extension header."""
     kind = dice.choice([HOP_BY_HOP, ROUTING, DESTINATION])
     if kind == ROUTING:  # RFC 8754: two addresses or more, the last one first
         left = dice.randrange(1, 4)
@@ -91,7 +91,7 @@ def extension(dice: random.Random) -> tuple[int, bytes]:
 
 
 def ip_options(dice: random.Random) -> bytes:
-    """Options of IPv4: a router alert, a source route (RFC 791), a time stamp, or none."""
+    """IPv4 options: router alert, source route (RFC 791), time stamp, or none."""
     addresses = dice.randbytes(4 * dice.randrange(1, 9))
     route = bytes([dice.choice([0x83, 0x89]), 3 + len(addresses), 4]) + addresses + b"\0"
     return dice.choice([
@@ -104,7 +104,7 @@ def ip_options(dice: random.Random) -> bytes:
 
 
 def random_packet(dice: random.Random) -> tuple[Packet, int]:
-    """A packet as large ones of the kernel are, and the payload of each of its segments."""
+    """A GSO packet as from the kernel, and the payload of each of its segments."""
     v6, udp = dice.random() < 0.5, dice.random() < 0.5
     packet = Packet(
         v6=v6, udp=udp,
@@ -140,7 +140,7 @@ def random_packet(dice: random.Random) -> tuple[Packet, int]:
 
 
 def test_segments_are_those_of_the_kernel_on_both_wires(kernel: Kernel) -> None:
-    """TTUN_TEST_PACKETS: how many; TTUN_TEST_SEED: which."""
+    """TTUN_TEST_PACKETS: number of packets; TTUN_TEST_SEED: random seed."""
     dice = random.Random(int(os.environ.get("TTUN_TEST_SEED", "1")))
     whole = 0
     for number in range(COUNT):
@@ -155,7 +155,7 @@ def test_segments_are_those_of_the_kernel_on_both_wires(kernel: Kernel) -> None:
             whole += 1
             restored = restore(data, gso_size)
             assert restored == (vnet, data), case
-        # The other end gives its kernel either what came whole, or what it merged.
+        # The other end writes either the offloaded packet or a coalesced one.
         again = [part for written in coalesce(expected) for part in kernel.segment(*written)]
         assert again == expected, case
     assert COUNT / 10 < whole < COUNT / 2

@@ -1,4 +1,4 @@
-"""No descriptor, no thread, for a while: a line and the back-off, never the end."""
+"""Shortages of descriptors and threads: a log line and the back-off, never an exit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOON = 20.0  # seconds; at most 5 are usual
 
 @contextlib.contextmanager
 def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
-    """Lower a limit of a running program for a while. Its own user may, and root need not."""
+    """Lower a limit of a running program temporarily, as its own user."""
     pid = str(end.process.pid)
     status = (Path("/proc") / pid / "status").read_text()
     uid, gid = (re.search(rf"{which}:\s+(\d+)", status)[1] for which in ("Uid", "Gid"))  # type: ignore[index]
@@ -50,7 +50,7 @@ def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
 
 
 def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager[None]:
-    """It has what it has, and gets so many more: the limit is on the numbers (getrlimit(2))."""
+    """Allow so many more descriptors: the limit is on their numbers (getrlimit(2))."""
     assert end.status(), "it has started"
     end.usage()  # waits until that of the question is closed
     taken = {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
@@ -59,7 +59,7 @@ def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager
 
 
 def no_threads(end: End) -> contextlib.AbstractContextManager[None]:
-    """RLIMIT_NPROC counts what the user has on the whole machine: one is there already."""
+    """RLIMIT_NPROC counts the user's threads on the whole machine: one exists already."""
     assert end.status(), "it has started, and has become its own user"
     return lacking(end, "nproc", 1)
 
@@ -143,7 +143,7 @@ def quick_connection(bench: Bench) -> socket.socket:
 @pytest.mark.slow
 @pytest.mark.parametrize("lack", ["descriptors", "threads"])
 def test_many_of_everything_during_a_lack_end_nothing(plain: Bench, lack: str) -> None:
-    """It lives, and when the lack is over a client is in at once."""
+    """It keeps running, and after the shortage a client connects at once."""
     if lack == "threads" and not IS_NOBODY_HERE:
         pytest.skip("no other user in this user namespace")
     server = plain.server("--user", "4000000002") if IS_NOBODY_HERE else plain.server()
@@ -166,7 +166,7 @@ def test_an_end_without_threads_tries_again(plain: Bench, host: str) -> None:
     if host == SERVER:
         with no_threads(ends[SERVER]):
             client = plain.client()
-            ends[SERVER].says("no session with", times=2)
+            ends[SERVER].says("cannot start a session with", times=2)
     else:
         ends[SERVER].stop()
         client = plain.client("--user", "4000000001")
@@ -174,9 +174,9 @@ def test_an_end_without_threads_tries_again(plain: Bench, host: str) -> None:
         ends = {CLIENT: client}
         with no_threads(client):
             plain.server()
-            client.says("no session with", times=2)
+            client.says("cannot start a session with", times=2)
     client.says("reconnecting", times=2)
-    eventually(lambda: client.log().count("authenticated") > client.log().count("no session"),
+    eventually(lambda: client.log().count("authenticated") > client.log().count("cannot start"),
                "it is in", 60)  # fmt: skip
     plain.answers()
     assert all(map(lives, ends.values()))
@@ -199,7 +199,7 @@ def test_a_session_survives_a_time_without_descriptors_and_threads(plain: Bench)
 
 
 def test_with_few_descriptors_strangers_do_not_lock_the_client_out(plain: Bench) -> None:
-    """Silent ones and chatty ones, for as long as it takes; 39 s it once took."""
+    """Silent and sending ones. It once took 39 s."""
     log = plain.directory / "few.log"
     script = f"ulimit -n 40; exec {' '.join(PROGRAM)} server -k secret"
     with log.open("w") as file:
@@ -229,7 +229,7 @@ def test_with_few_descriptors_strangers_do_not_lock_the_client_out(plain: Bench)
 
 @pytest.mark.parametrize("role", ["server", "client -s 192.0.2.1"])
 def test_too_few_descriptors_at_the_start_are_one_line(plain: Bench, role: str) -> None:
-    """From none to enough: it runs, or says in a line why not."""
+    """From none to enough: it runs, or reports an error in one line."""
     outcomes = set()
     for limit in range(4, 26, 3):
         script = f"ulimit -n {limit}; exec timeout 3 {' '.join(PROGRAM)} {role} -k secret --wire v1"

@@ -1,4 +1,4 @@
-"""ttun in a program: those of docs/library.md run and pass a type checker, wrong ones do not."""
+"""The library: the examples of docs/library.md run and pass mypy; invalid use is rejected."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_client_ends_with_the_socket_that_it_was_given(plain: Bench) -> None:
             print(error)
     """
     said = plain.run(CLIENT, sys.executable, "-c", program)
-    assert said == "the connection over a pair has ended, and there is no other\n"
+    assert said == "connection over a pair ended (it cannot be reopened)\n"
 
 
 def test_too_many_given_sockets_stay_the_callers() -> None:
@@ -91,16 +91,16 @@ def test_too_many_given_sockets_stay_the_callers() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("mtu", "1280", "mtu has to be int, not str"),
-        ("mtu", True, "mtu has to be int, not bool"),
-        ("offload", 1, "offload has to be bool, not int"),
-        ("cipher", b"aes-256-gcm", "cipher has to be str or None, not bytes"),
-        ("routes", ["192.0.2.0/24"], "a route has to be IPv4Network or IPv6Network, not str"),
-        ("limits", 60, "limits has to be Limits, not int"),
-        ("limits", ttun.Limits(seconds=121), "more than 0, and 120 seconds at most"),
-        ("listen", 20203, "listen has to be str or Listener, not int"),
-        ("takeover", None, "takeover has to be bool, not NoneType"),
-        ("on_connected", "echo", "a callback has to be callable, not str"),
+        ("mtu", "1280", "mtu must be int, not str"),
+        ("mtu", True, "mtu must be int, not bool"),
+        ("offload", 1, "offload must be bool, not int"),
+        ("cipher", b"aes-256-gcm", "cipher must be str or None, not bytes"),
+        ("routes", ["192.0.2.0/24"], "a route must be IPv4Network or IPv6Network, not str"),
+        ("limits", 60, "limits must be Limits, not int"),
+        ("limits", ttun.Limits(seconds=121), "must be above 0 and at most 120 seconds"),
+        ("listen", 20203, "listen must be str or Listener, not int"),
+        ("takeover", None, "takeover must be bool, not NoneType"),
+        ("on_connected", "echo", "a callback must be callable, not str"),
     ],
 )
 def test_wrong_values_are_refused_at_once(option: str, value: object, says: str) -> None:
@@ -109,12 +109,12 @@ def test_wrong_values_are_refused_at_once(option: str, value: object, says: str)
 
 
 def test_the_largest_mtu_is_what_fits_one_frame_of_the_codec() -> None:
-    """Written down apart from it, so that the command line speaks where the codec is missing."""
+    """They are listed separately, so that the command line works without the codec."""
     assert lib.TTUN_LENGTH_MAX - min(cipher.tag_size for cipher in CIPHERS.values()) == MAX_MTU
 
 
 def test_a_wrong_key_is_not_shown() -> None:
-    with pytest.raises(ttun.UsageError, match=r"^the key has to be bytes, not str$"):
+    with pytest.raises(ttun.UsageError, match=r"^the key must be bytes, not str$"):
         ttun.Server("secret")  # type: ignore[arg-type]
 
 
@@ -134,7 +134,7 @@ def test_what_a_callback_raises_is_logged_with_its_traceback(
 
     ttun.Server(b"secret")._tell(fail, "friend")
     (record,) = caplog.records
-    assert record.getMessage() == "a callback failed: LookupError: no friend"
+    assert record.getMessage() == "callback failed: LookupError: no friend"
     assert record.exc_info is not None and record.exc_info[0] is LookupError
 
 

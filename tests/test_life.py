@@ -15,7 +15,7 @@ STATES = {
     "running": "end.start()",
     "over": "end.start(); end.stop()",
 }
-# What each call does: refused or not, and whether it is over afterwards.
+# What each call does: rejected or not, and whether the endpoint has stopped afterwards.
 TABLE = [
     ("made", "end.open()", False, False),
     ("made", "end.start()", False, False),
@@ -56,7 +56,7 @@ def test_each_call_in_each_state_does_what_the_table_says(plain: Bench) -> None:
 
 
 def test_a_second_start_writes_into_nobodys_file(plain: Bench) -> None:
-    """It once closed the device, whose number then belonged to the next file that was opened."""
+    """It once closed the device, whose descriptor number was then reused."""
     plain.client()
     printed = run(
         plain,
@@ -152,7 +152,7 @@ def test_a_signal_handler_may_stop_it_whatever_the_main_thread_does(plain: Bench
 
 
 def test_a_signal_handler_may_stop_it_in_the_middle_of_stop_and_of_start(plain: Bench) -> None:
-    """It waited for the very call that it had interrupted."""
+    """It once waited for the call that it had interrupted."""
     printed = run(
         plain,
         SERVER,
@@ -184,7 +184,7 @@ def test_a_signal_handler_may_stop_it_in_the_middle_of_stop_and_of_start(plain: 
 
 
 def test_an_interrupted_start_ends_it_once(plain: Bench) -> None:
-    """KeyboardInterrupt once closed the device under the thread that was there already."""
+    """KeyboardInterrupt once closed the device while the thread was running."""
     printed = run(
         plain,
         SERVER,
@@ -212,7 +212,7 @@ def test_an_interrupted_start_ends_it_once(plain: Bench) -> None:
 
 
 def test_a_forked_child_that_waits_for_it_sees_its_end(plain: Bench) -> None:
-    """It took a core for ever."""
+    """It once used a core for ever."""
     printed = run(
         plain,
         SERVER,
@@ -263,14 +263,14 @@ def test_what_a_callback_raises_is_a_line_and_the_session_stays(plain: Bench) ->
         """,
     )
     assert "peer: True over: False" in printed
-    assert printed.count("a callback failed: ValueError: mine") == 2
+    assert printed.count("callback failed: ValueError: mine") == 2
     assert "no peer: None" in printed
     assert client.log().count("authenticated") == 1
 
 
 @pytest.mark.slow
 def test_it_shows_that_it_lives_unless_a_callback_hangs(plain: Bench) -> None:
-    """While it listens, inside a session, and while it dials; the sign stops with its thread."""
+    """While listening, connecting and in a session; the heartbeat stops with the thread."""
     plain.client()
     printed = run(
         plain,

@@ -1,7 +1,7 @@
-"""Links that change under a tunnel: slower, longer, lossy, silent for a while, or with a queue of
-seconds. The session lives through all of it, and carries again what the link can.
+"""Links that change under a tunnel: bandwidth, delay, loss, outages, a queue of seconds. The
+session survives all of it, and reaches the rate of the link again.
 
-TTUN_TEST_LONG=1 runs what takes longest too.
+TTUN_TEST_LONG=1 also runs the longest tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ long = pytest.mark.skipif(not os.environ.get("TTUN_TEST_LONG"), reason="TTUN_TES
 
 
 class Far(Bench):
-    """Both ends of a tunnel, joined by a link that can change."""
+    """Both ends of a tunnel, over a link that can change."""
 
     pair: LinkedHosts
 
@@ -45,7 +45,7 @@ class Far(Bench):
 
     @contextlib.contextmanager
     def stream(self, action: str) -> Iterator[None]:
-        """A stream through the tunnel, which is on its way and goes on in the background."""
+        """A stream through the tunnel, in the background."""
         command = netns.python("ttun.lab.link_traffic", action, ADDRESS, PORT, "1", "300")
         process = self.pair.start(CLIENT, command, environment=netns.environment(),
                                   stdout=subprocess.DEVNULL)  # fmt: skip
@@ -58,22 +58,22 @@ class Far(Bench):
             process.wait()
 
     def carried(self, action: str) -> int:
-        """Bytes of packets that have arrived."""
+        """Bytes received."""
         end = self.server_end if action == "up" else self.client_end
         return int(end.status()["counters"]["downlink_bytes"])
 
     def carries(self, action: str, seconds: float = 30) -> None:
-        """Wait until more of a stream arrives."""
+        """Wait for more bytes of a stream."""
         before = self.carried(action)
         eventually(lambda: self.carried(action) > before + 20_000, "more arrives", seconds)
 
     def goodput(self, action: str, seconds: float = 1.5) -> float:
-        """What one stream through the tunnel carries, in Mbit/s."""
+        """The rate of one stream through the tunnel, Mbit/s."""
         command = netns.python("ttun.lab.link_traffic", action, ADDRESS, PORT, "1", str(seconds))
         return float(self.run(CLIENT, *command)) / 1e6
 
     def pings(self, times: int = 20) -> list[float]:
-        """Round trips through the tunnel in ms; those that were lost are left out."""
+        """Round-trip times through the tunnel in ms, without lost pings."""
         command = netns.python("ttun.lab.link_traffic", "ping", ADDRESS, str(times), "0.05")
         found = json.loads(self.run(CLIENT, *command))
         return [seconds * 1000 for seconds in found if seconds is not None]
@@ -178,7 +178,7 @@ def test_a_while_of_nothing_at_all_under_load(tmp_path: Path, wire: str, seconds
 
 
 def test_ten_seconds_of_nothing_at_all_between_two_idle_ends(linked: Far) -> None:
-    """The cut begins just when each end is about to ask whether the other one is there."""
+    """The outage begins just before each end sends a PING."""
     about_to_ask = control.PING_AFTER - 0.3
     eventually(lambda: linked.client_end.status()["silent_for"] > about_to_ask, "it is silent")
     with linked.pair.cut():
@@ -208,7 +208,7 @@ def test_a_satellite(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def full_queue(pair: LinkedHosts, seconds: float) -> Iterator[None]:
-    """Have others fill the queue of the way up with so many seconds of traffic, and keep it so."""
+    """Keep the uplink queue filled with so many seconds of other traffic."""
     over = threading.Event()
     wanted = seconds * pair.link_now.up * 1e6 / 8
 
@@ -233,7 +233,7 @@ def full_queue(pair: LinkedHosts, seconds: float) -> Iterator[None]:
 
 @pytest.mark.parametrize("load", ["idle", pytest.param("up", marks=long)])
 def test_a_queue_of_ten_seconds_on_a_slow_link_is_no_death(tmp_path: Path, load: str) -> None:
-    """Idle, the queue comes when each end has just heard from the other one."""
+    """When idle, the queue begins just after each end has received a frame."""
     with far(tmp_path, Link(rate=1, rtt=40, queue=14_000)) as linked, contextlib.ExitStack() as on:
         if load == "up":
             on.enter_context(linked.stream("up"))
@@ -251,7 +251,7 @@ def test_a_queue_of_ten_seconds_on_a_slow_link_is_no_death(tmp_path: Path, load:
 @long
 @BOTH_WIRES
 def test_twenty_seconds_of_nothing_at_all(tmp_path: Path, wire: str) -> None:
-    """The session may end; the tunnel carries again."""
+    """The session may end; the tunnel recovers."""
     with far(tmp_path, Link(rate=20, rtt=40), wire) as linked, linked.stream("down"):
         with linked.pair.cut():
             time.sleep(20)

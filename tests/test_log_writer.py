@@ -92,7 +92,7 @@ def test_lines_that_nobody_reads_are_counted_in_their_place(pipe: Pipe, threaded
     pipe.says("lost: ")
     lines = pipe.read().splitlines()
     (place,) = [i for i, line in enumerate(lines) if "lost" in line]
-    lost = re.fullmatch(r"(\d+) log lines lost: nobody reads the log", lines[place])
+    lost = re.fullmatch(r"(\d+) log lines lost: the log is not being read", lines[place])
     assert lost, lines[place]
     kept = [line.split()[0] for line in lines[:place]]
     assert kept == [str(number) for number in range(len(kept))], "the first ones, in order"
@@ -294,7 +294,7 @@ def test_a_server_whose_log_nobody_reads_serves_and_ends(
         client.says("authenticated")
         plain.answers()
         if read_at_last:
-            assert "listening on" in pipe.says("log lines lost: nobody reads the log\n")
+            assert "listening on" in pipe.says("log lines lost: the log is not being read\n")
             ask_for_lines(server, 1)
             eventually(lambda: "status: " in pipe.read().rpartition(" lost: ")[2], "what comes now")
         server.terminate()

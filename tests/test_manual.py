@@ -16,7 +16,10 @@ import manual
 import pytest
 from tunnel import ROOT
 
+import ttun
+from ttun.cli import build_parser
 from ttun.commands import key
+from ttun.commands.parser import join_values
 
 pytest.importorskip("shtab", reason="shtab is not installed")
 PARSERS = dict(manual.each(manual.whole_parser()))
@@ -58,6 +61,23 @@ def test_what_the_page_says_of_the_key_is_what_the_program_does(made: dict[str, 
     assert f".B {key.VARIABLE}\n" in page
     assert f".I {key.DEFAULT_FILE}\n" in page
     assert '"1970-01-02"' in page, "SOURCE_DATE_EPOCH"
+
+
+def test_the_page_has_whole_sections_whose_examples_the_program_takes(
+    made: dict[str, Path],
+) -> None:
+    page = made["man"].read_text()
+    sections = re.split(r"^\.SH (.*)\n", page, flags=re.M)
+    found = dict(zip(sections[1::2], sections[2::2]))
+    for name in ("EXAMPLES", "EXIT STATUS", "SIGNALS", "ENVIRONMENT", "FILES", "SEE ALSO"):
+        assert len(found[name].splitlines()) > 5, name
+    for name in [*ttun.Server(b"key").facts(), "reason"]:
+        assert f"TTUN_{name.upper()}" in found["ENVIRONMENT"], "of --up and --down"
+    examples = re.findall(r"^# ttun ([^&\n]*)", found["EXAMPLES"].replace("\\-", "-"), re.M)
+    assert len(examples) > 5
+    parser = build_parser()
+    for example in examples:
+        parser.parse_args(join_values(example.split(), parser))
 
 
 @needs("mandoc")

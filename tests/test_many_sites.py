@@ -132,7 +132,7 @@ def sites(tmp_path: Path) -> Iterator[Sites]:
             log = tmp_path / f"ttun{len(list(tmp_path.iterdir()))}.log"
             end = End(made, f"site{n}", [role, "-k", "secret", *options.split()], log)
             running.callback(end.kill)
-            end.says("going on as")
+            end.says("dropped privileges")
         for n in PUBLIC:
             conf = BIRD.replace("router id 10.7.1.1;", f"router id 10.7.{n}.1;")
             conf = conf.replace("log syslog all", "log stderr all").replace("hello 5", "hello 1")

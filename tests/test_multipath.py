@@ -1,4 +1,4 @@
-"""Two links between the hosts, and Multipath TCP over both: one may be cut."""
+"""Multipath TCP over two links: either may fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINKS = {SERVER: "wserver", CLIENT: "wclient"}
 
 @pytest.fixture
 def two_links(plain: Bench) -> Iterator[Bench]:
-    """A second veth pair; the server tells of its address there, and the client uses it."""
+    """A second veth pair; the server announces its address, and the client uses it."""
     names = plain.pair.names
     netns.ip("link", "add", LINKS[SERVER], "netns", names[SERVER], "type", "veth",
              "peer", "name", LINKS[CLIENT], "netns", names[CLIENT])  # fmt: skip
@@ -41,7 +41,7 @@ def two_links(plain: Bench) -> Iterator[Bench]:
 
 
 def received(bench: Bench, host: str, link: str) -> int:
-    """Bytes that came in over a link."""
+    """Bytes received over a link."""
     shown = json.loads(
         netns.ip("-n", bench.pair.names[host], "-json", "-s", "link", "show", "dev", link)
     )

@@ -1,4 +1,4 @@
-"""rtnetlink by hand: messages are taken apart, and the kernel keeps what is of no interest."""
+"""rtnetlink: message parsing, and the socket filter."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def host(pair: Hosts) -> Iterator[str]:
 
 
 def heard(link: Netlink) -> list[Message]:
-    """What is there, after a moment."""
+    """The pending messages, after a moment."""
     time.sleep(0.1)
     found = []
     while True:
@@ -79,7 +79,7 @@ def heard(link: Netlink) -> list[Message]:
 
 @pytest.mark.hosts
 def test_the_kernel_leaves_out_what_is_of_no_interest(host: str) -> None:
-    """And nothing of the rest: each of these takes exactly those changes that it is to take."""
+    """Each filter passes exactly the changes that it should."""
 
     def ip(*commands: str) -> None:
         for command in commands:

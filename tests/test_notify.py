@@ -77,7 +77,7 @@ def test_a_manager_that_does_not_listen_is_no_error(
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     caplog.set_level("INFO", "ttun")
     Manager().tell(Manager.READY)
-    assert "the service manager does not listen: No such file" in caplog.text
+    assert "cannot connect to the service manager: No such file" in caplog.text
 
 
 def test_a_manager_that_does_not_read_does_not_hold_us_up(

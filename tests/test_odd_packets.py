@@ -1,7 +1,7 @@
-"""End to end: what few programs send and every network may carry, in packets of 64 KiB.
+"""End to end: unusual packets of 64 KiB.
 
-Routing headers and source routes, where the final address is not the one in the header; options
-longer than all usual headers; packets in packets, whose checksum is that of the inner one.
+Routing headers and source routes, where the final address is not in the IP header; options longer
+than the usual headers; encapsulated packets, with the checksum of the inner one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NEAR6, FAR6, FAR4 = "2001:db8:1::1", "2001:db8:2::1", "198.51.100.1"  # RFC 3849
 
 
 def allow(bench: Bench, host: str, *names: str) -> None:
-    """Set settings of a host's own network stack to 1."""
+    """Set sysctls of a host to 1."""
     for name in names:
         bench.run(host, "sysctl", "-qw", f"net.{name}=1")
 
 
 @contextlib.contextmanager
 def serving_at(bench: Bench, *addresses: str) -> Iterator[None]:
-    """Give the server more addresses, and answer transfers at the last of them."""
+    """Add addresses to the server, and receive transfers at the last one."""
     for address in addresses:
         bench.run(SERVER, "ip", "address", "add", address, "dev", "lo")
     try:
@@ -46,7 +46,7 @@ def serving_at(bench: Bench, *addresses: str) -> Iterator[None]:
 
 
 def send_whole(bench: Bench, address: str, prepare: Callable[[socket.socket], None]) -> None:
-    """Have the client send SIZE bytes over TCP, from a socket that was prepared, and all arrive."""
+    """Send SIZE bytes over TCP from a prepared socket of the client; all arrive."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with bench.on(CLIENT, lambda: socket.socket(family)) as sock:
         prepare(sock)
@@ -105,7 +105,7 @@ def test_a_source_route_is_carried(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def vxlan(bench: Bench, addresses: dict[str, str], mtu: int) -> Iterator[None]:
-    """Join both hosts by 203.0.113.1 and 203.0.113.2, over the tunnel."""
+    """Connect 203.0.113.1 and 203.0.113.2 through the tunnel."""
     v6 = ":" in addresses[SERVER]
     ends = {SERVER: "203.0.113.1/24", CLIENT: "203.0.113.2/24"}
     for host, address in ends.items():

@@ -1,6 +1,6 @@
-"""Segment and coalesce: what goes in as packets comes out as the same packets.
+"""Segment and coalesce: a round trip gives the same packets.
 
-Packets and their checksums are those of packets.py: nothing of the C code judges itself.
+Packets and checksums come from packets.py, which is independent of the C code.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_a_checksum_is_completed(v6: bool, udp: bool) -> None:
 
 
 def summing_to_zero(packet: Packet) -> Packet:
-    """The same with a payload that gives it a checksum of zero."""
+    """The same packet with a payload that makes its checksum zero."""
     rest = packet.payload[2:]
     packet = replace(packet, payload=bytes(2) + rest)
     transport = packet.transport()
@@ -114,7 +114,7 @@ def summing_to_zero(packet: Packet) -> Packet:
 @FAMILIES
 @PROTOCOLS
 def test_a_checksum_of_zero_is_sent_as_ffff_with_udp_alone(v6: bool, udp: bool) -> None:
-    """There zero means that there is none (RFC 768); TCP has no second zero."""
+    """In UDP, zero means no checksum (RFC 768)."""
     one = summing_to_zero(Packet(v6, udp, payload=bytes(1000)))
     start, offset = one.vnet(0)[4:]
     expected = b"\xff\xff" if udp else b"\0\0"
@@ -152,7 +152,7 @@ def test_a_header_that_contradicts_its_packet_is_refused() -> None:
 
 
 def test_no_header_leads_out_of_its_packet() -> None:
-    """Whatever the header says, segments stay within the packet's size and number."""
+    """Segments stay within the packet, whatever the header says."""
     rng = random.Random(1)
     for _ in range(20000):
         packet = Packet(rng.random() < 0.5, rng.random() < 0.5, payload=bytes(rng.randrange(300)))
@@ -201,7 +201,7 @@ def test_no_more_is_merged_than_the_kernel_takes() -> None:
 
 @PROTOCOLS
 def test_as_many_segments_are_merged_as_every_kernel_takes(udp: bool) -> None:
-    """64: that was UDP_MAX_SEGMENTS of linux/udp.h for long."""
+    """64 was UDP_MAX_SEGMENTS of linux/udp.h for a long time."""
     packets = Packet(udp=udp, payload=bytes(100 * 200)).cut(100)
     assert [len(segment(*each) or []) for each in coalesce(packets)] == [64, 64, 64, 8]
 
@@ -220,7 +220,7 @@ FIRST, SECOND = (Packet(payload=bytes(2000)).cut(1000)[i] for i in (0, 1))
 
 
 def second(**change: object) -> bytes:
-    """What follows FIRST, but for one thing."""
+    """A packet that follows FIRST, with one change."""
     follower = Packet(payload=bytes(1000), sequence=2000, identification=2)
     return replace(follower, **change).whole()
 
@@ -282,7 +282,7 @@ def test_udp_without_a_checksum_passes_unchanged() -> None:
 
 @FAMILIES
 def test_udp_without_a_checksum_passes_unchanged_also_where_zero_is_right(v6: bool) -> None:
-    """Segmenting would give it one."""
+    """Segmenting would add one."""
     packets = summing_to_zero(Packet(v6, udp=True, payload=bytes(1000))).cut(1000) * 2
     at = (40 if v6 else 20) + 6
     bare = [packet[:at] + b"\0\0" + packet[at + 2 :] for packet in packets]
@@ -293,13 +293,13 @@ def test_udp_without_a_checksum_passes_unchanged_also_where_zero_is_right(v6: bo
 
 
 def renumbered(packet: bytes, identification: int) -> bytes:
-    """An IPv4 packet with another identification."""
+    """The packet with another IPv4 identification."""
     header = packet[:4] + struct.pack(">H", identification) + packet[6:10] + b"\0\0" + packet[12:20]
     return header[:10] + struct.pack(">H", checksum(header)) + header[12:] + packet[20:]
 
 
 def test_the_second_zero_of_a_checksum_passes_unchanged() -> None:
-    """ffff in place of 0000 is right too, but segmenting would not give it back."""
+    """ffff instead of 0000 is valid, but segmenting would not restore it."""
     second = summing_to_zero(Packet(payload=bytes(1000), sequence=2000, identification=2)).whole()
     assert second[36:38] == b"\0\0"
     assert len(coalesce([FIRST, second])) == 1
@@ -340,7 +340,7 @@ def test_a_push_ends_a_merged_packet_and_a_short_one_does_too() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_stream_comes_back_the_same(seed: int) -> None:
-    """Flows of all kinds, interleaved, with mishaps: coalesce then segment gives the same bytes."""
+    """Interleaved flows with anomalies: coalesce, then segment gives the same bytes."""
     rng = random.Random(seed)
     flows = [
         Packet(

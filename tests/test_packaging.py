@@ -180,7 +180,7 @@ def test_what_a_wheel_has_not_is_one_line_and_where_it_is(wheel: Path, tmp_path:
         done = run(sys.executable, "-m", "ttun", *command, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.count("\n") == 1
-        assert f"run ./ttun.py {command[0]} in the source directory" in done.stderr
+        assert f"./ttun.py {command[0]} in the source directory" in done.stderr
     whole = run(sys.executable, "-m", "ttun", "--version", cwd=tmp_path)
     assert whole.stdout.startswith("ttun "), whole.stderr
 
@@ -213,7 +213,7 @@ def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: 
     assert without.returncode != 0
     said = [line for line in without.stderr.splitlines() if not line.startswith("make:")]
     assert said == [
-        "make needs a network here: pip gets nothing from its package index (see .venv/pip.log)"
+        "pip cannot reach its package index: make needs network access (see .venv/pip.log)"
     ]
     shutil.copytree(WHEELS, tree / ".venv" / "wheels", dirs_exist_ok=True)
     built = make(tree)

@@ -1,4 +1,4 @@
-"""Pending handshakes: who is served first, and who makes way when there is no room."""
+"""Pending handshakes: the order of service, and which are dropped at the limit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ttun.x1 import AnsweredNonces
 FEW = 4
 
 
-class House:
-    """Pending handshakes and a real listener, with room for a few."""
+class Harness:
+    """Pending handshakes with a low limit, and a real listener."""
 
     def __init__(self, silent: bool = False) -> None:
         self.answered = AnsweredNonces(100)
@@ -54,7 +54,7 @@ class House:
         return sock
 
     def turns(self, seconds: float = 0.05) -> None:
-        """Look after it for so long."""
+        """Run the event loop for so long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.pending.turn(0.01)
@@ -67,12 +67,12 @@ class House:
 
 
 @pytest.fixture
-def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     monkeypatch.setattr(pending, "MOST", FEW)
     monkeypatch.setattr(pending, "MOST_PER_SOURCE", FEW)
-    monkeypatch.setattr(Pending, "_most", lambda _: FEW)
+    monkeypatch.setattr(Pending, "_most_pending", lambda _: FEW)
     monkeypatch.setattr(pending, "SHARE", 1)
-    made = House()
+    made = Harness()
     yield made
     made.close()
 
@@ -87,68 +87,68 @@ def is_open(sock: socket.socket) -> bool:
         return False
 
 
-def test_who_can_be_read_is_served_before_another_is_accepted(house: House) -> None:
-    """The one that had connected first was taken for silent with its bytes unread."""
-    first = house.connect()
+def test_who_can_be_read_is_served_before_another_is_accepted(harness: Harness) -> None:
+    """The oldest was once considered silent, with its bytes unread."""
+    first = harness.connect()
     for _ in range(FEW - 1):
-        house.connect()
-    house.turns(0.2)
-    house.connect()  # both happen before the next turn
+        harness.connect()
+    harness.turns(0.2)
+    harness.connect()  # both happen before the next turn
     first.sendall(bytes(16))
-    house.turns()
+    harness.turns()
     first.settimeout(5)
     assert len(first.recv(16)) == 16
-    assert sum(map(is_open, house.socks)) == FEW
+    assert sum(map(is_open, harness.socks)) == FEW
 
 
-def test_the_oldest_silent_connection_makes_way(house: House) -> None:
-    talkers = [house.connect(b"1") for _ in range(FEW - 2)]
-    silent = house.connect()
-    house.turns(0.05)
-    younger = house.connect()
-    house.turns(0.2)
-    newcomer = house.connect()
-    house.turns()
+def test_the_oldest_silent_connection_makes_way(harness: Harness) -> None:
+    talkers = [harness.connect(b"1") for _ in range(FEW - 2)]
+    silent = harness.connect()
+    harness.turns(0.05)
+    younger = harness.connect()
+    harness.turns(0.2)
+    latest = harness.connect()
+    harness.turns()
     assert not is_open(silent)
-    assert all(map(is_open, [*talkers, younger, newcomer]))
+    assert all(map(is_open, [*talkers, younger, latest]))
 
 
 @pytest.fixture
-def full_size() -> Iterator[House]:
-    """With room for as many as there may be, and the descriptors for both ends of them."""
+def full_size() -> Iterator[Harness]:
+    """With the full limit, and descriptors for both ends of each connection."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
-        made = House()
+        made = Harness()
         yield made
         made.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_one_address_has_64_connections_and_all_have_256(full_size: House) -> None:
-    """SECURITY.md says so. The oldest silent ones make way."""
+def test_one_address_has_64_connections_and_all_have_256(full_size: Harness) -> None:
+    """As in SECURITY.md. The oldest silent ones are dropped."""
 
     def settles(left: int) -> None:
-        """All have been accepted, however slow this machine is, and so many are left."""
+        """All were accepted, however slow this machine is, and so many are left."""
         end = time.monotonic() + 20
         while sum(map(is_open, full_size.socks)) != left and time.monotonic() < end:
             full_size.turns(2 * SILENT_AFTER)
 
-    crowds = []
+    floods = []
     for last in range(2, 7):
-        crowds.append([full_size.connect(source=f"127.0.0.{last}") for _ in range(64)])
+        floods.append([full_size.connect(source=f"127.0.0.{last}") for _ in range(64)])
         full_size.turns(2 * SILENT_AFTER)
         settles(64 * min(last - 1, 4))
         if last == 2:
             more = [full_size.connect(source="127.0.0.2") for _ in range(6)]
             settles(64)
-            assert [is_open(sock) for sock in crowds[0] + more] == [False] * 6 + [True] * 64
+            assert [is_open(sock) for sock in floods[0] + more] == [False] * 6 + [True] * 64
     assert len(full_size.pending._half_open) == sum(map(is_open, full_size.socks)) == 256
-    assert [sum(map(is_open, crowd)) for crowd in crowds] == [0, 64, 64, 64, 64]
+    assert [sum(map(is_open, flood)) for flood in floods] == [0, 64, 64, 64, 64]
 
 
-def test_a_silent_connection_makes_way_before_one_that_spoke(full_size: House) -> None:
+def test_a_silent_connection_makes_way_before_one_that_spoke(full_size: Harness) -> None:
     talker = full_size.connect(b"1")
     full_size.turns()
     silent = [full_size.connect() for _ in range(63)]
@@ -161,7 +161,7 @@ def test_a_silent_connection_makes_way_before_one_that_spoke(full_size: House) -
 
 
 def proven() -> tuple[Peer, X1Peer]:
-    """A peer of a server that has proved the key, and its other end."""
+    """An authenticated peer of a server, and the other end of its socket."""
     ours, theirs = socket.socketpair()
     client = X1Peer(theirs)
     shaking = threading.Thread(target=client.shake, args=(0,))
@@ -171,13 +171,13 @@ def proven() -> tuple[Peer, X1Peer]:
     return Peer(ours, "a peer", "socket", keys), client
 
 
-def test_a_newcomer_that_another_one_replaces_is_closed_and_its_keys_are_wiped() -> None:
-    """And so is the one that waits when the server stops."""
+def test_a_successor_that_another_one_replaces_is_closed_and_its_keys_are_wiped() -> None:
+    """Also the one that waits when the server stops."""
     server = ttun.Server(b"secret", takeover=True)
     with rigged() as rig:
         (first, early), (second, late) = proven(), proven()
-        server._newcomer(rig.session, first)
-        server._newcomer(rig.session, second)
+        server._new_peer(rig.session, first)
+        server._new_peer(rig.session, second)
         assert early.sock.recv(1) == b""
         assert is_open(late.sock)
         assert any(secrets(second))
@@ -189,7 +189,7 @@ def test_a_newcomer_that_another_one_replaces_is_closed_and_its_keys_are_wiped()
 
 
 def secrets(peer: Peer) -> bytes:
-    """All that its session could have been made of."""
+    """All the keys of its session."""
     assert peer.keys.agreement is not None
     states = [bytes(ffi.buffer(state.c)) for state in (peer.keys.sending, peer.keys.receiving)]
     return b"".join([*states, peer.keys.agreement.p])
@@ -203,83 +203,87 @@ def test_a_connection_is_silent_only_after_a_while() -> None:
         assert peer.worth(101.0) > HalfOpen(sock, "x", "tcp", "x", 100.0, 110.0).worth(101.0)
 
 
-def test_of_those_that_wait_the_ones_that_showed_the_key_stay(house: House) -> None:
-    house.pending.hold()
-    client = house.connect(marked_nonce(TO_SERVER))
-    house.turns()
+def test_of_those_that_wait_the_ones_that_showed_the_key_stay(harness: Harness) -> None:
+    harness.pending.hold()
+    client = harness.connect(marked_nonce(TO_SERVER))
+    harness.turns()
     for _ in range(3 * FEW):
-        house.connect(bytes(16))
-        house.turns(0.02)
+        harness.connect(bytes(16))
+        harness.turns(0.02)
     assert is_open(client)
-    house.pending.release()
-    house.turns()
+    harness.pending.release()
+    harness.turns()
     client.settimeout(5)
     assert len(client.recv(16)) == 16
 
 
-def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(house: House) -> None:
-    client = house.connect(marked_nonce(TO_SERVER))
-    house.turns()
+def test_a_client_that_showed_the_key_is_not_pushed_out_by_those_that_did_not(
+    harness: Harness,
+) -> None:
+    client = harness.connect(marked_nonce(TO_SERVER))
+    harness.turns()
     for _ in range(3 * FEW):
-        house.connect(bytes(16))
-        house.turns(0.02)
+        harness.connect(bytes(16))
+        harness.turns(0.02)
     client.settimeout(5)
     assert len(client.recv(16)) == 16
     assert is_open(client)
 
 
-def test_a_client_that_is_let_in_a_moment_before_the_next_session_waits_on(house: House) -> None:
-    """And costs no time meanwhile, whatever it sends."""
-    house.pending.hold()
-    client = house.connect(bytes(17))
-    house.turns()
-    house.pending.release()
-    house.pending.hold()
-    house.turns()
+def test_a_client_that_is_let_in_a_moment_before_the_next_session_waits_on(
+    harness: Harness,
+) -> None:
+    """It uses no CPU time meanwhile, whatever it sends."""
+    harness.pending.hold()
+    client = harness.connect(bytes(17))
+    harness.turns()
+    harness.pending.release()
+    harness.pending.hold()
+    harness.turns()
     began = time.monotonic()
-    house.pending.turn(0.3)
+    harness.pending.turn(0.3)
     assert time.monotonic() - began >= 0.25, "there is nothing to do"
     assert is_open(client)
-    house.pending.release()
-    house.turns()
+    harness.pending.release()
+    harness.turns()
     client.settimeout(5)
     assert len(client.recv(16)) == 16
 
 
-def test_a_handshake_that_lacks_memory_is_over(house: House) -> None:
+def test_a_handshake_that_lacks_memory_is_over(harness: Harness) -> None:
     def no_memory() -> handshake.Steps:
         raise MemoryError
 
-    assert house.pending._host is not None
-    house.pending._host.begin = no_memory
-    client = house.connect(bytes(16))
+    assert harness.pending._host is not None
+    harness.pending._host.begin = no_memory
+    client = harness.connect(bytes(16))
     with pytest.raises(MemoryError):
-        house.turns(5)
-    assert not house.pending._half_open
+        harness.turns(5)
+    assert not harness.pending._half_open
     assert not is_open(client)
 
 
-def test_a_client_that_leaves_while_it_waits_is_let_go_of(house: House) -> None:
-    house.pending.hold()
-    waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
-    house.turns()
-    assert len(house.pending._half_open) == 3
+def test_a_client_that_leaves_while_it_waits_is_let_go_of(harness: Harness) -> None:
+    harness.pending.hold()
+    waiting = [harness.connect(), harness.connect(bytes(16)), harness.connect(b"12")]
+    harness.turns()
+    assert len(harness.pending._half_open) == 3
     for sock in waiting:
         sock.close()
-    house.turns()
-    assert not house.pending._half_open
+    harness.turns()
+    assert not harness.pending._half_open
 
 
 def test_nobody_is_held_for_longer_than_a_client_would_wait(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer whose host is gone says nothing any more, not even that it leaves."""
+    """A peer whose host has vanished sends no FIN."""
     monkeypatch.setattr(pending, "HELD_TIMEOUT", 0.3)
-    house.pending.hold()
-    waiting = [house.connect(), house.connect(bytes(16)), house.connect(b"12")]
-    house.turns(0.1)
+    harness.pending.hold()
+    waiting = [harness.connect(), harness.connect(bytes(16)), harness.connect(b"12")]
+    harness.turns(0.1)
     assert all(map(is_open, waiting))
-    house.turns(1)
+    harness.turns(1)
     assert not any(map(is_open, waiting))
 
 
@@ -290,38 +294,42 @@ def test_a_handshake_has_ten_seconds_and_who_waits_for_a_session_fifteen(
     """The clock is set ahead."""
     clock = Clock()
     monkeypatch.setattr(pending, "time", clock)
-    house = House()
+    harness = Harness()
     try:
         if held:
-            house.pending.hold()
-        silent, talker = house.connect(), house.connect(bytes(16))
-        house.turns()
+            harness.pending.hold()
+        silent, talker = harness.connect(), harness.connect(bytes(16))
+        harness.turns()
         if not held:
             assert len(talker.recv(16)) == 16
         clock.ahead = seconds - 1
-        house.turns()
+        harness.turns()
         assert is_open(silent) and is_open(talker)
         clock.ahead = seconds + 0.1
-        house.turns()
+        harness.turns()
         assert not is_open(silent) and not is_open(talker)
     finally:
-        house.close()
+        harness.close()
 
 
-def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(house: House) -> None:
-    """One that was answered is dropped, as it cannot be served; the others wait."""
-    answered, silent, halfway = house.connect(bytes(16)), house.connect(), house.connect(b"12")
-    house.turns()
-    house.pending.hold()
+def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(harness: Harness) -> None:
+    """One that was answered is dropped; the others wait."""
+    answered, silent, halfway = (
+        harness.connect(bytes(16)),
+        harness.connect(),
+        harness.connect(b"12"),
+    )
+    harness.turns()
+    harness.pending.hold()
     answered.settimeout(5)
     assert len(answered.recv(16)) == 16
     assert answered.recv(1) == b""
-    house.turns()
+    harness.turns()
     assert is_open(silent)
     assert is_open(halfway)
-    house.pending.release()
+    harness.pending.release()
     halfway.sendall(bytes(14))
-    house.turns()
+    harness.turns()
     halfway.settimeout(5)
     assert len(halfway.recv(16)) == 16
 
@@ -329,29 +337,29 @@ def test_a_session_leaves_those_alone_that_no_answer_was_sent_to(house: House) -
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 16, 17])
 def test_a_stranger_who_ends_and_then_resets_costs_no_time(size: int, held: bool) -> None:
-    """The socket stays in error, which recv() does not tell: that kept a core busy for a minute."""
-    house = House(silent=True)
+    """recv() does not report the error of the socket: that once used a core for a minute."""
+    harness = Harness(silent=True)
     try:
         if held:
-            house.pending.hold()
-        sock = house.connect(bytes(size))
-        house.turns()
+            harness.pending.hold()
+        sock = harness.connect(bytes(size))
+        harness.turns()
         sock.shutdown(socket.SHUT_WR)
-        house.turns()
-        assert len(house.pending._half_open) == 1, "its end is no reason for ours"
+        harness.turns()
+        assert len(harness.pending._half_open) == 1, "its end is no reason for ours"
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
-        house.turns()
-        assert not house.pending._half_open
+        harness.turns()
+        assert not harness.pending._half_open
     finally:
-        house.close()
+        harness.close()
 
 
-def test_the_limit_on_descriptors_bounds_the_crowd() -> None:
+def test_the_limit_on_descriptors_bounds_pending_handshakes() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         for limit, most in ((100, 90), (30, 25), (1, 1)):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
-            assert 1 <= pending._room(0) <= most
+            assert 1 <= pending._descriptor_limit(0) <= most
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

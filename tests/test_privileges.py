@@ -1,4 +1,4 @@
-"""What a running end may still do: nothing but what it has open."""
+"""Privileges of a running end: none, except for its open descriptors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.hosts
 
 
 def has_nothing(pid: int, uid: int, gid: int) -> None:
-    """Assert that no thread has any right but that user's own."""
+    """Assert that all threads run as that user, without capabilities."""
     found = list(threads(pid))
     assert found
     for thread in found:
@@ -30,17 +30,18 @@ def has_nothing(pid: int, uid: int, gid: int) -> None:
         for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert int(thread[kind], 16) == 0, (thread["Name"], kind)
         assert thread["NoNewPrivs"] == "1", thread["Name"]
-        if uid != 0:  # the kernel gives /proc/PID to root where nobody may dump or trace it
+        if uid != 0:  # /proc/PID belongs to root for a process that is not dumpable
             assert os.stat(f"/proc/{pid}/environ").st_uid == 0
             assert thread["Groups"].split() == [], thread["Name"]
 
 
 def unprivileged() -> tuple[int, int]:
-    """The user and the group that an end becomes here."""
+    """The user and group that an end switches to here."""
     if not IS_NOBODY_HERE:
         return 0, 0
-    entry = pwd.getpwnam("nobody")
-    return entry.pw_uid, entry.pw_gid
+    user = privileges.find_user(None)
+    assert user is not None
+    return user.uid, user.gid
 
 
 @pytest.mark.parametrize("options", [(), ("-mptcp",)], ids=["tcp", "mptcp"])
@@ -76,13 +77,13 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def in_groups(bench: Bench, how: str) -> Program:
-    """A server that was started in other groups."""
+    """A server started with other groups."""
     log = bench.directory / "groups.log"
     command = [sys.executable, "-c", IN_GROUPS, how, *PROGRAM, "server", "-k", "secret"]
     with log.open("w") as file:
         process = bench.pair.start(SERVER, command, stderr=file, environment=netns.environment())
     program = Program(process, log)
-    program.says("without capabilities")
+    program.says("no capabilities")
     return program
 
 
@@ -96,7 +97,7 @@ def test_supplementary_groups_are_left(plain: Bench) -> None:
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_who_cannot_become_another_user_keeps_the_groups_too(plain: Bench) -> None:
     server = in_groups(plain, "no-setuid")
-    assert "cannot become the user nobody: this process may not change its user" in server.log()
+    assert "cannot switch to user nobody: CAP_SETUID" in server.log()
     has_nothing(server.process.pid, 0, 0)
     for thread in threads(server.process.pid):
         assert thread["Groups"].split() == ["4242", "4343"]
@@ -117,7 +118,7 @@ print(os.getresuid(), os.getgroups())
 
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_who_is_that_user_already_needs_no_right_to_become_it() -> None:
-    """Its groups are those that whoever started it chose."""
+    """It keeps the groups that it was started with."""
     done = subprocess.run(
         [sys.executable, "-c", ALREADY], env={**os.environ, **netns.environment()},
         capture_output=True, text=True, timeout=60, check=False,
@@ -129,20 +130,20 @@ def test_who_is_that_user_already_needs_no_right_to_become_it() -> None:
 def test_another_user_can_be_named(bench: Bench) -> None:
     entry = pwd.getpwnam("daemon")
     server = bench.server("--user", "daemon")
-    server.says("going on as user daemon, without capabilities")
+    server.says("dropped privileges: user daemon, no capabilities")
     has_nothing(server.process.pid, entry.pw_uid, entry.pw_gid)
 
 
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_root_stays_root_if_told_to_but_loses_every_capability(bench: Bench) -> None:
     server = bench.server("--user", "root")
-    server.says("going on as user root, without capabilities")
+    server.says("dropped privileges: user root, no capabilities")
     has_nothing(server.process.pid, 0, 0)
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_user_namespace_without_nobody(tmp_path: Path, named: bool) -> None:
-    """It keeps the user and says so; a user that was asked for by name is asked for in earnest."""
+    """It keeps the user and logs that; an explicit --user is mandatory."""
     namespace = ["unshare", "--user", "--map-root-user", "--net"]
     if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no user namespace can be made here: a chroot, or the kernel forbids it")
@@ -154,11 +155,11 @@ def test_a_user_namespace_without_nobody(tmp_path: Path, named: bool) -> None:
         if named:
             assert end.wait(10) == 1
             assert log.read_text().endswith(
-                "ttun: cannot become the user nobody: this user namespace does not have it\n"
+                "ttun: cannot switch to user nobody: not mapped in this user namespace\n"
             )
             return
-        eventually(lambda: "going on as user 0" in log.read_text(), "it goes on")
-        assert "user nobody: this user namespace does not have it; " in log.read_text()
+        eventually(lambda: "dropped privileges: user 0" in log.read_text(), "it goes on")
+        assert "user nobody: not mapped in this user namespace; " in log.read_text()
         has_nothing(end.pid, 0, 0)
     finally:
         end.send_signal(signal.SIGTERM)
@@ -176,7 +177,7 @@ sys.addaudithook(audit)
 
 @pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 def test_nothing_is_imported_once_the_user_has_changed(bench: Bench) -> None:
-    """The program may lie in a directory that nobody can read, such as root's own."""
+    """The program may be in a directory that only root can read."""
     (bench.directory / "sitecustomize.py").write_text(AUDIT)
     path = f"{bench.directory}:{netns.environment()['PYTHONPATH']}"
 
@@ -197,7 +198,7 @@ def test_nothing_is_imported_once_the_user_has_changed(bench: Bench) -> None:
     server.says("disconnected")
     server.stop()
     for end in bench.ends:
-        assert "without capabilities" in end.log()
+        assert "no capabilities" in end.log()
         assert "imported late" not in end.log()
         assert "Traceback" not in end.log()
     assert os.geteuid() == 0, "else nothing was looked at"
@@ -208,5 +209,20 @@ def test_a_user_is_a_name_or_a_number() -> None:
     assert privileges.find_user(str(nobody.pw_uid)) == privileges.find_user("nobody")
     assert privileges.find_user("987654") == ("987654", 987654, 987654)
     for wrong in ("no.such.user", str(1 << 32), str(1 << 80), "-1", ""):
-        with pytest.raises(UsageError, match="there is no user"):
+        with pytest.raises(UsageError, match="no such user"):
             privileges.find_user(wrong)
+
+
+def test_the_usual_user_is_ttun_where_it_exists_else_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    users = {"ttun": ("ttun", "x", 998, 997), "nobody": ("nobody", "x", 65534, 65534)}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: users[name])
+    assert privileges.find_user(None) == ("ttun", 998, 997)
+    del users["ttun"]
+    assert privileges.find_user(None) == ("nobody", 65534, 65534)
+    users.clear()
+    assert privileges.find_user(None) == ("nobody", privileges.NOBODY, privileges.NOBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert privileges.find_user(None) is None

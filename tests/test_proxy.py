@@ -92,7 +92,7 @@ def test_a_real_proxy_that_alone_knows_the_name_carries_a_tunnel(
     client = both.client("--proxy", REAL[which], to=NAME)
     shown = f"through proxy {REAL[which].rpartition('@')[2].rpartition('//')[2].rstrip('/')}"
     client.says(f"peer {NAME}:20203 connected over tcp {shown}; handshaking")
-    client.says(f"peer {NAME}:20203 authenticated: wire {both.wire}")
+    client.says(f"peer {NAME}:20203 authenticated: protocol {both.wire}")
     server.says("authenticated")
     both.answers()
     for host in (SERVER, CLIENT):
@@ -130,18 +130,18 @@ MISBEHAVING = {
     "a mail server": (BAD, says(b"220 mail ESMTP\r\n"), "not an HTTP proxy"),
     "64 KiB of headers": (BAD, says(OK + b"X: y\r\n" * 11_000), "its answer exceeds 64 KiB"),
     "one header of 64 KiB": (BAD, says(OK + b"X: " + b"y" * 65536), "its answer exceeds 64 KiB"),
-    "headers without end": (BAD, says(OK * 9, close=True), "it closed the connection before"),
+    "headers without end": (BAD, says(OK * 9, close=True), "connection closed during"),
     "403": (BAD, says(b"HTTP/1.1 403 No\x1b[2J\r\n\r\n"), r"refused: HTTP/1.1 403 No\x1b[2J"),
     "407": (BAD, says(b"HTTP/1.1 407 Who?\r\n\r\n"), "407 Who? (wrong user or password?)"),
     "its request": (BAD, lambda sock: sock.sendall(sock.recv(9999)), "not an HTTP proxy"),
-    "the end at once": (BAD, lambda sock: sock.shutdown(socket.SHUT_WR), "it closed the"),
-    "the end after the request": (BAD, says(b"", close=True), "it closed the connection before"),
+    "the end at once": (BAD, lambda sock: sock.shutdown(socket.SHUT_WR), "connection closed"),
+    "the end after the request": (BAD, says(b"", close=True), "connection closed during"),
     "socks garbage": (BAD_SOCKS, says(b"HTTP/1.1 400 Bad Request\r\n"), "not a SOCKS5 proxy"),
     "socks no": (BAD_SOCKS, says(b"\5\xff"), "no acceptable authentication method"),
     "socks wrong": (BAD_SOCKS, says(b"\5\2", b"\1\1"), "wrong user or password?"),
     "socks ruleset": (BAD_SOCKS, says(b"\5\0", b"\5\2\0\1"), "not allowed by ruleset"),
     "socks unreachable": (BAD_SOCKS, says(b"\5\0", b"\5\4\0\1"), "refused: host unreachable"),
-    "socks end": (BAD_SOCKS, says(b"\5\0", b"\5\0", close=True), "it closed the connection before"),
+    "socks end": (BAD_SOCKS, says(b"\5\0", b"\5\0", close=True), "connection closed during"),
 }
 
 

@@ -1,7 +1,7 @@
-"""The four threads over socketpairs: one stands for the TUN device, one is the connection.
+"""The four threads over socketpairs: one replaces the TUN device, one the connection.
 
-A datagram socketpair keeps packets apart as a TUN device does, so this needs no root. The other end
-of the connection is the independent peer.
+A datagram socketpair keeps packet boundaries like a TUN device, so this needs no root. The other
+end of the connection is the independent peer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FEW_SMALL, MANY_SMALL = ([0, 1], SMALL), ([0, 1, 2, 3], SMALL)
 
 
 class Rig(RunningSession):
-    """A server's session, its device and the client on the other end of the connection."""
+    """A server's session, its device, and the client at the other end."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Rig(RunningSession):
         self.session = Session(ours, self.device, keys, buffers=buffers)  # type: ignore[arg-type]
 
     def receive(self) -> bytes:
-        """The next packet that came out of the device."""
+        """The next packet written to the device."""
         return self.device.outside.recv(70000)
 
 
@@ -114,7 +114,7 @@ def test_known_answers_arrive_in_pieces_of_every_size(answers: dict, piece: int)
 
 
 def test_the_uplink_goes_on_while_the_downlink_is_full(rig: Rig) -> None:
-    """However fast the peer sends, what the device has to send gets out."""
+    """The uplink works however fast the peer sends."""
     frames = threading.Event()
 
     def flood() -> None:
@@ -153,7 +153,7 @@ def test_a_packet_that_fits_no_frame_is_dropped_and_counted(rig: Rig) -> None:
 @pytest.mark.parametrize("length", [0, 1, 15])
 def test_a_length_below_the_tag_ends_it_after_what_came_before(rig: Rig, length: int) -> None:
     rig.peer.sock.sendall(rig.peer.sending.seal(b"last") + struct.pack(">H", length) + bytes(100))
-    assert rig.ended() == f"the peer sent a frame with a length of {length}, less than its tag"
+    assert rig.ended() == f"the peer sent a frame of length {length}, shorter than the tag"
     assert rig.receive() == b"last"
 
 
@@ -177,7 +177,7 @@ def test_a_repeated_frame_ends_it(rig: Rig) -> None:
 def test_an_end_in_the_middle_of_a_frame_is_told(rig: Rig, size: int) -> None:
     rig.peer.sock.sendall(rig.peer.sending.seal(bytes(100))[:size])
     rig.peer.sock.close()
-    assert rig.ended() == f"the connection ended {size} bytes into a frame"
+    assert rig.ended() == f"connection closed {size} bytes into a frame"
 
 
 def test_everything_before_the_end_is_delivered(rig: Rig) -> None:
@@ -203,7 +203,7 @@ def test_it_stops_while_both_directions_are_blocked(rig: Rig) -> None:
 
 
 def test_a_full_device_loses_packets_not_the_session(rig: Rig) -> None:
-    for _ in range(100_000):  # nobody reads the device
+    for _ in range(100_000):  # the device is not read
         rig.peer.send(bytes(1000))
         if rig.session.counters().refused > 0:
             break
@@ -247,7 +247,7 @@ def test_a_thousand_sessions_leave_nothing_behind() -> None:
 def test_a_session_that_cannot_have_all_its_threads_has_none(
     monkeypatch: pytest.MonkeyPatch, started: int, error: type[Exception]
 ) -> None:
-    """Those that ran already went on with a socket and a device that others had closed."""
+    """Running threads once continued with a closed socket and device."""
     start, pumps = threading.Thread.start, []
 
     def scarce(thread: threading.Thread) -> None:
@@ -264,7 +264,7 @@ def test_a_session_that_cannot_have_all_its_threads_has_none(
 
 
 def udp(port: int, number: int, size: int) -> bytes:
-    """A packet of a flow, with its number."""
+    """A packet with its flow and number."""
     ip = bytes([0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 1, 1, 1, 10, 1, 1, 2])
     body = port.to_bytes(2, "big") + bytes(6) + number.to_bytes(4, "big")
     return ip + body + bytes(size - len(ip) - len(body))
@@ -275,7 +275,7 @@ def udp(port: int, number: int, size: int) -> bytes:
 def test_on_a_slow_connection_a_ping_overtakes_a_transfer(
     cores: int, buffers: Buffers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Usually behind 10 of 300 packets; behind all of them where the order is that of arrival."""
+    """Usually after 10 of 300 packets; after all of them in order of arrival."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     rig = Rig(buffers=buffers, rate=400_000)
     rig.peer.sock.settimeout(20)
@@ -313,7 +313,7 @@ def test_what_a_slow_connection_cannot_take_is_dropped_and_counted() -> None:
 
 @pytest.mark.parametrize("buffers", [NORMAL, SMALL], ids=["normal", "small"])
 def test_a_sender_is_told_of_a_connection_that_stays_behind(buffers: Buffers) -> None:
-    """Whether slots wait in the ring, or, where there is but one, have only just been sent."""
+    """Whether slots wait in the ring or, with a single slot, were just sent."""
     rig = Rig(buffers=buffers)
     over = threading.Event()
 
@@ -324,7 +324,7 @@ def test_a_sender_is_told_of_a_connection_that_stays_behind(buffers: Buffers) ->
                 rig.device.outside.send(packet)
 
     def drops(least: int) -> float:
-        """Read slowly until there were so many; return how long that took from the start."""
+        """Read so many packets slowly; return the time since the start."""
         while rig.session.counters().congested < least and time.monotonic() < start + 20:
             rig.peer.sock.recv(65536)
             time.sleep(0.01)

@@ -1,5 +1,5 @@
-"""Fresh keys in an x1 session: against the independent peer, between two of ours under load, and
-what ends it.
+"""Rekeying of an x1 session: against the independent peer, between two ttun ends under load, and
+protocol violations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_our_server_goes_on_with_fresh_keys() -> None:
         for _ in range(3):
             rig.carries()
             rig.peer.begin_rekey()
-            rig.carries()  # still under the old keys, both ways
+            rig.carries()  # still under the old keys, in both directions
             rig.peer.switch()
             rig.peer.switched()
             rig.carries()
@@ -46,12 +46,12 @@ def test_our_client_goes_on_with_fresh_keys(monkeypatch: pytest.MonkeyPatch) -> 
             rig.carries()
             rig.peer.answer_rekey(rig.peer.receive_control(REKEY))
             rig.peer.switched()
-            rig.carries_up()  # the other way is still under the old key
+            rig.carries_up()  # the other direction is still under the old key
             rig.peer.switch()
             time.sleep(0.1 * number)  # with that, this packet counts and the next rekey begins
             rig.carries_down()
             time.sleep(0.1 * number)
-            # A packet that comes before the new life of the key has begun does not count for it.
+            # A packet before the new key is in use does not count for it.
             eventually(lambda n=number: rig.session.control.rekeys == n + 1, "it has gone on")
 
 
@@ -65,13 +65,13 @@ def test_without_packets_no_key_is_changed() -> None:
 
 
 BAD_REKEYS = {
-    "our server: SWITCH first": ("server", "s", "SWITCH frame out of place"),
-    "our server: REKEY in the middle": ("server", "rr", "out of place"),
-    "our server: SWITCH twice": ("server", "rss", "SWITCH frame out of place"),
-    "our client: REKEY unasked": ("client", "r", "REKEY frame out of place"),
-    "our client: SWITCH unasked": ("client", "s", "SWITCH frame out of place"),
-    "our client: REKEY twice": ("client", "arr", "out of place"),
-    "our client: SWITCH before REKEY": ("client", "as", "SWITCH frame out of place"),
+    "our server: SWITCH first": ("server", "s", "unexpected SWITCH frame"),
+    "our server: REKEY in the middle": ("server", "rr", "unexpected REKEY frame"),
+    "our server: SWITCH twice": ("server", "rss", "unexpected SWITCH frame"),
+    "our client: REKEY unasked": ("client", "r", "unexpected REKEY frame"),
+    "our client: SWITCH unasked": ("client", "s", "unexpected SWITCH frame"),
+    "our client: REKEY twice": ("client", "arr", "unexpected REKEY frame"),
+    "our client: SWITCH before REKEY": ("client", "as", "unexpected SWITCH frame"),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_rekey_that_gives_no_secret_ends_it(role: str, public: bytes) -> None:
         if role == "client":
             rig.peer.receive_control(REKEY)
         rig.peer.send(REKEY + public)
-        assert rig.ended() == "the peer sent an X25519 key that gives no secret"
+        assert rig.ended() == "the peer sent a low-order X25519 key"
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -117,7 +117,7 @@ def test_a_rekey_that_stops_in_the_middle_ends_it(
         rig.carries()
         if role == "server":
             rig.peer.begin_rekey()
-        assert rig.ended() == "the peer did not go on with fresh keys"
+        assert rig.ended() == "the peer did not complete the rekey"
 
 
 @pytest.mark.parametrize("limits", [Limits(0.1), Limits(bytes=3000)], ids=["time", "bytes"])
@@ -128,11 +128,11 @@ def test_a_client_that_never_rekeys_is_ended_by_our_server(
     with rigged("server", limits) as rig:
         for _ in range(7):
             rig.peer.send(b"\x45" * 1000)
-        assert rig.ended() == "the peer let twice the life of a key pass"
+        assert rig.ended() == "the peer did not rekey in time"
 
 
 class Both:
-    """Two sessions of ours that talk to each other. limits: of the client."""
+    """Two ttun sessions, connected to each other. limits: of the client."""
 
     def __init__(self, limits: Limits) -> None:
         ends = dict(zip(("client", "server"), socket.socketpair()))
@@ -179,7 +179,7 @@ def test_rekeys_under_full_load_both_ways_lose_nothing(
 
     def write(role: str) -> None:
         number = 0
-        with contextlib.suppress(OSError):  # it is over
+        with contextlib.suppress(OSError):  # it has ended
             while not stop.is_set():
                 both.devices[role].outside.send(struct.pack(">BQ", 0x45, number) + bytes(1200))
                 number += 1
@@ -191,7 +191,7 @@ def test_rekeys_under_full_load_both_ways_lose_nothing(
     def read_numbers(role: str) -> None:
         while not stop.is_set():
             (number,) = struct.unpack(">xQ", both.devices[role].outside.recv(70000)[:9])
-            # A device that is full drops packets, as a real one does; none comes twice or late.
+            # A full device drops packets, like a real one; none is duplicated or reordered.
             if number < seen[role]:
                 problems.append(f"{number} after {seen[role]}")
             seen[role] = number

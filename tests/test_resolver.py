@@ -1,14 +1,11 @@
-"""Names: looked up where nothing is held up by it, before routes can catch the question, and
-remembered for when it cannot be asked."""
+"""Name resolution: without blocking, before routes can capture the query, and with the last result
+when it fails."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,72 +13,27 @@ from pathlib import Path
 
 import pytest
 from machine import names
+from name_server import NAME_SERVER, NameServer, resolv_conf
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
 from ttun import resolver
 from ttun.flag import Flag
 from ttun.resolver import Resolver
 
-NAME_SERVER = "203.0.113.53"  # behind the server's host: the default route leads there
 FULL = ["--route", "0.0.0.0/1", "--route", "128.0.0.0/1"]
 NAME = "vpn.example"
-
-
-class NameServer:
-    """Answers A questions with one address, NXDOMAIN to all when there is none, or not at all."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.address: str | None = SERVER_ADDRESS
-        self.silent = False
-        self.asked = 0
-        self.sock = bench.on(SERVER, self.bound)
-        self.over = False
-        self.thread = threading.Thread(target=self.serve)
-        self.thread.start()
-
-    @staticmethod
-    def bound() -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.bind((NAME_SERVER, 53))
-        sock.settimeout(0.1)
-        return sock
-
-    def serve(self) -> None:
-        while not self.over:
-            with contextlib.suppress(TimeoutError):
-                question, client = self.sock.recvfrom(512)
-                self.asked += 1
-                if not self.silent:
-                    self.sock.sendto(self.answer(question), client)
-        self.sock.close()
-
-    def answer(self, question: bytes) -> bytes:
-        """RFC 1035, section 4: the question again, and a record where it asks for an A."""
-        end = question.index(b"\0", 12) + 5
-        (kind,) = struct.unpack(">H", question[end - 4 : end - 2])
-        found = kind == 1 and self.address is not None
-        flags = 0x8180 if self.address else 0x8183
-        head = question[:2] + struct.pack(">5H", flags, 1, int(found), 0, 0)
-        record = struct.pack(">3HIH", 0xC00C, 1, 1, 0, 4)
-        record += socket.inet_aton(self.address or "0.0.0.0")
-        return head + question[12:end] + (record if found else b"")
 
 
 @pytest.fixture
 def name_server(plain: Bench, tmp_path: Path) -> Iterator[NameServer]:
     plain.run(SERVER, "ip", "address", "add", f"{NAME_SERVER}/32", "dev", "lo")
     plain.run(CLIENT, "ip", "route", "add", "default", "via", SERVER_ADDRESS)
-    text = f"nameserver {NAME_SERVER}\noptions timeout:1 attempts:1\n"
-    (tmp_path / "resolv.conf").write_text(text)
-    target = os.path.realpath("/etc/resolv.conf")
-    subprocess.run(["mount", "--bind", tmp_path / "resolv.conf", target], check=True)
     made = NameServer(plain)
     try:
-        yield made
+        with resolv_conf(tmp_path, NAME_SERVER):
+            yield made
     finally:
-        made.over = True
-        made.thread.join()
-        subprocess.run(["umount", target], check=True)
+        made.close()
         plain.run(CLIENT, "ip", "route", "delete", "default")
         plain.run(SERVER, "ip", "address", "delete", f"{NAME_SERVER}/32", "dev", "lo")
 
@@ -90,7 +42,7 @@ def name_server(plain: Bench, tmp_path: Path) -> Iterator[NameServer]:
 def test_a_full_tunnel_to_a_name_connects_and_comes_back(
     plain: Bench, name_server: NameServer
 ) -> None:
-    """With its routes the question goes into a tunnel that is not there."""
+    """Its routes send the query into a tunnel that is down."""
     server = plain.server()
     client = plain.client(*FULL, to=NAME)
     client.says("authenticated")
@@ -98,7 +50,7 @@ def test_a_full_tunnel_to_a_name_connects_and_comes_back(
     server.stop()
     plain.server()
     client.says("authenticated", times=2, seconds=60)
-    assert "dialling its last addresses" in client.log()
+    assert "using its last addresses" in client.log()
     plain.answers()
 
 
@@ -109,7 +61,7 @@ def test_while_a_name_does_not_resolve_there_is_no_device(
     name_server.address = None
     plain.server()
     client = plain.client(*FULL, to=NAME)
-    client.says(f"cannot look up {NAME}", times=2, seconds=30)
+    client.says(f"cannot resolve {NAME}", times=2, seconds=30)
     assert plain.devices(CLIENT) == []
     name_server.address = SERVER_ADDRESS
     client.says("authenticated", seconds=30)
@@ -151,18 +103,18 @@ def test_a_route_that_catches_all_addresses_of_a_name_is_refused(
 ) -> None:
     client = plain.client("--route", f"{SERVER_ADDRESS}/32", to=NAME)
     assert client.ended() == 2
-    assert "would carry the tunnel's own way" in client.log().splitlines()[-1]
+    assert "would route the tunnel's own connection" in client.log().splitlines()[-1]
 
 
 @pytest.mark.hosts
 def test_of_a_names_addresses_the_one_that_a_route_catches_is_not_dialled(
     plain: Bench, tmp_path: Path
 ) -> None:
-    """Its connection would go into the tunnel."""
+    """Its own connection would go into the tunnel."""
     with names(tmp_path, two=["192.0.2.3", SERVER_ADDRESS]):
         client = plain.client("--route", "192.0.2.3/32", to="two")
         failed = client.says("cannot connect to two:20203: ")
-        assert "the route to 192.0.2.3/32 would carry the tunnel's own way to 192.0.2.3" in failed
+        assert "--route 192.0.2.3/32 would route the tunnel's own connection to 192.0.2.3" in failed
         assert f"{SERVER_ADDRESS}:20203: Connection refused" in failed
         plain.server()
         client.says("authenticated")
@@ -186,7 +138,7 @@ def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop:
 def test_there_is_one_look_up_at_a_time_however_long_it_hangs(
     monkeypatch: pytest.MonkeyPatch, stop: Flag
 ) -> None:
-    """A client that dials again and again must not leave a thread behind each time."""
+    """A client that keeps reconnecting must not leak a thread each time."""
     hangs, calls = threading.Event(), []
 
     def slow(*_: object, **__: object) -> list[object]:
@@ -214,7 +166,7 @@ def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: 
 
 
 def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
-    """Whoever started the program may have SIGCHLD ignored: then the kernel does it."""
+    """If SIGCHLD is ignored (inherited), the kernel does it."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         found = resolver._in_a_child("localhost", 5, 0, stop)
@@ -224,7 +176,7 @@ def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
 
 
 def test_of_very_many_addresses_some_are_taken(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
-    """4,000 fit into an answer of DNS over TCP, and not into what the child may say."""
+    """4,000 fit into a DNS answer over TCP, but not into the pipe of the child."""
 
     def many(*_: object, **__: object) -> list[object]:
         address = ("2001:db8:1111:2222:3333:4444:5555:6666", 20203, 0, 0)

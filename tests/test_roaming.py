@@ -1,7 +1,7 @@
-"""A connection whose local address leaves the machine is known to be dead, and one that only looks
-like it lives on. A machine that slept knows it.
+"""A connection whose local address is removed is detected as dead, without false positives. System
+suspends are detected.
 
-A DeviceWatch by itself; test_device_watch.py has whole ends.
+Tests DeviceWatch alone; test_device_watch.py tests complete endpoints.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def connection(
 
 @pytest.fixture
 def end(plain: Bench) -> Iterator[Watched]:
-    """A device on the client's host, which has two more addresses for a while."""
+    """A device on the client's host, which has two additional addresses."""
     name = plain.pair.names[CLIENT]
     given = [f"{OURS4}/24", f"{OURS6}/64"]
     for address in given:
@@ -72,7 +72,7 @@ def end(plain: Bench) -> Iterator[Watched]:
 
 @contextmanager
 def another_way(end: Watched) -> Iterator[None]:
-    """A second link, that leads everywhere where the first one does not."""
+    """A second link, with the default route."""
     end.shell(
         f"ip link add wa type veth peer name wb && ip address add {OTHER}/24 dev wa &&"
         "ip link set wb up && ip link set wa up && ip route add default via 198.51.100.1"
@@ -90,7 +90,7 @@ def watch(end: Watched, sock: socket.socket) -> None:
 
 
 def goes(end: Watched, why: str) -> None:
-    """Wait until the connection is known to be dead; 0.7 s are usual."""
+    """Wait until the connection is detected as dead; usually 0.7 s."""
     started = time.monotonic()
     assert eventually(lambda: end.watch.lost_local, why, 7) == why
     print(f"{time.monotonic() - started:.2f} s")
@@ -102,7 +102,7 @@ def stays(end: Watched) -> None:
 
 
 def removed(address: str) -> str:
-    return f"the connection's local address {address} was removed"
+    return f"local address {address} was removed"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_address_that_is_removed_ends_its_connection(
     address = source.removeprefix("::ffff:")
     with connection(plain, target, source, family) as sock:
         watch(end, sock)
-        # Not that of another one, nor when its time is over but nobody removed it.
+        # Not that of another one, nor one that has expired but was not removed.
         end.shell(
             "ip address add 192.0.2.78/24 dev vclient && ip address del 192.0.2.78/24 dev vclient"
         )
@@ -147,7 +147,7 @@ def test_an_address_that_leaves_before_it_was_looked_at_is_missed_too(
 
 
 def test_an_address_that_is_given_back_at_once_ends_nothing(plain: Bench, end: Watched) -> None:
-    """As a DHCP client may do; nor one that is on another link now."""
+    """As a DHCP client may do; nor one that moved to another link."""
     with connection(plain, SERVER_ADDRESS, OURS4) as sock:
         watch(end, sock)
         for _ in range(3):
@@ -173,7 +173,7 @@ def test_a_link_that_is_down_is_waited_for_unless_there_is_another_way(
         with plain.link_down(CLIENT):
             stays(end)
             with another_way(end):
-                goes(end, f"the link of the connection's local address {OURS4} is down")
+                goes(end, f"the link of local address {OURS4} is down")
 
 
 def test_a_link_that_is_gone_ends_its_connection(plain: Bench, end: Watched) -> None:
@@ -232,7 +232,7 @@ def test_multipath_tcp_lives_while_one_of_its_paths_does(plain: Bench) -> None:
             end.ip("address", "del", f"{addresses[CLIENT]}/24", "dev", "wc")
             goes(
                 end,
-                f"the connection's local addresses {OURS4} and {addresses[CLIENT]} were removed",
+                f"local addresses {OURS4} and {addresses[CLIENT]} were removed",
             )
     finally:
         for host in (SERVER, CLIENT):

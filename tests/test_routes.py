@@ -1,16 +1,14 @@
-"""Other names, addresses and routes than the usual ones, and the route that would catch its own
-tunnel."""
+"""Custom device names, addresses and routes; a route that would capture the tunnel's connection."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import subprocess
 
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
 
-from ttun import routes
+from ttun import Client
 from ttun.cli import main
 from ttun.errors import TtunError, UsageError
 from ttun.lab import netns
@@ -27,7 +25,7 @@ def test_addresses_that_are_given_replace_the_usual_ones() -> None:
     assert (str(parsed.ipv4), str(parsed.peer4)) == ("10.9.0.1/32", "10.8.0.2")
     assert (str(parsed.ipv6), str(parsed.peer6)) == ("fd00::1/64", "fd01::2")
     for wrong in ("10.9.0", "fd00::1", "10.9.0.1/33", ""):
-        with pytest.raises(UsageError, match="an address of the tunnel"):
+        with pytest.raises(UsageError, match="invalid tunnel address"):
             Addresses.parse(USUAL, local4=wrong)
 
 
@@ -37,19 +35,7 @@ def test_a_network_with_host_bits_is_refused() -> None:
         parse_network("198.51.100.1/24")
 
 
-V4_TABLE = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
-eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\t0\t0\t0
-eth0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
-ttun0\t006433C6\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
-ttun0\t0001010A\t00000000\t0001\t0\t0\t0\tFCFFFFFF\t0\t0\t0
-"""
-NONE = "00000000000000000000000000000000 00 " + "0" * 32
-V6_TABLE = f"""fc11{"0" * 28} 7e {NONE} 00000100 00000001 00000000 00000001 ttun0
-20010db8{"0" * 24} 20 {NONE} 00000100 00000001 00000000 00000001 eth0
-{"0" * 32} 00 {NONE} ffffffff 00000001 00000000 00200200 lo
-"""
-
-
+@pytest.mark.hosts
 @pytest.mark.parametrize(
     ("network", "peer", "caught"),
     [
@@ -59,31 +45,40 @@ V6_TABLE = f"""fc11{"0" * 28} 7e {NONE} 00000100 00000001 00000000 00000001 ttun
         ("0.0.0.0/0", "192.0.2.1", False),  # the link's own is longer
         ("0.0.0.0/0", "203.0.113.1", True),
         ("0.0.0.0/1", "198.51.100.1", False),
-        ("198.51.100.0/24", "198.51.100.1", True),  # the other one is our own device's
+        ("198.51.100.0/24", "198.51.100.1", True),
         ("198.51.100.0/24", "203.0.113.1", False),
-        ("10.0.0.0/8", "10.1.1.1", True),  # the longer one, too
-        ("fc00::/7", "fc11::1", True),
-        ("2001:db8::/64", "2001:db8::1", True),
+        ("10.0.0.0/8", "10.1.1.1", True),  # by the link's own route
+        ("2001:db8::/65", "2001:db8::1", True),
         ("2000::/3", "2001:db8::1", False),
         ("2000::/3", "2001:db9::1", True),
         ("127.0.0.0/8", "127.0.0.1", False),
+        ("::/0", "fe80::1%lo", False),
         ("0.0.0.0/0", "", False),
         ("0.0.0.0/0", "a.name", False),
     ],
 )
-def test_the_way_to_the_peer_is_known(
-    monkeypatch: pytest.MonkeyPatch, network: str, peer: str, caught: bool
+def test_the_kernel_says_which_way_the_connection_would_go(
+    plain: Bench, network: str, peer: str, caught: bool
 ) -> None:
-    tables = {"/proc/net/route": V4_TABLE, "/proc/net/ipv6_route": V6_TABLE}
-    monkeypatch.setattr(routes, "_table", lambda path: tables[path].splitlines())
-    net = ipaddress.ip_network(network)
-    assert (routes.catching([net], peer, "ttun0") == net) == caught
+    client = Client(b"key", server="192.0.2.1", routes=[parse_network(network)])
+
+    def ask() -> TtunError | None:
+        client.open()
+        try:
+            return client._why_not(peer)
+        finally:
+            client.stop()
+
+    client._open = lambda: None  # type: ignore[method-assign]  # it would refuse 192.0.2.1
+    why = plain.on(CLIENT, ask)
+    said = f"--route {network} would route the tunnel's own connection to {peer} into the tunnel"
+    assert why is None if not caught else str(why) == said
 
 
 @pytest.mark.hosts
 @ONCE
 def test_two_tunnels_with_other_addresses_side_by_side(bench: Bench) -> None:
-    """Each with a name, addresses and a route of its own; all of it goes with them."""
+    """Each with its own name, addresses and route; all are removed when it stops."""
     ends = []
     for n in (1, 2):
         port = str(20300 + n)
@@ -111,7 +106,9 @@ def test_two_tunnels_with_other_addresses_side_by_side(bench: Bench) -> None:
 def test_a_route_over_the_own_connection_is_refused(bench: Bench) -> None:
     client = bench.client("--route", "192.0.2.0/25")
     assert client.ended() == 2
-    assert "the route to 192.0.2.0/25 would carry the tunnel's own way to 192.0.2.1" in client.log()
+    assert (
+        "--route 192.0.2.0/25 would route the tunnel's own connection to 192.0.2.1" in client.log()
+    )
     assert bench.devices(CLIENT) == []
     bench.server()
     client = bench.client("--route", "0.0.0.0/0")  # the link's own route is longer
@@ -120,10 +117,10 @@ def test_a_route_over_the_own_connection_is_refused(bench: Bench) -> None:
 
 
 def test_a_route_of_ipv6_takes_an_mtu_that_ipv6_takes() -> None:
-    """Said before anybody asks for the right to make a device."""
+    """Reported before privileges are checked."""
     import ttun
 
-    why = "--route 2001:db8::/64: IPv6 takes an MTU of 1280 or more, and it is 1279"
+    why = "--route 2001:db8::/64: IPv6 requires an MTU of 1280 or more, not 1279"
     with pytest.raises(UsageError, match=why):
         ttun.Server(b"key", mtu=1279, routes=[parse_network("2001:db8::/64")])
 
@@ -131,7 +128,7 @@ def test_a_route_of_ipv6_takes_an_mtu_that_ipv6_takes() -> None:
 def test_what_is_wrong_with_such_a_route_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["client", "-k", "x", "-s", "h:1", "--route", "2001:db8::/64", "-mtu", "1000"]
     assert main(line) == 2
-    said = "--route 2001:db8::/64: IPv6 takes an MTU of 1280 or more, and it is 1000"
+    said = "--route 2001:db8::/64: IPv6 requires an MTU of 1280 or more, not 1000"
     assert capsys.readouterr().err == f"ttun: {said}; see ttun client -h\n"
 
 
@@ -145,7 +142,7 @@ def test_without_ipv6_a_route_of_it_says_so(bench: Bench) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ttun: cannot add a route to 2001:db8::/64 through ttun0: ttun0 has no IPv6 "
+        "ttun: cannot add route 2001:db8::/64 through ttun0: ttun0 has no IPv6 "
         "(sysctl net.ipv6.conf.default.disable_ipv6=0)"
     )
 
@@ -155,7 +152,7 @@ def test_without_ipv6_a_route_of_it_says_so(bench: Bench) -> None:
 def test_a_device_of_that_name_is_a_line(bench: Bench) -> None:
     end = bench.start(CLIENT, "client", "-k", "x", "-s", "192.0.2.1", "--dev", "lo")
     assert end.ended() == 1
-    assert "ttun: there is a device lo already: choose another name" in end.log()
+    assert "ttun: device lo already exists (choose another name)" in end.log()
 
 
 @pytest.mark.hosts
@@ -165,7 +162,7 @@ def test_a_route_that_is_there_already_is_a_line(bench: Bench) -> None:
         SERVER, "server", "-k", "x", "--route", "198.51.100.0/24", "--route", "198.51.100.0/24"
     )
     assert end.ended() == 1
-    assert "cannot add a route to 198.51.100.0/24 through ttun0: there is one" in end.log()
+    assert "cannot add route 198.51.100.0/24 through ttun0: it already exists" in end.log()
 
 
 NO_NAMES = [

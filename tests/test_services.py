@@ -216,12 +216,12 @@ def test_a_credential_that_all_can_read_is_refused(
     file = tmp_path / "psk"
     file.write_text("secret")
     file.chmod(0o440)
-    with pytest.raises(TtunError, match="others can read"):
+    with pytest.raises(TtunError, match="readable by other users"):
         key.read_file(file)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert key.read_file(file) == b"secret"
     file.chmod(0o444)
-    with pytest.raises(TtunError, match="others can read"):
+    with pytest.raises(TtunError, match="readable by other users"):
         key.read_file(file)
 
 

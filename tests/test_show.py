@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from impostor import Place, line, made
+from screen import uncolored, written
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
 from ttun.commands import show
@@ -50,7 +51,7 @@ def test_a_tunnel_answers_in_every_form(bench: Bench) -> None:
     assert roles == {"client", "server"}
     text = shown(bench, "ttun0")
     assert "ttun0: client\n  peer: 192.0.2.1:20203 over tcp\n" in text
-    assert f"wire: {bench.wire}, {bench.cipher}" in text
+    assert f"protocol: {bench.wire}, {bench.cipher}" in text
     metrics = shown(bench, "--prometheus")
     netns = f'netns="{bench.pair.names[CLIENT]}"'
     assert f'ttun_connected{{device="ttun0",role="client",{netns}}} 1' in metrics
@@ -58,7 +59,8 @@ def test_a_tunnel_answers_in_every_form(bench: Bench) -> None:
     for text in metrics.splitlines():
         assert re.fullmatch(r"# (HELP|TYPE) ttun_\w+ .+|ttun_\w+\{[^}]+\} [0-9.e+-]+", text), text
     client.process.send_signal(signal.SIGUSR1)
-    assert "status: ttun0: client; peer: 192.0.2.1:20203 over tcp; wire" in client.says("status:")
+    said = client.says("status:")
+    assert "status: ttun0: client; peer: 192.0.2.1:20203 over tcp; protocol: " in said
     assert bench.ping(CLIENT, TUNNEL4[SERVER]) == 1, "it goes on"
 
 
@@ -95,7 +97,7 @@ def test_watch_shows_rates(bench: Bench) -> None:
     )
     end = time.monotonic() + 20
     for shows in watching.stdout:
-        if shows.startswith("  receiving") and "bit/s" in shows and "█" in shows:
+        if shows.startswith("  downlink") and "bit/s" in shows and "█" in shows:
             break
         assert time.monotonic() < end, "no graph"
     watching.send_signal(signal.SIGINT)
@@ -130,7 +132,7 @@ def test_rates_of_tunnels_that_look_alike_are_not_mixed(place: Place) -> None:
     place.answer("b.sock", line(netns=2, totals=totals))
     out = place.watch(seconds=4)
     assert out.count("ttun0: server, netns 1, pid ") >= 2
-    rates = re.findall(r"^  sending +([0-9.]+) bit/s", out, re.M)
+    rates = re.findall(r"^  uplink +([0-9.]+) bit/s", out, re.M)
     assert len(rates) >= 4 and set(rates) == {"0.0"}, out
 
 
@@ -152,12 +154,58 @@ def test_a_rate_of_any_size_stands_apart_and_in_the_same_column() -> None:
     total = {"uplink_bytes": 0, "downlink_bytes": 0}
     rates.add(0.0, total)
     rates.add(1.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 0})
-    sending, receiving = rates.lines()
-    assert sending.startswith("  sending   23.20 Gbit/s  ")
-    assert receiving.startswith("  receiving    0.0 bit/s  ")
-    assert len(sending) == len(receiving)
+    uplink, downlink = rates.lines(80)
+    assert uplink.startswith("  uplink    23.20 Gbit/s  ")
+    assert downlink.startswith("  downlink     0.0 bit/s  ")
+    assert len(uplink) == len(downlink) == 80
     rates.add(2.0, {"uplink_bytes": 2_900_000_000, "downlink_bytes": 2_900_000_000})
-    assert rates.lines()[1].startswith("  receiving 23.20 Gbit/s  ")
+    assert rates.lines(200)[1].startswith("  downlink  23.20 Gbit/s  ")
+    assert [len(text) for text in rates.lines(200)] == [86, 86], "a minute, and no more"
+
+
+def on_a_terminal(place: Place, *options: str, columns: int = 80, rows: int = 24) -> str:
+    command = [*PROGRAM, "show", *options]
+    seconds = 4 if "--watch" in options else 60
+    own = {name: place.environment[name] for name in ("XDG_RUNTIME_DIR", "LC_ALL")}
+    return written(command, columns, rows, seconds=seconds, **own)
+
+
+def test_a_terminal_wraps_what_is_wider_and_colors_states(place: Place) -> None:
+    peer = f"tox:{'0123456789ABCDEF' * 5}"
+    missing = [f"route 203.0.{number}.0/24 missing" for number in range(9)]
+    place.answer("a.sock", line(peer=peer, missing=missing))
+    place.answer("b.sock", line(peer=None, device="ttun1"))
+    text = on_a_terminal(place)
+    for state in ("\033[32m  connected\033[0m: ", "\033[33m  not connected\033[0m\n",
+                  "\033[31m  device\033[0m: route 203.0.0.0/24 missing"):  # fmt: skip
+        assert state in text
+    lines = uncolored(text).splitlines()
+    assert all(len(each) <= 80 for each in lines if peer not in each)
+    piped = place.show()[0]
+    assert " ".join(uncolored(text).split()) == " ".join(piped.split())
+    assert ", ".join(missing) in piped and "\033" not in piped, "lines of a pipe stay whole"
+
+
+@pytest.mark.parametrize(("tunnels", "lines_of_each"), [(1, 9), (5, 2)])
+def test_watch_fits_the_terminal(place: Place, tunnels: int, lines_of_each: int) -> None:
+    for number in range(tunnels):
+        place.answer(f"{number}.sock", line(device=f"ttun{number}"))
+    *_, before, _ = on_a_terminal(place, "--watch").split(show.CLEAR)
+    lines = uncolored(before).splitlines()
+    assert tunnels * lines_of_each <= len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    for number in range(tunnels):
+        assert any(each.startswith(f"ttun{number}: server") for each in lines)
+    assert sum("uplink " in each and "bit/s" in each for each in lines) == tunnels
+
+
+def test_watch_says_how_many_tunnels_do_not_fit(place: Place) -> None:
+    for number in range(30):
+        place.answer(f"{number}.sock", line(device=f"ttun{number}"))
+    *_, before, _ = on_a_terminal(place, "--watch", rows=12).split(show.CLEAR)
+    lines = uncolored(before).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "and 25 more (ttun show --watch DEVICE shows one)"
 
 
 @pytest.mark.hosts

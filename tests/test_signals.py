@@ -290,7 +290,7 @@ def test_tox_answers_sigusr1_with_a_line_and_goes_on(plain: Bench, tmp_path: Pat
 
     def answers() -> bool:  # the first ones may come before it waits for them
         tox.process.send_signal(signal.SIGUSR1)
-        return tox.log().count("status: off the Tox network: offline; no peer") >= 3
+        return tox.log().count("status: not on the Tox network; no peers") >= 3
 
     eventually(answers, "three lines")
 

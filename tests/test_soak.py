@@ -1,6 +1,6 @@
-"""Much through one session, with fresh keys all the while: nothing is lost, nothing grows.
+"""A long transfer through one session with frequent rekeying: no loss, no memory growth.
 
-2 GiB on each wire; TTUN_TEST_GIB=200 is the long run.
+2 GiB in each protocol; TTUN_TEST_GIB=200 is the long run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_counters_are_exact_and_memory_is_flat(bench: Bench) -> None:
 
     server, client = eventually(lambda: agreed(*ends), "each counts what the other one sent")
     rekeys = [end.status()["rekeys"] for end in ends]
-    print(f"fresh keys {rekeys[0]} times")
+    print(f"{rekeys[0]} rekeys")
     assert all(rekeys) if rekey else rekeys == [None, None]
     for counted in (server, client):
         assert counted["uplink_bytes"] > rounds * GIB
@@ -51,7 +51,7 @@ def test_counters_are_exact_and_memory_is_flat(bench: Bench) -> None:
 
 
 def agreed(server: End, client: End) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Return what both count in their only session, once nothing is under way between them."""
+    """Return the counters of both ends' only session, once no data is in flight."""
     counted = []
     for end in (server, client):
         answer = end.status()

@@ -93,7 +93,7 @@ def test_nothing_is_left_of_an_end_that_could_not_start(plain: Bench) -> None:
             SERVER, [*prefix, "server", "-k", "secret", "--user", "daemon"], stderr=file
         )
     assert process.wait(20) == 1
-    assert "cannot become the user daemon" in log.read_text()
+    assert "cannot switch to user daemon" in log.read_text()
     assert sockets() == []
 
 
@@ -160,7 +160,7 @@ def test_root_does_not_write_where_the_owner_of_the_directory_leads(
         (planted / "kept").touch()
     before = planted.lstat()
     server = plain.server()
-    server.says("going on as")
+    server.says("dropped privileges")
     after = planted.lstat()
     assert (before.st_mode, before.st_uid) == (after.st_mode, after.st_uid)
     assert os.listdir(victim) == ["kept"] and victim.stat().st_uid == 0
@@ -363,5 +363,5 @@ def test_a_lack_of_threads_passes(home: Path) -> None:
     program.goes_on()
     assert program.process.wait(10) == 0
     said = program.log.read_text()
-    assert said.count("no answer to ttun show for now: can't start new thread") == 1
+    assert said.count("cannot answer ttun show: can't start new thread") == 1
     assert list(home.iterdir()) == []

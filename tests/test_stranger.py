@@ -1,4 +1,4 @@
-"""What a stranger learns where only x1 is accepted: nothing, whatever is sent, and when it ends."""
+"""Active probing of a server that accepts only x1: no answer, a close at a random time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = [0, 1, 15, 16, 17, 18, 100, 100_000]
 
 
 def watch(socks: list[socket.socket], seconds: float) -> list[tuple[float, bytes]]:
-    """Read all until they end, so long at most; when each one ended, and what came."""
+    """Read from all until they close, for at most so long: time of close, and data."""
     started, seen = time.monotonic(), {sock: (float("inf"), b"") for sock in socks}
     with selectors.DefaultSelector() as selector:
         for sock in socks:
@@ -83,7 +83,7 @@ def test_a_recorded_mark_gets_no_answer_and_a_client_still_gets_in(plain: Bench)
             assert again.recv(16) == b"never"
         client = plain.client("--wire", "x1")
         client.says("authenticated")
-    assert "another key" in server.log()
+    assert "different pre-shared key" in server.log()
 
 
 def test_a_mark_is_answered_once() -> None:
@@ -96,7 +96,7 @@ def test_a_mark_is_answered_once() -> None:
     next(steps)
     with pytest.raises(UnrecognizedError):
         steps.send(nonce)
-    # Where v1 is accepted too, it is answered as anybody is: with a nonce that has no mark.
+    # If v1 is accepted too, the answer is a nonce without a mark, as for anyone.
     steps = handshake.server(K, terms(), answered)
     next(steps)
     answer = steps.send(nonce)[0]
@@ -139,7 +139,7 @@ def test_an_ipv6_network_counts_as_one_address(one: str, other: str, same: bool)
 
 @pytest.mark.hosts
 def test_many_addresses_of_one_ipv6_network_are_one(plain: Bench) -> None:
-    """They once had room for 64 connections each."""
+    """Each once could have 64 connections."""
     server = plain.server()
     for number in range(2, 8):
         plain.run(CLIENT, "ip", "address", "add", f"2001:db8::{number:x}00/64", "dev", "vclient",
@@ -154,7 +154,7 @@ def test_many_addresses_of_one_ipv6_network_are_one(plain: Bench) -> None:
                     socket.create_connection(("2001:db8::1", 20203), 15, source) for _ in range(30)
                 ],
             )
-        server.says("too many unfinished handshakes")
+        server.says("too many pending handshakes")
         assert server.usage()[0] < 64 + 30, "180 connections were made"
         for sock in socks:
             sock.close()

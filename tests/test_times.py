@@ -1,6 +1,6 @@
-"""How long things take that no test waits for: the times of docs/protocol.md, to the second.
+"""Timeouts that are too long to wait for: the times of docs/protocol.md, to the second.
 
-The clock of the control thread is set ahead, and so is how long the codec says that nothing came.
+The clock of the control thread is simulated, and so is the time since the last frame.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ttun import control
 
 
 class Codec:
-    """The codec, but for the time since the peer's last frame."""
+    """The codec, with a simulated time since the peer's last frame."""
 
     silence = 0.0
 
@@ -47,7 +47,7 @@ def codec(monkeypatch: pytest.MonkeyPatch) -> Codec:
 
 
 def frames_until_it_has_looked(rig: Rig) -> set[bytes]:
-    """The types of all frames of ours up to an answer that followed a look at the clock."""
+    """The types of all frames sent up to an answer after a timer check."""
     kinds = set()
     for _ in range(3):
         ping = os.urandom(8)
@@ -59,13 +59,13 @@ def frames_until_it_has_looked(rig: Rig) -> set[bytes]:
 
 
 def is_in_use(rig: Rig) -> bool:
-    """Whether the life of the key has begun."""
+    """Whether the key is in use."""
     assert rig.session.control is not None
     return rig.session.control._used_since is not None
 
 
 def ended(rig: Rig) -> str:
-    """Why it ended by itself, and soon."""
+    """Why it ended, without being stopped."""
     eventually(lambda: rig.session.is_over, "it is over", 10)
     return rig.ended()
 
@@ -87,7 +87,7 @@ def test_a_server_lets_four_minutes_pass(clock: Clock) -> None:
         clock.ahead = 238
         frames_until_it_has_looked(rig)
         clock.ahead = 241
-        assert ended(rig) == "the peer let twice the life of a key pass"
+        assert ended(rig) == "the peer did not rekey in time"
 
 
 @pytest.mark.parametrize("role", ["client", "server"])
@@ -103,12 +103,12 @@ def test_the_peer_has_a_minute_to_go_on_with_a_rekey(role: str, clock: Clock) ->
         clock.ahead += 58
         frames_until_it_has_looked(rig)
         clock.ahead += 3
-        assert ended(rig) == "the peer did not go on with fresh keys"
+        assert ended(rig) == "the peer did not complete the rekey"
 
 
 def test_a_ping_follows_two_and_a_half_seconds_of_silence(clock: Clock, codec: Codec) -> None:
     with rigged() as rig:
-        rig.peer.receive_control(PING)  # at the start there is one
+        rig.peer.receive_control(PING)  # one is sent at the start
         clock.ahead = codec.silence = 2.2
         assert PING not in frames_until_it_has_looked(rig)
         clock.ahead = codec.silence = 3
@@ -123,7 +123,7 @@ def test_a_peer_that_takes_nothing_is_gone_after_sixteen_seconds(
         time.sleep(0.3)
         assert not rig.session.is_over
         clock.ahead = codec.silence = 16.2
-        assert ended(rig) == "no sign of life from the peer for 16 s"
+        assert ended(rig) == "peer timed out: last received 16 s ago"
 
 
 def test_a_peer_that_takes_data_and_sends_nothing_is_gone_after_a_minute(
@@ -144,5 +144,5 @@ def test_a_peer_that_takes_data_and_sends_nothing_is_gone_after_a_minute(
         time.sleep(0.3)
         assert not rig.session.is_over
         codec.silence = 60.2
-        assert ended(rig) == "no sign of life from the peer for 60 s"
+        assert ended(rig) == "peer timed out: last received 60 s ago"
         assert clock.monotonic() - ours._progress_at < control.DEAD_AFTER, "not for another reason"

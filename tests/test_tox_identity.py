@@ -56,7 +56,7 @@ def test_names(names: Path) -> None:
     assert identity.find_contact(ID) == (bytes.fromhex(ID), None)
     assert identity.find_contact("home") == (bytes.fromhex(ID), None)
     assert identity.find_contact("office") == (bytes.fromhex(ID), b"a secret")
-    with pytest.raises(UsageError, match="no name in"):
+    with pytest.raises(UsageError, match="nor a name in"):
         identity.find_contact("nobody")
     for line, name in ((4, "bad"), (5, "empty")):
         with pytest.raises(TtunError, match=f"line {line}"):
@@ -82,7 +82,7 @@ def test_the_names_of_tuntox_come_behind_ours(names: Path, tmp_path: Path) -> No
     assert identity.find_contact("laptop") == (address, b"its #secret")
     with pytest.raises(UsageError) as error:
         identity.find_contact("nobody")
-    assert f"no name in {names} or {theirs}" in str(error.value)
+    assert f"nor a name in {names} or {theirs}" in str(error.value)
     theirs.chmod(0o644)
     with pytest.raises(TtunError, match="chmod 600"):
         identity.find_contact("laptop")
@@ -93,7 +93,7 @@ def test_the_names_of_tuntox_come_behind_ours(names: Path, tmp_path: Path) -> No
 def test_no_file_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UsageError, match="no Tox ID"):
+    with pytest.raises(UsageError, match="not a Tox ID"):
         identity.find_contact("home")
 
 
@@ -167,7 +167,7 @@ def test_nodes_of_a_file(tmp_path: Path) -> None:
 def test_what_is_no_list_of_nodes(tmp_path: Path, text: str) -> None:
     file = tmp_path / "nodes.json"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(TtunError, match="no list of bootstrap nodes"):
+    with pytest.raises(TtunError, match="not a list of bootstrap nodes"):
         nodes.load(file)
 
 

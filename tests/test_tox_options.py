@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_what_is_no_proxy(value: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["socks4", "SOCKS4a", "https"])
 def test_a_proxy_that_toxcore_cannot_use_is_named(scheme: str) -> None:
-    with pytest.raises(UsageError, match=f"no {scheme.lower()} proxies"):
+    with pytest.raises(UsageError, match=f"{scheme.lower()} is not supported"):
         read(ALL_PROXY=f"{scheme}://h:1")
 
 
@@ -204,6 +205,31 @@ def without_library(*arguments: str, **environment: str) -> subprocess.Completed
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("-L", b"2222:\xff\xfe:22"),
+        ("-L", b"*:2222:h\xe4:22"),
+        ("-W", b"\xff\xfe:22"),
+        ("-W", b"h\xe4@1"),
+    ],
+)
+def test_a_host_that_is_not_utf8_is_bad_usage(option: str, value: bytes) -> None:
+    """It ended the client's loop when the first connection was forwarded."""
+    done = subprocess.run(
+        [*PROGRAM, "tox", "-t", "0", "-i", ID, option, value], capture_output=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.decode().splitlines()
+    assert re.search(r"the host .*\\x(ff|fe|e4) is not valid UTF-8", line), line
+
+
+def test_a_proxy_whose_host_is_not_utf8_is_bad_usage() -> None:
+    with pytest.raises(UsageError, match="is not valid UTF-8"):
+        read(ALL_PROXY=os.fsdecode(b"socks5://h\xff:1080"))
+
+
 def test_a_missing_library_is_one_line() -> None:
     done = without_library()
     assert done.returncode == 1
@@ -218,7 +244,7 @@ def test_a_client_may_name_its_server(tmp_path: Path) -> None:
     done = without_library("-i", "home", "-p", XDG_CONFIG_HOME=str(tmp_path))
     assert (done.returncode, "apt install libtoxcore2" in done.stderr) == (1, True), done.stderr
     done = without_library("-i", "work", "-p", XDG_CONFIG_HOME=str(tmp_path))
-    assert (done.returncode, "no name in" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "nor a name in" in done.stderr) == (2, True), done.stderr
 
 
 def test_called_as_tuntox_it_is_ttun_tox(tmp_path: Path) -> None:
@@ -231,7 +257,7 @@ def test_called_as_tuntox_it_is_ttun_tox(tmp_path: Path) -> None:
         for arguments, code, said in (
             (["-h"], 0, "-L [BIND:]PORT:HOST:PORT"),
             (["-p"], 2, "a client needs one -i"),
-            (["-p", "-i", ID[:-1] + "0"], 2, "its checksum is wrong"),
+            (["-p", "-i", ID[:-1] + "0"], 2, "wrong checksum"),
             (["server"], 2, "see ttun tox -h"),
         ):
             done = subprocess.run([*call, *arguments], capture_output=True, text=True, check=False)

@@ -118,15 +118,15 @@ def test_a_request_and_its_acknowledgement_on_the_wire() -> None:
 @pytest.mark.parametrize(
     ("packet", "said"),
     [
-        (b"", "less than its header"),
-        (b"\xa2\x6b\x06\x00\x00\x01\x00", "less than its header"),
-        (pack(TCP, 1, b"abc")[:-1], "claims 3"),
+        (b"", "too short for a header"),
+        (b"\xa2\x6b\x06\x00\x00\x01\x00", "too short for a header"),
+        (pack(TCP, 1, b"abc")[:-1], "too short for 3 bytes of data"),
         (b"\xa2\x6a" + pack(TCP, 1)[2:], "version 1"),
         (b"\x00\x00" + pack(TCP, 1)[2:], "magic 0x0000"),
         (pack(0x0999), "unknown type 0x0999"),
-        (pack(REQUESTTUNNEL, 22, b"\0\0\0"), "forward id"),
-        (pack(ACKTUNNEL, 22, b"\0\0\0"), "forward id"),
-        (pack(DENYTUNNEL, 0, b"\0\0\0\1"), "forward id"),
+        (pack(REQUESTTUNNEL, 22, b"\0\0\0"), "forward ID"),
+        (pack(ACKTUNNEL, 22, b"\0\0\0"), "forward ID"),
+        (pack(DENYTUNNEL, 0, b"\0\0\0\1"), "forward ID"),
         (pack(HELLO, 0, b""), "version"),
     ],
 )
@@ -379,7 +379,7 @@ def test_an_answer_that_is_refused_leaves_the_request_to_a_later_one() -> None:
     client, server = pair()
     ours, _ = tunnel(client, server)
     forward_id = client.request("host", 1, "waiting")
-    with pytest.raises(ProtocolError, match="twice"):
+    with pytest.raises(ProtocolError, match="already open"):
         client.receive(pack(ACKTUNNEL, ours.id, struct.pack(">I", forward_id)))
     answer = pack(DENYTUNNEL, 0, struct.pack(">IB", forward_id, packets.REFUSED))
     assert client.receive(answer) == Denied("waiting", packets.REFUSED)

@@ -1,5 +1,5 @@
-"""Whole packets between two ends with offloads: the header that the receiver restores is the one
-that the sender's kernel had, and what a hostile peer makes up is refused.
+"""Offloaded packets between two ends with offloads: the receiver restores the header of the
+sender's kernel, and malformed offload packets of a hostile peer are rejected.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_a_checksum_of_nonsense_is_made_again(v6: bool, udp: bool) -> None:
 @FAMILIES
 @PROTOCOLS
 def test_a_small_packet_goes_as_packets_do(v6: bool, udp: bool) -> None:
-    """It may be merged with others at the receiver; a large one may not, so it saves a sum."""
+    """The receiver can coalesce small ones; for a large one it saves a checksum."""
     small, large = (
         Packet(v6=v6, udp=udp, payload=b"x" * size, options=b"" if udp else TIMESTAMPS)
         for size in (1000, 60000)
@@ -70,7 +70,7 @@ def test_a_small_packet_goes_as_packets_do(v6: bool, udp: bool) -> None:
 
 @FAMILIES
 def test_a_packet_in_a_packet_stays_as_it_is(v6: bool) -> None:
-    """As of VXLAN: the outer checksum is complete, or there is none; the inner one is not."""
+    """As in VXLAN: the outer checksum is complete or absent, the inner one is partial."""
     inner = Packet(v6=v6, udp=True, payload=bytes(40_000))
     outer = Packet(v6=v6, udp=True, payload=bytes(22) + inner.partial())
     for data in (outer.whole(), outer.partial()):
@@ -83,7 +83,7 @@ def test_a_packet_in_a_packet_stays_as_it_is(v6: bool) -> None:
 @FAMILIES
 @PROTOCOLS
 def test_a_sum_over_other_addresses_is_completed_by_the_sender(v6: bool, udp: bool) -> None:
-    """The receiver makes that sum from the addresses in the header, so it would be another."""
+    """The receiver would compute another sum, from the addresses in the header."""
     packet = Packet(v6=v6, udp=udp, payload=bytes(40_000), final=bytes(range(32 if v6 else 8)))
     for gso_size in (0, 1000):
         assert not stays_whole(packet.vnet(gso_size), packet.partial())
@@ -133,7 +133,7 @@ def test_a_header_that_says_something_else_is_not_taken_for_whole() -> None:
 
 
 def judge(packet: bytes, gso_size: int) -> Vnet | None:
-    """The rules of docs/protocol.md, written again."""
+    """A second implementation of the rules of docs/protocol.md."""
     if len(packet) >= 40 and packet[0] >> 4 == 6:
         start, protocol = 40, packet[6]
         if struct.unpack(">H", packet[4:6])[0] != len(packet) - 40:
@@ -169,7 +169,7 @@ def judge(packet: bytes, gso_size: int) -> Vnet | None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_forged_packets_are_judged_as_the_rules_say(seed: int) -> None:
-    """Whatever is let through has lengths that fit, and segments with right checksums."""
+    """Accepted packets have correct lengths, and segments with valid checksums."""
     dice = random.Random(seed)
     accepted = 0
     for _ in range(1500):

@@ -1,6 +1,6 @@
-"""What a session leaves in the memory that it gives back: neither its keys nor its packets.
+"""A session leaves neither keys nor packets in freed memory.
 
-A program of its own runs one, with a library that looks into each block that is freed: freed.c.
+It runs in a separate program, with a library that inspects each freed block: freed.c.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``make test`` of a user who may make no namespaces: green, and it says what was left out."""
+"""``make test`` without user namespaces: it passes, and lists the skipped tests."""
 
 from __future__ import annotations
 

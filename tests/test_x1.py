@@ -1,5 +1,5 @@
-"""Wire x1's marks, offers and keys, without a socket in what is tested: against the independent
-peer, and against what an attacker may have recorded."""
+"""Marks, offers and keys of protocol x1, without sockets: against the independent peer, and against
+replays and recordings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ttun.sodium import KeyPair, Secret, blake2b
 
 
 def x1_against(role: str, peer: Callable[[X1Peer], None], ours: Terms | None = None) -> Keys:
-    """Our side in a role, against what the independent peer does in the other one."""
+    """Run one side in a role, against the independent peer in the other."""
     steps = OURS[role](K, terms() if ours is None else ours)
     return against(steps, lambda sock: peer(X1Peer(sock, ciphers=tuple(BITS))))
 
@@ -83,7 +83,7 @@ def test_it_agrees_with_an_independent_peer(role: str, cipher: str) -> None:
 
 
 def both(ours: Terms, theirs: Terms) -> tuple[Keys, Keys]:
-    """Two of ours, the first the client."""
+    """Two ttun sides, the first one the client."""
     servers: list[Keys] = []
     client = against(
         handshake.client(K, ours),
@@ -133,7 +133,7 @@ def test_no_common_cipher_is_told_on_both_sides() -> None:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("nonce", ["random", "of another key", "of the other role"])
 def test_what_carries_no_valid_mark_is_v1(role: str, nonce: str) -> None:
-    """To such a peer nothing is sent that only a holder of the key could make."""
+    """Such a peer gets nothing that only a holder of the key can create."""
     theirs = 1 - ROLES[role]
     sent = {
         "random": os.urandom(16),
@@ -168,7 +168,7 @@ def test_a_replayed_mark_gets_no_further_than_its_nonce() -> None:
     answer, wanted = steps.send(recorded)
     assert (len(answer), wanted) == (16, 2), "a nonce and no frame"
     steps.send((24).to_bytes(2, "big"))
-    with pytest.raises(ProtocolError, match="wrong key"):
+    with pytest.raises(ProtocolError, match="authentication failed"):
         steps.send(os.urandom(24))
 
 
@@ -179,7 +179,7 @@ def test_wire_x1_refuses_a_peer_without_a_mark(role: str) -> None:
         sock.recv(1000)
         assert sock.recv(1000) == b""
 
-    with pytest.raises(ProtocolError, match="it speaks wire v1 alone, or has another key"):
+    with pytest.raises(ProtocolError, match="protocol v1, or different pre-shared key"):
         against(OURS[role](K, terms(wire="x1")), peer)
 
 
@@ -187,12 +187,12 @@ def test_wire_x1_refuses_a_peer_without_a_mark(role: str) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda offer: offer[:43], "its offer has a length of 59"),
-        (lambda offer: offer + b"\0", "its offer has a length of 61"),
-        (lambda offer: b"TTUN/x2\0" + offer[8:], "no offer where one belongs"),
+        (lambda offer: offer[:43], "its offer has length 59"),
+        (lambda offer: offer + b"\0", "its offer has length 61"),
+        (lambda offer: b"TTUN/x2\0" + offer[8:], "missing offer"),
         (lambda offer: offer[:8] + b"\0" + offer[9:], "the peer's none known"),
         (lambda offer: offer[:8] + b"\xf8" + offer[9:], "the peer's none known"),
-        *[(lambda o, key=key: o[:12] + key, "gives no secret") for key in LOW_ORDER],
+        *[(lambda o, key=key: o[:12] + key, "low-order X25519 key") for key in LOW_ORDER],
     ],
 )
 def test_an_offer_that_is_none_is_refused(
@@ -214,7 +214,7 @@ def test_a_packet_in_place_of_the_offer_is_refused(role: str) -> None:
         them.send(b"E" * 100)
         them.exactly(1000)
 
-    with pytest.raises(ProtocolError, match="its offer has a length of 116"):
+    with pytest.raises(ProtocolError, match="its offer has length 116"):
         x1_against(role, peer)
 
 
@@ -227,7 +227,7 @@ def test_what_an_offer_may_hold_later_is_no_trouble() -> None:
     assert keys.agreement is not None and keys.agreement.features == 0x83
 
 
-def test_an_unfinished_handshake_wants_few_bytes() -> None:
+def test_a_pending_handshake_wants_few_bytes() -> None:
     for prefix in range(65536):
         steps = handshake.server(K, terms())
         next(steps)
@@ -240,7 +240,7 @@ def test_an_unfinished_handshake_wants_few_bytes() -> None:
 
 
 def test_a_recording_and_the_key_open_nothing_after_the_offers() -> None:
-    """Forward secrecy: all that was on the wire and the pre-shared key are not enough."""
+    """Forward secrecy: recorded traffic and the pre-shared key are not enough."""
     recorded: dict[str, bytes] = {"client": b"", "server": b""}
     sides = {"client": handshake.client(K, terms()), "server": handshake.server(K, terms())}
     keys: dict[str, Keys] = {}

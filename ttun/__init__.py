@@ -1,16 +1,16 @@
 """A point-to-point tunnel over one TCP connection: a TUN device on each side, AEAD frames.
 
-``Server`` and ``Client`` are the whole interface; the command line is built on them::
+``Server`` and ``Client`` are the main interface; the command line is built on them::
 
     import ttun
 
     with ttun.Server(b"secret", listen=":20203") as server:
         server.wait()
 
-The rest is what they take and give: Settings say what the options mean, Addresses, Network and
-Limits are values of some, Status is what an end tells of itself. GivenSocket and GivenSockets put a
-tunnel into stream sockets of the program's own. docs/library.md has whole programs. Lines for a log
-go to the logger "ttun", which writes nothing unless the program says where.
+Settings documents their options; Addresses, Network and Limits are types of option values; Status
+is the state of an endpoint. GivenSocket and GivenSockets run a tunnel over stream sockets that the
+program provides. docs/library.md has complete examples. The logger "ttun" writes nothing until the
+program adds a handler.
 """
 
 import logging
@@ -51,15 +51,15 @@ logging.getLogger("ttun").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs the extension when it is asked for: ``ttun -h`` works without it."""
+    """Import modules that need the extension on first use, so that ``ttun -h`` works without."""
     if name not in __all__:
         raise AttributeError(f"module 'ttun' has no attribute {name!r}")
     from ttun import client, record, server, settings, transport
 
-    rooms = (client, server, record, settings, transport)
-    return next(getattr(room, name) for room in rooms if hasattr(room, name))
+    modules = (client, server, record, settings, transport)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def __dir__() -> list[str]:
-    """Return the names of the interface."""
+    """Return the public names."""
     return __all__

@@ -1,6 +1,6 @@
-"""Where every launcher begins: ``python -m ttun``, the installed ``ttun``, a wheel's script.
+"""Entry point of every launcher: ``python -m ttun``, the installed ``ttun``, a wheel's script.
 
-Signals come first: all that is imported before them cannot be interrupted in good order.
+The signal handlers are set up first, so that the imports that follow can be interrupted cleanly.
 """
 
 import sys
@@ -9,7 +9,7 @@ from ttun.process.signals import end_while_loading
 
 
 def main() -> int:
-    """Run the command line of this process and return its exit code."""
+    """Run the command line and return its exit code."""
     end_while_loading()
     from ttun.cli import main as run
 

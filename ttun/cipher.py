@@ -1,6 +1,7 @@
-"""The AEAD ciphers, and one direction of a session keyed with one of them.
+"""The AEAD ciphers, and the state of one direction of a session.
 
-The ciphers are libsodium's. Their addresses go straight to the codec, so no packet meets Python.
+The ciphers are libsodium's. The codec calls them directly by address, so packets are never handled
+in Python.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from ttun._codec import ffi, lib
 from ttun.errors import TtunError, UsageError
 
 PREFIX: int = lib.TTUN_PREFIX
-TO_SERVER, TO_CLIENT = 0, 1  # the direction in the nonce of a frame, and in a mark of x1.py
+TO_SERVER, TO_CLIENT = 0, 1  # the direction byte of frame nonces, and of the marks in x1.py
 
 
 class Cipher(NamedTuple):
     """An AEAD with a 32-byte key."""
 
     name: str  # on the command line
-    function: str  # of libsodium, without what the function does
+    function: str  # prefix of libsodium's function names
     tag_size: int  # bytes
-    bit: int  # in an offer of protocol x1
+    bit: int  # in a protocol x1 offer
     in_v1: bool
-    without_aes: str  # what it is on a processor without AES instructions: "fast", "slow", "absent"
+    without_aes: str  # on a processor without AES instructions: "fast", "slow" or "absent"
 
 
-# The best first. RFC 10032, NIST SP 800-38D, RFC 8439.
+# In order of preference. RFC 10032, NIST SP 800-38D, RFC 8439.
 CIPHERS = {
     cipher.name: cipher
     for cipher in (
@@ -36,11 +37,11 @@ CIPHERS = {
         Cipher("chacha20-poly1305", "crypto_aead_chacha20poly1305_ietf", 16, 1, True, "fast"),
     )
 }
-EVERYWHERE = CIPHERS["chacha20-poly1305"]  # every end has it: for frames before an agreement
+EVERYWHERE = CIPHERS["chacha20-poly1305"]  # always available: used until the ends have agreed
 
 
 def by_name(name: str) -> Cipher:
-    """Return the cipher of that name.
+    """Return the cipher with this name.
 
     Raises UsageError for an unknown name, TtunError where the processor lacks the cipher.
     """
@@ -48,26 +49,26 @@ def by_name(name: str) -> Cipher:
         raise UsageError(f"unknown cipher {name!r}: choose {' or '.join(reversed(CIPHERS))}")
     if CIPHERS[name].without_aes == "absent" and not sodium.HAS_AES:
         raise TtunError(
-            f"{name} needs AES instructions, which this processor lacks: "
-            f"use -m {EVERYWHERE.name} on both ends"
+            f"{name} requires AES instructions, which this processor lacks "
+            f"(use -m {EVERYWHERE.name} on both ends)"
         )
     return CIPHERS[name]
 
 
 def fast() -> list[Cipher]:
-    """Return the ciphers that run well on this processor, the best first."""
+    """Return the ciphers that are fast on this processor, in order of preference."""
     return [cipher for cipher in CIPHERS.values() if sodium.HAS_AES or cipher.without_aes == "fast"]
 
 
 class CipherState:
-    """One direction of a session: a key and the counter of its frames.
+    """One direction of a session: a key and a frame counter.
 
-    ``c`` is the ``struct ttun_cipher_state`` for the codec, which wipes it when it frees it.
-    ``direction`` is TO_SERVER or TO_CLIENT; ``key`` has 32 bytes.
+    ``c`` is the codec's ``struct ttun_cipher_state``; the codec wipes it before freeing it.
+    ``direction`` is TO_SERVER or TO_CLIENT; ``key`` is 32 bytes.
     """
 
     def __init__(self, cipher: Cipher, direction: int, key: bytes | bytearray) -> None:
-        """Key it; the next frame is number 0."""
+        """Set the key; the next frame is number 0."""
         self.cipher = cipher
         state = lib.ttun_cipher_new(
             *_functions(cipher), cipher.tag_size, direction, ffi.from_buffer(key)
@@ -77,29 +78,29 @@ class CipherState:
         self.c: Any = ffi.gc(state, lib.ttun_cipher_free)
 
     def seal(self, packet: bytes) -> bytes:
-        """Return the next frame: prefix, ciphertext and tag. ValueError if it fits no frame."""
+        """Return the next frame: prefix, ciphertext, tag. Raises ValueError if it is too large."""
         frame = ffi.new("uint8_t[]", PREFIX + len(packet) + self.cipher.tag_size)
         size = lib.ttun_seal(self.c, frame, ffi.from_buffer(packet), len(packet))
         if size == 0:
-            raise ValueError(f"a packet of {len(packet)} bytes fits no frame")
+            raise ValueError(f"packet too large for a frame: {len(packet)} bytes")
         return bytes(ffi.buffer(frame, size))
 
     def open(self, ciphertext: bytes) -> bytes | None:
-        """Return the packet in a frame without its prefix, or None if it fails authentication."""
+        """Decrypt a frame without its prefix; return None if authentication fails."""
         buffer = ffi.new("uint8_t[]", ciphertext)
         size = lib.ttun_open(self.c, buffer, len(ciphertext))
         return None if size < 0 else bytes(ffi.buffer(buffer, size))
 
     def wipe(self) -> None:
-        """Overwrite the key now, whoever still refers to it."""
+        """Overwrite the key now, even if other references to it remain."""
         lib.ttun_cipher_wipe(self.c)
 
 
 def _functions(cipher: Cipher) -> tuple[Any, Any, Any]:
-    """Return encrypt, decrypt and expand of a cipher as the codec takes them.
+    """Return a cipher's encrypt, decrypt and expand functions for the codec.
 
-    Some ciphers do work that depends on the key alone; libsodium can do that once and not for each
-    packet. PyNaCl does not name those functions in Python, but its extension may export them.
+    libsodium can expand the key of some ciphers once instead of once per packet. PyNaCl has no
+    Python bindings for these functions, but its extension may export them.
     """
     names = [cipher.function + suffix for suffix in ("_encrypt_afternm", "_decrypt_afternm")]
     library = os.fsencode(sodium.FILE)
@@ -118,5 +119,5 @@ def _functions(cipher: Cipher) -> tuple[Any, Any, Any]:
 
 
 def _address(function: str) -> int:
-    """Return the address of a function of libsodium that PyNaCl names."""
+    """Return the address of a libsodium function that PyNaCl binds."""
     return int(sodium.ffi.cast("uintptr_t", sodium.ffi.addressof(sodium.lib, function)))

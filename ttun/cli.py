@@ -1,6 +1,6 @@
-"""What the commands do; parser.py is the grammar of the command line.
+"""Run a command of the command line, whose grammar is in parser.py.
 
-Errors are one line on stderr: exit code 2 for bad usage, 1 for what cannot work here.
+An error is one line on stderr; the exit code is 2 for bad usage and 1 for any other failure.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import contextlib
 import errno
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
 
-from ttun.commands import key
-from ttun.commands.parser import build_parser, join_values
+from ttun.commands import key, parser
+from ttun.commands.parser import join_values
 from ttun.errors import TtunError, UsageError, printable
 from ttun.process import log_writer, program_name, standard_streams
 from ttun.process.argv import Parser, find_secrets
 from ttun.process.signals import end_while_starting
 
+try:
+    from ttun.lab import command as lab
+except ModuleNotFoundError:  # not part of a wheel
+    lab = None  # type: ignore[assignment]
+
 log = logging.getLogger("ttun")
 
-MOST_MIB = 1 << 20  # of a transfer of the demo
-# What write(2) says of a stream that takes no more.
+# What write(2) fails with when a stream accepts no more data.
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,15 +64,20 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _fail(_describe(error))
     except ImportError as error:
         if error.name == "ttun._codec":
-            return _fail("the codec is not built here: run make in the source directory")
-        return _fail(f"cannot load what it needs: {error} (ttun doctor says what is missing)")
+            return _fail("the codec is not built (run make in the source directory)")
+        return _fail(f"cannot load a package: {error} (see ttun doctor)")
     except MemoryError:
         return _fail("not enough memory")
     except Exception as error:
         if "new thread" in str(error):  # RuntimeError, of threading
-            return _fail(f"{error}: too many run for this user (ulimit -u), or too little memory")
+            return _fail(f"{error}: out of memory, or limit reached (ulimit -u)")
         # A bug: one line, without what is in memory.
         return _fail(f"internal error: {type(error).__name__}: {error}")
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    return parser.build_parser(lab.add_options if lab else None)
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
@@ -77,29 +85,27 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     if arguments is None:
         _hide_secrets(given, parser)
+    if lab is None and given[:1] in (["demo"], ["bench"]):
+        where = f"run make and ./ttun.py {given[0]} in the source directory"
+        raise TtunError(f"{given[0]} is not part of the wheel ({where})")
     if given[:1] == ["tox"]:
         options = argparse.Namespace(command="tox", run="tox", arguments=given[1:])
     else:
         options = parser.parse_args(join_values(given, parser))
     if not sys.platform.startswith("linux"):
-        raise TtunError("ttun runs on Linux only so far: it needs a Linux TUN device")
+        raise TtunError("ttun runs on Linux only: it needs a Linux TUN device")
     end_while_starting(options.run)
     threading.excepthook = _log_failed_thread
     try:
         return int(COMMANDS[options.run](options))
     except UsageError as error:
         raise UsageError(f"{error}; see ttun {options.command} -h") from None
-    except ModuleNotFoundError as error:
-        if error.name != "ttun.lab":
-            raise
-        where = f"run ./ttun.py {options.command} in the source directory, after make"
-        raise TtunError(f"a wheel has no {options.command}: {where}") from None
 
 
 def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
-    """Overwrite what may be a key where others see this command line, before anything can fail."""
-    added = len(arguments) - len(sys.argv[1:])  # by the name that this program was called by
-    with contextlib.suppress(ImportError):  # of what is not installed; that is said later
+    """Overwrite what may be a key in the process list, before anything can fail."""
+    added = len(arguments) - len(sys.argv[1:])  # for the name that this program was started under
+    with contextlib.suppress(ImportError):  # a package is not installed; reported later
         if arguments[:1] == ["tox"]:
             from ttun.tox import options
 
@@ -110,20 +116,20 @@ def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
 
 
 def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
-    """Log what ended a thread that should not have ended, in one line."""
+    """Log an exception that ended a thread, in one line."""
     name = failed.thread.name if failed.thread else "thread"
     text = f"{failed.exc_type.__name__}: {failed.exc_value}"
     log.error("internal error: %s: %s", name, printable(text))
 
 
 def _describe(error: OSError) -> str:
-    """Return what went wrong. What a command opens it mostly answers for itself."""
+    """Return what went wrong. Commands report most errors of files that they open themselves."""
     why = error.strerror or str(error)
     if error.filename:
         return f"{os.fsdecode(error.filename)}: {why}"
     if error.errno in OUTPUT_ERRORS:
         return f"cannot write the output: {why}"
-    return f"{why}: raise its limit (ulimit -n)" if error.errno == errno.EMFILE else why
+    return f"{why} (raise the limit: ulimit -n)" if error.errno == errno.EMFILE else why
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -147,54 +153,6 @@ def run_doctor(options: argparse.Namespace) -> int:
     return doctor.run(None if peer is None else tcp.parse_address(peer, listening=False))
 
 
-def run_demo(options: argparse.Namespace) -> int:
-    """``ttun demo``."""
-    from ttun.lab import demo
-
-    if not 1 <= options.size <= MOST_MIB:
-        raise UsageError(f"--size {options.size}: from 1 to {MOST_MIB} MiB")
-    return demo.run(options.size)
-
-
-def run_bench_codec(_: argparse.Namespace) -> int:
-    """``ttun bench codec``."""
-    from ttun.lab import bench
-
-    return bench.codec()
-
-
-def run_bench_tunnel(options: argparse.Namespace) -> int:
-    """``ttun bench tunnel``."""
-    from ttun.lab import bench
-
-    _check_amount(options)
-    return bench.tunnel(
-        options.rounds, options.seconds, options.against, options.json, options.plot
-    )
-
-
-def run_bench_link(options: argparse.Namespace) -> int:
-    """``ttun bench link``."""
-    from ttun.lab import bench_link
-
-    _check_amount(options)
-    plan = bench_link.Plan(
-        bench_link.parse_link(options.rate, options.rtt, options.queue),
-        bench_link.parse_losses(options.loss),
-        options.rounds,
-        options.seconds,
-        options.congestion_control,
-        options.emulator,
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the hosts are removed then too
-    return bench_link.run(plan, options.against, options.json, options.plot)
-
-
-def _check_amount(options: argparse.Namespace) -> None:
-    if options.rounds < 1 or not 0 < options.seconds < 3600:
-        raise UsageError("at least one round and less than an hour")
-
-
 def run_show(options: argparse.Namespace) -> int:
     """``ttun show``."""
     from ttun.commands import show
@@ -209,10 +167,8 @@ def run_tox(options: argparse.Namespace) -> int:
 
     parser = Parser(
         prog="ttun tox",
-        description="Forward ports through Tox to a machine behind NAT; the options are tuntox's.",
+        description="Forward ports through Tox to a machine behind NAT, with options as in Tuntox.",
         epilog=tox_options.EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return command.run(parser, options.arguments)
 
@@ -234,10 +190,7 @@ def run_client(options: argparse.Namespace) -> int:
 COMMANDS = {
     "genkey": run_genkey,
     "doctor": run_doctor,
-    "demo": run_demo,
-    "bench_codec": run_bench_codec,
-    "bench_tunnel": run_bench_tunnel,
-    "bench_link": run_bench_link,
+    **(lab.COMMANDS if lab else {}),
     "show": run_show,
     "tox": run_tox,
     "server": run_server,

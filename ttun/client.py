@@ -1,9 +1,10 @@
-"""The client: dials its servers in turn, runs a session, and dials again, for ever."""
+"""The client: connect to its servers in turn, run a session, reconnect, until stopped."""
 
 from __future__ import annotations
 
 import collections
 import errno
+import ipaddress
 import logging
 import random
 import socket
@@ -13,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import handshake, proxy, tcp
+from ttun import default_route, handshake, name_servers, netlink, privileges, proxy, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
-from ttun.errors import LACKS, UsageError, is_lack
+from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.peer import Peer
-from ttun.routes import catching
 from ttun.settings import (
     CLIENT,
     DEFAULT_LIMITS,
@@ -31,8 +31,8 @@ from ttun.transport import Candidate, Dialer
 
 log = logging.getLogger("ttun")
 
-# Seconds. A server that took so long to answer had another client. If it then closes the connection
-# it has taken the next one who waited: this one was not refused, and waits again.
+# Seconds. A server that takes longer to answer was serving another client. If it then closes the
+# connection, a third client was first: this one was not rejected, and may retry soon.
 WAITED = 1.0
 
 
@@ -45,10 +45,10 @@ def dialer(
     through: str | None = None,
     bind: str | None = None,
 ) -> Dialer:
-    """Return what reaches a server, whatever its address is like. Raises TtunError.
+    """Return the Dialer for a server address of any kind. Raises TtunError.
 
-    mptcp, control, bind: as tcp.Dialer takes them. nodes: a file of nodes to enter the Tox network
-    by. through: the URL of a proxy.
+    mptcp, control, bind: see tcp.Dialer. nodes: a file with bootstrap nodes of the Tox network.
+    through: the URL of a proxy.
     """
     if server.strip().lower().startswith("tox:"):
         if through is not None or bind is not None:
@@ -62,30 +62,30 @@ def dialer(
 
 
 class Backoff:
-    """How long to wait before the next dial, in seconds.
+    """How long to wait before the next connection attempt, in seconds.
 
-    1 s, doubled with each attempt up to 30 s, with jitter so that many clients of a server that
-    comes back do not come all at once; back to 1 s after a session of over 60 s. At once after a
-    session of over 10 s, and for a minute after it never more than 1 s: most outages are short.
-    That ends with the first short session: two clients with one key that take the server over from
-    each other are no outage.
+    The delay is 1 s, doubled with each attempt up to 30 s, with jitter so that the clients of a
+    restarted server do not connect all at once. A session longer than 60 s resets it. After a
+    session longer than 10 s the client reconnects at once, and waits at most 1 s for the next
+    minute, as most outages are short. A short session ends that minute: two clients that keep
+    taking the server over from each other are not an outage.
 
-    A server that takes the connection and does not answer has another client, or its end of a
-    relay is away: it is dialled again every few seconds, to be in soon after that changes.
-    The same holds for one that answered late and took another client that had waited too.
+    A server that accepts the connection but does not answer is serving another client, or the
+    relay's far end is down. Retry every few seconds, to connect soon after that changes. Likewise
+    when the server answered late and then served another waiting client.
     """
 
     FIRST, MOST, MOST_AT_FIRST = 1.0, 30.0, 1.0
     GOOD_SESSION, LONG_SESSION, AT_FIRST = 10.0, 60.0, 60.0
-    UNANSWERED = 4.0  # at most, from one dial to the next where the server hung up at once
+    UNANSWERED = 4.0  # at most, between attempts when the server closes the connection at once
 
     def __init__(self) -> None:
-        """Start as if there had never been a session."""
+        """Start with no previous session."""
         self._delay = self._silence = self.FIRST
         self._good_session = float("-inf")  # when it ended
 
     def after_session(self, duration: float, now: float) -> float:
-        """Return the wait after a session that lasted duration seconds and ended now."""
+        """Return the delay after a session of duration seconds that ended now."""
         self._silence = self.FIRST
         if duration > self.LONG_SESSION:
             self._delay = self.FIRST
@@ -96,7 +96,7 @@ class Backoff:
         return self.after_failure(now)
 
     def after_failure(self, now: float) -> float:
-        """Return the wait after a dial or a handshake that failed now."""
+        """Return the delay after a connection attempt or handshake that failed now."""
         wait = self._delay * random.uniform(0.75, 1.0)
         self._delay = min(2 * self._delay, self.MOST)
         if now - self._good_session < self.AT_FIRST:
@@ -104,22 +104,22 @@ class Backoff:
         return wait
 
     def after_move(self, now: float) -> float:
-        """Return the wait after this end has moved or slept: none, as after an outage."""
+        """Return the delay after an address change or a suspend: none."""
         self._delay, self._good_session = self.FIRST, now
         return 0.0
 
     def after_silence(self, seconds: float) -> float:
-        """Return the wait after a connection whose peer said nothing for so many seconds."""
+        """Return the delay after a connection on which the peer sent nothing for seconds."""
         wait = max(self.FIRST, self._silence - seconds) * random.uniform(0.75, 1.0)
         self._silence = min(2 * self._silence, self.UNANSWERED)
         return wait
 
 
 class Client(Endpoint):
-    """The end that dials.
+    """The end that connects.
 
     >>> client = ttun.Client(b"secret", server="192.0.2.1:20203")
-    >>> client.start()           # opens ttunN, then dials in the background; raises ttun.TtunError
+    >>> client.start()           # opens ttunN, connects in the background; raises ttun.TtunError
     >>> client.status().peer     # None until it is connected
     >>> client.stop()
     """
@@ -145,31 +145,37 @@ class Client(Endpoint):
         addresses: Addresses | None = Settings.addresses,
         routes: Sequence[Network] = Settings.routes,
         limits: Limits = DEFAULT_LIMITS,
+        default_route: bool = Settings.default_route,
+        users: Sequence[int] = Settings.users,
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
-        """Take the pre-shared key, any bytes; see Settings for what both ends can be told.
+        """key: the pre-shared key, any bytes. For options of both ends, see Settings.
 
-        server: HOST:PORT, tox:ID, another Dialer, or several of these, to be tried in turn. proxy:
-        its URL. bind: an address of this machine or %DEVICE. Callbacks and errors: see Endpoint.
+        server: HOST:PORT, tox:ID, another Dialer, or several of these, tried in turn. proxy:
+        its URL. bind: an address of this machine or %DEVICE. For callbacks and errors, see
+        Endpoint.
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
-            buffers, device, addresses, routes, limits,
+            buffers, device, addresses, routes, limits, default_route, users,
         )  # fmt: skip
         super().__init__(key, settings, on_connected, on_disconnected)
         self._dialers = collections.deque[Dialer]()
         for each in several("server", server, str, Dialer):
             if isinstance(each, str):
                 each = dialer(each, mptcp, congestion_control, through=proxy, bind=bind)  # noqa: PLW2901
+            each.outside = default_route
             self._dialers.append(each)
         self._dialer = self._dialers[0]
-        self._known: Sequence[str] = ()  # addresses that routes could catch
-        self._best: str | None = None  # the candidate of the last session
+        self._known: Sequence[str] = ()  # server addresses that routes could match
+        self._best: str | None = None  # candidate of the last session
 
     def _prepare(self) -> None:
-        """Find the servers' addresses before routes are there that may catch the question."""
-        if not self._settings.routes:
+        """Resolve the servers before adding routes, which may capture the DNS query."""
+        if self._settings.default_route:
+            privileges.check()
+        elif not self._settings.routes:
             return
         backoff = Backoff()
         while not self._stop.is_set():
@@ -185,16 +191,20 @@ class Client(Endpoint):
             if len(failures) < len(self._dialers):
                 self._known = known
                 return
+            if self._settings.default_route and name_servers.are_outside():
+                log.info("cannot look up %s", failures[0])  # which works behind the rules too
+                return
             wait = backoff.after_failure(time.monotonic())
             what = "; ".join(map(str, failures))
-            log.info("cannot look up %s; trying again in %.1f s", what, wait)
+            log.info("cannot resolve %s; retrying in %.1f s", what, wait)
             self._stop.wait(wait)
         raise InterruptedError
 
     def _open(self) -> None:
-        reasons = [self._caught(address) for address in self._known]
-        if reasons and all(reasons):
-            raise UsageError(str(reasons[0]))
+        outside = [default_route.OUTSIDE] if self._settings.default_route else []
+        reasons = [self._why_not(address) for address in self._known or outside]
+        if reasons and reasons[0] and all(reasons):
+            raise reasons[0]
 
     def _begin(self) -> None:
         for each in self._dialers:
@@ -220,32 +230,48 @@ class Client(Endpoint):
                 self._pause(wait)
 
     def _pause(self, seconds: float) -> None:
-        """Wait so long, or until the machine has slept meanwhile."""
+        """Wait, but return early after a system suspend."""
         end = time.monotonic() + seconds
         while not self._stop.is_set() and (left := end - time.monotonic()) > 0:
             if why := self._why_dead():
-                log.info("dialling now: %s", why)
+                log.info("reconnecting now: %s", why)
                 return
             self._turn(left)
 
     def _why_dead(self) -> str | None:
         assert self._watch is not None
         if self._watch.suspended:
-            return f"the machine was suspended for {self._watch.suspended:.0f} s"
+            return f"the system was suspended for {self._watch.suspended:.0f} s"
         return super()._why_dead()
 
-    def _caught(self, address: str) -> str | None:
-        """Return why an address cannot be dialled: a route of ours would carry it."""
+    def _why_not(self, address: str) -> TtunError | None:
+        """Return an error if the tunnel would capture its own connection to this address."""
         assert self._device is not None
-        route = catching(self._settings.routes, address, self._device.name)
-        if route is None:
+        try:
+            target = ipaddress.ip_address(address)
+        except ValueError:
             return None
-        return f"the route to {route} would carry the tunnel's own way to {address}"
+        if isinstance(target, ipaddress.IPv6Address):
+            target = target.ipv4_mapped or target
+        if target.is_link_local:
+            return None
+        tunnel, way = self._device.index, netlink.device_to(target, self._users[0])
+        if way == tunnel:
+            found = [each for each in self._settings.routes if target in each]
+            route = str(max(found, key=lambda each: each.prefixlen)) if found else "default"
+            return UsageError(
+                f"--route {route} would route the tunnel's own connection to {address} into the "
+                "tunnel"
+            )
+        if way and self._settings.default_route:
+            why = default_route.why_dropped(target, way, tunnel)
+            return TtunError(why) if why else None
+        return None
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
-        """Try each server in turn, from the last one on, until one has proved the key.
+        """Try each server in turn, from the last one on, until one authenticates.
 
-        Returns that peer, or None and how many seconds to wait.
+        Return that peer, or None and the seconds to wait.
         """
         self._watch_connection(None)
         waits: list[float] = []
@@ -274,15 +300,15 @@ class Client(Endpoint):
                 except LACKS as error:
                     failures.append(error)
                     if getattr(error, "errno", None) == errno.ECONNRESET:
-                        # It was taken; one that was not is ECONNREFUSED: tcp_reset() of Linux.
+                        # Accepted, then reset; otherwise ECONNREFUSED (tcp_reset() in Linux).
                         waits.append(backoff.after_silence(0.0))
                     continue
-                peer, silent_for = self._shake_hands(sock, candidate)
+                peer, silence = self._shake_hands(sock, candidate)
                 if peer is not None:
                     self._best = candidate.name
                     return peer
-                if silent_for is not None:
-                    waits.append(backoff.after_silence(silent_for))
+                if silence is not None:
+                    waits.append(backoff.after_silence(silence))
         except InterruptedError:
             return None
         except LACKS as error:
@@ -294,37 +320,40 @@ class Client(Endpoint):
         return None
 
     def _dial(self, candidate: Candidate) -> socket.socket:
-        if candidate.address is not None and (why := self._caught(candidate.address)):
-            raise OSError(why)
+        if candidate.address is not None and (why := self._why_not(candidate.address)):
+            raise OSError(str(why))
         return candidate.dial(self._stop)
 
     def _shake_hands(
         self, sock: socket.socket, candidate: Candidate
     ) -> tuple[Peer | None, float | None]:
-        """Prove the key to each other.
+        """Run the handshake.
 
-        Returns the peer, or None and for how many seconds it was silent, None if it was not.
+        Return the peer, or None and the seconds of silence, None if it answered.
         """
         began = time.monotonic()
         steps = handshake.client(self._k, self._terms)
-        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps)
+        patience = self._dialer.patience
+        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:
             self._watch_connection(sock)
-            silent_for: float | None = None  # until it answered
+            answered_after: float | None = None  # until its first byte
             while not self._stop.is_set():
                 why = self._why_dead()
                 if why is not None and self._pending.is_pending(attempt):
                     self._pending.give_up(attempt, why)
                     self._moved = True
-                if silent_for is None and attempt.spoke:
-                    silent_for = time.monotonic() - began
+                if answered_after is None and attempt.spoke:
+                    answered_after = time.monotonic() - began
                 if not self._pending.is_pending(attempt):
-                    waited = silent_for is None or silent_for > WAITED
+                    waited = patience is None and (
+                        answered_after is None or answered_after > WAITED
+                    )
                     return None, time.monotonic() - began if waited else None
                 peer = self._turn()
                 if peer is not None:
                     return replace(peer, name=self._dialer.name), None
-        except BaseException as error:  # else it would be served beside the next one
+        except BaseException as error:  # or it would go on beside the next attempt
             if self._pending.is_pending(attempt):
                 self._pending.give_up(attempt, str(error))
             raise

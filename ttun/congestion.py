@@ -1,16 +1,17 @@
-"""Congestion control of the tunnel's connection: which one, and what the kernel knows of the way.
+"""Congestion control of the tunnel's connection, and its statistics.
 
-1. start(): a socket begins unpaced, with reno, whatever the system's is. One that asked for pacing
-   once is paced by the kernel until its end, and towards a near peer that costs and brings nothing.
-2. choose(): once a handshake has measured the round trip, a connection to a peer that is not near
-   gets bbr. One TCP connection that takes each lost segment for congestion, as cubic does, carries
-   a tenth of such a link (docs/performance.md). What a route says (``congctl`` of ip-route(8))
-   stays.
-3. Way: round trip, retransmitted share, for the log and for ttun show.
+1. start(): a socket starts with reno, whatever the system default. The kernel paces a socket until
+   it is closed once any congestion control has asked for pacing, and on a low-latency path pacing
+   costs CPU time for no gain.
+2. choose(): after the handshake has measured the round-trip time, select bbr unless the peer is
+   near. A congestion control that treats every lost segment as congestion, as cubic does, reaches
+   a tenth of the rate of a lossy link (docs/performance.md). A ``congctl`` in the route
+   (ip-route(8)) takes precedence.
+3. TcpStats: round-trip time and retransmissions, for the log and ttun show.
 
-The kernel loads the module of a congestion control only for a process with CAP_NET_ADMIN, so
-prepare() asks for it before privileges are dropped. Anybody may choose bbr then, unless an
-administrator's net.ipv4.tcp_allowed_congestion_control leaves it out.
+The kernel loads a congestion control module only for a process with CAP_NET_ADMIN, so prepare()
+requests it before privileges are dropped. After that, an unprivileged process can select bbr unless
+net.ipv4.tcp_allowed_congestion_control excludes it.
 
 Sources: tcp(7), struct tcp_info of linux/tcp.h, net/ipv4/tcp_cong.c,
 https://github.com/google/bbr/blob/master/README.
@@ -32,43 +33,43 @@ log = logging.getLogger("ttun")
 
 AUTO, SYSTEM = "auto", "system"
 FAR = "bbr"
-PACING = "bbr"  # how the names of those that pace begin
-# Pacing takes a timer for each 64 KiB: at 20 Gbit/s a tenth of two cores.
-UNPACED = "reno"  # in every kernel, and anybody's to choose
-NEAR = 0.001  # seconds of round trip below which pacing is no use
+PACING = "bbr"  # name prefix of congestion controls that pace
+# Pacing sets a timer for each 64 KiB: at 20 Gbit/s that takes a tenth of two cores.
+UNPACED = "reno"  # in every kernel, and always allowed
+NEAR = 0.001  # seconds of round-trip time below which pacing does not help
 
-NAME_MAX = 15  # bytes; TCP_CA_NAME_MAX has a zero behind it
-# total_retrans; min_rtt, data_segs_out: all u32, in segments and microseconds
+NAME_MAX = 15  # bytes; TCP_CA_NAME_MAX includes a trailing zero
+# struct tcp_info: total_retrans, min_rtt (microseconds), data_segs_out; each u32
 TCP_INFO = struct.Struct("=100xI44xI4xI")
 
 
-class Way(NamedTuple):
-    """What the kernel knows of a connection."""
+class TcpStats(NamedTuple):
+    """The kernel's statistics of a connection."""
 
-    control: str  # the name of its congestion control
-    min_rtt: float | None  # seconds; None in a kernel too old to tell
-    retransmitted: float | None  # of the segments with data that were sent, 0 to 1
+    control: str  # congestion control
+    min_rtt: float | None  # seconds; None where the kernel does not report it
+    retransmitted: float | None  # share of the data segments sent, 0 to 1
 
 
 def checked(name: str) -> str:
-    """Return a name that may be one of a congestion control. Raises UsageError."""
+    """Return name if it is valid for a congestion control. Raises UsageError."""
     if not 0 < len(name) <= NAME_MAX or not name.isascii() or not name.isprintable() or " " in name:
         raise UsageError(
-            f"{name!r} is no congestion control: {AUTO}, {SYSTEM}, or one of "
+            f"unknown congestion control {name!r}: choose {AUTO}, {SYSTEM}, or one of "
             "net.ipv4.tcp_available_congestion_control"
         )
     return name
 
 
 def start(sock: socket.socket, wanted: str = AUTO) -> None:
-    """Have a new socket begin unpaced, a listener's connections too."""
+    """Start a new socket, or a listener's connections, without pacing."""
     if wanted != SYSTEM:
-        with contextlib.suppress(OSError):  # a socketpair; an administrator who allows others only
+        with contextlib.suppress(OSError):  # a socketpair, or reno is not allowed
             _set(sock, UNPACED)
 
 
 def prepare(wanted: str) -> None:
-    """Have the kernel load what choose() will want. Raises TtunError where that is not known."""
+    """Have the kernel load the module that choose() needs. Raises TtunError if it has none."""
     if wanted == SYSTEM:
         return
     try:
@@ -80,10 +81,10 @@ def prepare(wanted: str) -> None:
 
 
 def choose(sock: socket.socket, wanted: str = AUTO) -> str | None:
-    """Choose for a connection whose handshake is done; return why it cannot have what it should.
+    """Set the congestion control after the handshake; return an error text or None.
 
-    wanted: a name, for every connection; "auto" for bbr where the peer is not near, else the
-    system's if that does not pace; "system" to leave it alone.
+    wanted: a name; "auto" for bbr unless the peer is near, else the system default unless that
+    paces; "system" for no change.
     """
     if wanted == SYSTEM:
         return None
@@ -96,9 +97,9 @@ def choose(sock: socket.socket, wanted: str = AUTO) -> str | None:
             system = _get(fresh)
             start(fresh)
             if _get(sock) != _get(fresh):
-                return None  # a route's
+                return None  # set by a route
         except OSError:
-            return None  # a kernel without the option; a socketpair
+            return None  # a kernel without the option, or a socketpair
     if wanted == AUTO:
         near = _is_near(sock)
         wanted = (UNPACED if system.startswith(PACING) else system) if near else FAR
@@ -112,43 +113,43 @@ def choose(sock: socket.socket, wanted: str = AUTO) -> str | None:
 
 
 class Choice:
-    """What an endpoint does about it, and what it says of that."""
+    """Apply an endpoint's congestion control option, and log the result."""
 
     def __init__(self, wanted: str) -> None:
-        """wanted: as choose() takes it."""
+        """wanted: see choose()."""
         self._wanted = wanted
-        self._lacking: str | None = None  # what was said last
+        self._lacking: str | None = None  # the last error logged
 
     def prepare(self) -> None:
         """See prepare()."""
         prepare(self._wanted)
 
     def choose(self, sock: socket.socket) -> None:
-        """Choose for a connection, and say once for each reason why it cannot be had."""
+        """Choose for a connection; log each error once."""
         why = choose(sock, self._wanted)
         if why is not None and why != self._lacking:
             log.warning("cannot use congestion control %s (see ttun doctor)", why)
         self._lacking = why
-        if (found := way(sock)) is not None:
-            rtt = "" if found.min_rtt is None else f", round trip {1000 * found.min_rtt:.1f} ms"
-            log.info("congestion control %s%s", found.control, rtt)
+        if (stats := tcp_stats(sock)) is not None:
+            rtt = "" if stats.min_rtt is None else f", round trip {1000 * stats.min_rtt:.1f} ms"
+            log.info("congestion control %s%s", stats.control, rtt)
 
 
-def way(sock: socket.socket) -> Way | None:
-    """Return what the kernel knows of a connection; None of one that is closed or is not TCP."""
+def tcp_stats(sock: socket.socket) -> TcpStats | None:
+    """Return the statistics of a TCP connection; None if it is closed or not TCP."""
     try:
         name, info = _get(sock), sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
     except OSError:
         return None
     if len(info) < TCP_INFO.size:
-        return Way(name, None, None)
+        return TcpStats(name, None, None)
     retransmitted, min_rtt, sent = TCP_INFO.unpack(info)
-    return Way(name, min_rtt / 1e6, min(1.0, retransmitted / sent) if sent else None)
+    return TcpStats(name, min_rtt / 1e6, min(1.0, retransmitted / sent) if sent else None)
 
 
 def _is_near(sock: socket.socket) -> bool:
-    found = way(sock)
-    return found is not None and found.min_rtt is not None and found.min_rtt < NEAR
+    stats = tcp_stats(sock)
+    return stats is not None and stats.min_rtt is not None and stats.min_rtt < NEAR
 
 
 def _get(sock: socket.socket) -> str:
@@ -162,7 +163,7 @@ def _set(sock: socket.socket, name: str) -> None:
 
 def _why(name: str, error: OSError) -> str:
     if error.errno == errno.ENOENT:
-        return f"this kernel does not have it, or its module is not loaded (modprobe tcp_{name})"
+        return f"not in this kernel, or module not loaded (modprobe tcp_{name})"
     if error.errno == errno.EPERM:
-        return "net.ipv4.tcp_allowed_congestion_control does not allow it"
+        return "not in net.ipv4.tcp_allowed_congestion_control"
     return os.strerror(error.errno or 0)

@@ -1,14 +1,14 @@
-"""Control frames of an x1 session: is the peer alive, how far is it, and fresh keys now and then.
+"""Control frames of a protocol x1 session: liveness, round-trip time, rekeying.
 
-One thread, beside the four that carry packets. It waits for control frames of the peer and looks
-at the clock in between; what it has to say it posts, and it never holds up a packet.
+One thread beside the four packet threads. It takes the peer's control frames from the inbox, checks
+timers in between, and posts its own frames to the outbox; it never blocks a packet.
 
-1. PING after 2.5 s without a frame of the peer; PONG gives the round-trip time. No frame for 16 s,
-   and nothing newly acknowledged by the peer's kernel either (a full queue on a slow link is no
-   death): the peer is gone. Without a frame it is gone after 60 s in any case.
-2. Rekey: the client sends REKEY, the server answers with its own. Each side now has the next keys
-   and gives them to the codec; SWITCH is its last frame under the old one. First the client's,
-   then, as the answer to that, the server's.
+1. Send PING after 2.5 s without a frame from the peer; PONG gives the round-trip time. The peer has
+   timed out after 16 s without a frame, unless its kernel still acknowledges data (a full queue on
+   a slow link), and after 60 s without a frame in any case.
+2. Rekey: the client sends REKEY, the server answers with REKEY. Each side then computes the next
+   keys and passes them to the codec. SWITCH is the last frame under an old key: the client sends
+   it first, the server answers with its own.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ttun.sodium import KeyPair
 from ttun.x1 import Agreement
 
 PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
-# TCP waits twice as long after each retransmission: after 10 s without a link, perhaps 10 s more.
-# With this it is 2 s at most, and 16 s are enough for silence, an outage of 10 s, and an answer.
+# TCP doubles its retransmission timeout each time: after an outage of 10 s it may wait 10 s more.
+# With a limit of 2 s, a session survives such an outage before the liveness check ends it.
 RETRANSMIT_WITHIN = 2000  # ms
-TCP_RTO_MAX_MS = 44  # linux/tcp.h, from Linux 6.15 on; not over Multipath TCP
+TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15; not for Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds
-STORM_PAUSE = 0.005  # seconds after a ping: somebody who sends many does not cost a core
+STORM_PAUSE = 0.005  # seconds after each PING received: limits the CPU time of a flood
 REKEY_TIMEOUT = 60.0  # seconds
 SIOCOUTQ = 0x5411  # linux/sockios.h
 PING_SIZE: int = lib.TTUN_PING_SIZE
@@ -52,10 +52,10 @@ class Control:
     def __init__(
         self, session: Any, sock: socket.socket, agreement: Agreement, limits: Limits
     ) -> None:
-        """Take over the agreement. limits: a server lets twice as much pass."""
-        self.rtt: float | None = None  # seconds, the last one measured
+        """Take ownership of agreement. limits: a server allows twice as much."""
+        self.rtt: float | None = None  # seconds, last measured
         self.rekeys = 0
-        self.reason: str | None = None  # why this thread ended the session, if it did
+        self.reason: str | None = None  # set if this thread ended the session
         self._c = session
         self._sock = sock
         with contextlib.suppress(OSError):  # an older kernel
@@ -68,18 +68,18 @@ class Control:
         self._ping = b""
         self._acknowledged = -1
         self._progress_at = 0.0
-        self._pair: KeyPair | None = None  # the client's, between its REKEY and the server's
-        self._expected: int | None = None  # the frame that goes on with a rekey, None between two
+        self._pair: KeyPair | None = None  # the client's, until the server's REKEY
+        self._expected: int | None = None  # the next frame of a rekey in progress
         self._rekey_at = 0.0
         self._begin_epoch()
         self._thread = threading.Thread(target=self._run, name="ttun-control", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Raises RuntimeError if the process may have no more."""
+        """Start the thread. Raises RuntimeError if no thread is available."""
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until the session is over, then wipe what keys are made of."""
+        """Wait until the session has ended, then wipe the key material."""
         if self._thread.ident is not None:
             self._thread.join()
         self._agreement.p.wipe()
@@ -99,7 +99,7 @@ class Control:
         lib.ttun_session_stop(self._c)
 
     def _take(self) -> int:
-        """Wait for a control frame until it is time to look at the clock."""
+        """Wait for a control frame, until the next timer check."""
         wait = LOOK_AT_CLOCK
         if self._expected is None:
             now = time.monotonic()
@@ -124,7 +124,7 @@ class Control:
                 self.rtt = time.monotonic() - self._pinged_at
                 self._ping = b""
         elif kind != self._expected and (self._expected or kind != self._first()):
-            raise ProtocolError(f"the peer sent a {NAMES[kind]} frame out of place")
+            raise ProtocolError(f"the peer sent an unexpected {NAMES[kind]} frame")
         elif kind == lib.TTUN_REKEY:
             self._go_on(body)
         else:
@@ -141,23 +141,23 @@ class Control:
             self._acknowledged, self._progress_at = acknowledged, now
         silence = lib.ttun_session_silence(self._c) / 1000
         if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= DEAD_AFTER:
-            raise ProtocolError(f"no sign of life from the peer for {silence:.0f} s")
+            raise ProtocolError(f"peer timed out: last received {silence:.0f} s ago")
         if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:
             self._send_ping()
         self._check_key(now)
 
     def _unacknowledged(self) -> int:
-        """Return how many bytes wait in the socket or for the peer's kernel."""
+        """Return the bytes in the send buffer, unsent or not acknowledged."""
         try:
             answer = fcntl.ioctl(self._sock, SIOCOUTQ, bytes(4))
-        except OSError:  # an old kernel, over MPTCP: then what is sent is all that is known
+        except OSError:  # MPTCP in an old kernel: count all that was sent
             return 0
         return int(struct.unpack("=i", answer)[0])
 
-    # ---- fresh keys ----
+    # ---- rekeying ----
 
     def _begin_epoch(self) -> None:
-        """Count from here what goes under the keys in use."""
+        """Start counting time and bytes under the current keys."""
         self._carried = self._bytes()
         self._used_since: float | None = None
         self._looked_at = time.monotonic()
@@ -170,10 +170,10 @@ class Control:
 
     def _check_key(self, now: float) -> None:
         if self._expected is not None and now - self._rekey_at >= REKEY_TIMEOUT:
-            raise ProtocolError("the peer did not go on with fresh keys")
+            raise ProtocolError("the peer did not complete the rekey")
         most = max(now - before for now, before in zip(self._bytes(), self._carried))
         if most > 0 and self._used_since is None:
-            # The first packet came after the last look. Who has to act takes the key for older.
+            # In use since the last check or later. The client rekeys early, the server is lenient.
             self._used_since = self._looked_at if self._agreement.is_client else now
         self._looked_at = now
         if self._used_since is None or self._expected is not None:
@@ -181,26 +181,26 @@ class Control:
         if now - self._used_since < self._limits.seconds and most < self._limits.bytes:
             return
         if not self._agreement.is_client:
-            raise ProtocolError("the peer let twice the life of a key pass")
+            raise ProtocolError("the peer did not rekey in time")
         self._pair = KeyPair()
         self._expect(lib.TTUN_REKEY)
         self._post(lib.TTUN_REKEY, self._pair.public)
 
     def _first(self) -> int | None:
-        """Return the frame of the peer that begins a rekey: the client does."""
+        """Return the peer's frame that starts a rekey; only a client may start one."""
         return None if self._agreement.is_client else int(lib.TTUN_REKEY)
 
     def _expect(self, kind: int) -> None:
         self._expected, self._rekey_at = kind, time.monotonic()
 
     def _go_on(self, public: bytes) -> None:
-        """The peer's REKEY: the next keys can be made."""
+        """Compute the next keys, on the peer's REKEY."""
         pair = self._pair or KeyPair()
         self._pair = None
         self._agreement.rekey(pair, public)
         sending, receiving = self._agreement.states()
         if lib.ttun_session_rekey(self._c, sending.c, receiving.c) != 0:
-            raise ProtocolError("the peer began another rekey too early")
+            raise ProtocolError("the peer began a rekey during another")
         self._expect(lib.TTUN_SWITCH)
         if self._agreement.is_client:
             self._post(lib.TTUN_SWITCH)
@@ -208,7 +208,7 @@ class Control:
             self._post(lib.TTUN_REKEY, pair.public)
 
     def _finish(self) -> None:
-        """The peer's SWITCH: what it sends is under the new key by now."""
+        """Complete the rekey, on the peer's SWITCH: its next frames use the new key."""
         self._expected = None
         self.rekeys += 1
         self._begin_epoch()

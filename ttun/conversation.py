@@ -1,7 +1,8 @@
-"""Drive one side of a protocol over a socket that does not block: a handshake, SOCKS5, a proxy.
+"""Drive one side of a protocol over a non-blocking socket: a handshake, SOCKS5, a proxy.
 
-That side is a generator without I/O. It yields what to send and how many bytes it wants next, is
-sent exactly those, and returns the result. So no byte is read that belongs to what follows.
+The protocol is a generator without I/O. It yields the bytes to send and the number of bytes that it
+needs next, receives exactly that many, and returns the result. Bytes after the end of the protocol
+stay in the socket.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Generic, TypeVar, cast
 
 from ttun.errors import ProtocolError
 
-CLOSED = "it closed the connection before the handshake was over"
+CLOSED = "connection closed during the handshake"
 Result = TypeVar("Result")
 
 
 class Conversation(Generic[Result]):
-    """A generator and the socket that it talks over. The socket, and its end, are the caller's."""
+    """A protocol generator and its socket. The caller owns and closes the socket."""
 
     def __init__(
         self,
@@ -25,17 +26,17 @@ class Conversation(Generic[Result]):
         steps: Generator[tuple[bytes, int], bytes, Result],
         received: bytes | bytearray = b"",
     ) -> None:
-        """Say nothing yet. received: what was read from the socket before."""
+        """received: bytes already read from the socket."""
         self._sock, self._steps = sock, steps
         self._received = bytearray(received)
-        self._wanted: int | None = None  # None: it has not begun
-        self.heard = False  # whether anything was read from the socket here
+        self._wanted: int | None = None  # None: not started
+        self.heard = False  # whether any byte was received
 
     def advance(self) -> Result | None:
-        """Go on to the end and return the result; return None where the peer has to say more first.
+        """Run until the protocol ends and return its result, or None if more input is needed.
 
-        To be called at the beginning, and when the socket is readable. Raises ProtocolError for
-        what the peer does wrong, OSError when the socket fails.
+        Call it once to start and whenever the socket is readable. Raises ProtocolError on invalid
+        input from the peer, OSError when the socket fails.
         """
         try:
             while True:
@@ -43,9 +44,9 @@ class Conversation(Generic[Result]):
                     data, self._wanted = next(self._steps)
                 else:
                     data, self._wanted = self._steps.send(self._take(self._wanted))
-                # An answer is far less than an empty socket buffer takes at once.
+                # A message always fits an empty send buffer.
                 if data and self._sock.send(data) != len(data):
-                    raise OSError("it does not read what it is sent")
+                    raise OSError("the peer does not read")
         except BlockingIOError:
             return None
         except StopIteration as done:
@@ -56,7 +57,7 @@ class Conversation(Generic[Result]):
         self._steps.close()
 
     def _take(self, size: int) -> bytes:
-        """Return the next bytes. Raises BlockingIOError where they have not come yet."""
+        """Return the next size bytes. Raises BlockingIOError if they have not arrived yet."""
         while len(self._received) < size:
             data = self._sock.recv(size - len(self._received))
             if not data:

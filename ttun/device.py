@@ -1,6 +1,6 @@
-"""The TUN device: opened through python-pytun, with addresses and an MTU, and no routes.
+"""The TUN device: open it, set addresses, MTU and queue length, add routes.
 
-python-pytun opens the device and sets its IPv4 address and MTU; an IPv6 address takes one ioctl.
+python-pytun opens the device and sets its IPv4 address and MTU; the rest are ioctls.
 Source: Documentation/networking/tuntap.rst, linux/ipv6.h (struct in6_ifreq), netdevice(7).
 """
 
@@ -30,7 +30,7 @@ log = logging.getLogger("ttun")
 SIOCSIFADDR, SIOCSIFTXQLEN = 0x8916, 0x8943  # linux/sockios.h
 TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h, as are these
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
-# What to ask of the kernel, the most first, and what the codec may then do.
+# What to request from the kernel, most capable first, and the matching codec flags.
 OFFLOAD_TCP = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
 OFFLOADS = [
     (  # Linux 6.2
@@ -39,16 +39,16 @@ OFFLOADS = [
     ),
     (OFFLOAD_TCP, lib.TTUN_OFFLOAD_VNET | lib.TTUN_OFFLOAD_TCP),
 ]
-STALE_PACKETS = 10_000  # more than any queue of a TUN device is set to hold
+STALE_PACKETS = 10_000  # more than any device queue holds
 
 
 class Device:
-    """An open TUN device. It is gone when it is closed, or with the process.
+    """An open TUN device. The kernel removes it when it is closed or the process ends.
 
-    ``offload`` has the TTUN_OFFLOAD bits of what it can do, for the codec. ``name`` is what it was
-    called when it was made, or when a DeviceWatch looked last; ``index`` is the kernel's number for
-    it. ``addresses``, ``mtu`` and ``networks`` are what it was given, ``has_ipv6`` whether it got
-    an IPv6 address.
+    ``offload`` holds the codec's TTUN_OFFLOAD bits. ``name`` is the last known name (DeviceWatch
+    follows renames), ``index`` the interface index. ``addresses``, ``mtu`` (bytes) and ``networks``
+    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set,
+    ``default_route`` whether default_route.py routes packets through it.
     """
 
     def __init__(
@@ -61,15 +61,18 @@ class Device:
         *,
         queue: int = NORMAL.queue,
     ) -> None:
-        """Open a device, bring it up, and route networks through it. Raises TtunError."""
+        """Open and configure the device, bring it up, add routes. Raises TtunError.
+
+        queue: length of its transmit queue, in packets.
+        """
         privileges.check()
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
-        self.has_ipv6 = False
+        self.has_ipv6 = self.default_route = False
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
             if _is_taken(name):
-                raise TtunError(f"there is a device {name} already: choose another name") from None
+                raise TtunError(f"device {name} already exists (choose another name)") from None
             raise TtunError(_why_no_device(error)) from None
         try:
             self.name: str = self._tun.name
@@ -84,7 +87,7 @@ class Device:
             raise
         except OSError as error:
             self.close()
-            raise TtunError(f"cannot set up {self.name}: {error.strerror or error}") from None
+            raise TtunError(f"cannot configure {self.name}: {error.strerror or error}") from None
 
     def _configure(self, addresses: Addresses, mtu: int, queue: int) -> None:
         self._tun.mtu = mtu
@@ -94,12 +97,12 @@ class Device:
         self._tun.netmask = str(addresses.ipv4.netmask)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             request = struct.pack("=16si20x", self.name.encode(), queue)  # struct ifreq
-            with contextlib.suppress(PermissionError):  # root of a user namespace may not
+            with contextlib.suppress(PermissionError):  # root in a user namespace
                 fcntl.ioctl(control, SIOCSIFTXQLEN, request)
         self._tun.up()
         shown = [str(addresses.ipv4)]
         if mtu < MIN_IPV6_MTU:
-            log.info("no IPv6 in the tunnel: it needs an MTU of %d or more", MIN_IPV6_MTU)
+            log.info("no IPv6 in the tunnel: the MTU is below %d", MIN_IPV6_MTU)
         else:
             try:
                 self._add_ipv6(addresses.ipv6)
@@ -118,18 +121,18 @@ class Device:
             fcntl.ioctl(control, SIOCSIFADDR, request)
 
     def fileno(self) -> int:
-        """Return the descriptor, non-blocking."""
+        """Return the non-blocking descriptor."""
         descriptor: int = self._tun.fileno()
         return descriptor
 
     def is_gone(self) -> bool:
-        """Return whether somebody removed the device: its descriptor is in error then, for ever."""
+        """Return whether the device was removed: poll() then reports POLLERR."""
         waiting = select.poll()
         waiting.register(self.fileno(), 0)
         return any(events & select.POLLERR for _, events in waiting.poll(0))
 
     def drain(self) -> int:
-        """Drop the packets that wait in the device, and return how many those were."""
+        """Discard the packets queued in the device; return their number."""
         drained: int = lib.ttun_drain(self.fileno(), STALE_PACKETS)
         return drained
 
@@ -139,7 +142,7 @@ class Device:
 
 
 def _open(name: str, offload: bool) -> tuple[Any, int]:
-    """Open a device with the most offload that this kernel has; return it and what that is."""
+    """Open a device with the best offload of this kernel; return it and its TTUN_OFFLOAD bits."""
     flags = pytun.IFF_TUN | pytun.IFF_NO_PI
     if offload:
         try:
@@ -147,7 +150,7 @@ def _open(name: str, offload: bool) -> tuple[Any, int]:
         except OSError as error:
             if error.errno != errno.EINVAL or _is_taken(name):
                 raise
-            log.info("no offload: this kernel has no vnet header")
+            log.info("no offload: this kernel lacks IFF_VNET_HDR")
         else:
             for wanted, bits in OFFLOADS:
                 with contextlib.suppress(OSError):
@@ -165,11 +168,11 @@ def _why_no_device(error: OSError) -> str:
     node = "/dev/net/tun"
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return (
-            f"there is no {node}: modprobe tun, or in a container: "
-            f"mkdir -p /dev/net && mknod {node} c 10 200"
+            f"{node} not found (modprobe tun; in a container: "
+            f"mkdir -p /dev/net && mknod {node} c 10 200)"
         )
     if error.errno == errno.EACCES:
-        return f"{node} may not be opened by this user: run it with sudo"
+        return f"cannot open {node}: permission denied (run with sudo)"
     if error.errno == errno.EPERM:
-        return "the kernel refuses a TUN device here: it needs CAP_NET_ADMIN over this network"
+        return "cannot create a TUN device: CAP_NET_ADMIN required in this network namespace"
     return f"cannot open {node}: {error.strerror or error}"

@@ -1,8 +1,8 @@
-"""What the tunnel's device should have, what it has, and what to do about the difference.
+"""The wanted and the actual state of the tunnel's device, and how to restore it.
 
-The kernel takes things from a device by itself: set down, it loses its IPv6 addresses and all
-routes; with an MTU below 1280, or IPv6 disabled, what IPv6 it had; moved to another namespace,
-everything. Nothing of that comes back when the cause is over.
+The kernel removes configuration by itself: a device that is set down loses its IPv6 addresses and
+all routes; with an MTU below 1280 or IPv6 disabled, its IPv6 configuration; moved to another
+network namespace, everything. The kernel does not restore any of it afterwards.
 """
 
 from __future__ import annotations
@@ -14,44 +14,43 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable, NamedTuple, Union
 
-from ttun import netlink
+from ttun import default_route, netlink
 from ttun.device import Device
 from ttun.netlink import Message, Request, new_address, new_route
-from ttun.routes import Address
-from ttun.settings import MIN_IPV6_MTU, Network
+from ttun.settings import MIN_IPV6_MTU, Address, Network
 
 IFF_UP = 0x1  # linux/if.h
-SHOWN = 6  # changes, and commands, in one line of the log
+SHOWN = 6  # items, and commands, in one log line
 Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
-Key = tuple[bytes, int]  # of a network: its address and its length
-AddressKey = tuple[bytes, int, bytes]  # an address, its length, and the peer's or the same again
+Key = tuple[bytes, int]  # of a network: packed address, prefix length
+AddressKey = tuple[bytes, int, bytes]  # address, length, peer (or address again)
 
 
 class Lack(NamedTuple):
-    """Something that the device should have, or be, and how to put it back."""
+    """A deviation from the wanted state, and how to restore it."""
 
     what: str  # "route 203.0.113.0/24 missing"
-    remedy: str  # "ip route add 203.0.113.0/24 dev ttun0"; empty where there is none
-    # Makes the same order for the kernel; None where it is somebody's decision, or of no use yet.
+    remedy: str  # "ip route add 203.0.113.0/24 dev ttun0", or empty
+    # The same as a netlink request; None if an administrator decides, or it cannot succeed yet.
     order: Callable[[int], Request] | None = None
 
 
 @dataclass
 class Seen:
-    """What the device has, put together from the kernel's answers."""
+    """The actual state of the device, collected from the kernel's answers."""
 
-    name: str | None = None  # None: it is not in this namespace
+    name: str | None = None  # None: not in this network namespace
     up: bool = False
     mtu: int = 0
     ipv6_disabled: bool = False
     addresses: set[AddressKey] = field(default_factory=set)
-    routes: set[Key] = field(default_factory=set)  # only those that it should have
-    # Of addresses that a connection uses: the links that have them, and which of those are up.
+    routes: set[Key] = field(default_factory=set)  # only the wanted ones
+    # Of a connection's local addresses: the interfaces that have them, and which of those are up.
     owners: dict[bytes, set[int]] = field(default_factory=dict)
     links_up: set[int] = field(default_factory=set)
 
     def take_device(self, link: Message) -> None:
-        """Take what the kernel says about the device."""
+        """Store the state of the link."""
         self.name = _printable(link.attributes.get(netlink.IFLA_IFNAME, b"").rstrip(b"\0"))
         self.up = is_up(link)
         self.mtu = netlink.number(link.attributes.get(netlink.IFLA_MTU, b""))
@@ -63,23 +62,24 @@ class Seen:
             self.ipv6_disabled = struct.unpack_from("=i", settings, place)[0] != 0
 
     def take_address(self, message: Message) -> None:
-        """Take an address of the device."""
+        """Store an address of the device."""
         local, other = address_of(message), message.attributes.get(netlink.IFA_ADDRESS, b"")
         self.addresses.add((local, message.fields[1], other))
 
 
 @dataclass
 class Wanted:
-    """What the device should have."""
+    """The wanted state of the device."""
 
     mtu: int
-    addresses: list[tuple[Interface, Address | None]]  # with the peer's, where one was given
-    routes: list[Network]  # given with --route, or to the peer's IPv6 address
-    connected: list[Network]  # what the kernel adds for the addresses
+    addresses: list[tuple[Interface, Address | None]]  # with the peer's, if given
+    routes: list[Network]  # of --route, and to the peer's IPv6 address
+    connected: list[Network]  # added by the kernel for the addresses
+    defaults: list[Network] = field(default_factory=list)  # in the table of default_route.py
 
     @classmethod
     def of(cls, device: Device) -> Wanted:
-        """Return what a device had when it was made."""
+        """Return the state that a device was configured with."""
         ours = device.addresses
         addresses: list[tuple[Interface, Address | None]] = [(ours.ipv4, ours.peer4)]
         routes = list(device.networks)
@@ -92,20 +92,28 @@ class Wanted:
             connected.append(ours.ipv6.network)
             if ours.peer6 is not None:
                 routes.append(ipaddress.ip_network(ours.peer6))
-        return cls(device.mtu, addresses, routes, connected)
+        defaults = [default_route.IPV4, default_route.IPV6][: 1 + device.has_ipv6]
+        return cls(
+            device.mtu, addresses, routes, connected, defaults if device.default_route else []
+        )
 
     @property
     def keys(self) -> set[Key]:
-        """The networks that the device should have routes to."""
-        return {key(route) for route in [*self.routes, *self.connected]}
+        """The destinations of all wanted routes."""
+        return {key(route) for route in self.all_routes}
 
     @property
     def families(self) -> set[int]:
         """The address families of these routes."""
-        return {netlink.family(route) for route in [*self.routes, *self.connected]}
+        return {netlink.family(route) for route in self.all_routes}
+
+    @property
+    def all_routes(self) -> list[Network]:
+        """All routes that the device should have."""
+        return [*self.routes, *self.connected, *self.defaults]
 
     def lacks(self, seen: Seen) -> list[Lack]:
-        """Return what is missing, in the order in which to put it back."""
+        """Return all deviations, in the order in which to restore them."""
         name = seen.name
         if name is None:
             return [Lack("moved to another network namespace", "")]
@@ -132,15 +140,18 @@ class Wanted:
                         order if ready[address.version] else None,
                     )
                 )
-        # The kernel adds the connected ones again as soon as the device is up with its address.
+        # The kernel adds connected routes itself once the device is up and has its address.
         connected = [x for x in self.connected if seen.up and x.version not in gone]
-        for route in [*connected, *self.routes]:
+        for route in [*connected, *self.routes, *self.defaults]:
             if key(route) not in seen.routes:
-                order = partial(new_route, network=route)
+                is_default = route in self.defaults
+                table = default_route.TABLE if is_default else netlink.TABLE_MAIN
+                where = f" table {table}" if is_default else ""
+                order = partial(new_route, network=route, table=table)
                 found.append(
                     Lack(
                         f"route {route} missing",
-                        f"ip route add {route} dev {name}",
+                        f"ip route add {route} dev {name}{where}",
                         order if ready[route.version] else None,
                     )
                 )
@@ -152,32 +163,32 @@ class Wanted:
 
 
 def describe(lacks: list[Lack]) -> str:
-    """Return what is missing and how to put it back, for the log."""
+    """Return what is missing and how to restore it, for the log."""
     whats = [lack.what for lack in lacks]
     remedies = [f"sudo {lack.remedy}" for lack in lacks if lack.remedy]
     if not remedies:
         return f"{', '.join(whats)} (set addresses and routes there, or restart ttun)"
-    return f"{', '.join(some(whats))} (put back: {'; '.join(some(remedies))}; or restart ttun)"
+    return f"{', '.join(some(whats))} (to restore: {'; '.join(some(remedies))}; or restart ttun)"
 
 
 def is_up(link: Message) -> bool:
-    """Return whether a link is set up, whether or not its cable is plugged in."""
+    """Return whether a link is administratively up, with or without carrier."""
     return len(link.fields) > 3 and bool(link.fields[3] & IFF_UP)
 
 
 def address_of(message: Message) -> bytes:
-    """Return the address that a message is about."""
+    """Return the address in a message."""
     found = message.attributes
     return found.get(netlink.IFA_LOCAL) or found.get(netlink.IFA_ADDRESS, b"")
 
 
 def key(network: Network) -> Key:
-    """Return a network as routes are compared."""
+    """Return a network in comparable form."""
     return network.network_address.packed, network.prefixlen
 
 
 def route_key(message: Message) -> Key | None:
-    """Return the network that a message is about; None if it is no route that packets take."""
+    """Return the destination of a route; None unless it is a unicast route in use."""
     family, length, _, _, table, _, _, kind, flags = message.fields
     if kind != netlink.UNICAST or table == netlink.TABLE_LOCAL or flags & netlink.CLONED:
         return None
@@ -190,7 +201,7 @@ def _address_key(address: Interface, peer: Address | None) -> AddressKey:
 
 
 def _given(address: Interface, peer: Address | None) -> str:
-    """Return an address as ``ip address add`` takes it."""
+    """Return an address in the syntax of ``ip address add``."""
     return str(address) if peer is None else f"{address.ip} peer {peer}/{_length(address)}"
 
 
@@ -203,12 +214,12 @@ def _network(address: Address, length: int) -> Network:
 
 
 def some(parts: list[str], most: int = SHOWN) -> list[str]:
-    """Return the first of them, and how many more there are."""
+    """Return the first items, and how many more there are."""
     more = len(parts) - most
     return parts if more <= 0 else [*parts[:most], f"and {more} more"]
 
 
 def _printable(name: bytes) -> str:
-    """Return a device's name; it may have any byte but a slash, a colon and blanks."""
+    """Return a device name as printable text; it may have any byte but /, : and spaces."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(x if x.isprintable() else f"\\x{ord(x):02x}" for x in text)

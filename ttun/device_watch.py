@@ -1,12 +1,13 @@
-"""Watch the tunnel's device, and the local address of its connection.
+"""Monitor the tunnel's device, and the local address of its connection.
 
- 1. state_reader.py reads what the kernel says of both, through rtnetlink, when that changed.
- 2. What the device lacks (device_state.py) is in ``missing`` and, when that changes, in the log,
-    with what to do. A process that still may puts addresses and routes back itself.
- 3. A connection whose local address is gone is dead, and ``lost_local`` says so (roaming.py).
+ 1. state_reader.py reads the state of both through rtnetlink after every change.
+ 2. Deviations from the wanted state (device_state.py) are in ``missing`` and, when they change, in
+    the log, with the commands that restore it. With CAP_NET_ADMIN, addresses and routes are
+    restored automatically.
+ 3. A connection whose local address was removed is dead: ``lost_local`` says so (roaming.py).
 
-It belongs to the endpoint's thread, which calls look() when the descriptor is readable, when
-``due`` is over, and once a second. No call waits.
+The endpoint's thread calls look() when the descriptor is readable, when ``due`` has passed, and
+once a second. No call blocks.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from ttun.state_reader import StateReader
 
 log = logging.getLogger("ttun")
 
-RETRY = 60.0  # seconds until a socket that could not be opened is tried again
-MEND_INTERVAL = 10.0  # seconds between two attempts to put something back
-LINES, LINE_AFTER = 20, 30.0  # lines of the log about changes: so many, then one in 30 seconds
+RETRY = 60.0  # seconds until the netlink socket is opened again after an error
+MEND_INTERVAL = 10.0  # seconds between attempts to restore
+LINES, LINE_AFTER = 20, 30.0  # log lines about changes: a burst of 20, then one per 30 s
 
 
 class DeviceWatch:
-    """Watches one device. Where there is no netlink it notices only that the device is gone.
+    """Monitor one device. Without netlink, only its removal is noticed.
 
-    missing: what the device lacks, in words; it is replaced, never changed, so any thread may read
-    it. device_gone: somebody removed it. lost_local: why the connection given to
-    watch_connection() is dead, as far as its own address shows.
+    missing: deviations, as text; the list is replaced, never modified, so any thread may read it.
+    device_gone: the device was removed. lost_local: why the connection given to
+    watch_connection() is dead, judged by its local address.
     """
 
     def __init__(self, device: Device) -> None:
-        """Start to watch a device that was just made; it stays the caller's."""
+        """Start monitoring a device that was just opened. The caller keeps ownership."""
         self._device = device
         self._wanted = Wanted.of(device)
         self.missing: list[str] = []
@@ -50,30 +51,30 @@ class DeviceWatch:
         self._open_at = 0.0
         self._complained = False
         self._read_before = False
-        self._said: list[Lack] = []  # in the log
+        self._said: list[Lack] = []  # as last logged
         self._lines, self._lines_at = float(LINES), 0.0
         self._may_mend, self._mend_at = True, 0.0
         self._put_back: list[str] = []
         self.look(time.monotonic())
 
     def fileno(self) -> int:
-        """Return the descriptor to wait for, or -1 while there is none."""
+        """Return the descriptor to poll, or -1 if there is none."""
         return -1 if self._reader is None else self._reader.fileno()
 
     @property
     def due(self) -> float:
-        """When to call look() at the latest, in the time of time.monotonic()."""
+        """When to call look() at the latest (time.monotonic())."""
         return self._open_at if self._reader is None else self._reader.due
 
     @property
     def suspended(self) -> float:
-        """For how many seconds the machine slept since watch_connection(), if that was long."""
+        """Seconds of system suspend since watch_connection(), ignoring short ones."""
         return self._sleep.seconds
 
     def watch_connection(self, sock: socket.socket | None) -> None:
-        """Watch a connected socket's local address in place of the last one's; None: no more.
+        """Monitor the local address of a connected socket, or None to stop.
 
-        The socket has to stay open until the next call.
+        The socket must stay open until the next call.
         """
         self._local = None if sock is None else LocalAddress(sock)
         self.lost_local, self._sleep.seconds = None, 0.0
@@ -83,13 +84,13 @@ class DeviceWatch:
                 self._reader.read_within(time.monotonic(), 0)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop monitoring."""
         if self._reader is not None:
             self._reader.close()
         self._reader = None
 
     def look(self, now: float) -> None:
-        """Take in what changed, as far as one call may; never waits, never raises."""
+        """Process some of the pending changes; never block, never raise."""
         self._sleep.look()
         if not self.device_gone and self._device.is_gone():
             self.device_gone, self.missing = True, ["device removed"]
@@ -101,7 +102,7 @@ class DeviceWatch:
                 self._reader = StateReader(self._device.index, self._wanted)
                 self._reader.addresses = self._local.addresses if self._local else set()
             seen = self._reader.look(now)
-        except OSError as error:  # no netlink here; or for a while no descriptor or memory
+        except OSError as error:  # no netlink, or a temporary shortage
             self._complain(error)
             return
         if seen is not None and not self.device_gone:
@@ -112,17 +113,17 @@ class DeviceWatch:
         if not self._complained:
             self._complained = True
             why = error.strerror or error
-            log.warning("changes of %s may go unnoticed: netlink: %s", self._device.name, why)
+            log.warning("cannot monitor %s: netlink: %s", self._device.name, why)
 
     def _judge(self, reader: StateReader, seen: Seen, now: float) -> None:
-        if not self._read_before:  # not every kernel makes the same ones
+        if not self._read_before:  # connected routes differ between kernels
             self._read_before = True
             self._wanted.connected = [x for x in self._wanted.connected if key(x) in seen.routes]
         lacks = self._wanted.lacks(seen)
         self.missing = [lack.what for lack in lacks]
         self._follow_name(seen, now)
         if self._put_back and self._may_say(now):
-            log.info("put back on %s: %s", self._device.name, ", ".join(self._put_back))
+            log.info("restored on %s: %s", self._device.name, ", ".join(self._put_back))
         self._put_back = []
         if not self._mend(reader, lacks, now):
             self._say(lacks, now)
@@ -135,13 +136,13 @@ class DeviceWatch:
     def _follow_name(self, seen: Seen, now: float) -> None:
         if seen.name is not None and seen.name != self._device.name:
             if self._may_say(now):
-                log.info("%s was renamed: it is %s now", self._device.name, seen.name)
+                log.info("%s was renamed to %s", self._device.name, seen.name)
             self._device.name = seen.name
 
     # ---- what is missing ----
 
     def _mend(self, reader: StateReader, lacks: list[Lack], now: float) -> bool:
-        """Order what is missing back, if that may help; return whether to wait for the result."""
+        """Request what is missing from the kernel; return whether to wait for the result."""
         mendable = [(lack, lack.order) for lack in lacks if lack.order is not None]
         if not mendable or not self._may_mend:
             return False
@@ -155,26 +156,26 @@ class DeviceWatch:
         return True
 
     def _ordered(self, lack: Lack, failed: int) -> None:
-        if failed == errno.EPERM:  # without privileges, and they never come back
+        if failed == errno.EPERM:  # privileges were dropped for good
             self._may_mend = False
         elif failed == 0:
             self._put_back.append(lack.what.replace(" missing", ""))
 
     def _say(self, lacks: list[Lack], now: float) -> None:
-        """Log what changed since the last line about it."""
+        """Log changes since the last line about them."""
         before, after = ({x.what for x in found} for found in (self._said, lacks))
         if before == after or not self._may_say(now):
-            return  # the next reading comes back to it
+            return  # the next reading tries again
         self._said = lacks
         if after - before:
             log.warning("%s changed: %s", self._device.name, describe(lacks))
         elif lacks:
-            log.warning("%s is not complete yet: %s", self._device.name, describe(lacks))
+            log.warning("%s is still incomplete: %s", self._device.name, describe(lacks))
         else:
             log.info("%s is complete again", self._device.name)
 
     def _may_say(self, now: float) -> bool:
-        """Take a line of those that the log may still get."""
+        """Return whether the rate limit allows a log line, and count it."""
         self._lines = min(LINES, self._lines + (now - self._lines_at) / LINE_AFTER)
         self._lines_at = now
         if self._lines < 1:

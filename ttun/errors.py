@@ -1,52 +1,51 @@
-"""The two kinds of error, ours and the peer's; what is lacking for a while; lines about one."""
+"""Error classes (local and the peer's), temporary resource shortages, error texts."""
 
 from __future__ import annotations
 
 import errno
 import socket
 
-# Descriptors, memory, processes: other programs give theirs back sooner or later.
+# Descriptors, memory, processes: a temporary shortage.
 _LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
-# What a program can lack for a while: those, and threads (a RuntimeError).
+# What a temporary shortage raises; RuntimeError: no thread.
 LACKS = (OSError, MemoryError, RuntimeError)
 
 
 class TtunError(Exception):
-    """Something cannot work here. One line: what is wrong and what to do. Exit code 1."""
+    """A failure. One line: what is wrong and what to do. Exit code 1."""
 
 
 class UsageError(TtunError):
-    """A value that was given makes no sense. One line. Exit code 2."""
+    """An invalid option value. One line. Exit code 2."""
 
 
 class ProtocolError(Exception):
-    """The peer did something that ends its session. One line for the log: what it did."""
+    """The peer violated the protocol, which ends its session. One line for the log."""
 
 
 class UnrecognizedError(ProtocolError):
-    """A peer showed no sign of the key where nothing may show that a ttun is here."""
+    """A peer did not authenticate to a server that must not reveal itself."""
 
 
 def is_lack(error: BaseException) -> bool:
-    """Return whether it is this machine that lacks something for now, not the way or the peer.
-
-    Descriptors, memory, or threads (a RuntimeError).
+    """Return whether the error is a temporary shortage on this machine: descriptors, memory or
+    threads.
     """
     return error.errno in _LACKING if isinstance(error, OSError) else True
 
 
 def reason(error: BaseException) -> str:
-    """Return what went wrong, in the system's words if it has some."""
+    """Return the text of an error, without errno and file name."""
     if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
-        return "temporary failure in name resolution"  # glibc's words; musl's are «Try again»
+        return "temporary failure in name resolution"  # as in glibc; musl: "Try again"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Return text as one line that is safe on a terminal and in any encoding of Unicode.
+    """Return text as one line that is safe to print on a terminal.
 
-    Control characters, line ends and characters that change the direction of writing become
-    escapes of Python's. So do bytes that were no UTF-8: os.fsdecode() keeps those as surrogates.
+    Escape control characters, line ends, bidirectional controls, and invalid UTF-8 bytes, which
+    os.fsdecode() represents as surrogates.
     """
     if text.isprintable():
         return text
@@ -54,6 +53,6 @@ def printable(text: str) -> str:
 
 
 def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte, as PEP 383 keeps it
+    if "\udc80" <= character <= "\udcff":  # an undecodable byte (PEP 383)
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")

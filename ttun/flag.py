@@ -1,4 +1,4 @@
-"""A flag that ends waits: threads wait for it together with sockets and pipes."""
+"""A stop flag that threads can poll together with sockets and pipes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import socket
 import time
 from typing import Callable
 
-SLICE = 1.0  # seconds of one wait: how often a thread that waits shows that it lives
+SLICE = 1.0  # seconds: the interval of heartbeats while waiting
 
 
 class Flag:
-    """Set once, never cleared. Its descriptor turns readable when it is set.
+    """Set once, never cleared. Its descriptor becomes readable when it is set.
 
-    It takes no lock, so a signal handler may set it whatever the interrupted thread is doing. The
-    thread that it stops leaves its sign of life here too, as all its waits end with this flag.
-    on_beat: what that thread has to do about every second, whatever it waits for; it may raise.
+    It takes no lock, so a signal handler may set it at any time. The thread that it stops also
+    records its heartbeats here, as every wait of that thread includes this flag. on_beat: called
+    by that thread about every second, during any wait; it may raise.
     """
 
     def __init__(self) -> None:
-        """Make it unset. Raises OSError when there are no descriptors left."""
+        """Create it unset. Raises OSError if no descriptor is available."""
         self._readable, self._writable = socket.socketpair()
         self._set = False
         self._beat_at = time.monotonic()
         self.on_beat: Callable[[], None] | None = None
 
     def fileno(self) -> int:
-        """Return the descriptor to poll; nobody reads from it."""
+        """Return the descriptor to poll. Do not read from it."""
         return self._readable.fileno()
 
     def is_set(self) -> bool:
@@ -35,19 +35,19 @@ class Flag:
         return self._set
 
     def set(self) -> None:
-        """Set it and wake all that wait; from any thread, and from a signal handler."""
+        """Set it and wake all waiting threads; from any thread or signal handler."""
         self._set = True
-        # Not close(): a forked child may have the other end too.
+        # Not close(): a forked child may hold a copy.
         with contextlib.suppress(OSError):
             self._writable.shutdown(socket.SHUT_WR)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is set, so many seconds at most, and return whether it is."""
+        """Wait until it is set, for at most seconds; return whether it is."""
         self._wait(seconds)
         return self._set
 
     def wait_for(self, descriptor: int, events: int, seconds: float) -> bool:
-        """Wait for events of poll(2) elsewhere, so many seconds at most; return whether they came.
+        """Wait for poll(2) events on a descriptor, for at most seconds; return whether any came.
 
         Raises InterruptedError when the flag is set.
         """
@@ -57,7 +57,7 @@ class Flag:
         return came
 
     def _wait(self, seconds: float | None, *others: tuple[int, int]) -> bool:
-        """Return whether one of the others came first."""
+        """Return whether one of the others became ready."""
         end = None if seconds is None else time.monotonic() + seconds
         waiting = select.poll()
         for descriptor, events in ((self.fileno(), select.POLLIN), *others):
@@ -68,18 +68,18 @@ class Flag:
             if end is not None:
                 left = max(0.0, min(SLICE, end - time.monotonic()))
             ready = {descriptor for descriptor, _ in waiting.poll(left * 1000)}
-            # In a forked child it turns readable, as the descriptors are shared, and is not set.
+            # A forked child shares the descriptors: readable there means set by the parent.
             self._set = self.fileno() in ready or self._set
             if ready - {self.fileno()}:
                 return True
         return False
 
     def beat(self) -> None:
-        """Leave a sign of life: the thread that this flag stops got here."""
+        """Record a heartbeat of the thread that this flag stops."""
         self._beat_at = time.monotonic()
         if self.on_beat is not None:
             self.on_beat()
 
     def quiet_for(self) -> float:
-        """Return how many seconds ago the last sign of life was."""
+        """Return the seconds since the last heartbeat."""
         return time.monotonic() - self._beat_at

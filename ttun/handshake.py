@@ -1,4 +1,4 @@
-"""Prove the pre-shared key to each other: bytes in, bytes out, no socket.
+"""Mutual authentication with the pre-shared key: bytes in, bytes out, no socket.
 
 Protocol v1, ``||`` is concatenation::
 
@@ -10,12 +10,12 @@ Protocol v1, ``||`` is concatenation::
 
     K = blake2s("ttun/psk/v1" || psk)      SK = blake2s("ttun/sk/v1" || K || Nc || Ns)
 
-Protocol x1 is the same, but Nc and Ns carry marks, and an offer follows each magic as frame 1, in
-the same write. What follows is under keys that both offers made (x1.py).
+Protocol x1 is the same, except that Nc and Ns carry marks, and each magic is followed by an offer
+as frame 1, in the same write. All later frames use keys derived from both offers (x1.py).
 
-Each side is a generator. It yields what to send and how many bytes it wants next, is sent exactly
-those, and returns the keys. It raises ProtocolError when the peer does not prove the key. The
-caller owns the socket and the 10 seconds that all of it may take.
+Each side is a generator. It yields the bytes to send and the number of bytes it needs next,
+receives exactly that many, and returns the keys. It raises ProtocolError if authentication fails.
+The caller owns the socket and enforces the timeout of 10 seconds.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ from ttun.sodium import KeyPair
 TIMEOUT = 10.0  # seconds
 NONCE_SIZE = 16  # bytes of Nc and of Ns
 MAGIC = b"TTUN/v1\0"
+NOT_X1 = "protocol v1, or different pre-shared key"
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What this end agrees to."""
+    """What this end accepts."""
 
-    wire: str = "auto"  # "v1", "x1", or "auto": x1 with a peer that has it, else v1
-    cipher: Cipher = EVERYWHERE  # of protocol v1
+    wire: str = "auto"  # "v1", "x1", or "auto": x1 if the peer supports it, else v1
+    cipher: Cipher = EVERYWHERE  # in protocol v1
     offers: list[Cipher] = field(default_factory=list)  # in protocol x1
-    features: int = 0  # of this end's device, as in an offer
-    needs_x1: str = "--wire x1 refuses that"  # why, where wire is "x1"
+    features: int = 0  # offload bits of this end's device, as in an offer
+    needs_x1: str = "--wire x1 requires x1"  # the reason, if wire is "x1"
 
 
 @dataclass
 class Keys:
-    """What a handshake gives: the state of each direction, after the frames it has used."""
+    """Result of a handshake: both directions, with their counters after its frames."""
 
     sending: CipherState
     receiving: CipherState
@@ -58,7 +59,7 @@ class Keys:
 
     @property
     def wire(self) -> str:
-        """The name of the protocol that these keys are for."""
+        """The protocol of these keys: "v1" or "x1"."""
         return "x1" if self.agreement else "v1"
 
     def wipe(self) -> None:
@@ -67,20 +68,20 @@ class Keys:
         self.receiving.wipe()
 
     def discard(self) -> None:
-        """Overwrite all keys of a session that will not be started."""
+        """Overwrite all keys; for a session that is not started."""
         self.wipe()
         if self.agreement is not None:
             self.agreement.p.wipe()
 
 
-# (bytes to send, bytes wanted next) -> those bytes; at the end, the keys
+# (bytes to send, number of bytes needed) -> those bytes; result: the keys
 Steps = Generator[tuple[bytes, int], bytes, Keys]
 _Step = Generator[tuple[bytes, int], bytes, None]
 _Frame = Generator[tuple[bytes, int], bytes, bytes]
 
 
 def psk_key(psk: bytes) -> bytes:
-    """Return K, the 32-byte key behind a pre-shared key of any length."""
+    """Return K, the 32-byte hash of a pre-shared key of any length."""
     return hashlib.blake2s(b"ttun/psk/v1" + psk).digest()
 
 
@@ -90,7 +91,7 @@ def session_key(k: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
 
 
 def client(k: bytes, terms: Terms) -> Steps:
-    """Shake hands as the client."""
+    """Run the client's side of the handshake."""
     client_nonce = _nonce(k, TO_SERVER, terms.wire != "v1")
     server_nonce = yield client_nonce, NONCE_SIZE
     is_x1 = terms.wire != "v1" and x1.is_marked(k, TO_CLIENT, server_nonce)
@@ -111,11 +112,10 @@ def client(k: bytes, terms: Terms) -> Steps:
 
 
 def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) -> Steps:
-    """Shake hands as the server, which sends no frame before it has verified the client's.
+    """Run the server's side of the handshake. It sends no frame before the client's is verified.
 
-    answered: the marks that were answered before; a replayed one counts as no mark at all. Where
-    only x1 is accepted, raises UnrecognizedError for a client without a fresh mark: nothing was
-    sent by then.
+    answered: nonces answered before; a replayed one counts as unmarked. If only x1 is accepted,
+    raises UnrecognizedError for a client without a fresh mark, before sending anything.
     """
     client_nonce = yield b"", NONCE_SIZE
     is_x1 = knows_key(k, terms, client_nonce, answered)
@@ -134,7 +134,7 @@ def server(k: bytes, terms: Terms, answered: x1.AnsweredNonces | None = None) ->
     pair = KeyPair()
     ours = x1.make_offer(terms.offers, terms.features, pair).encode()
     theirs = yield from _receive(keys.receiving, b"", len(ours), "its offer")
-    yield keys.sending.seal(MAGIC) + keys.sending.seal(ours), 0  # also where there is no agreement
+    yield keys.sending.seal(MAGIC) + keys.sending.seal(ours), 0  # even without a common cipher
     return _agreed(keys, x1.agree(sk, False, pair, ours, theirs))
 
 
@@ -146,9 +146,8 @@ def _nonce(k: bytes, direction: int, marked: bool) -> bytes:
 def knows_key(
     k: bytes, terms: Terms, client_nonce: bytes, answered: x1.AnsweredNonces | None
 ) -> bool:
-    """Return whether a client's nonce alone shows that it has the key and speaks x1 now.
-
-    That takes a valid mark which was not answered before.
+    """Return whether a client's nonce proves the key and x1 support: its mark is valid and not a
+    replay.
     """
     if terms.wire == "v1" or not x1.is_marked(k, TO_SERVER, client_nonce):
         return False
@@ -156,41 +155,41 @@ def knows_key(
 
 
 def _why_not_x1(terms: Terms) -> str:
-    return f"it speaks wire v1 alone, or has another key: {terms.needs_x1}"
+    return f"{NOT_X1} ({terms.needs_x1})"
 
 
 def _agreed(keys: Keys, agreement: x1.Agreement) -> Keys:
-    """Switch to the keys that nobody can compute again."""
+    """Switch to the keys with forward secrecy."""
     keys.wipe()
     return Keys(*agreement.states(), agreement)
 
 
 def _receive_magic(state: CipherState, send_first: bytes) -> _Step:
-    """Send, then read frame 0 and make sure that it holds the magic."""
+    """Send, then read frame 0 and verify the magic in it."""
     plaintext = yield from _receive(state, send_first, len(MAGIC), "its first frame")
     if not hmac.compare_digest(plaintext, MAGIC):
-        raise ProtocolError("wrong magic: another version of ttun")
+        raise ProtocolError("wrong magic: incompatible version")
 
 
 def _receive(state: CipherState, send_first: bytes, size: int, what: str) -> _Frame:
-    """Send, then read the next frame, which holds size bytes.
+    """Send, then read the next frame, whose plaintext must be size bytes.
 
-    A frame of another length is refused before a byte of it is read: a pending handshake never
-    keeps more than a few dozen bytes.
+    A frame of another length is rejected unread, so a pending handshake buffers a few dozen bytes
+    at most.
     """
     prefix = yield send_first, PREFIX
     length = int.from_bytes(prefix, "big")
     if length != size + state.cipher.tag_size:
-        raise ProtocolError(f"not a ttun peer: {what} has a length of {length}")
+        raise ProtocolError(f"not a ttun peer: {what} has length {length}")
     ciphertext = yield b"", length
     plaintext = state.open(ciphertext)
     if plaintext is None:
-        raise ProtocolError("wrong key, or another cipher than ours")
+        raise ProtocolError("authentication failed (different pre-shared key or cipher?)")
     return plaintext
 
 
 def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
-    """Return what to agree to. Raises UsageError for what no peer could agree to."""
+    """Return the terms for these options. Raises UsageError if they contradict each other."""
     cipher = None if name is None else by_name(name)
     offers = [
         offer
@@ -198,9 +197,9 @@ def agreeable(wire: str, name: str | None, mtu: int) -> Terms:
         if mtu + offer.tag_size <= lib.TTUN_LENGTH_MAX
     ]
     if not offers:
-        raise UsageError(f"{name} and an MTU of {mtu}: with its tag a packet fits no frame")
+        raise UsageError(f"MTU {mtu} is too large for {name}")
     if cipher is None or cipher.in_v1:
         return Terms(wire, cipher or EVERYWHERE, offers)
     if wire == "v1":
-        raise UsageError(f"wire v1 does not know {cipher.name}: leave --wire v1 out")
-    return Terms("x1", EVERYWHERE, offers, needs_x1=f"{cipher.name} needs wire x1")
+        raise UsageError(f"protocol v1 does not support {cipher.name} (remove --wire v1)")
+    return Terms("x1", EVERYWHERE, offers, needs_x1=f"{cipher.name} requires x1")

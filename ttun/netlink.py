@@ -1,7 +1,7 @@
-"""rtnetlink: one non-blocking socket for what changes in a network namespace and for questions.
+"""rtnetlink: one non-blocking socket for requests and for change notifications.
 
-The kernel answers a request while it is sent, and goes on with a long answer whenever a part of it
-was read, so no call waits. Nothing here takes privileges but the requests that change something.
+The kernel answers a request during send(), and continues a long answer as parts of it are read, so
+no call blocks. Only requests that change something need privileges.
 
 Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h, linux/if_link.h,
 linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR).
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ttun._codec import ffi
-from ttun.routes import Address
-from ttun.settings import Network
+from ttun.settings import Address, Network
 
 # linux/netlink.h
 NLM_REQUEST, NLM_MULTI, NLM_ACK, NLM_DUMP = 0x01, 0x02, 0x04, 0x300
@@ -30,11 +30,12 @@ ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
 NEW_ADDRESS, DEL_ADDRESS, GET_ADDRESS = 20, 21, 22
 NEW_ROUTE, DEL_ROUTE, GET_ROUTE = 24, 25, 26
+NEW_RULE, DEL_RULE = 32, 33
 GROUPS = (1, 5, 7, 9, 11)  # links, addresses and routes of IPv4, those of IPv6
-RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
+RTA_DST, RTA_OIF, RTA_MULTIPATH, RTA_UID = 1, 4, 9, 25
 TABLE_MAIN, TABLE_LOCAL = 254, 255
-PROTOCOL_BOOT, SCOPE_LINK, UNICAST = 3, 253, 1
-CLONED = 0x200  # RTM_F_CLONED: what the kernel learned about one destination
+PROTOCOL_BOOT, SCOPE_LINK, UNICAST, UNREACHABLE = 3, 253, 1, 7
+CLONED = 0x200  # RTM_F_CLONED: a cached route to one destination
 IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 3, 4, 26  # linux/if_link.h, as is the next
 IFLA_INET6_CONF, DISABLE_IPV6 = 2, 26  # linux/ipv6.h: an index into that array of s32
 IFA_ADDRESS, IFA_LOCAL = 1, 2  # linux/if_addr.h
@@ -50,7 +51,7 @@ LAYOUTS = {
     NEW_LINK: LINK, DEL_LINK: LINK, NEW_ADDRESS: ADDRESS, DEL_ADDRESS: ADDRESS,
     NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE,
 }  # fmt: skip
-DATAGRAM_MAX = 65536  # bytes; the kernel makes answers of up to 32 KiB
+DATAGRAM_MAX = 65536  # bytes; the kernel's answers are up to 32 KiB
 
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 # linux/bpf_common.h and linux/filter.h
@@ -61,36 +62,36 @@ WHOLE = 0xFFFFFFFF
 
 
 class Message(NamedTuple):
-    """One message of the kernel's."""
+    """One message from the kernel."""
 
     kind: int
     flags: int
-    sequence: int  # of the request that it answers
-    port: int  # who sent that request; 0: nobody
-    fields: tuple[int, ...]  # of the structure behind the header; for NLMSG_ERROR the errno
+    sequence: int  # of the request
+    port: int  # port id of the requester; 0: a notification
+    fields: tuple[int, ...]  # of the struct after the header; for NLMSG_ERROR the errno
     attributes: dict[int, bytes]
 
 
 class Request(NamedTuple):
-    """A question, or an order."""
+    """A request to the kernel."""
 
     kind: int
-    flags: int  # besides NLM_REQUEST
+    flags: int  # in addition to NLM_REQUEST
     body: bytes
 
 
 class Netlink:
-    """A socket of NETLINK_ROUTE. It belongs to the namespace that it was made in."""
+    """A NETLINK_ROUTE socket, for the network namespace in which it was opened."""
 
     def __init__(self) -> None:
-        """Open it. Raises OSError where there is no netlink, or no descriptor."""
+        """Open it. Raises OSError without netlink or a free descriptor."""
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
         try:
             self._sock.setblocking(False)
             self._sock.bind((0, 0))
             self.port: int = self._sock.getsockname()[0]
             self._sequence = 0
-            # Linux 4.20: the kernel leaves out what a request does not want.
+            # Since Linux 4.20, the kernel filters dumps by the fields of the request.
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(SOL_NETLINK, STRICT_CHECK, 1)
         except BaseException:
@@ -106,19 +107,19 @@ class Netlink:
         self._sock.close()
 
     def join(self) -> None:
-        """Hear of changes from now on. Raises OSError."""
+        """Subscribe to change notifications. Raises OSError."""
         for group in GROUPS:
             self._sock.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
 
     def leave(self) -> None:
-        """Hear of no more changes. Raises OSError."""
+        """Unsubscribe from change notifications. Raises OSError."""
         for group in GROUPS:
             self._sock.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, group)
 
     def hear_only(self, indices: Iterable[int], routes: Iterable[Network]) -> None:
-        """Have the kernel drop changes of other devices and routes before they get here.
+        """Attach a socket filter that drops notifications of other devices and routes.
 
-        Raises OSError where it cannot.
+        Raises OSError if the kernel rejects it.
         """
         code = b"".join(
             struct.pack("=HBBI", *step) for step in _program(self.port, indices, routes)
@@ -137,15 +138,46 @@ class Netlink:
         return self._sequence
 
     def receive(self) -> list[Message]:
-        """Return the messages of the next datagram. Raises BlockingIOError when there is none,
-        OSError with ENOBUFS when some got lost.
+        """Return the messages of the next datagram. Raises BlockingIOError if there is none,
+        OSError with ENOBUFS if some were lost.
         """
         data, (sender, _) = self._sock.recvfrom(DATAGRAM_MAX)
         return list(messages(data)) if sender == 0 else []  # 0: the kernel
 
+    def answers(self, request: Request) -> list[Message]:
+        """Send a request; return what the kernel answers. Raises OSError, with its errno too."""
+        sequence = self.ask(request)
+        found: list[Message] = []
+        while True:
+            for message in self.receive():
+                if message.sequence != sequence:
+                    continue
+                if message.kind in (NLMSG_ERROR, NLMSG_DONE):
+                    if message.fields and message.fields[0]:
+                        raise OSError(message.fields[0], os.strerror(message.fields[0]))
+                    return found
+                found.append(message)
+                if not message.flags & NLM_MULTI:
+                    return found
+
+
+def device_to(address: Address, user: int) -> int:
+    """Return the index of the device that a user's packets to an address leave through.
+
+    0 where there is no way, or the kernel does not tell.
+    """
+    body = ROUTE.pack(family(address), address.max_prefixlen, *[0] * 7)
+    body += attribute(RTA_DST, address.packed) + attribute(RTA_UID, struct.pack("=I", user))
+    try:
+        with contextlib.closing(Netlink()) as link:
+            (way,) = link.answers(Request(GET_ROUTE, 0, body))
+    except (OSError, ValueError):
+        return 0
+    return number(way.attributes.get(RTA_OIF, b""))
+
 
 def messages(data: bytes) -> Iterator[Message]:
-    """Take a datagram apart; what is cut off is left out."""
+    """Parse a datagram; ignore a truncated message."""
     offset = 0
     while offset + HEADER.size <= len(data):
         size, kind, flags, sequence, port = HEADER.unpack_from(data, offset)
@@ -177,23 +209,23 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """Return an attribute as it is sent."""
+    """Return an encoded attribute."""
     size = ATTRIBUTE.size + len(value)
     return ATTRIBUTE.pack(size, kind) + value + bytes(_aligned(size) - size)
 
 
 def number(value: bytes) -> int:
-    """Return an attribute's u32, or 0 where it is none."""
+    """Return a u32 attribute, or 0 if the size is wrong."""
     return int(struct.unpack("=I", value)[0]) if len(value) == 4 else 0
 
 
 def index_of(message: Message) -> int:
-    """Return the number of the device that a message about a link or an address is about."""
+    """Return the interface index in a link or address message."""
     return message.fields[2 if message.kind in (NEW_LINK, DEL_LINK) else 4]
 
 
 def next_hops(route: Message) -> list[int]:
-    """Return the indices of the devices that a route leads through."""
+    """Return the output interfaces of a route, as indices."""
     found = [number(route.attributes[RTA_OIF])] if RTA_OIF in route.attributes else []
     data = route.attributes.get(RTA_MULTIPATH, b"")
     offset = 0
@@ -207,27 +239,28 @@ def next_hops(route: Message) -> list[int]:
 
 
 def family(address: Network | Address) -> int:
-    """Return the AF_ number of an address or a network."""
+    """Return AF_INET or AF_INET6."""
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
 def new_address(
     index: int, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface, peer: Address | None
 ) -> Request:
-    """Return the order to give a device an address."""
+    """Return the request that adds an address to a device."""
     body = ADDRESS.pack(family(address.ip), address.network.prefixlen, 0, 0, index)
     body += attribute(IFA_LOCAL, address.ip.packed)
     body += attribute(IFA_ADDRESS, (peer or address.ip).packed)
     return Request(NEW_ADDRESS, NLM_ACK | NLM_CREATE | NLM_EXCLUSIVE, body)
 
 
-def new_route(index: int, network: Network) -> Request:
-    """Return the order to make a route through a device."""
+def new_route(index: int, network: Network, table: int = TABLE_MAIN) -> Request:
+    """Return the request that adds a route through a device; index 0: an unreachable one."""
     scope = SCOPE_LINK if network.version == 4 else 0
-    fixed = (TABLE_MAIN, PROTOCOL_BOOT, scope, UNICAST, 0)
+    fixed = (table, PROTOCOL_BOOT, scope, UNICAST if index else UNREACHABLE, 0)
     body = ROUTE.pack(family(network), network.prefixlen, 0, 0, *fixed)
     body += attribute(RTA_DST, network.network_address.packed)
-    body += attribute(RTA_OIF, struct.pack("=I", index))
+    if index:
+        body += attribute(RTA_OIF, struct.pack("=I", index))
     return Request(NEW_ROUTE, NLM_ACK | NLM_CREATE | NLM_EXCLUSIVE, body)
 
 
@@ -238,9 +271,9 @@ def _aligned(size: int) -> int:
 def _program(
     port: int, indices: Iterable[int], routes: Iterable[Network]
 ) -> list[tuple[int, int, int, int]]:
-    """Return a filter: answers to us, links and addresses of these devices, these routes.
+    """Return a BPF filter that passes answers, and notifications of these devices and routes.
 
-    It reads numbers in network order, and netlink's are in the machine's.
+    BPF loads are in network byte order, netlink is in host byte order.
     """
     accept = (RETURN, 0, 0, WHOLE)
     drop = (RETURN, 0, 0, 0)

@@ -1,8 +1,8 @@
-"""A peer from its connection to the proof of the key, and how a server accepts it.
+"""The states of a connection before its session.
 
-1. Host: the listener, and how a handshake begins.
-2. HalfOpen: a connection whose peer has proved nothing yet, and how much is lost by dropping it.
-3. Peer: one that has proved the key; a session takes it over.
+1. Host: a server's listener, and how it starts a handshake.
+2. HalfOpen: a connection whose peer is not authenticated, and its priority in an overload.
+3. Peer: an authenticated peer, ready for a session.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ttun.conversation import Conversation
 from ttun.handshake import Keys, Steps
 from ttun.transport import Listener
 
-SILENT_AFTER = 0.1  # seconds without a byte
+SILENT_AFTER = 0.1  # seconds without receiving a byte
 
 
 @dataclass
@@ -23,48 +23,48 @@ class Host:
     """How a server accepts its peers."""
 
     listener: Listener
-    begin: Callable[[], Steps]  # a handshake for the next peer
-    knows_key: Callable[[bytes], bool]  # does a client's nonce show that it has the key?
-    silent: bool  # strangers get no answer at all
+    begin: Callable[[], Steps]  # starts a handshake
+    knows_key: Callable[[bytes], bool]  # whether a client's nonce carries a valid mark
+    silent: bool  # never answer an unauthenticated client
 
 
 @dataclass
 class Peer:
-    """A peer that has proved the key."""
+    """An authenticated peer."""
 
     sock: socket.socket
     name: str
-    transport: str  # what carries it: "tcp", say
+    transport: str  # e.g. "tcp"
     keys: Keys
 
     def close(self) -> None:
-        """Drop it: there will be no session with it."""
+        """Close the connection and wipe the keys, if no session was started."""
         self.keys.discard()
         self.sock.close()
 
 
 @dataclass(eq=False)
 class HalfOpen:
-    """A connection whose peer has not proved the key yet."""
+    """A connection whose peer is not authenticated yet."""
 
     sock: socket.socket
     name: str
     transport: str
-    source: str  # as in transport.Arrival
+    source: str  # see transport.Arrival
     since: float
     deadline: float
-    handshake: Conversation[Keys] | None = None  # None: not begun, or never to be
-    nonce: bytearray = field(default_factory=bytearray)  # of a client, before that
-    knows_key: bool = False  # as far as its nonce tells
+    handshake: Conversation[Keys] | None = None  # None: not started
+    nonce: bytearray = field(default_factory=bytearray)  # of a client, before the handshake
+    knows_key: bool = False  # its nonce carries a valid mark
     unrecognized: bool = False
 
     @property
     def spoke(self) -> bool:
-        """Whether its peer has sent anything."""
+        """Whether the peer has sent anything."""
         return bool(self.nonce) or (self.handshake is not None and self.handshake.heard)
 
     def worth(self, now: float) -> int:
-        """Return how much is lost by dropping it: the least is dropped first."""
+        """Return its priority, 0 to 3: in an overload the lowest is dropped first."""
         if self.knows_key:
             return 3
         if self.unrecognized:

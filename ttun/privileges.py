@@ -1,15 +1,15 @@
-"""What this process may do, and what nobody may do to it. Source: capabilities(7), prctl(2).
+"""Privileges: check, drop, and protect this process. Source: capabilities(7), prctl(2).
 
-A program that made its device and its port needs no right any more. drop() gives all of them up:
+Once the device and port are open, the program needs no privileges. drop() drops all of them:
 
- 1. What is loaded on first use later on is loaded now: afterwards this user may not be able to.
- 2. The bounding set loses every capability, so that no program started from here gets one.
- 3. Groups and user change to an unprivileged user's. glibc does that in every thread.
- 4. What capabilities are left go (in a user namespace the user may have had to stay root).
- 5. no_new_privs: no set-user-ID program gives anything back.
+ 1. Import what would be loaded later, which the new user may not be able to read.
+ 2. Empty the bounding set, so that no program started from here gains a capability.
+ 3. Switch to an unprivileged user and its group. glibc does so in every thread.
+ 4. Drop the remaining capabilities (in a user namespace the user may have to stay root).
+ 5. Set no_new_privs, so that set-user-ID programs gain nothing.
 
-Capabilities belong to a thread, and a new thread starts with those of the one that made it: drop
-before threads are made.
+Capabilities belong to a thread, and a new thread inherits those of its creator: call drop() before
+starting threads.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h, as is this
 HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, of this thread
-DEFAULT_USER = "nobody"
-MAX_ID = 0xFFFFFFFE  # of a user; setresuid() takes one more for «as it is»
-NOBODY = 65534  # where the user database has none: the kernel's own overflow user
+DEFAULT_USERS = ("ttun", "nobody")  # the first that exists
+MAX_ID = 0xFFFFFFFE  # of a user; one more means "unchanged" to setresuid()
+NOBODY = 65534  # if the user database has none: the kernel's overflow user
 
 
 class User(NamedTuple):
-    """Whom to become."""
+    """A user to switch to."""
 
     name: str
     uid: int
@@ -45,7 +45,7 @@ class User(NamedTuple):
 
 
 def has(capability: int) -> bool:
-    """Return whether this thread has a capability in effect: capget(2), which needs no /proc."""
+    """Return whether a capability is effective in this thread (capget(2))."""
     data = bytearray(24)  # effective, permitted, inheritable; then bits 32 to 63
     if lib.capget(HEADER, ffi.from_buffer(data)) != 0:
         return False
@@ -53,80 +53,82 @@ def has(capability: int) -> bool:
 
 
 def check() -> None:
-    """Raise TtunError if this process may not make a network device."""
+    """Raise TtunError if this process may not create a network device."""
     if not has(NET_ADMIN):
-        raise TtunError("making a TUN device needs root or CAP_NET_ADMIN: run it with sudo")
+        raise TtunError("a TUN device requires root or CAP_NET_ADMIN (run with sudo)")
 
 
 def forbid_dumps() -> None:
-    """Keep what is in memory, keys among it, out of core files and other processes' reach."""
+    """Protect keys in memory: no core dumps, no tracing by other processes."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lib.prctl(lib.PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def find_user(name: str | None) -> User | None:
-    """Return whom to become. name: of a user, or a number, or None for what is usual.
+    """Return the user to switch to. name: a user name or ID, or None for the default.
 
-    That is nobody for root, and nobody else (None) for everybody else. Raises UsageError for a
-    name that is no user's.
+    The default for root is ttun, or nobody if there is no such user; for others it is no change
+    (None). Raises UsageError for an unknown user.
     """
     if name is None and os.geteuid() != 0:
         return None
-    text = DEFAULT_USER if name is None else name
-    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ID))
-    number = int(text) if is_number else None
+    if name is None:
+        for usual in DEFAULT_USERS:
+            with contextlib.suppress(KeyError, OSError):
+                return User(usual, *pwd.getpwnam(usual)[2:4])
+        return User(usual, NOBODY, NOBODY)
+    is_number = name.isascii() and name.isdigit() and len(name) <= len(str(MAX_ID))
+    number = int(name) if is_number else None
     try:
-        entry = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
+        entry = pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
     except (KeyError, ValueError, OverflowError, OSError):
-        if name is None:
-            return User(DEFAULT_USER, NOBODY, NOBODY)
         if number is not None and number <= MAX_ID:
             return User(name, number, number)
-        raise UsageError(f"there is no user {name!r} here") from None
+        raise UsageError(f"no such user: {name!r}") from None
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 
 def drop(user: User | None, *, required: bool) -> None:
-    """Become user, if one is given, and give up every capability, for good.
+    """Switch to user, if not None, and drop every capability, irrevocably.
 
-    required: raise TtunError when that user cannot be had; else stay who we are, and say so.
+    required: raise TtunError if switching fails; else log it and keep the current user.
     """
     _load_what_comes_later()
     capability = 0
     while lib.prctl(lib.PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
         lib.prctl(lib.PR_CAPBSET_DROP, capability, 0, 0, 0)
         capability += 1
-    done = f"going on as user {os.geteuid()}"
+    done = f"dropped privileges: user {os.geteuid()}"
     if user is not None:
         try:
             _become(user)
-            done = f"going on as user {user.name}"
+            done = f"dropped privileges: user {user.name}"
         except OSError as error:
-            why = f"cannot become the user {user.name}: {_why_not(error)}"
+            why = f"cannot switch to user {user.name}: {_why_not(error)}"
             if required:
                 raise TtunError(why) from None
             done = f"{why}; {done}"
     drop_capabilities()
-    forbid_dumps()  # the kernel forgets that when the user changes
-    log.info("%s, without capabilities", done)
+    forbid_dumps()  # changing the user resets it
+    log.info("%s, no capabilities", done)
 
 
 def drop_capabilities() -> None:
-    """Give up those of this thread; the ambient ones go with the permitted ones."""
+    """Drop all capabilities of this thread, ambient ones included."""
     if lib.capset(HEADER, bytes(24)) != 0 or lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise TtunError("cannot give up capabilities")
+        raise TtunError("cannot drop capabilities")
 
 
 @contextlib.contextmanager
 def acting_as(user: User) -> Iterator[None]:
-    """Have only this user's rights for a while. Raises OSError if it may not be.
+    """Use only this user's permissions within the block. Raises OSError if not allowed.
 
-    Of all threads: for a program that has one. What is opened by root is to be opened before.
+    It affects all threads, so use it in a single-threaded program. Open what needs root before.
     """
     uid, gid = os.geteuid(), os.getegid()
     os.setegid(user.gid)
     try:
-        os.seteuid(user.uid)  # and its capabilities have no effect until it is undone
+        os.seteuid(user.uid)  # this also clears the effective capabilities
         try:
             yield
         finally:
@@ -136,7 +138,7 @@ def acting_as(user: User) -> Iterator[None]:
 
 
 def may_become(user: User) -> bool:
-    """Return whether this process is not that user, and can act as it."""
+    """Return whether this process is another user and can act as that one."""
     try:
         with acting_as(user):
             return os.getuid() != user.uid
@@ -144,11 +146,16 @@ def may_become(user: User) -> bool:
         return False
 
 
+def can_be(user: User) -> bool:
+    """Return whether a program that this process starts can run as that user."""
+    return (os.geteuid(), os.getegid()) == (user.uid, user.gid) or may_become(user)
+
+
 def _become(user: User) -> None:
     if os.getresuid() == (user.uid,) * 3 and os.getresgid() == (user.gid,) * 3:
         return
-    # The user last: who is not root may not change groups. In a user namespace the first of these
-    # fails, and then nothing has changed.
+    # The user last, as changing groups needs root. In a user namespace the first call fails, and
+    # nothing has changed.
     group, groups = os.getresgid(), os.getgroups()
     try:
         os.setresgid(user.gid, user.gid, user.gid)
@@ -163,13 +170,13 @@ def _become(user: User) -> None:
 
 def _why_not(error: OSError) -> str:
     if error.errno == errno.EINVAL:
-        return "this user namespace does not have it"
+        return "not mapped in this user namespace"
     if error.errno == errno.EPERM:
-        return "this process may not change its user"
+        return "CAP_SETUID and CAP_SETGID required"
     return error.strerror or str(error)
 
 
 def _load_what_comes_later() -> None:
-    """Import what Python would import at the first look-up of a name, the first odd character."""
-    "é".encode("idna")  # which takes the codec of ASCII names, and one more
+    """Import what Python imports at the first name lookup or the first unusual character."""
+    "é".encode("idna")  # loads the codecs idna and punycode
     "\n".encode("unicode_escape")

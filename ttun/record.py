@@ -1,7 +1,7 @@
-"""What an endpoint is doing and has done: its session, the sums of those before it, in words too.
+"""Status of an endpoint: the current session and the totals of all sessions.
 
-The endpoint's own thread writes it; any thread, and a signal handler, may read it. So what belongs
-together is replaced as a whole, and nobody needs a lock.
+Only the endpoint's thread writes it; any thread and a signal handler may read it. A record is
+immutable and replaced as a whole, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -9,44 +9,44 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from ttun.congestion import Way
+from ttun.congestion import TcpStats
 from ttun.peer import Peer
 from ttun.session import Counters, Session
 from ttun.settings import Addresses
 
-DROPPED = {  # counters of packets that did not go through: how many ...
-    "refused": "of the peer's packets were refused by the kernel",
-    "unsendable": "could not be sent",
-    "congested": "were dropped as the link was full",
-    "forged": "of the peer's packets did not add up",
+DROPPED = {  # counters of dropped packets, and why
+    "refused": "rejected by the kernel",
+    "unsendable": "too large",
+    "congested": "queue full",
+    "forged": "malformed offload packet",
 }
 
 
 @dataclass(frozen=True)
 class Status:
-    """What an endpoint is doing now."""
+    """The current status of an endpoint."""
 
     role: str  # "server" or "client"
     device: str | None  # "ttun0"; None before start
-    peer: str | None  # "192.0.2.1:20203"; None while there is no session
+    peer: str | None  # "192.0.2.1:20203"; None without a session
     transport: str | None  # "tcp", "mptcp", ...
     wire: str | None  # "v1" or "x1"
     cipher: str | None  # of the session
-    round_trip: float | None  # seconds, when it was measured last; on wire x1
-    rekeys: int | None  # how often this session got fresh keys; on wire x1
+    round_trip: float | None  # seconds, last measured; protocol x1 only
+    rekeys: int | None  # of this session; protocol x1 only
     congestion_control: str | None  # "bbr", of the tunnel's connection
-    retransmitted: float | None  # 0 to 1, of the segments that this end sent on it
+    retransmitted: float | None  # share of the segments sent by this end, 0 to 1
     connected_for: float | None  # seconds
-    silent_for: float | None  # seconds since a frame of the peer was opened
-    sessions: int  # how many there have been, this one included
-    counters: Counters  # of this session, or the last one
+    silent_for: float | None  # seconds since the last frame from the peer
+    sessions: int  # since the start, including this one
+    counters: Counters  # of this or the last session
     totals: Counters  # of all sessions
-    missing: list[str]  # what the device lacks: "route 203.0.113.0/24 missing"
+    missing: list[str]  # deviations of the device: "route 203.0.113.0/24 missing"
 
 
 @dataclass(frozen=True)
 class Record:
-    """The session that runs, or the last one."""
+    """The current or the last session."""
 
     session: Session | None = None
     connected: bool = False
@@ -55,11 +55,11 @@ class Record:
     wire: str = ""
     cipher: str = ""
     since: float = 0.0
-    sessions: int = 0  # this one included
+    sessions: int = 0  # including this one
     earlier: Counters = field(default_factory=Counters)  # of all sessions before it
 
     def begun(self, session: Session, peer: Peer) -> Record:
-        """Return what follows when a session with a peer has begun."""
+        """Return the record after the start of a session."""
         return Record(
             session=session,
             connected=True,
@@ -73,14 +73,14 @@ class Record:
         )
 
     def ended(self) -> Record:
-        """Return what follows when it has ended."""
+        """Return the record after its end."""
         return replace(self, connected=False)
 
     def status(self, role: str, device: str | None, missing: list[str]) -> Status:
-        """Return what there is to tell of an endpoint now."""
+        """Return the current status."""
         session = self.session if self.connected else None
         control = session.control if session else None
-        way = session.way() if session else None
+        stats = session.tcp_stats() if session else None
         counters = self.session.counters() if self.session else Counters()
         return Status(
             role=role,
@@ -91,8 +91,8 @@ class Record:
             cipher=self.cipher if session else None,
             round_trip=control.rtt if control else None,
             rekeys=control.rekeys if control else None,
-            congestion_control=way.control if way else None,
-            retransmitted=way.retransmitted if way else None,
+            congestion_control=stats.control if stats else None,
+            retransmitted=stats.retransmitted if stats else None,
             connected_for=time.monotonic() - self.since if session else None,
             silent_for=session.silence() if session else None,
             sessions=self.sessions,
@@ -102,11 +102,12 @@ class Record:
         )
 
     def facts(self, role: str, device: str | None, ours: Addresses) -> dict[str, str | None]:
-        """Return what does not change while a session lasts, in words."""
+        """Return what stays the same during a session, as text."""
         return {
             "role": role,
             "device": device,
             "peer": self.peer,
+            "transport": self.transport.partition(" ")[0],  # without the proxy
             "wire": self.wire,
             "cipher": self.cipher,
             "local4": str(ours.ipv4),
@@ -115,26 +116,26 @@ class Record:
 
 
 def carried(counters: Counters) -> str:
-    """Return what went through in words."""
+    """Return the counters as text."""
     text = (
-        f"sent {counters.uplink_packets} packets, {size(counters.uplink_bytes)}; "
-        f"received {counters.downlink_packets} packets, {size(counters.downlink_bytes)}"
+        f"uplink {counters.uplink_packets} packets, {size(counters.uplink_bytes)}; "
+        f"downlink {counters.downlink_packets} packets, {size(counters.downlink_bytes)}"
     )
     for name, what in DROPPED.items():
         if number := getattr(counters, name):
-            text += f"; {number} {what}"
+            text += f"; {number} dropped: {what}"
     return text
 
 
-def lost(way: Way | None) -> str:
-    """Return what became of the segments of a connection, to follow carried()."""
-    if way is None or way.retransmitted is None:
+def lost(stats: TcpStats | None) -> str:
+    """Return the retransmissions as text, to append to carried()."""
+    if stats is None or stats.retransmitted is None:
         return ""
-    return f"; {100 * way.retransmitted:.1f} % retransmitted, {way.control}"
+    return f"; {100 * stats.retransmitted:.1f} % retransmitted, {stats.control}"
 
 
 def size(number: float) -> str:
-    """Return a number of bytes in the unit that suits it."""
+    """Return a number of bytes in a suitable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.1f} {unit}" if unit != "B" else f"{number:.0f} B"

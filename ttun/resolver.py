@@ -1,15 +1,15 @@
-"""The addresses of a name: looked up where that delays nothing else, and remembered.
+"""Resolve host names without blocking the caller, and remember the addresses.
 
-getaddrinfo() cannot be interrupted and may take half a minute. So it runs
+getaddrinfo() cannot be interrupted and may take half a minute. So it
 
-1. nowhere, for a numeric address;
-2. in a child process, before the program has dropped its privileges: they belong to each thread,
-   so no thread may exist yet;
-3. on a thread, afterwards, and in a program that has threads already. There is one at a time,
-   however long a resolver takes.
+1. is not called for a numeric address;
+2. runs in a child process before privileges are dropped: they belong to each thread, so no thread
+   may exist yet;
+3. runs on a thread afterwards, and in a program that has threads already. There is at most one at a
+   time, however long it takes.
 
-A name that was found once is dialled also while it cannot be looked up: the question may have gone
-into the tunnel that is to be built.
+If a name can no longer be resolved, its last addresses are used: the DNS query may have been routed
+into the tunnel that is to be established.
 """
 
 from __future__ import annotations
@@ -25,31 +25,35 @@ import select
 import signal
 import socket
 import threading
-from typing import Any, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
+from ttun import name_servers
 from ttun._codec import lib
 from ttun.errors import reason
 from ttun.flag import Flag
 
 log = logging.getLogger("ttun")
 
-PATIENCE = 2.0  # seconds for a look-up when there are addresses of an earlier one
-FIRST_PATIENCE = 60.0  # seconds for the first: longer than the C library's resolver takes
-ANSWER_MAX = 65536  # bytes from the child
-MOST = 64  # addresses of a name: each may take 14 s to dial and to shake hands with
+PATIENCE = 2.0  # seconds for a lookup when earlier addresses are known
+FIRST_PATIENCE = 60.0  # seconds for the first lookup: longer than the timeout of the C library
+ANSWER_MAX = 65536  # bytes from the child process
+MOST = 64  # addresses of a name: each may take 14 s to connect and authenticate
 
 SocketAddress = Union[tuple[str, int], tuple[str, int, int, int]]
 
 
 class Target(NamedTuple):
-    """Where to connect to: what socket() and connect() take."""
+    """Arguments of socket() and connect()."""
 
     family: int
     sockaddr: SocketAddress
 
 
+Find = Callable[[str, int, int], "list[Target]"]  # of a host, port and flags; raises OSError
+
+
 def numeric(host: str, port: int, flags: int = 0) -> list[Target]:
-    """Return the target of an address in figures; none for a name. It asks nobody."""
+    """Return the target of a numeric address, without a lookup; empty for a name."""
     try:
         if host:
             ipaddress.ip_address(host.partition("%")[0])
@@ -59,7 +63,7 @@ def numeric(host: str, port: int, flags: int = 0) -> list[Target]:
 
 
 def look_up(host: str, port: int, stop: Flag, flags: int = 0) -> list[Target]:
-    """Return the targets of a host, which may be a name.
+    """Resolve a host name or address.
 
     Raises OSError with the reason, InterruptedError when stop was set.
     """
@@ -71,54 +75,72 @@ def look_up(host: str, port: int, stop: Flag, flags: int = 0) -> list[Target]:
 
 
 class Resolver:
-    """Looks one host up again and again, for a client that dials again and again."""
+    """Resolve one host repeatedly, for a client that reconnects."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Ask nobody yet."""
+        """Do not resolve it yet."""
         self._host, self._port = host, port
-        self.known: list[Target] = []  # found last
+        self.known: list[Target] = []  # last result
         self._asked: _LookUp | None = None
+        self._told = False  # that a name server on this machine is of no use
 
     def first(self, stop: Flag) -> list[Target]:
-        """Look it up as look_up() does, and remember what was found."""
+        """Resolve it with look_up(), and remember the result."""
         self.known = look_up(self._host, self._port, stop)
         return self.known
 
-    def targets(self, stop: Flag) -> list[Target]:
-        """Look it up on a thread; return what is known from before when that fails or takes long.
+    def targets(self, stop: Flag, outside: bool = False) -> list[Target]:
+        """Resolve it on a thread; return the last result if that fails or takes too long.
 
-        Raises OSError with the reason when nothing is known, InterruptedError when stop was set.
+        outside: a name server on this machine would send its queries through the tunnel. Raises
+        OSError with the reason if there is no result, InterruptedError when stop was set.
         """
         if found := numeric(self._host, self._port):
             return found
+        find = self._find_outside if outside else _getaddrinfo
         try:
-            self._asked = self._asked or _LookUp(self._host, self._port)
+            self._asked = self._asked or _LookUp(self._host, self._port, 0, find)
             self.known = self._asked.wait(PATIENCE if self.known else FIRST_PATIENCE, stop)
             self._asked = None
         except InterruptedError:
             raise
         except OSError as error:
             if not isinstance(error, TimeoutError):
-                self._asked = None  # it has answered; else it is under way still
+                self._asked = None  # it has ended; otherwise it is still running
             if not self.known:
                 raise
-            log.info(
-                "cannot look up %s: %s; dialling its last addresses", self._host, reason(error)
-            )
+            log.info("cannot resolve %s: %s; using its last addresses", self._host, reason(error))
         return self.known
+
+    def _find_outside(self, host: str, port: int, flags: int) -> list[Target]:
+        """Find the targets of a host; if a name server here would be asked, ask its upstream."""
+        local = name_servers.local()
+        if local and not name_servers.is_in_hosts(host):
+            if servers := name_servers.upstream():
+                if found := name_servers.look_up(host, servers)[:MOST]:
+                    return [target for each in found for target in numeric(each, port)]
+            elif not self._told:
+                self._told = True
+                log.warning(
+                    "the name server %s sends its queries through the tunnel: until that is "
+                    "connected, the last addresses of %s are dialled",
+                    local,
+                    host,
+                )
+        return _getaddrinfo(host, port, flags)
 
 
 def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
-    # No host: the addresses to listen on.
+    # No host: addresses to listen on.
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     return [Target(family, sockaddr) for family, _, _, _, sockaddr in found[:MOST]]  # type: ignore[arg-type]
 
 
 class _LookUp:
-    """A look-up on a thread of its own. Raises OSError where there is no thread for it."""
+    """A lookup on its own thread. Raises OSError if no thread is available."""
 
-    def __init__(self, host: str, port: int, flags: int = 0) -> None:
-        self._done = Flag()
+    def __init__(self, host: str, port: int, flags: int = 0, find: Find = _getaddrinfo) -> None:
+        self._done, self._find = Flag(), find
         self._answer: list[Target] | Exception = []
         try:
             threading.Thread(
@@ -129,15 +151,15 @@ class _LookUp:
 
     def _ask(self, host: str, port: int, flags: int) -> None:
         try:
-            self._answer = _getaddrinfo(host, port, flags)
-        except Exception as error:  # whatever it is: the other thread waits for an answer
+            self._answer = self._find(host, port, flags)
+        except Exception as error:  # any error: the other thread waits for an answer
             self._answer = error
         self._done.set()
 
     def wait(self, seconds: float, stop: Flag) -> list[Target]:
-        """Return what was found. Raises OSError, TimeoutError when it takes longer."""
+        """Return the result. Raises OSError; TimeoutError after so many seconds."""
         if not stop.wait_for(self._done.fileno(), select.POLLIN, seconds):
-            raise TimeoutError(f"no answer from the resolver for {seconds:.0f} s")
+            raise TimeoutError(f"no answer from the resolver in {seconds:.0f} s")
         if isinstance(self._answer, Exception):
             renamed = OSError(reason(self._answer))
             renamed.errno = getattr(self._answer, "errno", None)
@@ -146,7 +168,7 @@ class _LookUp:
 
 
 def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
-    """Look a host up in a process of its own, which is ended with the wait."""
+    """Resolve a host in a child process, which is killed when this returns."""
     readable, writable = os.pipe()
     try:
         child = os.fork()
@@ -161,14 +183,14 @@ def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
         answer = _read_all(readable, stop)
     finally:
         os.close(readable)
-        # Where SIGCHLD is ignored, as whoever started us may have it, or another part of the
-        # program waits for all children, it is gone by itself.
+        # If SIGCHLD is ignored (inherited), or another part of the program reaps all children, the
+        # child may be gone.
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
     if not answer:
-        raise OSError("the look-up ended without an answer")
+        raise OSError("the resolver process failed")
     found: dict[str, Any] = json.loads(answer)
     if "error" in found:
         raise OSError(found["error"])
@@ -176,16 +198,16 @@ def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
 
 
 def _answer(writable: int, host: str, port: int, flags: int) -> None:
-    """Be the child: ask, answer and end, without anything of the parent's."""
+    """Run the child: resolve, write the answer, exit; keep no descriptor of the parent's."""
     try:
-        signal.set_wakeup_fd(-1)  # the pipe behind it is the parent's too
+        signal.set_wakeup_fd(-1)  # the parent's pipe
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        # It must not outlive the parent, nor keep the parent's device or port.
+        # Do not outlive the parent or hold its device or port.
         lib.prctl(lib.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.alarm(int(FIRST_PATIENCE))
         os.closerange(3, writable)
-        # Python 3.9 closes them one by one, and a container may allow a thousand million.
+        # Python 3.9 closes them one by one, and a container may allow 10^9.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         os.closerange(writable + 1, 65536 if most == resource.RLIM_INFINITY else min(most, 65536))
         try:
@@ -198,7 +220,7 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
 
 
 def _read_all(readable: int, stop: Flag) -> bytes:
-    """Return what a look-up in a child wrote before its end."""
+    """Return the output of the child process."""
     answer = b""
     while len(answer) < ANSWER_MAX and stop.wait_for(readable, select.POLLIN, FIRST_PATIENCE):
         part = os.read(readable, ANSWER_MAX)

@@ -1,11 +1,11 @@
-"""Notice that a connection is dead before the peer's silence shows it: its own end moved.
+"""Detect that a connection is dead because the local address changed, before it times out.
 
-A connection is bound to the address that it was made from. When that is taken from the machine, or
-its link is set down while there is another way to the peer, nothing arrives any more, and TCP takes
-half a minute to see it. With Multipath TCP the addresses of all its paths count.
+A connection is bound to its local address. When that address is removed, or its link goes down
+while there is another route to the peer, nothing arrives any more, and TCP takes half a minute to
+notice. For Multipath TCP the addresses of all subflows count.
 
-A machine that slept is noticed by its clocks: CLOCK_BOOTTIME counts that time, CLOCK_MONOTONIC does
-not (clock_gettime(2)). Its peer has given it up, as a rule, or a NAT has forgotten it.
+A system suspend shows in the clocks: CLOCK_BOOTTIME includes it, CLOCK_MONOTONIC does not
+(clock_gettime(2)). By then the peer has usually timed out, or a NAT has dropped its state.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ import time
 from ttun import mptcp, tcp
 from ttun.device_state import Seen
 
-CONFIRM = 0.4  # seconds that an address has to be away: DHCP may take one and give it back
-SLEPT = 3.0  # seconds of suspension that are worth a new connection
-LOOK_AGAIN = 1.0  # seconds, while the link of the address is down
+CONFIRM = 0.4  # seconds that an address must be missing: DHCP may remove and re-add it
+SLEPT = 3.0  # seconds of suspend that cause a reconnect
+LOOK_AGAIN = 1.0  # seconds between checks while the link is down
 
 
 class Sleep:
-    """Notices that the machine was suspended. seconds: how long, in all, since it was set to 0."""
+    """Detect system suspends. seconds: their total duration since it was set to 0."""
 
     def __init__(self) -> None:
-        """Count from now on."""
+        """Start counting."""
         self._offset = _offset()
         self.seconds = 0.0
 
     def look(self) -> None:
-        """Look at the clocks."""
+        """Compare the clocks."""
         before, self._offset = self._offset, _offset()
         if self._offset - before > SLEPT:
             self.seconds += self._offset - before
 
 
 class LocalAddress:
-    """The local addresses of one connection, and whether it can still live on them."""
+    """The local addresses of a connection, and whether they still work."""
 
     def __init__(self, sock: socket.socket) -> None:
-        """Begin with a connected socket, which stays the caller's."""
+        """sock: connected; the caller keeps ownership."""
         self._sock = sock
         self.addresses = local_addresses(sock)
-        self._known = False  # a reading has found one of them on a link
+        self._known = False  # one of them was seen on a link
         self._away_since: float | None = None
 
     def judge(self, seen: Seen, now: float) -> tuple[str | None, float | None]:
-        """Return why the connection is dead, or None, and in how many seconds to read again."""
+        """Return why the connection is dead or None, and seconds until the next check or None."""
         self.addresses |= local_addresses(self._sock)
         owners = {x: links for x, links in seen.owners.items() if x in self.addresses}
         self._known = self._known or bool(owners)
@@ -57,20 +57,20 @@ class LocalAddress:
             self._away_since = None
             return None, None
         if not self._known and self._is_local():
-            return None, None  # ours without a link, as 127.0.0.2 is
+            return None, None  # local but on no link, like 127.0.0.2
         if self._away_since is None:
             self._away_since = now
         if now - self._away_since < CONFIRM:
             return None, CONFIRM
         if not owners:
             were = "was" if len(self.addresses) == 1 else "were"
-            return f"the connection's local {_shown(self.addresses)} {were} removed", None
+            return f"local {_shown(self.addresses)} {were} removed", None
         if self._has_other_way():
-            return f"the link of the connection's local {_shown(set(owners))} is down", None
-        return None, LOOK_AGAIN  # it lives on if the link comes back
+            return f"the link of local {_shown(set(owners))} is down", None
+        return None, LOOK_AGAIN  # it may recover with the link
 
     def _is_local(self) -> bool:
-        """Return whether the kernel still takes one of the addresses for this machine's."""
+        """Return whether one of the addresses is still local to this machine."""
         for address in self.addresses:
             family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
             try:
@@ -83,7 +83,7 @@ class LocalAddress:
         return not self.addresses
 
     def _has_other_way(self) -> bool:
-        """Return whether there is a route to the peer from another address than ours."""
+        """Return whether there is a route to the peer from another local address."""
         try:
             with socket.socket(self._sock.family, socket.SOCK_DGRAM) as probe:
                 probe.connect(self._sock.getpeername())  # sends nothing
@@ -93,10 +93,9 @@ class LocalAddress:
 
 
 def local_addresses(sock: socket.socket) -> set[bytes]:
-    """Return the packed local addresses of a connection, with Multipath TCP those of all paths.
+    """Return the packed local addresses of a connection, for Multipath TCP those of all subflows.
 
-    None where it is no connection over IP any more, or where the kernel does not tell (Multipath
-    TCP before Linux 5.16).
+    Empty if it is closed, not over IP, or Multipath TCP before Linux 5.16.
     """
     try:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
@@ -123,5 +122,5 @@ def _shown(addresses: set[bytes]) -> str:
 
 
 def _offset() -> float:
-    """Return for how many seconds the machine has slept since it was started."""
+    """Return the total seconds of suspend since boot."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -1,11 +1,11 @@
-"""Routes through the tunnel, and what they must not carry: the tunnel's own connection.
+"""Routes through the tunnel, which must not include the tunnel's own connection.
 
-They are added when the device is up, before privileges go, and the kernel takes them away with the
-device. A route that would catch the way to the server would lock the tunnel into itself: a client
-refuses it, or an address of the server's name that it catches. A server does not know who will
-come; who comes from a network that it routes into the tunnel gets no answer.
+They are added when the device is up, before privileges are dropped; the kernel removes them with
+the device. A client rejects a route that would send its own connection into the tunnel, or skips
+the server addresses that such a route matches (client.py). A server cannot check this in advance:
+a client whose address it routes into the tunnel gets no answer.
 
-Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg), proc(5).
+Sources: linux/route.h (struct rtentry), linux/ipv6_route.h (struct in6_rtmsg).
 """
 
 from __future__ import annotations
@@ -15,19 +15,15 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Union
 
 from ttun._codec import ffi
 from ttun.errors import TtunError
 from ttun.settings import Network
 
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
-NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # what the kernel says without it
-METRIC = 1024  # what the kernel gives a route of IPv6 that names none
+NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT)  # errors of a kernel without IPv6
+METRIC = 1024  # the kernel's default for IPv6 routes
 
 
 def add(network: Network, device: str) -> None:
@@ -38,10 +34,10 @@ def add(network: Network, device: str) -> None:
         else:
             _add_ipv6(network, device)
     except OSError as error:
-        why = "there is one already" if error.errno == errno.EEXIST else error.strerror
+        why = "it already exists" if error.errno == errno.EEXIST else error.strerror
         if network.version == 6 and error.errno in NO_IPV6:
             why = f"{device} has no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6=0)"
-        raise TtunError(f"cannot add a route to {network} through {device}: {why}") from None
+        raise TtunError(f"cannot add route {network} through {device}: {why}") from None
 
 
 def _add_ipv4(network: Network, device: str) -> None:
@@ -62,7 +58,7 @@ def _add_ipv6(network: Network, device: str) -> None:
     request = struct.pack(
         "@16s16s16sIHHILIi",
         network.network_address.packed,
-        bytes(16),  # from anywhere
+        bytes(16),  # any source
         bytes(16),  # no gateway
         0,
         network.prefixlen,
@@ -74,50 +70,3 @@ def _add_ipv6(network: Network, device: str) -> None:
     )
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCADDRT, request)
-
-
-def catching(routes: Iterable[Network], address: str, device: str) -> Network | None:
-    """Return the route of ours that would carry packets to an address; None if none would.
-
-    The kernel takes the longest prefix; one of ours that is as long as another's may win.
-    """
-    try:
-        target = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return None
-    if isinstance(target, ipaddress.IPv6Address) and target.ipv4_mapped is not None:
-        target = target.ipv4_mapped
-    found = [route for route in routes if target in route]
-    if not found or target.is_loopback:
-        return None
-    longest = max(found, key=lambda route: route.prefixlen)
-    return longest if longest.prefixlen >= _longest_other(target, device) else None
-
-
-def _longest_other(target: Address, device: str) -> int:
-    """Return the length of the best prefix to an address through any other device, or -1."""
-    lengths = [-1]
-    if target.version == 4:
-        for line in _table("/proc/net/route")[1:]:
-            fields = line.split()
-            # Numbers in the byte order of the machine, in hexadecimal.
-            network, mask = (
-                ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
-            )
-            route = ipaddress.ip_network(f"{network}/{mask}")
-            if fields[0] != device and target in route:
-                lengths.append(route.prefixlen)
-    else:
-        for line in _table("/proc/net/ipv6_route"):
-            fields = line.split()
-            net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
-            if fields[9] not in (device, "lo") and target in net6:
-                lengths.append(net6.prefixlen)
-    return max(lengths)
-
-
-def _table(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []

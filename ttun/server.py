@@ -1,9 +1,8 @@
-"""The server: listens, lets one peer in at a time, and lets the next in when that one has left.
+"""The server: listen, and serve one authenticated client at a time.
 
-While a peer is connected a few others are held: their connections are accepted and not answered,
-and they are served first once that peer has left. With takeover whoever proves the key replaces the
-peer that is there: for a client that comes from another network before its old connection is known
-to be dead.
+During a session, a few other connections are held: accepted, but answered only after the session
+has ended. With takeover, a client that authenticates replaces the connected one: for a client that
+reconnects from another network before its old connection has timed out.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Server(Endpoint):
     >>> server.start()           # opens ttunN and the port; raises ttun.TtunError
     >>> server.status().device
     'ttun0'
-    >>> server.wait(60)          # False: it goes on
+    >>> server.wait(60)          # False: still running
     False
     >>> server.stop()
     """
@@ -71,10 +70,10 @@ class Server(Endpoint):
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
     ) -> None:
-        """Take the pre-shared key, any bytes; see Settings for what both ends can be told.
+        """key: the pre-shared key, any bytes. For options of both ends, see Settings.
 
-        listen: HOST:PORT or :PORT, several of these, or another Listener. takeover: a new client
-        replaces the one that is connected; else it waits. Callbacks and errors: see Endpoint.
+        listen: HOST:PORT, :PORT, several of these, or another Listener. takeover: a new client
+        replaces the connected one instead of waiting. For callbacks and errors, see Endpoint.
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
@@ -88,14 +87,14 @@ class Server(Endpoint):
         self._listener = listen
         self._takeover = takeover
         self._answered = AnsweredNonces(self._buffers.nonces)
-        self._successor: Peer | None = None  # waits until the session has ended
+        self._successor: Peer | None = None  # starts when the session has ended
         self._is_listening = False
 
     @property
     def port(self) -> int:
-        """The port that it listens on, the real one also for port 0. Raises TtunError without."""
+        """The port it listens on, also if :0 was given. Raises TtunError before open()."""
         if self._listener.port is None:
-            raise TtunError("this server has no port: open or start it first")
+            raise TtunError("this server has no port yet (open or start it first)")
         return self._listener.port
 
     def _open(self) -> None:
@@ -116,10 +115,11 @@ class Server(Endpoint):
             self._is_listening = True
         while (peer := self._next_peer()) is not None:
             if self._takeover:
-                self._authenticated(peer, "; another client may take over")
+                self._authenticated(peer, "; another client can take over")
                 self._carry(peer)
                 continue
-            self._authenticated(peer, "; other clients wait until it disconnects")
+            others = "" if self._listener.single else "; other clients wait until it disconnects"
+            self._authenticated(peer, others)
             self._pending.hold()
             try:
                 self._carry(peer)
@@ -133,18 +133,18 @@ class Server(Endpoint):
             knows_key=lambda nonce: handshake.knows_key(
                 self._k, self._terms, nonce, self._answered
             ),
-            silent=self._terms.wire == "x1",
+            silent=self._terms.wire == "x1" and not self._listener.single,
         )
 
     def _next_peer(self) -> Peer | None:
-        """Return the next peer that proves the key; None when stop was set."""
+        """Return the next authenticated peer, or None when stop was set."""
         peer, self._successor = self._successor, None
         while peer is None and not self._stop.is_set():
             peer = self._turn()
         return peer
 
-    def _newcomer(self, session: Session, peer: Peer) -> None:
-        """Put a peer in the place of whoever waits for the session to end, and end that."""
+    def _new_peer(self, session: Session, peer: Peer) -> None:
+        """Make this peer the next one, and end the current session."""
         if self._successor is not None:
             self._successor.close()
         self._successor = peer

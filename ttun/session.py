@@ -1,10 +1,10 @@
-"""One authenticated peer: the codec's session, its four threads, and why it ended.
+"""A session with one authenticated peer: the codec's session, its threads, why it ended.
 
-1. Drop what waits in the device: stale packets do not go into a new session.
-2. Start two threads per direction, each inside one long C call (csrc/session.h) without the GIL.
-   On wire x1 a fifth one handles control frames (control.py).
-3. Wait for all of them. The first thing that goes wrong ends all of them.
-4. Wipe the keys and say why it ended and what went through.
+1. Discard packets queued in the device, which are stale.
+2. Start two threads per direction, each in one long C call (csrc/session.h) without the GIL. In
+   protocol x1 a fifth thread handles control frames (control.py).
+3. Wait for all of them. The first error ends all of them.
+4. Wipe the keys; report why it ended, and the counters.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ttun.device import Device
 from ttun.handshake import Keys
 from ttun.settings import DEFAULT_LIMITS, NORMAL, Buffers, Limits
 
-FEW_CORES = 2  # up to here a thread empties its own slot where it can: see csrc/session.h
+FEW_CORES = 2  # up to so many, use `direct` of csrc/session.h
 
 
 class Counters(NamedTuple):
-    """What a session counted; csrc/session.h says what each of them is."""
+    """The counters of a session: see enum ttun_counter in csrc/session.h."""
 
     uplink_packets: int = 0
     uplink_bytes: int = 0
@@ -48,9 +48,9 @@ IN_CODEC = [getattr(lib, f"TTUN_COUNT_{name.upper()}") for name in Counters._fie
 
 
 class Session:
-    """Carries packets between a device and a peer until one of them ends it.
+    """Carry packets between a device and a peer until it ends.
 
-    Its life: __init__ starts it, end() may end it, wait() must be called once, by one thread.
+    __init__ starts it, end() may end it, one thread must call wait() once.
     """
 
     def __init__(
@@ -61,7 +61,10 @@ class Session:
         limits: Limits = DEFAULT_LIMITS,
         buffers: Buffers = NORMAL,
     ) -> None:
-        """Take over the socket and the keys, and start. The device stays the caller's."""
+        """Take ownership of the socket and the keys, and start. The caller keeps the device.
+
+        Raises OSError, MemoryError or RuntimeError on a shortage.
+        """
         self._sock = sock
         self._started = time.monotonic()
         sock.setblocking(True)
@@ -81,13 +84,13 @@ class Session:
         if session == ffi.NULL:
             sock.close()
             raise OSError(ffi.errno, os.strerror(ffi.errno))
-        # Freed with its last user: asking for counters while it ends takes no lock, so a signal
-        # handler may end it whatever the thread below is doing.
+        # Freed with its last reference: reading counters takes no lock, so a signal handler may end
+        # the session at any time.
         session = ffi.gc(session, lib.ttun_session_free)
         self._c = session
         self._counters = Counters()
-        self._way: congestion.Way | None = None  # at its end
-        self._why: str | None = None  # why it was ended, if not by itself
+        self._tcp_stats: congestion.TcpStats | None = None  # at the end
+        self._why: str | None = None  # reason given to end()
         self.control: Control | None = None
         if keys.agreement is not None:
             self.control = Control(session, sock, keys.agreement, limits)
@@ -108,20 +111,20 @@ class Session:
                 started.append(thread)
             if self.control is not None:
                 self.control.start()
-        except BaseException as error:  # no thread may outlive this call's socket
+        except BaseException as error:  # threads must not outlive the socket
             self._threads = started
             self.end(str(error))
             self.wait()
-            if isinstance(error, RuntimeError):  # the process may have no more threads
+            if isinstance(error, RuntimeError):  # no thread available
                 raise OSError(str(error)) from None
             raise
 
     def fileno(self) -> int:
-        """Return the connection's descriptor: it hangs up when the session is over."""
+        """Return the connection's descriptor: poll() reports POLLHUP when the session has ended."""
         return self._sock.fileno()
 
     def end(self, why: str) -> None:
-        """End the session for a reason that it does not know itself, from any thread."""
+        """End the session for the given reason, from any thread."""
         self._why = self._why or why
         session = self._c
         if session is not None:
@@ -129,12 +132,12 @@ class Session:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, so that wait() returns soon."""
+        """Whether the session has ended, so that wait() returns soon."""
         session = self._c
         return session is None or lib.ttun_session_reason(session, ffi.NULL) != lib.TTUN_RUNNING
 
     def wait(self) -> str:
-        """Wait until it is over, release all, and return why it ended."""
+        """Wait until the session has ended, release its resources, and return the reason."""
         for thread in self._threads:
             thread.join()
         if self.control is not None:
@@ -142,8 +145,8 @@ class Session:
         detail = ffi.new("int *")
         reason = lib.ttun_session_reason(self._c, detail)
         self._counters = _read_counters(self._c)
-        self._c = None  # its keys are wiped now
-        self._way = congestion.way(self._sock)
+        self._c = None  # wipes the keys
+        self._tcp_stats = congestion.tcp_stats(self._sock)
         self._sock.close()
         self.duration = time.monotonic() - self._started
         self.device_lost = reason == lib.TTUN_END_DEVICE
@@ -153,16 +156,16 @@ class Session:
         return _reason(reason, detail[0])
 
     def counters(self) -> Counters:
-        """Return what it carried so far, from any thread, also afterwards."""
+        """Return the counters, from any thread, also after the end."""
         session = self._c
         return self._counters if session is None else _read_counters(session)
 
-    def way(self) -> congestion.Way | None:
-        """Return what the kernel knows of its connection, from any thread, also afterwards."""
-        return congestion.way(self._sock) or self._way
+    def tcp_stats(self) -> congestion.TcpStats | None:
+        """Return the TCP statistics, from any thread, also after the end."""
+        return congestion.tcp_stats(self._sock) or self._tcp_stats
 
     def silence(self) -> float | None:
-        """Return for how many seconds no frame of the peer was opened; None when it is over."""
+        """Return the seconds since the last frame from the peer; None after the end."""
         session = self._c
         return None if session is None else lib.ttun_session_silence(session) / 1000
 
@@ -172,24 +175,24 @@ def _read_counters(session: Any) -> Counters:
 
 
 def _wire(keys: Keys) -> int:
-    """Return the wire as the codec takes it: v1, or x1 and what the peer's device takes."""
+    """Return the protocol for the codec: 0 for v1, or TTUN_X1 with the peer's offload bits."""
     if keys.agreement is None:
         return 0
-    takes = keys.agreement.features << 1  # of an offer; the codec's bits are one higher
+    takes = keys.agreement.features << 1  # offer bits, shifted to the codec's
     return int(lib.TTUN_X1 | takes & (lib.TTUN_OFFLOAD_TCP | lib.TTUN_OFFLOAD_UDP))
 
 
 def _reason(reason: int, detail: int) -> str:
-    """Put the codec's reason into words for the log."""
+    """Return the text of a ttun_reason."""
     reasons = {
         lib.TTUN_END_STOPPED: "stopped",
         lib.TTUN_END_CLOSED: "the peer closed the connection",
-        lib.TTUN_END_TRUNCATED: f"the connection ended {detail} bytes into a frame",
-        lib.TTUN_END_LENGTH: f"the peer sent a frame with a length of {detail}, less than its tag",
-        lib.TTUN_END_TAG: f"a frame with a length of {detail} failed authentication",
+        lib.TTUN_END_TRUNCATED: f"connection closed {detail} bytes into a frame",
+        lib.TTUN_END_LENGTH: f"the peer sent a frame of length {detail}, shorter than the tag",
+        lib.TTUN_END_TAG: f"a frame of length {detail} failed authentication",
         lib.TTUN_END_SOCKET: os.strerror(detail),
-        lib.TTUN_END_DEVICE: f"the TUN device failed: {os.strerror(detail)}",
-        lib.TTUN_END_NONCES: "this session ran out of nonces",
-        lib.TTUN_END_CONTROL: f"the peer sent a {NAMES.get(detail)} frame out of place",
+        lib.TTUN_END_DEVICE: f"TUN device failed: {os.strerror(detail)}",
+        lib.TTUN_END_NONCES: "the session ran out of nonces",
+        lib.TTUN_END_CONTROL: f"the peer sent an unexpected {NAMES.get(detail)} frame",
     }
     return reasons[reason]

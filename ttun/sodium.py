@@ -1,8 +1,8 @@
-"""The libsodium that PyNaCl carries inside its extension, and secrets in memory that is wiped.
+"""The libsodium bundled with PyNaCl, and secrets in memory that is wiped.
 
-Its functions are plain C: the ciphers' addresses go to the codec (cipher.py), the others are called
-here on memory of our own. ``nacl._sodium`` is private to PyNaCl; this file is the only one that
-reaches into it.
+The codec gets the addresses of the cipher functions (cipher.py); the other functions are called
+here, on buffers that are wiped after use. ``nacl._sodium`` is private to PyNaCl; only this file
+uses it.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ try:
     from nacl import _sodium  # type: ignore[attr-defined]
 
     ffi, lib, FILE = _sodium.ffi, _sodium.lib, str(_sodium.__file__)
-    # sodium_init looks at the processor; before it, AES is reported missing everywhere.
+    # sodium_init detects the CPU features; before it, AES is reported as missing.
     HAS_AES = lib.sodium_init() >= 0 and bool(lib.crypto_aead_aes256gcm_is_available())
-    lib.crypto_aead_aegis256_encrypt  # noqa: B018 - is it there at all?
+    lib.crypto_aead_aegis256_encrypt  # noqa: B018 - check that it exists
 except (ImportError, AttributeError) as problem:
     raise TtunError(
-        f"ttun needs PyNaCl 1.6 or newer with its own libsodium ({problem}): pip install -U pynacl"
+        f"PyNaCl 1.6 or newer with its own libsodium required: {problem} (pip install -U pynacl)"
     ) from None
 
 KEY_SIZE: int = codec.TTUN_KEY_SIZE
 
 
 class Secret(bytearray):
-    """Bytes that are wiped when they go away, and that nothing shows. Not to be resized."""
+    """A buffer that is wiped when freed and never printed. Do not resize it."""
 
     def wipe(self) -> None:
-        """Overwrite them now."""
-        self[:] = bytes(len(self))  # of the same size: it stays where it is
+        """Overwrite it now."""
+        self[:] = bytes(len(self))  # same size: no reallocation
 
     def __del__(self) -> None:
-        """Overwrite them."""
+        """Overwrite it."""
         self.wipe()
 
     def __repr__(self) -> str:
-        """Show nothing of them."""
+        """Do not show the content."""
         return "<secret>"
 
-    __str__ = __repr__  # bytearray has one of its own
+    __str__ = __repr__  # bytearray defines its own
 
 
 class KeyPair:
     """A fresh X25519 key pair (RFC 7748)."""
 
     def __init__(self) -> None:
-        """Make it from the system's random numbers."""
+        """Generate it."""
         self._secret = Secret(KEY_SIZE)
         public = bytearray(KEY_SIZE)
         lib.randombytes(ffi.from_buffer(self._secret), KEY_SIZE)
@@ -55,9 +55,9 @@ class KeyPair:
         self.public = bytes(public)
 
     def shared(self, public: bytes) -> Secret:
-        """Return what both sides compute, and wipe the secret half.
+        """Return the shared secret, 32 bytes, and wipe the private key.
 
-        Raises ValueError for a public key of low order, whose result is all zeros.
+        Raises ValueError for a low-order public key, for which it would be all zeros.
         """
         shared = Secret(KEY_SIZE)
         code = lib.crypto_scalarmult(
@@ -65,7 +65,7 @@ class KeyPair:
         )
         self._secret.wipe()
         if code != 0:
-            raise ValueError("a public key of low order")
+            raise ValueError("low-order public key")
         return shared
 
 

@@ -1,13 +1,13 @@
-"""Read the state of a device from the kernel, whenever that changed, and never too often.
+"""Read the state of a device from the kernel after changes, with a rate limit.
 
- 1. The kernel tells of changes (netlink.py has it leave out those of other devices and routes).
-    What they say is not used: they only have the state read anew.
- 2. A reading is a chain of requests, each sent when the last one was answered: the device, all
-    addresses, the routes through the device, the links that have the addresses in question.
+ 1. A change notification only triggers a new reading; its content is not used. netlink.py filters
+    those of other devices and routes in the kernel.
+ 2. A reading is a chain of requests, each sent after the answer to the last one: the device, all
+    addresses, the routes through the device, the links of the connection's local addresses.
 
-No call waits, and none takes in more than BUDGET datagrams. Two readings are INTERVAL apart, and
-together they take a twentieth of the time at most, however large the tables are. When too many
-changes come, the reader leaves the groups for DEAF seconds and reads once a second instead.
+No call blocks or processes more than BUDGET datagrams. Readings are at least INTERVAL apart and
+take at most a twentieth of the time, however large the tables are. In a flood of notifications, the
+reader unsubscribes for DEAF seconds and reads once a second instead.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from ttun import netlink
 from ttun.device_state import Seen, Wanted, address_of, is_up, route_key
 from ttun.netlink import Message, Netlink, Request
 
-BUDGET = 8  # datagrams in one call
-SETTLE = 0.2  # seconds from a change to the reading: changes come together
-INTERVAL = 0.5  # seconds between two readings, at least
-SHARE = 20  # a reading may take one part in so many of the time, where things change
-BACKSTOP = 30.0  # seconds until the state is read though nothing changed
-BACKSTOP_SHARE = 100  # the same as SHARE, where nothing does
-FLOOD, DEAF, DEAF_INTERVAL = 500, 10.0, 1.0  # changes in a second; seconds
-ANSWER_TIMEOUT = 2.0  # seconds; an answer is there at once, or got lost
-CARRIERS_MAX = 16  # links with the addresses in question that are listened to
+BUDGET = 8  # datagrams per call
+SETTLE = 0.2  # seconds from a change to the reading: changes come in groups
+INTERVAL = 0.5  # seconds between readings, at least
+SHARE = 20  # readings after changes take at most 1/20 of the time
+BACKSTOP = 30.0  # seconds between readings without a change
+BACKSTOP_SHARE = 100  # the same as SHARE, without changes
+FLOOD, DEAF, DEAF_INTERVAL = 500, 10.0, 1.0  # changes per second; seconds; seconds
+ANSWER_TIMEOUT = 2.0  # seconds; an answer comes at once or is lost
+CARRIERS_MAX = 16  # links of local addresses that are monitored
 
 
 @dataclass
 class _Step:
     request: Request
     take: Callable[[Message], None]  # gets each answer
-    done: Callable[[int], None]  # gets the errno of a request that failed, or 0
+    done: Callable[[int], None]  # gets the errno, or 0
 
 
 class StateReader:
-    """Reads what a device has. addresses: those of which it also reads which links have them."""
+    """Read the state of a device. addresses: find the links of these local addresses too."""
 
     def __init__(self, index: int, wanted: Wanted) -> None:
-        """Open the socket, and listen. Raises OSError."""
+        """Open the socket and subscribe. index: of the device. Raises OSError."""
         self.addresses: set[bytes] = set()
         self._index, self._wanted = index, wanted
         self._keys = wanted.keys
         self._seen = Seen()
         self._steps: deque[_Step] = deque()
-        self._sequence = 0  # of the request under way; 0: none is
+        self._sequence = 0  # of the pending request; 0: none
         self._asked_at = self._spent = 0.0
         self._next_at = self._not_before = 0.0
         self._second = self._deaf_until = 0.0
-        self._changes = 0  # in that second
+        self._changes = 0  # in the current second
         self._listened_to: tuple[int, ...] = ()
         self._link = Netlink()
         try:
@@ -78,17 +78,17 @@ class StateReader:
 
     @property
     def due(self) -> float:
-        """When look() has something to do, in the time of time.monotonic()."""
+        """When to call look() at the latest (time.monotonic())."""
         if self._sequence:
             return self._asked_at + ANSWER_TIMEOUT
         return max(self._next_at, self._not_before)
 
     def read_within(self, now: float, seconds: float) -> None:
-        """Read anew so many seconds from now at the latest, unless that is too often."""
+        """Start a reading within so many seconds, subject to the rate limit."""
         self._next_at = min(self._next_at, now + seconds)
 
     def look(self, now: float) -> Seen | None:
-        """Take in what came; return the state if a reading is done. Raises OSError."""
+        """Process what arrived; return the state when a reading is complete. Raises OSError."""
         began = time.thread_time()
         try:
             seen = self._look(now)
@@ -101,7 +101,7 @@ class StateReader:
         return seen
 
     def request(self, request: Request, done: Callable[[int], None]) -> None:
-        """Send a request with the next reading; done gets its errno, or 0."""
+        """Send a request with the next reading; done() gets its errno, or 0."""
         self._steps.append(_Step(request, lambda _: None, done))
 
     def _look(self, now: float) -> Seen | None:
@@ -121,7 +121,7 @@ class StateReader:
         return self._receive(now)
 
     def _receive(self, now: float) -> Seen | None:
-        """Take in a few datagrams; return the state if the last answer was among them."""
+        """Process some datagrams; return the state when a reading is complete."""
         if now - self._second >= 1:
             self._changes, self._second = 0, now
         for _ in range(BUDGET):
@@ -147,23 +147,23 @@ class StateReader:
     # ---- changes ----
 
     def _listen_to(self, carriers: Iterable[int]) -> None:
-        """Have the kernel leave out changes of other devices than ours and these."""
+        """Have the kernel filter notifications of other devices."""
         indices = (self._index, *sorted(carriers)[:CARRIERS_MAX])
         if indices != self._listened_to:
             self._listened_to = indices
-            # Too many routes for a filter, or no filter in this kernel: then _matters() is it.
+            # Too many routes for a filter, or no BPF: _matters() filters instead.
             with contextlib.suppress(OSError):
-                self._link.hear_only(indices, [*self._wanted.routes, *self._wanted.connected])
+                self._link.hear_only(indices, self._wanted.all_routes)
 
     def _matters(self, message: Message) -> bool:
-        """Return whether a change may be one of what is read."""
+        """Return whether a notification may concern the state."""
         if not message.fields:
             return False
         if message.kind in (netlink.NEW_ROUTE, netlink.DEL_ROUTE):
             return route_key(message) in self._keys
         index = netlink.index_of(message)
         return index == self._index or (
-            # More time for an address, as a router gives it now and then, takes nothing away.
+            # A new lifetime, as router advertisements set it, removes no address.
             index in self._listened_to and message.kind != netlink.NEW_ADDRESS
         )
 
@@ -198,7 +198,7 @@ class StateReader:
         self._sequence, self._asked_at = self._link.ask(self._steps[0].request), now
 
     def _take(self, message: Message, now: float) -> bool:
-        """Take a message of the answer under way; return whether it ends the reading."""
+        """Process a message of the pending answer; return whether the reading is complete."""
         step = self._steps[0]
         if message.flags & netlink.NLM_DUMP_INTERRUPTED:
             self.read_within(now, SETTLE)
@@ -225,7 +225,7 @@ class StateReader:
 
     @staticmethod
     def _end_device(failed: int) -> None:
-        if failed != errno.ENODEV:  # it is not in this namespace
+        if failed != errno.ENODEV:  # not in this network namespace
             _must_not_fail(failed)
 
     def _take_address(self, message: Message) -> None:

@@ -1,4 +1,4 @@
-"""Log lines that somebody else can cause: the first few of them, then one that sums up the rest."""
+"""Rate-limited logging of events that anyone can cause: the first few, then a summary."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ MOST, PERIOD = 10, 10.0  # lines, seconds
 
 
 class Summary:
-    """Logs a kind of event. Of more than MOST within PERIOD seconds it only says how many.
+    """Log one kind of event. Of more than MOST in PERIOD seconds, log only the number.
 
     Times are those of time.monotonic().
     """
 
     def __init__(self, more: str) -> None:
-        """more: what the summary says, with a %d for how many, as in ``%d more failed``."""
+        """more: format of the summary, e.g. ``%d more failed``."""
         self._more = more
         self._start = float("-inf")
         self._events = 0
 
     @property
     def due(self) -> float:
-        """When tick() has something to say; infinity if it has not."""
+        """When tick() logs a summary; infinity if there is none."""
         return self._start + PERIOD if self._events > MOST else float("inf")
 
     def log(self, now: float, message: str, *arguments: object) -> None:
-        """Log an event, or only count it."""
+        """Log or count an event."""
         self.tick(now)
         if self._events == 0:
             self._start = now
@@ -36,7 +36,7 @@ class Summary:
             log.info(message, *arguments)
 
     def tick(self, now: float, *, end: bool = False) -> None:
-        """Sum up once the period is over; end: in any case."""
+        """Log the summary after the period; end: now."""
         if now < self._start + PERIOD and not end:
             return
         if self._events > MOST:

@@ -1,4 +1,4 @@
-"""TCP, what usually carries a tunnel: addresses, listening, dialling, options, Multipath TCP.
+"""The TCP transport: addresses, listening, connecting, socket options, Multipath TCP.
 
 Sources: tcp(7), socket(7), Documentation/networking/mptcp.rst, linux/mptcp.h.
 """
@@ -28,18 +28,18 @@ from ttun.transport import Arrival, Candidate
 log = logging.getLogger("ttun")
 
 BACKLOG = 128
-DIAL_TIMEOUT = 4.0  # seconds for each address: TCP's first three SYNs
+DIAL_TIMEOUT = 4.0  # seconds for each address: the first three SYNs
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 4  # seconds, seconds, probes
-USER_TIMEOUT = 35_000  # ms without an acknowledgement: as long as keepalive takes
+USER_TIMEOUT = 35_000  # ms without acknowledgement: the same time as keepalive
 
-NOTSENT_LOWAT = 32768  # bytes that wait in the socket before the device has to
+NOTSENT_LOWAT = 32768  # bytes unsent in the socket before packets wait in the device
 
-IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP from Python 3.10 on
+IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP since Python 3.10
 SOL_MPTCP, MPTCP_INFO = 284, 1
 
 
 def parse_address(text: str, *, listening: bool) -> Address:
-    """Read HOST:PORT, [IPv6]:PORT and, when listening, :PORT. Raises UsageError."""
+    """Parse HOST:PORT, [IPv6]:PORT and, when listening, :PORT. Raises UsageError."""
     return parse_host_port(text, DEFAULT_PORT, 0 if listening else 1, any_host=listening)
 
 
@@ -49,10 +49,10 @@ def listen(
     stop: Flag | None = None,
     control: str = congestion.AUTO,
 ) -> socket.socket:
-    """Return a listening socket. mptcp: True or None take both kinds of peer where they can.
-    control: of congestion, for its connections once their handshakes are done.
+    """Return a listening socket.
 
-    Raises TtunError, InterruptedError when stop was set while a name was looked up.
+    mptcp: True or None accept TCP and, if the kernel can, Multipath TCP. control: see
+    congestion.start(). Raises TtunError, InterruptedError when stop was set during a name lookup.
     """
     stop = stop or Flag()
     dual = not address.host and _has_ipv6()
@@ -81,7 +81,7 @@ def listen(
 
 
 def _has_ipv6() -> bool:
-    """Return whether this kernel has IPv6; Python only knows what it was compiled with."""
+    """Return whether this kernel has IPv6; socket.has_ipv6 is a compile-time constant."""
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
     except OSError:
@@ -90,9 +90,9 @@ def _has_ipv6() -> bool:
 
 
 def dial(address: Address, mptcp: bool | None, stop: Flag) -> socket.socket:
-    """Return a socket connected to one of the addresses of a name, looked up now.
+    """Resolve a name and return a socket connected to one of its addresses.
 
-    Raises OSError with a line that names what was tried; InterruptedError when stop was set.
+    Raises OSError that lists the attempts, InterruptedError when stop was set.
     """
     failures = []
     try:
@@ -118,9 +118,9 @@ def connect(
     control: str = congestion.AUTO,
     binding: Binding | None = None,
 ) -> socket.socket:
-    """Return a non-blocking socket connected to an address. control: of congestion, to come.
+    """Return a non-blocking socket connected to an address. control: see congestion.start().
 
-    binding: what the socket is bound to first. Raises OSError with a line that names the address,
+    binding: what to bind the socket to first. Raises OSError that names the address,
     InterruptedError when stop was set.
     """
     try:
@@ -132,7 +132,7 @@ def connect(
 
 
 def named(what: str, error: Exception) -> OSError:
-    """Return an error whose text names what failed; errors.is_lack() still knows it."""
+    """Return an error with a prefixed text and the same errno, for errors.is_lack()."""
     renamed = OSError(f"{what}: {reason(error)}")
     renamed.errno = getattr(error, "errno", None)
     return renamed
@@ -158,14 +158,14 @@ def _connect(
 
 
 def _await_connection(sock: socket.socket, stop: Flag) -> int:
-    """Wait until a connection is there or has failed; return its error number, 0 for none."""
+    """Wait for a connection attempt; return its errno, or 0."""
     if not stop.wait_for(sock.fileno(), select.POLLOUT, DIAL_TIMEOUT):
         return errno.ETIMEDOUT
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
 def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.socket:
-    """Open a stream socket: Multipath TCP if wanted and in this kernel, else plain TCP."""
+    """Open a stream socket: Multipath TCP if wanted and available, else TCP."""
     sock = None
     if mptcp:
         try:
@@ -174,14 +174,14 @@ def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.so
             if error.errno == errno.EAFNOSUPPORT:
                 raise
             if not quietly:
-                log.info("no Multipath TCP in this kernel (%s): plain TCP", reason(error))
+                log.info("no Multipath TCP in this kernel: %s; using TCP", reason(error))
     sock = sock or socket.socket(family, socket.SOCK_STREAM)
     congestion.start(sock, control)
     return sock
 
 
 def tune(sock: socket.socket) -> None:
-    """Set the options of a connection: no delay, keepalive, a bound on unanswered data."""
+    """Set socket options: no delay, keepalive, a timeout of unacknowledged data."""
     options = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -192,13 +192,13 @@ def tune(sock: socket.socket) -> None:
         (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
     ]
     for level, option, value in options:
-        # MPTCP sockets lack some of them (ENOPROTOOPT); a socketpair has none.
+        # MPTCP lacks some of them (ENOPROTOOPT), a socketpair all.
         with contextlib.suppress(OSError):
             sock.setsockopt(level, option, value)
 
 
 def is_multipath(sock: socket.socket) -> bool:
-    """Return whether a connection really is Multipath TCP: it may have fallen back to TCP."""
+    """Return whether a connection is Multipath TCP and has not fallen back to TCP."""
     try:
         sock.getsockopt(SOL_MPTCP, MPTCP_INFO, 4)
     except OSError:
@@ -207,27 +207,27 @@ def is_multipath(sock: socket.socket) -> bool:
 
 
 def kind(sock: socket.socket) -> str:
-    """Return what a connection really is, "tcp" or "mptcp"."""
+    """Return the actual protocol, "tcp" or "mptcp"."""
     return "mptcp" if is_multipath(sock) else "tcp"
 
 
 def show(sockaddr: SocketAddress) -> str:
-    """Return a socket address as people write it; an IPv4 one without its IPv6 disguise."""
+    """Return a socket address as text; an IPv4-mapped IPv6 address as IPv4."""
     return str(Address(sockaddr[0].removeprefix("::ffff:"), sockaddr[1]))
 
 
 def _why_not_bound(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "another program has that port; stop it or choose another"
+        return "port in use (stop the other program or choose another port)"
     if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine has no such address"
+        return "not an address of this machine"
     if error.errno == errno.EACCES:
-        return "ports below 1024 need root"
+        return "ports below 1024 require root"
     return reason(error)
 
 
 def network(address: str) -> str:
-    """Return what one host can easily have many addresses of: an IPv6 /64; else the address."""
+    """Return the /64 of an IPv6 address, which one host may control; else the address."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
@@ -236,12 +236,12 @@ def network(address: str) -> str:
 
 
 class Dialer(transport.Dialer):
-    """Reaches a server at the addresses that its name has."""
+    """Connect to the addresses of a host name."""
 
     def __init__(
         self, server: str, mptcp: bool | None, control: str, bind: str | None = None
     ) -> None:
-        """server: HOST:PORT. mptcp: dial with it. control: of congestion. bind: as in Binding.
+        """server: HOST:PORT. mptcp: use Multipath TCP. control: of congestion. bind: see Binding.
 
         Raises UsageError.
         """
@@ -256,16 +256,18 @@ class Dialer(transport.Dialer):
         return [address for _, address in self._found(self._resolver.first, stop) if address]
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
-        """Return one for each address."""
+        """Return a candidate for each address."""
         return [
             Candidate(show(target.sockaddr), address, partial(self._dial, target))
-            for target, address in self._found(self._resolver.targets, stop)
+            for target, address in self._found(
+                partial(self._resolver.targets, outside=self.outside), stop
+            )
         ]
 
     def _found(
         self, find: Callable[[Flag], list[Target]], stop: Flag
     ) -> list[tuple[Target, str | None]]:
-        """Look the name up; return what can be dialled, each with the address for Candidate."""
+        """Resolve the name; return the targets, each with the address for Candidate."""
         try:
             found = find(stop)
         except InterruptedError:
@@ -292,10 +294,10 @@ class Dialer(transport.Dialer):
 
 
 class Listener(transport.Listener):
-    """Takes connections at some of this machine's addresses, or all."""
+    """Accept connections at some local addresses, or all."""
 
     def __init__(self, listen: str | Sequence[str], mptcp: bool | None, control: str) -> None:
-        """listen: HOST:PORT or :PORT, or several. mptcp, control: as listen() takes them.
+        """listen: HOST:PORT or :PORT, or several. mptcp, control: see listen().
 
         Raises UsageError.
         """
@@ -329,7 +331,7 @@ class Listener(transport.Listener):
         return self._ready.fileno()
 
     def accept(self) -> Arrival:
-        """Return who waits. Raises OSError."""
+        """Return the next connection. Raises OSError."""
         assert self._ready is not None
         for descriptor, _ in self._ready.poll(0, 1):
             sock, sockaddr = self._listening[descriptor].accept()

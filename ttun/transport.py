@@ -1,7 +1,7 @@
-"""What a tunnel needs of whatever carries it: a Dialer for a client, a Listener for a server.
+"""The transport interface: a Dialer for a client, a Listener for a server.
 
-tcp.py is the usual one. A program may write its own, or hand over stream sockets that it has
-connected by itself, a socketpair's too: GivenSocket for a client, GivenSockets for a server.
+tcp.py is the usual transport. A program may implement its own, or pass connected stream sockets
+(also of a socketpair): GivenSocket for a client, GivenSockets for a server.
 """
 
 from __future__ import annotations
@@ -18,90 +18,94 @@ from ttun.flag import Flag
 
 
 class Candidate(NamedTuple):
-    """How a server may be reached, such as at one of the addresses of its name."""
+    """One way to connect to a server, such as one of its addresses."""
 
-    name: str  # for people: "192.0.2.1:20203"
-    address: str | None  # the IP address that is dialled, if there is one: a route could catch it
+    name: str  # for messages: "192.0.2.1:20203"
+    address: str | None  # the IP address, if any, which a route could match
     dial: Callable[[Flag], socket.socket]  # raises OSError, InterruptedError when stop was set
 
 
 class Dialer(abc.ABC):
-    """How a client reaches its server."""
+    """How a client connects to its server."""
 
-    name: str  # the server, for people
+    name: str  # the server, for messages
+    # Seconds for a handshake, if connecting may take longer than the usual 10 s.
+    patience: float | None = None
+    outside = False  # the tunnel takes other users' packets, those of a local name server too
 
     def look_up(self, stop: Flag) -> Sequence[str]:
-        """Return the IP addresses of the server, as far as routes could catch them.
+        """Return the IP addresses of the server that routes could match.
 
-        It is called while the tunnel has no routes that catch the question. Raises OSError with a
-        line that names the server, InterruptedError when stop was set.
+        Called before the tunnel's routes exist, which could capture the DNS query. Raises OSError
+        with a line that names the server, InterruptedError when stop was set.
         """
         return ()
 
     def start(self) -> None:  # noqa: B027 - most have no thread
-        """Start what threads it needs. Raises TtunError."""
+        """Start threads, if needed. Raises TtunError."""
 
     def close(self) -> None:  # noqa: B027
-        """End them, and what they have open."""
+        """Stop them and close everything."""
 
     @abc.abstractmethod
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
-        """Return how the server may be reached now. Raises as look_up() does."""
+        """Return the ways to connect, in the order to try. Raises like look_up()."""
 
     @abc.abstractmethod
     def kind(self, sock: socket.socket) -> str:
-        """Return what a connection really is: "tcp", say."""
+        """Return the actual protocol of a connection, e.g. "tcp"."""
 
 
 class Arrival(NamedTuple):
     """A connection that a listener accepted."""
 
     sock: socket.socket
-    name: str  # where it comes from, for people
-    source: str  # those that one host can easily have many of count as one, as an IPv6 /64 does
+    name: str  # its origin, for messages
+    source: str  # groups connections of one host for limits, e.g. an IPv6 /64
 
 
 class Listener(abc.ABC):
-    """How a server meets its clients."""
+    """How a server accepts its clients."""
 
-    name: str  # where it listens, for people
-    port: int | None = None  # of TCP, once it is open
+    name: str  # where it listens, for messages
+    port: int | None = None  # TCP port, once open
+    single = False  # serves one peer only: no probing to guard against, nobody waits
 
     def open(self, stop: Flag) -> None:  # noqa: B027
-        """Open what takes privileges. Raises TtunError, InterruptedError when stop was set."""
+        """Open what needs privileges. Raises TtunError, InterruptedError when stop was set."""
 
     def start(self) -> None:  # noqa: B027
-        """Start what threads it needs. Raises TtunError."""
+        """Start threads, if needed. Raises TtunError."""
 
     @abc.abstractmethod
     def fileno(self) -> int:
-        """Return a descriptor that is readable when somebody waits to be accepted."""
+        """Return a descriptor that is readable when accept() has a connection."""
 
     @abc.abstractmethod
     def accept(self) -> Arrival:
-        """Return who waits. Raises OSError: BlockingIOError when it is nobody."""
+        """Return the next connection. Raises OSError, BlockingIOError if there is none."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting."""
 
     @abc.abstractmethod
     def kind(self, sock: socket.socket) -> str:
-        """Return what a connection really is: "tcp", say."""
+        """Return the actual protocol of a connection, e.g. "tcp"."""
 
 
 class GivenSocket(Dialer):
-    """A client's one connection, made by the program. The client ends with it."""
+    """A client's only connection, made by the program. The client ends with it."""
 
     def __init__(self, sock: socket.socket, name: str = "the given socket") -> None:
-        """Take a connected stream socket over."""
+        """Take ownership of a connected stream socket. name: for messages."""
         self.name = name
         self._sock: socket.socket | None = sock
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
-        """Return the only one; raise TtunError when that is over."""
+        """Return the only candidate. Raises TtunError after its connection has ended."""
         if self._sock is None:
-            raise TtunError(f"the connection over {self.name} has ended, and there is no other")
+            raise TtunError(f"connection over {self.name} ended (it cannot be reopened)")
         return [Candidate(self.name, None, self._take)]
 
     def _take(self, stop: Flag) -> socket.socket:
@@ -110,31 +114,31 @@ class GivenSocket(Dialer):
         return sock
 
     def kind(self, sock: socket.socket) -> str:
-        """Return that it is a socket: what is behind it, the program knows."""
+        """Return "socket"."""
         return "socket"
 
     def close(self) -> None:
-        """Close the socket, if nobody took it."""
+        """Close the socket, if it is unused."""
         if self._sock is not None:
             self._sock.close()
 
 
 class GivenSockets(Listener):
-    """Connections that a program hands to a server one by one, from any thread."""
+    """Connections that the program passes to a server, from any thread."""
 
-    name = "sockets that it is given"
-    MOST = 16  # that wait for accept()
+    name = "the given sockets"
+    MOST = 16  # queued for accept()
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start with an empty queue."""
         self._waiting: collections.deque[Arrival] = collections.deque()
         self._readable, self._writable = socket.socketpair()
         self._readable.setblocking(False)
 
     def give(self, sock: socket.socket, name: str, source: str | None = None) -> bool:
-        """Hand over a connected stream socket, and say where it comes from; source as in Arrival.
+        """Pass a connected stream socket to the server. name, source: see Arrival.
 
-        False when too many wait, or after close(): then it stays the caller's.
+        Return False if the queue is full or closed: the caller then keeps the socket.
         """
         if len(self._waiting) >= self.MOST:
             return False
@@ -143,7 +147,7 @@ class GivenSockets(Listener):
         try:
             self._writable.send(b"\0")
         except OSError:  # closed
-            with contextlib.suppress(ValueError):  # close() has it, and closes it
+            with contextlib.suppress(ValueError):  # close() closes it
                 self._waiting.remove(arrival)
             return False
         return True
@@ -153,12 +157,12 @@ class GivenSockets(Listener):
         return self._readable.fileno()
 
     def accept(self) -> Arrival:
-        """Return the one that has waited longest."""
+        """Return the oldest connection."""
         self._readable.recv(1)
         return self._waiting.popleft()
 
     def close(self) -> None:
-        """Close all that wait."""
+        """Close all queued connections."""
         for end in (self._readable, self._writable):
             end.close()
         with contextlib.suppress(IndexError):
@@ -166,5 +170,5 @@ class GivenSockets(Listener):
                 self._waiting.popleft().sock.close()
 
     def kind(self, sock: socket.socket) -> str:
-        """Return that it is a socket: what is behind it, the program knows."""
+        """Return "socket"."""
         return "socket"

@@ -1,12 +1,12 @@
-"""Protocol x1: what two ttun ends agree on inside the v1 handshake. Bytes and keys, no I/O.
+"""Protocol x1: negotiation inside the v1 handshake. Bytes and keys, no I/O.
 
-1. Marks: each side's nonce tells only holders of the key that it speaks x1.
-2. Offers: each side names its ciphers, what its device takes, and a fresh X25519 key.
-3. Agreement: the best cipher of both, and keys that nobody can compute afterwards, not even with
-   the pre-shared key.
-4. Rekeying: the same again, from the previous keys and two fresh X25519 keys.
+1. Marks: each side's nonce tells only holders of the key that it supports x1.
+2. Offers: each side sends its ciphers, the offloads of its device, and an ephemeral X25519 key.
+3. Agreement: the best common cipher, and keys with forward secrecy, even if the pre-shared key is
+   disclosed later.
+4. Rekeying: the same, from the previous keys and two new ephemeral X25519 keys.
 
-docs/protocol.md has the bytes.
+docs/protocol.md specifies the format.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ OFFER = struct.Struct(">8sBB2x32s")
 
 
 def mark(k: bytes, direction: int, nonce: bytes) -> bytes:
-    """Return a nonce with its end replaced by a mark, which looks random to everyone without K."""
+    """Return a nonce with its end replaced by a mark, which looks random without K."""
     r = nonce[:-MARK_SIZE]
     digest = hashlib.blake2s(b"ttun/x1/mark" + bytes([direction]) + r, key=k).digest()
     return r + digest[:MARK_SIZE]
 
 
 def is_marked(k: bytes, direction: int, nonce: bytes) -> bool:
-    """Return whether the sender of a nonce has K and speaks x1; one in 2**48 random ones passes."""
+    """Return whether the sender of a nonce has K and supports x1 (false positives: 2**-48)."""
     return hmac.compare_digest(nonce, mark(k, direction, nonce))
 
 
 class AnsweredNonces:
-    """The nonces of clients that a server has answered, so that a replayed one gets no answer.
+    """The client nonces that a server has answered, to reject replays.
 
-    Bounded: the oldest are forgotten first. It holds the first 8 bytes of each, packed: they are
-    random, and only a holder of the key makes a nonce that gets here.
+    Bounded: the oldest are dropped first. Holds the first 8 bytes of each, packed: they are random,
+    and only a holder of the key can create a nonce that gets here.
     """
 
     SIZE = 8  # bytes of each
 
     def __init__(self, most: int) -> None:
-        """Remember none yet, and never more than most."""
+        """most: how many to keep."""
         self._most = most
         self._packed = bytearray()
-        self._oldest = 0  # where the next one goes once there are `most`
+        self._oldest = 0  # index of the next to overwrite, once full
 
     def add(self, nonce: bytes) -> None:
-        """Remember one."""
+        """Add a nonce."""
         if len(self._packed) < self._most * self.SIZE:
             self._packed += nonce[: self.SIZE]
             return
@@ -64,34 +64,34 @@ class AnsweredNonces:
         self._oldest = (self._oldest + 1) % self._most
 
     def __contains__(self, nonce: bytes) -> bool:
-        """Return whether it is remembered."""
+        """Return whether a nonce was answered."""
         start = self._packed.find(nonce[: self.SIZE])
-        while start >= 0 and start % self.SIZE:  # across two of them
+        while start >= 0 and start % self.SIZE:  # a match across two entries
             start = self._packed.find(nonce[: self.SIZE], start + 1)
         return start >= 0
 
 
 class Offer(NamedTuple):
-    """What one side can do in a session."""
+    """What one side supports in a session."""
 
-    ciphers: int  # the bit of each
-    features: int  # 1: takes TCP super-packets, 2: UDP
-    public: bytes  # X25519, fresh
+    ciphers: int  # Cipher.bit of each
+    features: int  # 1: its device accepts TCP GSO packets, 2: UDP
+    public: bytes  # ephemeral X25519 key
 
     def encode(self) -> bytes:
-        """Return its 44 bytes."""
+        """Return the 44-byte encoding."""
         return OFFER.pack(MAGIC, *self)
 
     @classmethod
     def decode(cls, data: bytes) -> Offer:
-        """Read 44 bytes. Raises ProtocolError. Unknown bits and the two spare bytes may be set."""
+        """Decode 44 bytes; ignore unknown bits and the two reserved bytes. Raises ProtocolError."""
         magic, *fields = OFFER.unpack(data)
         if not hmac.compare_digest(magic, MAGIC):
-            raise ProtocolError("no offer where one belongs: another version of ttun")
+            raise ProtocolError("missing offer: incompatible version")
         return cls(*fields)
 
     def names(self) -> str:
-        """Return its ciphers for the log."""
+        """Return the names of its ciphers, for the log."""
         return ", ".join(cipher.name for cipher in _in(self.ciphers)) or "none known"
 
 
@@ -100,21 +100,21 @@ def _in(bits: int) -> list[Cipher]:
 
 
 def make_offer(ciphers: Sequence[Cipher], features: int, pair: KeyPair) -> Offer:
-    """Offer some ciphers and what the device takes."""
+    """Return the offer of some ciphers and device features."""
     return Offer(sum(cipher.bit for cipher in ciphers), features, pair.public)
 
 
 @dataclass
 class Agreement:
-    """What both sides have agreed on, and P, the secret that their keys are made of."""
+    """The negotiated session, and P, the secret from which its keys are derived."""
 
     cipher: Cipher
     is_client: bool
-    features: int  # of the peer
+    features: int  # the peer's
     p: Secret
 
     def states(self) -> tuple[CipherState, CipherState]:
-        """Return the sending and the receiving state; their next frames are number 0."""
+        """Return the sending and the receiving state, with frame counters at 0."""
         to_server, to_client = (
             CipherState(self.cipher, direction, blake2b(b"", self.p, person))
             for direction, person in ((TO_SERVER, b"ttun/x1 c2s"), (TO_CLIENT, b"ttun/x1 s2c"))
@@ -122,13 +122,16 @@ class Agreement:
         return (to_server, to_client) if self.is_client else (to_client, to_server)
 
     def rekey(self, pair: KeyPair, public: bytes) -> None:
-        """Go on to the next P, with a fresh pair of ours and the peer's public key."""
+        """Derive the next P from a new key pair and the peer's public key."""
         said = pair.public + public if self.is_client else public + pair.public
         self.p = _exchange(pair, public, said, self.p, b"ttun/x1 rekey")
 
 
 def agree(sk: bytes, is_client: bool, pair: KeyPair, ours: bytes, theirs: bytes) -> Agreement:
-    """Make the agreement of two encoded offers, the same on both sides. Raises ProtocolError."""
+    """Return the agreement on two encoded offers, the same on both ends.
+
+    Raises ProtocolError.
+    """
     mine, other = Offer.decode(ours), Offer.decode(theirs)
     common = _in(mine.ciphers & other.ciphers)
     if not common:
@@ -141,11 +144,11 @@ def agree(sk: bytes, is_client: bool, pair: KeyPair, ours: bytes, theirs: bytes)
 def _exchange(
     pair: KeyPair, public: bytes, said: bytes, key: bytes | bytearray, person: bytes
 ) -> Secret:
-    """Mix the X25519 secret of both sides, and what both have said, into a key."""
+    """Derive a secret from key, the X25519 shared secret and the transcript."""
     try:
         shared = pair.shared(public)
     except ValueError:
-        raise ProtocolError("the peer sent an X25519 key that gives no secret") from None
+        raise ProtocolError("the peer sent a low-order X25519 key") from None
     mixed = Secret(len(shared) + len(said))
     mixed[: len(shared)] = shared
     mixed[len(shared) :] = said

@@ -1,16 +1,15 @@
 /* Coalesce, then segment: the same packets come back, byte for byte.
  *
- * The input is a recipe. It makes packets that follow each other in a flow, as most do, with a
- * change now and then, with right checksums and with wrong ones, and packets that are nothing at
- * all. */
+ * The input describes packets: mostly consecutive ones of a flow, some with a change, with valid
+ * and invalid checksums, and random bytes. */
 #include "fuzz.h"
 #include "offload.h"
 
 enum { PACKETS_MAX = 200, PACKET_ROOM = 1600 };
 
 struct packet {
-    uint8_t *bytes; /* what the coalescer gets, and may write to */
-    uint8_t *copy;  /* what has to come back */
+    uint8_t *bytes; /* passed to the coalescer, which modifies it */
+    uint8_t *copy;  /* expected result */
     size_t size;
 };
 

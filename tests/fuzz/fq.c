@@ -1,6 +1,6 @@
-/* The uplink's queue, in any order of puts and takes, in a small room. Each packet has a number:
- * what comes out went in, once, whole, and within its flow in order; nothing is lost but what is
- * counted as dropped. */
+/* The uplink's queue, with little memory and any order of puts and takes. Packets are numbered:
+ * each comes out unchanged, at most once, in the order of its flow; all others are counted as
+ * dropped. */
 #include "fq.h"
 #include "fuzz.h"
 

@@ -1,10 +1,10 @@
-/* The frame parser and the opener, on whatever a peer may send.
+/* The frame parser and opener, on any input from a peer.
  *
- *  1. A stream that is cut anywhere has the same frames as the whole.
- *  2. Every whole frame is opened, in place, as the downlink does it.
- *  3. What is sealed comes out as it went in; a changed byte never does.
+ *  1. A stream split anywhere gives the same frames.
+ *  2. Each complete frame is opened in place, like in the downlink.
+ *  3. A sealed packet opens unchanged; with a changed byte it never opens.
  *
- * The AEAD is a toy, so that a fuzzer can get past the tag; the codec never looks into it. */
+ * The AEAD is a toy, so that the fuzzer can get past the tag. */
 #include "frame.h"
 #include "fuzz.h"
 

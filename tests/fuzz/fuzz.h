@@ -1,4 +1,4 @@
-/* What the fuzzers share: bytes that are used up one after the other, and a property that holds. */
+/* Shared by the fuzzers: consume the input byte by byte, and check properties. */
 #ifndef TTUN_FUZZ_H
 #define TTUN_FUZZ_H
 

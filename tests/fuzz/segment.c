@@ -1,5 +1,5 @@
-/* The reader of vnet headers: any header before any packet. What it takes must be cut into segments
- * that hold the payload whole and in order, each within the size that the header names. */
+/* The parser of vnet headers: any header, any packet. If accepted, the segments must contain the
+ * whole payload in order, each within the gso_size of the header. */
 #include "fuzz.h"
 #include "offload.h"
 

@@ -1,7 +1,7 @@
-/* A session of wire x1 and the frames of a peer who has the key: its downlink, from the socket to
- * the device and the inbox. The cipher leaves everything as it is, so every input is «authentic».
+/* The downlink of an x1 session, from the socket to the device and the inbox, with frames of a peer
+ * that has the key. The cipher is the identity, so that every input is authentic.
  *
- * Whatever comes, the session ends with a reason that fits, and no frame is counted twice. */
+ * The session must end with a fitting reason, and count each frame at most once. */
 #include "session.h"
 #include "fuzz.h"
 #include "ring.h"

@@ -1,6 +1,6 @@
-/* Whole packets of a peer: any gso_size before any packet. What is let through must have a header
- * that fits it, from which the segmenter, as the kernel would, makes segments that hold the payload
- * whole and in order; and the sender's side must find that the very same header would be made. */
+/* Offloaded packets of a peer: any gso_size, any packet. If accepted, the restored header must
+ * match the packet, segmenting must give the whole payload in order, and ttun_stays_whole must
+ * agree. */
 #include "fuzz.h"
 #include "offload.h"
 

@@ -1,9 +1,9 @@
-"""Is the ttun that is installed here a working one? Needs no pytest, no source and no root.
+"""Check that the installed ttun works. Needs no pytest, source or root.
 
     python tests/helpers/check_install.py
 
-The known answers of wire v1 (known_answers.py), a key exchange, and the program itself. It is for a
-fresh installation on another processor or libc; see packaging/check_wheels.py.
+Checks the test vectors of protocol v1 (known_answers.py), a key exchange, and the program itself,
+on a fresh installation for another processor or libc; see packaging/check_wheels.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIRECTIONS = {"client to server": TO_SERVER, "server to client": TO_CLIENT}
 
 
 def known_answers(session: dict) -> int:
-    """Seal and open the frames of a session; how many there were."""
+    """Seal and open the frames of a session; return their number."""
     sk = bytes.fromhex(session["SK"])
     k = handshake.psk_key(bytes.fromhex(session["psk"]))
     nonces = bytes.fromhex(session["client_nonce"]), bytes.fromhex(session["server_nonce"])

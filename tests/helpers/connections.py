@@ -1,4 +1,4 @@
-"""Both ends of a real connection in this process, of each kind that there is."""
+"""Both ends of a real connection in this process, of each kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ttun.tcp import Address
 def connected(
     stop: Flag, listener_mptcp: bool | None = False, dial_mptcp: bool | None = None
 ) -> Iterator[list[socket.socket]]:
-    """Both ends of a connection over which a byte went."""
+    """Both ends of a connection, after a byte was sent."""
     with tcp.listen(Address("127.0.0.1", 0), listener_mptcp) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
         with tcp.dial(address, dial_mptcp, stop) as sock:

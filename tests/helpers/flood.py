@@ -1,4 +1,4 @@
-"""A crowd that connects and means no good, run on the client's host by test_flood.py.
+"""A flood of connections from the client's host, for test_flood.py.
 
     python tests/helpers/flood.py hold ADDRESS PORT OPEN RATE SOURCE...   until killed
     python tests/helpers/flood.py malformed ADDRESS PORT COUNT SEED       says how many a second
@@ -56,7 +56,7 @@ def hold(address: str, port: int, number: int, rate: int, sources: list[str]) ->
 
 
 def nonsense(rng: random.Random) -> bytes:
-    """What nobody with the key would send, as the beginning of a handshake."""
+    """Random input that no client with the key would send."""
     nonce = rng.randbytes(16)
     length = rng.choice([0, 1, 15, 16, 23, 24, 25, 26, 255, 65535, rng.randrange(65536)])
     frame = struct.pack(">H", length) + rng.randbytes(rng.choice([0, 1, length % 600]))

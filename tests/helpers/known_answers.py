@@ -1,4 +1,4 @@
-"""The known answers of wire v1, checked against the original program: see vectors/wire-v1.json."""
+"""Test vectors of protocol v1, checked against Go ttun: see vectors/wire-v1.json."""
 
 from __future__ import annotations
 

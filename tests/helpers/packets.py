@@ -1,6 +1,6 @@
-"""TCP and UDP packets as a sender's kernel makes them, and as it cuts them.
+"""TCP and UDP packets as created and segmented by a sender's kernel.
 
-Their checksums are those of peer.py: nothing of the C code judges itself.
+Checksums come from peer.py, which is independent of the C code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLAIN: Vnet = (0, NONE, 0, 0, 0, 0)
 
 @dataclass
 class Packet:
-    """A TCP or UDP packet, as a sender's kernel would make it."""
+    """A TCP or UDP packet, as a sender's kernel would create it."""
 
     v6: bool = False
     udp: bool = False
@@ -106,7 +106,7 @@ class Packet:
         return self.header(len(data)) + data
 
     def partial(self) -> bytes:
-        """As the kernel leaves it to the device: the sum over the pseudo-header alone."""
+        """With a partial checksum: the pseudo-header sum."""
         data = self.transport()
         field = 6 if self.udp else 16
         value = 0xFFFF - checksum(self.pseudo_header(len(data)))
@@ -121,7 +121,7 @@ class Packet:
         return NEEDS_CHECKSUM, kind if gso_size else NONE, headers, gso_size, start, offset
 
     def cut(self, gso_size: int) -> list[bytes]:
-        """The packets that it stands for when the kernel would have cut it."""
+        """The segments that the kernel would create."""
         parts = []
         for index, start in enumerate(range(0, len(self.payload), gso_size)):
             last = start + gso_size >= len(self.payload)
@@ -138,7 +138,7 @@ class Packet:
 
 
 def segment(vnet: Vnet, packet: bytes) -> list[bytes] | None:
-    """What the uplink makes of a packet of the kernel; None if it refuses it."""
+    """The segments of the uplink for a packet from the kernel; None if rejected."""
     room = ffi.new("uint8_t[]", 16 + lib.TTUN_PACKET_MAX)
     ffi.memmove(room + 16, packet, len(packet))
     header = ffi.new("struct ttun_vnet *", vnet)

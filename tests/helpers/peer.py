@@ -1,6 +1,6 @@
-"""A second peer, independent of ttun: both wires written from docs/protocol.md.
+"""A peer independent of ttun: both protocols, implemented from docs/protocol.md.
 
-On hashlib, ``cryptography`` and aegis.py alone; it shares no line with what it tests.
+It uses only hashlib, ``cryptography`` and aegis.py, and no code under test.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Peer:
         self.key(mine, self.exactly(16), sends=0)
 
     def handshake_as_client(self, magic: bytes = MAGIC, behind: bytes | None = None) -> None:
-        """Shake hands; behind: a packet to send right behind the magic, in the same write."""
+        """Run the handshake; behind: a packet to send after the magic, in the same write."""
         self.nonces_as_client()
         data = self.sending.seal(magic)
         self.sock.sendall(data if behind is None else data + self.sending.seal(behind))
@@ -96,7 +96,7 @@ class Peer:
         self.send(magic)
 
     def receive_reply(self, to: bytes, packets: int = 50) -> bytes:
-        """Return the next packet that answers an echo request; others (IPv6's chatter) may come."""
+        """Return the next echo reply; skip other packets, such as IPv6 multicast."""
         for _ in range(packets):
             packet = self.receive()
             if is_reply(packet, to):
@@ -105,7 +105,7 @@ class Peer:
 
 
 class X1Peer(Peer):
-    """One side of a connection that speaks x1. The next keys stay in `next` until they are used."""
+    """One side of an x1 connection. The next keys stay in `next` until they are used."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class X1Peer(Peer):
         self.fresh()
 
     def fresh(self) -> bytes:
-        """A new X25519 key; its public half."""
+        """Generate an X25519 key; return the public key."""
         self.secret = X25519PrivateKey.generate()
         return self.secret.public_key().public_bytes_raw()
 
@@ -134,7 +134,7 @@ class X1Peer(Peer):
         return magic + bytes([bits, self.features, 0, 0]) + public
 
     def mix(self, public: bytes, said: bytes, key: bytes, person: bytes) -> None:
-        """Make the keys of both directions; they are used from use_next on."""
+        """Derive the keys of both directions; use_next() activates them."""
         shared = self.secret.exchange(X25519PublicKey.from_public_bytes(public))
         self.p = hashlib.blake2b(shared + said, digest_size=32, key=key, person=person).digest()
         keys = [
@@ -165,7 +165,7 @@ class X1Peer(Peer):
         self.sk = blake2s(b"ttun/sk/v1" + self.k + nonces[0] + nonces[1])
 
     def shake(self, role: int, offer: bytes | None = None) -> None:
-        """Shake hands on wire x1; role as above. offer: to send in place of the right one."""
+        """Run the x1 handshake; role as above. offer: replaces the valid one."""
         self.nonces(role)
         mine = self.offer() if offer is None else offer
         hello = self.sending.seal(MAGIC) + self.sending.seal(mine)
@@ -196,12 +196,12 @@ class X1Peer(Peer):
         self.sending = self.next_sending
 
     def switched(self) -> None:
-        """Receive SWITCH; what comes behind it is under the next key."""
+        """Receive SWITCH; later frames use the next key."""
         assert self.receive_control(SWITCH) == b""
         self.receiving = self.next_receiving
 
     def receive_control(self, kind: bytes) -> bytes:
-        """The body of the next control frame of a kind; what lies before it is dropped."""
+        """The body of the next control frame of a kind; skip other frames."""
         while True:
             plaintext = self.passed_over.pop(0) if self.passed_over else self.receive()
             if plaintext[:1] == kind:
@@ -221,7 +221,7 @@ class X1Peer(Peer):
 
 
 def checksum(data: bytes) -> int:
-    """RFC 1071, in the slow and obvious way."""
+    """RFC 1071, a simple implementation."""
     if len(data) % 2:
         data += b"\0"
     total = sum(data[i] << 8 | data[i + 1] for i in range(0, len(data), 2))
@@ -241,7 +241,7 @@ def echo_request(source: str, destination: str, body: bytes, identifier: int = 7
 
 
 def is_reply(packet: bytes, request: bytes) -> bool:
-    """Is it the echo reply to that request, whole?"""
+    """Return whether it is the complete echo reply to that request."""
     return (
         packet[:1] == b"\x45"
         and packet[12:16] == request[16:20]

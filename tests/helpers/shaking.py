@@ -1,4 +1,4 @@
-"""Handshakes of ours, step by step over a socket, and what tests know of them."""
+"""Run ttun's handshakes over a socket, and helpers for their tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ K = handshake.psk_key(b"secret")
 
 
 def shake(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
-    """Run a handshake over a blocking socket, giving it exactly the bytes that it wants."""
+    """Run a handshake over a blocking socket, with exactly the bytes that it asks for."""
     try:
         send, wanted = next(steps)
         while True:
@@ -41,7 +41,7 @@ def drive(steps: handshake.Steps, sock: socket.socket) -> handshake.Keys:
 
 
 def against(steps: handshake.Steps, peer: Callable[[socket.socket], None]) -> handshake.Keys:
-    """Run a handshake against what a peer does on the other end of a socketpair."""
+    """Run a handshake against a peer at the other end of a socketpair."""
     ours, theirs = socket.socketpair()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Connections to a server from those who are no clients of it, and a listener in its place."""
+"""Unauthenticated connections to a server, and a listener in place of the server."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ def connect(bench: Bench) -> socket.socket:
 
 
 def listen(bench: Bench) -> socket.socket:
-    """A listener on the server's host, where clients of ours dial."""
+    """A listener on the server's host, for ttun clients."""
     listener = bench.on(SERVER, lambda: socket.create_server((SERVER_ADDRESS, PORT)))
     listener.settimeout(15)
     return listener
 
 
 def client_gets_in(bench: Bench, seconds: float = 5) -> None:
-    """A true client connects, is let in, gets an answer, and leaves."""
+    """A valid client connects, is served, and disconnects."""
     client = bench.client()
     client.says("authenticated", seconds=seconds)
     bench.answers()
     client.stop()
 
 
-# What somebody may send who does not have the key, and what the log says of it.
+# Input from a peer without the key, and the log line about it.
 STRANGERS = {
-    "nothing, and leaves": (b"", "closed the connection before the handshake was over"),
-    "half a nonce": (os.urandom(8), "closed the connection before the handshake was over"),
+    "nothing, and leaves": (b"", "connection closed during the handshake"),
+    "half a nonce": (os.urandom(8), "connection closed during the handshake"),
     "random bytes": (bytes([7]) * 16 + b"\x01\x00" + os.urandom(1000), "not a ttun peer"),
     "a request of HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not a ttun peer"),
-    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has a length of 0"),
-    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has a length of 15"),
-    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has a length of 65535"),
-    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "wrong key, or another cipher"),
-    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed the connection before"),
+    "a length of 0": (os.urandom(16) + b"\0\0", "first frame has length 0"),
+    "a length of 15": (os.urandom(16) + b"\0\x0f" + bytes(15), "has length 15"),
+    "a length of 65535": (os.urandom(16) + b"\xff\xff" + bytes(99), "has length 65535"),
+    "a forged magic": (os.urandom(16) + b"\0\x18" + os.urandom(24), "authentication failed"),
+    "half a magic": (os.urandom(16) + b"\0\x18" + os.urandom(12), "closed during the handshake"),
 }
 
 
 def arrive(bench: Bench) -> Peer:
-    """A peer that proves the key and is answered."""
+    """A peer that authenticates and gets an answer."""
     peer = Peer(connect(bench), b"secret")
     peer.handshake_as_client()
     request = echo_request(*TO_SERVER, os.urandom(20))

@@ -30,7 +30,7 @@ PROGRAM = shlex.split(os.environ.get("TTUN_TEST_PROGRAM", "")) or [sys.executabl
 SERVER_ADDRESS = "192.0.2.1"
 TUNNEL4 = {SERVER: "10.1.1.1", CLIENT: "10.1.1.2"}
 TUNNEL6 = {SERVER: "fc11::1", CLIENT: "fc11::2"}
-# What two of ours agree on without -m.
+# What two ttun ends agree on without -m.
 BEST = {"v1": "chacha20-poly1305", "x1": ciphers.fast()[0].name}
 every_way = pytest.mark.parametrize(
     "bench", ["x1", "x1-no-offload", "v1", "v1-no-offload"], indirect=True
@@ -216,7 +216,7 @@ class Bench:
         return self.start(CLIENT, "client", "-k", key, "-s", to, *self.options, *options)
 
     def tunnel(self, *options: str) -> tuple[End, End]:
-        """A server and a client that have found each other."""
+        """A server and a client with a session."""
         server, client = self.server(*options), self.client(*options)
         client.says("authenticated")
         server.says("authenticated")
@@ -235,7 +235,7 @@ class Bench:
         return json.loads(self.run(host, *command, timeout=timeout))
 
     def ping(self, host: str, address: str, times: int = 1, size: int = 56) -> int:
-        """How many of so many pings were answered. size: bytes behind the ICMP header."""
+        """How many of so many pings were answered. size: bytes of payload."""
         results = self.traffic(host, "ping", address, str(times), str(size))
         return sum(seconds is not None for seconds in results)
 
@@ -269,14 +269,14 @@ class Bench:
 
     @contextlib.contextmanager
     def link_down(self, host: str, link: str | None = None) -> Iterator[None]:
-        """Cut a link for a while; the one between the hosts, if none is named."""
+        """Take a link down for a while (default: the one between the hosts)."""
         name, usual = self.pair.names[host], self.pair.links[host]
         netns.ip("-n", name, "link", "set", link or usual, "down")
         try:
             yield
         finally:
             netns.ip("-n", name, "link", "set", link or usual, "up")
-            # The kernel forgets IPv6 addresses of a link that goes down.
+            # The kernel removes IPv6 addresses of a link that goes down.
             address = f"{netns.IPV6[host]}/64"
             netns.ip("-n", name, "address", "replace", address, "dev", usual, "nodad")
 
@@ -297,7 +297,7 @@ class Bench:
 
 
 def bench(pair: Hosts, directory: Path, wire: str, options: list[str]) -> Iterator[Bench]:
-    """The fixture. wire: between two of ours. options: of every server and client."""
+    """The fixture. wire: between two ttun ends. options: of every server and client."""
     made = Bench(pair, directory, wire, options)
     try:
         yield made

@@ -1,4 +1,4 @@
-"""Questions to the codec about vnet headers (linux/virtio_net.h)."""
+"""Access to the codec's functions for vnet headers (linux/virtio_net.h)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ttun._codec import ffi, lib
 def restore(
     packet: bytes, gso_size: int, tcp: bool = True, udp: bool = True
 ) -> tuple[Vnet, bytes] | None:
-    """The header that the receiver makes, and the packet that goes with it."""
+    """The header that the receiver restores, and its packet."""
     buffer = ffi.new("uint8_t[]", packet)
     vnet = ffi.new("struct ttun_vnet *")
     if not lib.ttun_restore_vnet(vnet, buffer, len(packet), gso_size, tcp, udp):

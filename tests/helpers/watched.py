@@ -1,5 +1,4 @@
-"""A real device on a host, and a DeviceWatch on a thread of its own there, driven as an endpoint
-drives it."""
+"""A real device on a host, and a DeviceWatch on its own thread, driven like in an endpoint."""
 
 from __future__ import annotations
 
@@ -109,7 +108,7 @@ class Watched(logging.Handler):
             self.ready.set()
 
     def call(self, function: Callable[[], object]) -> None:
-        """Have a function called on the thread; wait for that."""
+        """Call a function on the thread, and wait for it."""
         done = threading.Event()
 
         def run() -> None:
@@ -146,14 +145,14 @@ class Watched(logging.Handler):
         return found[-1]
 
     def do_what_it_says(self) -> None:
-        """Run the commands that the last line of the log names."""
+        """Run the commands of the last log line."""
         for command in commands(self.lines[-1]):
             self.shell(command)
 
 
 def commands(line: str) -> list[str]:
-    """The commands that a line of the log names."""
-    found = re.search(r"\(put back: (.*); or restart ttun\)", line)
+    """The commands in a log line."""
+    found = re.search(r"\(to restore: (.*); or restart ttun\)", line)
     assert found, line
     named = found[1].split("; ")
     assert all(command.startswith("sudo ") for command in named), line
@@ -162,7 +161,7 @@ def commands(line: str) -> list[str]:
 
 @contextmanager
 def flood(namespace: str, changes: Iterable[str]) -> Iterator[None]:
-    """Run commands of ip on the server's host over and over, as fast as they go."""
+    """Run ip commands on the server's host in a loop, as fast as possible."""
     text = "".join(f"{change}\n" for change in changes)
     script = 'while :; do printf %s "$0" | ip -force -batch - > /dev/null 2>&1; done'
     command = ["ip", "netns", "exec", namespace, "sh", "-c", script, text]

@@ -1,5 +1,4 @@
-"""An x1 session of ours over socketpairs: the device is one, the connection to the independent peer
-another."""
+"""An x1 session over socketpairs: one is the device, one the connection to the independent peer."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ PACKET = b"\x45 a packet"
 
 
 class Rig(RunningSession):
-    """A session of ours in a role, its device, and the independent peer on the other end."""
+    """A session in a role, its device, and the independent peer at the other end."""
 
     def __init__(
         self,
@@ -29,7 +28,7 @@ class Rig(RunningSession):
         features: int = 3,
         buffers: Buffers = NORMAL,
     ) -> None:
-        """offload: of our device; features: what the peer says that it takes."""
+        """offload: of the device; features: offered by the peer."""
         self.device = SocketDevice(offload)
         ours, theirs = socket.socketpair()
         self.peer = X1Peer(theirs, features=features)
@@ -54,7 +53,7 @@ class Rig(RunningSession):
         assert self.device.outside.recv(70000) == PACKET
 
     def carries(self) -> None:
-        """A packet goes each way."""
+        """Carry a packet in each direction."""
         self.carries_up()
         self.carries_down()
 

@@ -189,7 +189,7 @@ def soak(lab: Lab, seconds: float, seed: int) -> None:
     assert max(gained) < GROWTH
     for end in ends:
         assert end.stop() == 0
-        assert "0 tunnels, 0 connections end" in end.log()
+        assert "closing 0 tunnels, 0 connections" in end.log()
         assert "Traceback" not in end.log()
 
 

@@ -1,6 +1,6 @@
-"""What a status socket answers: its fields, checked for who believes nothing that comes from one.
+"""The answer of a status socket: its fields, and the checks of an answer from an untrusted process.
 
-Strings are checked for their length only. Who prints one escapes it: printable() for a terminal.
+Of strings only the length is checked. Whatever prints one has to escape it, as printable() does.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ Check = Callable[[object], bool]
 
 
 class Malformed(Exception):
-    """An answer is not one of ttun's. Says what is wrong with it, in no word of the answer's."""
+    """An answer is not valid. The message says why and quotes nothing from the answer."""
 
 
 def parse(line: bytes) -> Tunnel:
-    """Return the fields of an answer, those of status.as_dict(). Raises Malformed."""
+    """Return the fields of an answer, as status.as_dict() made them. Raises Malformed."""
     try:
         found = json.loads(line.decode(), parse_int=_integer, parse_constant=_no_constant)
-    except (ValueError, RecursionError):  # what is no UTF-8 or no JSON is a ValueError
-        raise Malformed("not JSON, or nested too deep") from None
+    except (ValueError, RecursionError):  # invalid UTF-8 and invalid JSON are ValueErrors
+        raise Malformed("not JSON, or nested too deeply") from None
     if not isinstance(found, dict):
-        raise Malformed("not an object")
+        raise Malformed("not a JSON object")
     for name, check in FIELDS.items():
         if name not in found and name not in NEW:
-            raise Malformed(f"no {name}")
+            raise Malformed(f"{name} is missing")
         if not check(found.get(name)):
-            raise Malformed(f"{name} is of the wrong type, or out of range")
+            raise Malformed(f"{name} has the wrong type or is out of range")
     for name in OF_A_PEER:
         if found["peer"] is not None and found[name] is None:
-            raise Malformed(f"a peer, but no {name}")
+            raise Malformed(f"a peer without {name}")
     for name in ("counters", "totals"):
         found[name] = {field: found[name][field] for field in Counters._fields}
     return {name: found.get(name) for name in FIELDS}
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20:  # 64 bits; and long ones cost time
+    if len(digits) > 20:  # 64 bits; longer ones take time to parse
         raise ValueError
     return int(digits)
 
 
 def _no_constant(_: str) -> float:
-    raise ValueError  # NaN and Infinity are no JSON
+    raise ValueError  # NaN and Infinity are not JSON
 
 
 def _text(value: object) -> bool:
@@ -102,6 +102,6 @@ FIELDS: dict[str, Check] = {
     "pid": _or_none(_count),
     "netns": _or_none(_count),
 }
-# A tunnel that has run since before there were these has none of them.
+# Tunnels of earlier versions do not send these.
 NEW = {"missing", "pid", "netns", "congestion_control", "retransmitted"}
 OF_A_PEER = ("transport", "wire", "cipher", "connected_for")

@@ -1,10 +1,10 @@
-"""``ttun doctor``: what of this machine a tunnel can use, what a lack costs, how to mend it.
+"""``ttun doctor``: check what a tunnel needs on this machine, and say how to fix what is missing.
 
-It looks, in this order, at what ttun itself needs, another project of its name, the rights of this
-process, the device and its offloads, IPv6, the processor, Multipath TCP, congestion control,
-toxcore, the clock, and the tunnel's addresses; with a peer named, at whether that answers, what the
-windows let through and how large a packet gets there. It changes nothing: for the offloads a device
-is made and removed again, never up. Without root it says what it could not see.
+In this order: the packages that ttun imports, another project of the same name, privileges, the TUN
+device and its offloads, IPv6, AES in the processor, Multipath TCP, congestion control, toxcore, the
+clock, and conflicts of the tunnel's addresses. If a server is named: whether it accepts
+connections, the TCP buffers and the path MTU. Nothing is changed: the device made to try the
+offloads is never up and is removed again. Without root some items are skipped.
 
 Sources: linux/if_tun.h, proc(5), netdevice(7).
 """
@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import privileges, tox
+from ttun import default_route, privileges, tox
 from ttun._codec import ffi
 from ttun.address import Address
 from ttun.commands.doctor_connection import look_at_congestion_control, look_at_mptcp, look_at_peer
-from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
-from ttun.errors import TtunError, printable
+from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
+from ttun.errors import TtunError
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -44,43 +44,45 @@ IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 SIOCGIFCONF = 0x8912  # linux/sockios.h
 IFREQ_SIZE = struct.calcsize("16sP") + (16 if struct.calcsize("P") == 8 else 12)
 MANY_ADDRESSES = 1000
-WRITTEN = datetime.date(2026, 1, 1)  # no clock that is right shows a day before this program
+WRITTEN = datetime.date(2026, 1, 1)  # a correct clock is not older than this program
+NO_DEVICE = "cannot create a TUN device"
+ONE_BY_ONE = "a system call for each packet"
+OTHER_ADDRESSES = "set other addresses on both ends: --local4, --peer4, --local6, --peer6"
 
 
 def run(peer: Address | None) -> int:
-    """Print what is found, as it is found; return 0 if a tunnel can run here, else 1."""
+    """Print each finding as it is made; return 0 if a tunnel can run here, else 1."""
     if not Path("/proc/self").exists():
-        raise TtunError(
-            "doctor looks at much in /proc, which is not here: mount -t proc proc /proc"
-        )
+        raise TtunError("/proc is not mounted (mount -t proc proc /proc)")
     marks, missing = [], set()
     for finding in look(peer):
-        print("\n".join(map(printable, str(finding).split("\n"))), flush=True)
+        print(finding, flush=True)
         marks.append(finding.mark)
-        if finding.mark == NO:
-            missing.add(finding.cost)
-    lacks = marks.count(LESS)
+        if finding.mark == FAIL:
+            missing.add(finding.effect)
+    warnings = marks.count(WARN)
     if missing:
-        what = "reach this peer" if missing == {UNREACHED} else "run here"
-        print(f"\nNo tunnel can {what} as it is: see the lines with «no».")
+        what = "reach this server" if missing == {UNREACHED} else "run on this machine"
+        print(f"\nA tunnel cannot {what}: fix the items marked FAIL.")
         return 1
-    print(f"\nA tunnel can run here{f', with {lacks} of the costs above' if lacks else ''}.")
+    some = f", with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    print(f"\nA tunnel can run on this machine{some}.")
     return 0
 
 
 def look(peer: Address | None) -> Iterator[Finding]:
-    """Yield what is found, in the order of the report."""
+    """Yield the findings, in the order of the report."""
     packages = look_at_packages()
     yield packages
     yield from look_at_namesake()
-    yield look_at_rights()
+    yield look_at_privileges()
     node = look_at_node()
     yield node
     if packages.mark == OK:
         if node.mark == OK:
             yield look_at_offloads()
         else:
-            yield Finding(UNSEEN, "offloads", f"not looked at, as {NODE} does not open")
+            yield Finding(SKIP, "offloads", f"not checked: cannot open {NODE}")
     yield look_at_ipv6()
     if packages.mark == OK:
         yield look_at_aes()
@@ -93,6 +95,7 @@ def look(peer: Address | None) -> Iterator[Finding]:
 
         yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, ipv4_routes())
         yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, ipv6_routes())
+        yield from look_at_rp_filter()
     if peer is not None:
         yield from look_at_peer(peer)
 
@@ -104,87 +107,86 @@ def look_at_packages() -> Finding:
         import ttun.sodium  # noqa: F401
     except ImportError as error:
         return Finding(
-            NO,
+            FAIL,
             "packages",
             str(error),
-            "nothing runs",
-            "make in its directory; elsewhere pip install pynacl cffi python-pytun",
+            "ttun does not run",
+            "run make in its directory; elsewhere pip install pynacl cffi python-pytun",
         )
     except TtunError as error:
-        return Finding(NO, "packages", str(error), "nothing runs")
-    return Finding(OK, "packages", "the codec, PyNaCl and python-pytun load")
+        return Finding(FAIL, "packages", str(error), "ttun does not run")
+    return Finding(OK, "packages", "codec, PyNaCl and python-pytun load")
 
 
 def look_at_namesake() -> Iterator[Finding]:
-    """Is the other project installed that PyPI has as ttun? Its package and command are ours."""
+    """Yield a finding if the project that is called ttun on PyPI is installed."""
     try:
         from importlib import metadata
 
         other = metadata.distribution(NAMESAKE)
-    except ImportError:  # no such distribution, or a Python without what looks for them
+    except ImportError:  # not installed, or a Python without importlib.metadata
         return
     yield Finding(
-        LESS,
+        WARN,
         "other ttun",
-        f"{NAMESAKE} {other.version} in {other.locate_file('')}, another project's",
-        "the package and the command have the same names: each overwrites the other's files",
-        f"pip uninstall {NAMESAKE}; then install {DISTRIBUTION} again",
+        f"{NAMESAKE} {other.version} in {other.locate_file('')} is another project",
+        "package and command have the same names: each overwrites the other's files",
+        f"pip uninstall {NAMESAKE}; then reinstall {DISTRIBUTION}",
     )
 
 
-def look_at_rights() -> Finding:
-    """May this process make a network device?"""
+def look_at_privileges() -> Finding:
+    """Check whether this process may create a network device."""
     if privileges.has(privileges.NET_ADMIN):
-        return Finding(OK, "rights", "CAP_NET_ADMIN")
+        return Finding(OK, "privileges", "CAP_NET_ADMIN")
     return Finding(
-        NO,
-        "rights",
+        FAIL,
+        "privileges",
         "no CAP_NET_ADMIN",
-        "no device can be made",
-        "sudo; in a container --cap-add NET_ADMIN",
+        NO_DEVICE,
+        "use sudo; in a container --cap-add NET_ADMIN",
     )
 
 
 def look_at_node() -> Finding:
-    """Is /dev/net/tun there, the right one, and may it be opened?"""
-    make = f"modprobe tun; in a container --device {NODE}, or: mknod {NODE} c 10 200"
-    cost = "no device can be made"
+    """Check that /dev/net/tun exists, is the TUN device, and can be opened."""
+    make = f"modprobe tun; in a container --device {NODE}, or mknod {NODE} c 10 200"
     try:
         found = NODE.stat()
     except OSError as error:
-        return Finding(NO, str(NODE), error.strerror or str(error), cost, make)
+        return Finding(FAIL, str(NODE), error.strerror or str(error), NO_DEVICE, make)
     number = (os.major(found.st_rdev), os.minor(found.st_rdev))
     if not stat.S_ISCHR(found.st_mode) or number != TUN_NUMBER:
-        return Finding(NO, str(NODE), "it is something else", cost, f"rm {NODE}; {make}")
+        return Finding(FAIL, str(NODE), "not the TUN device", NO_DEVICE, f"rm {NODE}; {make}")
     try:
         os.close(os.open(NODE, os.O_RDWR))
     except OSError as error:
         if error.errno == errno.EACCES:
-            fix = f"sudo, or chmod 666 {NODE}"
-            return Finding(NO, str(NODE), "this user may not open it", cost, fix)
-        return Finding(NO, str(NODE), error.strerror or str(error), cost, make)
-    return Finding(OK, str(NODE), "opens")
+            fix = f"use sudo, or chmod 666 {NODE}"
+            return Finding(FAIL, str(NODE), "permission denied", NO_DEVICE, fix)
+        return Finding(FAIL, str(NODE), error.strerror or str(error), NO_DEVICE, make)
+    return Finding(OK, str(NODE), "can be opened")
 
 
 def look_at_offloads() -> Finding:
-    """What of large packets the kernel has at the device."""
-    subject, every_packet = "offloads", "one system call for each packet of the MTU"
+    """Check which offloads the kernel has at a TUN device."""
+    subject = "offloads"
     descriptor = os.open(NODE, os.O_RDWR)
     try:
         features = bytearray(4)
         fcntl.ioctl(descriptor, TUNGETFEATURES, features)
         if not int.from_bytes(features, sys.byteorder) & IFF_VNET_HDR:
-            return Finding(LESS, subject, "no vnet header", every_packet, "a Linux from 2.6.27 on")
+            return Finding(WARN, subject, "no vnet header", ONE_BY_ONE, "Linux 2.6.27 or newer")
         try:
             flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
             fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", b"ttun%d", flags))
         except OSError as error:
-            why = "it takes CAP_NET_ADMIN" if error.errno == errno.EPERM else str(error)
-            mark = NO if privileges.has(privileges.NET_ADMIN) else UNSEEN
-            cost = "no device can be made" if mark == NO else ""
-            fix = "run it where this process owns the network" if mark == NO else ""
-            found = f"vnet header; the rest not looked at: {why}"
-            return Finding(mark, subject, found, cost, fix)
+            why = "requires CAP_NET_ADMIN" if error.errno == errno.EPERM else str(error)
+            mark = FAIL if privileges.has(privileges.NET_ADMIN) else SKIP
+            effect = NO_DEVICE if mark == FAIL else ""
+            fix = "run it in a network namespace of its user namespace" if mark == FAIL else ""
+            found = f"vnet header; TCP and UDP not checked: {why}"
+            return Finding(mark, subject, found, effect, fix)
         return _offloads_of(descriptor)
     finally:
         os.close(descriptor)
@@ -199,63 +201,76 @@ def _offloads_of(descriptor: int) -> Finding:
             fcntl.ioctl(descriptor, TUNSETOFFLOAD, wanted)
             if text == shown[0]:
                 return Finding(OK, "offloads", text)
-            cost = "large UDP, QUIC for one, goes one packet at a time"
-            return Finding(LESS, "offloads", f"{text}; not UDP", cost, "a Linux from 6.2 on")
-    cost = "one system call for each packet of the MTU"
-    return Finding(LESS, "offloads", "vnet header, neither TCP nor UDP", cost, "another kernel")
+            effect = "a system call for each UDP packet, as of QUIC"
+            return Finding(WARN, "offloads", f"{text}; no UDP", effect, "Linux 6.2 or newer")
+    found = "vnet header; no TCP, no UDP"
+    return Finding(WARN, "offloads", found, ONE_BY_ONE, "a kernel with offloads for TUN devices")
 
 
 def look_at_ipv6() -> Finding:
-    """Does a new device get IPv6?"""
-    cost = "the tunnel carries IPv4 only"
+    """Check whether a new device has IPv6."""
+    effect = "the tunnel carries IPv4 only"
     try:
         off = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").read_text().strip() != "0"
     except OSError:
-        return Finding(LESS, "IPv6", "not in this kernel", cost, "boot without ipv6.disable=1")
+        return Finding(WARN, "IPv6", "not available", effect, "boot without ipv6.disable=1")
     if off:
         fix = "sysctl net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0"
-        return Finding(LESS, "IPv6", "switched off", cost, fix)
-    return Finding(OK, "IPv6", "on")
+        return Finding(WARN, "IPv6", "disabled", effect, fix)
+    return Finding(OK, "IPv6", "enabled")
 
 
 def look_at_aes() -> Finding:
-    """Has the processor AES, and does libsodium use it?"""
+    """Check whether the processor has AES instructions, and libsodium uses them."""
     from ttun import cipher, sodium
 
     if sodium.HAS_AES:
         with_it = (each.name for each in cipher.CIPHERS.values() if each.without_aes != "fast")
-        return Finding(OK, "AES", f"in the processor: {' and '.join(with_it)}")
-    cost = f"{cipher.fast()[0].name} carries the packets, at a third to a quarter of the speed"
+        return Finding(OK, "AES", f"in hardware: {' and '.join(with_it)}")
+    effect = f"{cipher.fast()[0].name} is used, at a quarter to a third of the speed"
     words = Path("/proc/cpuinfo").read_text(errors="replace").split()
     if "aes" in words:
-        found = "in the processor, but this libsodium does not use it"
-        fix = "a PyNaCl whose libsodium does: a newer one, or pip install --no-binary pynacl pynacl"
-        return Finding(LESS, "AES", found, cost, fix)
-    fix = "none for this processor; to a virtual machine give the host's (qemu: -cpu host)"
-    return Finding(LESS, "AES", "not in this processor", cost, fix)
+        found = "in hardware, but not used by this libsodium"
+        fix = "a newer PyNaCl, or pip install --no-binary pynacl pynacl"
+        return Finding(WARN, "AES", found, effect, fix)
+    fix = "none for this processor; give a virtual machine the host's (qemu: -cpu host)"
+    return Finding(WARN, "AES", "not in this processor", effect, fix)
 
 
 def look_at_toxcore() -> Finding:
-    """Is toxcore's library installed?"""
+    """Check whether toxcore's library is installed."""
     try:
         ffi.dlopen(tox.LIBRARY)
     except OSError:
-        cost = "no tunnel through Tox; over TCP nothing is lost"
-        return Finding(LESS, "toxcore", f"no {tox.LIBRARY}", cost, tox.INSTALL)
+        effect = "no tunnel through Tox; TCP is not affected"
+        return Finding(WARN, "toxcore", f"{tox.LIBRARY} not found", effect, tox.INSTALL)
     return Finding(OK, "toxcore", tox.LIBRARY)
 
 
 def look_at_clock(today: datetime.date) -> Finding:
-    """Is the date one that can be?"""
+    """Check whether the date is plausible."""
     if WRITTEN <= today < WRITTEN.replace(year=WRITTEN.year + 50):
-        return Finding(OK, "clock", f"{today}, which can be")
+        return Finding(OK, "clock", f"{today}, plausible")
     return Finding(
-        LESS,
+        WARN,
         "clock",
-        f"{today}, which cannot be",
-        "wrong dates in the log, and certificates fail for pip and apt; the tunnel needs no date",
-        'date -s "YYYY-MM-DD hh:mm", then NTP; a board without a battery: fake-hwclock',
+        f"{today}, not plausible",
+        "wrong dates in the log; pip and apt reject certificates; the tunnel needs no date",
+        'date -s "YYYY-MM-DD hh:mm", then NTP; on a board without a battery fake-hwclock',
     )
+
+
+def look_at_rp_filter() -> Iterator[Finding]:
+    """Would ``--route default`` be refused, as answers would be dropped?"""
+    outside = {route.device for route in ipv4_routes() if not route.network.prefixlen}
+    if strict := sorted(filter(default_route.is_strict, outside)):
+        yield Finding(
+            WARN,
+            "rp_filter",
+            f"1 on {', '.join(strict)}",
+            "ttun client --route default does not start",
+            "; ".join(map(default_route.remedy, strict)),
+        )
 
 
 @dataclass(frozen=True)
@@ -267,7 +282,7 @@ class Route:
 
 
 def ipv4_routes() -> list[Route]:
-    """Read /proc/net/route, and the addresses themselves: one of /32 has no route there."""
+    """Return the routes in /proc/net/route, and the addresses: a /32 has no route there."""
     routes = []
     for line in _lines("/proc/net/route")[1:]:
         words = line.split()
@@ -280,7 +295,7 @@ def ipv4_routes() -> list[Route]:
 
 
 def _ipv4_addresses() -> list[Route]:
-    """Ask SIOCGIFCONF for an array of struct ifreq: name, then struct sockaddr_in."""
+    """Get an array of struct ifreq from SIOCGIFCONF: a name, then struct sockaddr_in."""
     found = array.array("B", bytes(IFREQ_SIZE * MANY_ADDRESSES))
     request = struct.pack("iP", len(found), found.buffer_info()[0])  # struct ifconf
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
@@ -294,7 +309,7 @@ def _ipv4_addresses() -> list[Route]:
 
 
 def ipv6_routes() -> list[Route]:
-    """Read /proc/net/ipv6_route; those of lo are what the kernel itself refuses."""
+    """Return the routes in /proc/net/ipv6_route, without the kernel's own reject routes on lo."""
     routes = []
     for line in _lines("/proc/net/ipv6_route"):
         words = line.split()
@@ -312,29 +327,29 @@ def _lines(path: str) -> list[str]:
 
 
 def look_at_addresses(subject: str, wanted: Network, routes: Iterable[Route]) -> Finding:
-    """Does something else have the tunnel's addresses, or a route to them?"""
+    """Check whether another device has the tunnel's addresses, or a route to them."""
     taken: list[Route] = []
     around: list[Route] = []
     for route in routes:
-        # A default route is no conflict: the tunnel's own is more specific.
+        # A default route is no conflict: the tunnel's route is more specific.
         if route.network.prefixlen and route.network.overlaps(wanted):
             (taken if route.network.prefixlen >= wanted.prefixlen else around).append(route)
     if taken:
         names = sorted({route.device for route in taken})
         return Finding(
-            LESS,
+            WARN,
             subject,
-            f"{wanted}: already on {', '.join(names)}",
-            "packets for the tunnel may go there, and the other way round",
-            "stop the other tunnel, or --local4, --peer4, --local6 and --peer6 on both ends",
+            f"{wanted}: in use on {', '.join(names)}",
+            "traffic may be misrouted",
+            f"stop the other tunnel, or {OTHER_ADDRESSES}",
         )
     if around:
         other = max(around, key=lambda route: route.network.prefixlen)
         return Finding(
-            LESS,
+            WARN,
             subject,
             f"{wanted}: inside {other.network} on {other.device}",
-            f"the hosts of {wanted} there cannot be reached while the tunnel is up",
-            "--local4, --peer4, --local6 and --peer6, with other addresses on both ends",
+            f"its hosts in {wanted} are unreachable while the tunnel is up",
+            OTHER_ADDRESSES,
         )
     return Finding(OK, subject, f"{wanted}: free")

@@ -1,4 +1,4 @@
-"""``ttun doctor`` on the tunnel's connection: what this kernel has for it, and the way to a peer.
+"""``ttun doctor`` on the tunnel's connection: what the kernel has for it, and the path to a server.
 
 Sources: net/ipv4/tcp_cong.c, tcp(7) for tcp_rmem and tcp_wmem, Documentation/networking/mptcp.rst.
 """
@@ -13,119 +13,119 @@ from pathlib import Path
 from ttun import congestion, tcp
 from ttun.address import Address
 from ttun.commands import path_mtu
-from ttun.commands.finding import LESS, NO, OK, UNREACHED, UNSEEN, Finding
+from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.flag import Flag
 
 SYSCTL = Path("/proc/sys/net/ipv4")
-FAST = 200e6  # bit/s that the windows should let through
-UNSEEN_RTT = 0.001  # seconds; nearer than this no window matters
+FAST = 200e6  # bit/s that the buffers should allow
+LEAST_RTT = 0.001  # seconds; below this no buffer is a limit
 
 
 def look_at_mptcp() -> Finding:
-    """Does the kernel open a Multipath TCP socket?"""
+    """Check whether the kernel opens a Multipath TCP socket."""
     try:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp.IPPROTO_MPTCP).close()
     except OSError as error:
         off = Path("/proc/sys/net/mptcp/enabled").exists()
         return Finding(
-            LESS,
+            WARN,
             "Multipath TCP",
-            "switched off" if off else f"not in this kernel ({error.strerror})",
-            "-mptcp is plain TCP: the connection ends with its path",
-            "sysctl net.mptcp.enabled=1" if off else "a Linux from 5.6 on, with CONFIG_MPTCP",
+            "disabled" if off else f"not in this kernel ({error.strerror})",
+            "-mptcp uses plain TCP: the connection does not survive the loss of its path",
+            "sysctl net.mptcp.enabled=1" if off else "Linux 5.6 or newer, with CONFIG_MPTCP",
         )
-    return Finding(OK, "Multipath TCP", "in this kernel")
+    return Finding(OK, "Multipath TCP", "available")
 
 
 def look_at_congestion_control() -> Finding:
-    """May the tunnel's connection have bbr, after the drop of privileges too?"""
+    """Check whether the tunnel's connection can use bbr, also once privileges are dropped."""
     subject = "congestion"
     system = "".join(_sysctl("tcp_congestion_control"))
-    cost = (
-        f"{system} takes each lost segment for congestion: at 50 Mbit/s, 40 ms and 1 % lost the "
-        "tunnel carries 3 Mbit/s in place of 38"
+    effect = (
+        f"{system} treats each lost segment as congestion: at 50 Mbit/s, 40 ms and 1 % loss the "
+        "tunnel carries 3 Mbit/s instead of 38"
     )
     try:
         with socket.socket() as scratch:
             scratch.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.FAR.encode())
     except OSError as error:
         if error.errno != errno.EPERM:
-            fix = "modprobe tcp_bbr, also at boot; on OpenWrt: the package kmod-tcp-bbr"
-            return Finding(LESS, subject, "no bbr in this kernel, or not loaded", cost, fix)
+            fix = "modprobe tcp_bbr, also at boot; on OpenWrt the package kmod-tcp-bbr"
+            return Finding(WARN, subject, "bbr not in this kernel, or not loaded", effect, fix)
     allowed = _sysctl("tcp_allowed_congestion_control")
     if allowed and congestion.FAR not in allowed:
         fix = f'sysctl net.ipv4.tcp_allowed_congestion_control="{" ".join(allowed)} bbr"'
-        return Finding(LESS, subject, "bbr, but only for root", cost, fix)
+        return Finding(WARN, subject, "bbr for root only", effect, fix)
     return Finding(OK, subject, "bbr")
 
 
 def _sysctl(name: str) -> list[str]:
     try:
         return (SYSCTL / name).read_text().split()
-    except OSError:  # a container without it
+    except OSError:  # not in this container
         return []
 
 
-def look_at_windows(rtt: float) -> Finding:
-    """What do the kernel's largest windows let through in a round trip?"""
+def look_at_buffers(rtt: float) -> Finding:
+    """Check which rate the kernel's largest TCP buffers allow at a round-trip time in seconds."""
     most = []
     for name in ("tcp_wmem", "tcp_rmem"):
         size = int(_sysctl(name)[2])
         # About half of a buffer is bookkeeping: tcp_adv_win_scale of 1.
-        most.append((size / 2 * 8 / max(rtt, UNSEEN_RTT), name, size))
+        most.append((size / 2 * 8 / max(rtt, LEAST_RTT), name, size))
     rate, name, size = min(most)
     found = f"{rate / 1e6:.0f} Mbit/s at {1000 * rtt:.1f} ms ({name}: {size})"
     if rate >= FAST:
-        return Finding(OK, "windows", found)
+        return Finding(OK, "TCP buffers", found)
     needed = 1 << int(FAST / 8 * rtt * 2).bit_length()
     words = " ".join(_sysctl(name)[:2])
     return Finding(
-        LESS,
-        "windows",
+        WARN,
+        "TCP buffers",
         found,
-        "the tunnel carries no more than that to this peer",
+        "limits the throughput to this server",
         f'sysctl net.ipv4.{name}="{words} {needed}", on both ends',
     )
 
 
 def look_at_peer(peer: Address) -> Iterator[Finding]:
-    """Does a server answer there, and how large a packet gets through?"""
+    """Check whether a server accepts connections, and the path to it."""
     subject = "server"
     try:
         sock = tcp.dial(peer, None, Flag())
     except (OSError, UnicodeError) as error:
-        fix = "start ttun server there, and let its port through the firewalls in between"
-        yield Finding(NO, subject, str(error), UNREACHED, fix)
+        fix = "start ttun server there, and open its port in the firewalls between"
+        yield Finding(FAIL, subject, str(error), UNREACHED, fix)
     else:
         with sock:
             name = tcp.show(sock.getpeername())
-            yield Finding(OK, subject, f"{name} takes connections")
-            way = congestion.way(sock)
+            yield Finding(OK, subject, f"{name} accepts connections")
+            way = congestion.tcp_stats(sock)
             if way is not None and way.min_rtt is not None and _sysctl("tcp_wmem"):
-                yield look_at_windows(way.min_rtt)
+                yield look_at_buffers(way.min_rtt)
     try:
         family, _, _, _, address = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_DGRAM)[
             0
         ]
         yield look_at_path(family, address)
-    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+    except (OSError, UnicodeError) as error:  # the latter for a malformed name
         why = getattr(error, "strerror", None) or error
-        yield Finding(UNSEEN, "path MTU", f"not looked at: {why}")
+        yield Finding(SKIP, "path MTU", f"not checked: {why}")
 
 
 def look_at_path(family: int, address: tuple[object, ...]) -> Finding:
-    """How large a packet gets to the peer?"""
+    """Measure the path MTU to the server."""
     with path_mtu.Probe(family, address) as probe:
         passes, known = path_mtu.measure(probe)
     if passes == 0:
-        found = f"{known} bytes as far as this kernel knows: the peer answers no probe"
-        return Finding(UNSEEN, "path MTU", found)
+        found = f"{known} bytes according to the kernel; the server answers no probe"
+        return Finding(SKIP, "path MTU", found)
     if passes == known:
-        return Finding(OK, "path MTU", f"{known} bytes get there")
+        return Finding(OK, "path MTU", f"{known} bytes")
     return Finding(
-        LESS,
+        WARN,
         "path MTU",
-        f"{passes} bytes get there, {known} are lost without a word",
-        "connections hang once they send full packets",
+        f"{passes} bytes; larger packets, up to {known}, are silently dropped",
+        "connections hang when they send full-size packets",
         "sysctl net.ipv4.tcp_mtu_probing=1 on both ends",
     )

@@ -1,31 +1,35 @@
-"""One line of ``ttun doctor``: what was found, what it costs, how to mend it."""
+"""One item of the report of ``ttun doctor``: what was found, its effect, and how to fix it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ttun.commands.terminal import colored, wrapped
+from ttun.errors import printable
+
 OK = "ok"
-LESS = "less"  # a tunnel runs, at a cost
-NO = "no"  # no tunnel runs
-UNSEEN = "?"  # could not be looked at
-UNREACHED = "no tunnel to this peer"  # what it costs
+WARN = "warn"  # a tunnel runs, with a limitation
+FAIL = "FAIL"  # no tunnel runs
+SKIP = "skip"  # could not be checked
+UNREACHED = "no tunnel to this server"  # an effect
+COLORS = {OK: "green", WARN: "yellow", FAIL: "red", SKIP: "bold"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was found, what it costs, how to mend it."""
+    """One item of the report."""
 
     mark: str
     subject: str
     found: str
-    cost: str = ""
+    effect: str = ""
     fix: str = ""
 
     def __str__(self) -> str:
-        """Return it as it is printed; cost and fix stand below."""
-        lines = [f"{self.mark:<5} {self.subject:<14} {self.found}"]
-        if self.cost:
-            lines.append(f"{'':<21}costs: {self.cost}")
-        if self.fix:
-            lines.append(f"{'':<21}fix: {self.fix}")
+        """Return it as it is printed, with the effect and the fix below."""
+        lines = wrapped(f"{self.mark:<5} {self.subject:<14} {printable(self.found)}", 21)
+        lines[0] = lines[0].replace(self.mark, colored(self.mark, COLORS[self.mark]), 1)
+        for name, text in (("effect", self.effect), ("fix", self.fix)):
+            if text:
+                lines += wrapped(f"{'':21}{name}: {printable(text)}", 23)
         return "\n".join(lines)

@@ -1,19 +1,19 @@
 """Commands that run when a peer connects and when it disconnects: --up and --down.
 
- 1. The endpoint's thread calls up() and down(). They note it and return: nothing there waits.
- 2. A thread takes one session after the other: it runs --up, waits until the peer has left, and
-    runs --down. There is a --down for each --up that ran, and none for another.
- 3. Sessions that come while a command runs wait their turn. Of more than MOST_WAITING the oldest is
-    left out, with both its commands; the log says how many those were.
- 4. A command that takes too long is ended with all its processes (process_group.py). What a command
-    leaves in the background ends with the program.
+ 1. The endpoint's thread calls up() and down(), which record the event and never wait.
+ 2. A thread handles one session at a time: it runs --up, waits until the peer has disconnected, and
+    runs --down. --down runs exactly once for each --up that ran.
+ 3. Sessions that begin while a command runs are queued. If more than MOST_WAITING wait, the oldest
+    is skipped with both its commands; the log says how many were skipped.
+ 4. A command that takes too long is terminated with all its processes (process_group.py). Processes
+    that a command leaves in the background are terminated when the program ends.
 
-They run as the user of --user, without capabilities, and no set-user-ID program changes that: what
-takes more rights belongs into the service manager, or into a program that waits to be told.
+They run as the user of --user, without capabilities; set-user-ID programs do not change that. With
+--hook-user, all of this is in the keeper (process/keeper.py), which keeps privileges.
 
-What ends each wait: a command has TIMEOUT. When the program ends, an --up under way has UP_AT_END
-from then on and a --down DOWN_AT_END, and what waits is left out. Where there is no process,
-descriptor or memory for a command it is tried again for as long as it could have run.
+Every wait ends: a command has TIMEOUT. When the program ends, a running --up has UP_AT_END left and
+a --down DOWN_AT_END, and queued sessions are skipped. Without a process, descriptor or memory for a
+command, starting it is retried until its time is over.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from ttun import proxy
 from ttun.commands import key
 from ttun.errors import TtunError, is_lack, printable
+from ttun.privileges import User
 from ttun.process import process_group
 from ttun.process.process_group import TICK, ProcessGroup
 
@@ -39,11 +40,11 @@ log = logging.getLogger("ttun")
 
 TIMEOUT = 60.0  # seconds of one command
 UP_AT_END, DOWN_AT_END = 2.0, 5.0  # seconds of one when the program ends
-AT_END = 15.0  # seconds: more than all of that and ending what does not end
-RETRY, RETRY_MOST = 0.5, 8.0  # seconds until a command is tried again, and at most
+AT_END = 15.0  # seconds: more than both, and killing what does not stop
+RETRY, RETRY_MOST = 0.5, 8.0  # seconds until starting a command is retried, first and at most
 MOST_WAITING = 16  # sessions
-MOST_LEFT = 16  # commands that have left something in the background
-SECRETS = (key.VARIABLE, "TUNTOX_SHARED_SECRET")  # variables that no command needs
+MOST_LEFT = 16  # commands with processes in the background
+SECRETS = (key.VARIABLE, "TUNTOX_SHARED_SECRET")  # variables that commands do not get
 PROXY = proxy.VARIABLE.encode()
 
 Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
@@ -51,7 +52,7 @@ Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower 
 
 @dataclass
 class _Session:
-    """A peer's stay: what was known when it came, and when it left."""
+    """A session: what was known when the peer connected, and when it disconnected."""
 
     came: Facts
     left: Facts | None = None
@@ -60,21 +61,22 @@ class _Session:
 class Hooks:
     """Runs --up and --down. Either may be None."""
 
-    def __init__(self, up: str | None, down: str | None) -> None:
-        """Start nothing yet."""
+    def __init__(self, up: str | None, down: str | None, user: User | None = None) -> None:
+        """Start nothing yet. user: whom they run as, if not as the user that this process is."""
+        self._how = process_group.becoming(user)
         self._commands = {"up": up, "down": down}
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition()  # over what follows
+        self._changed = threading.Condition()  # guards the following
         self._waiting: collections.deque[_Session] = collections.deque()
         self._latest: _Session | None = None
         self._left_out = 0
         self._closed: float | None = None  # when, by time.monotonic()
-        self._background: list[ProcessGroup] = []  # the thread's own
+        self._background: list[ProcessGroup] = []  # used by the thread only
 
     def start(self) -> None:
-        """Start the thread, once privileges are gone: the commands have what it has.
+        """Start the thread, after privileges are dropped: the commands inherit what it has.
 
-        Raises TtunError if there can be no thread.
+        Raises TtunError if no thread can be started.
         """
         if self._commands == {"up": None, "down": None}:
             return
@@ -82,9 +84,9 @@ class Hooks:
         try:
             thread.start()
         except RuntimeError as error:
-            raise TtunError(f"no --up and --down: {error} (ulimit -u, ulimit -v)") from None
+            raise TtunError(f"cannot run --up and --down: {error} (ulimit -u, ulimit -v)") from None
         self._thread = thread
-        atexit.register(self.close)  # also where the program ends by an error
+        atexit.register(self.close)  # also when the program ends with an error
 
     def up(self, facts: Facts) -> None:
         """A peer connected."""
@@ -107,7 +109,7 @@ class Hooks:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Bring what is under way to its end, within AT_END seconds."""
+        """Finish or terminate the running command, within AT_END seconds."""
         if self._thread is None:
             return
         with self._changed:
@@ -116,11 +118,11 @@ class Hooks:
             self._changed.notify()
         self._thread.join(AT_END)
         if self._thread.is_alive():
-            log.warning("--up, --down: a command could not be ended within %.0f s", AT_END)
+            log.warning("--up, --down: a command did not end within %.0f s", AT_END)
         atexit.unregister(self.close)
 
     def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # commands have that of this thread
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # commands inherit it
         while (session := self._next()) is not None:
             if self._execute("up", session.came, UP_AT_END):
                 self._execute("down", self._leaving(session), DOWN_AT_END)
@@ -144,14 +146,14 @@ class Hooks:
         return session
 
     def _leaving(self, session: _Session) -> Facts:
-        """Wait until a session's peer has left, or the program ends; return the facts of that."""
+        """Wait until a session's peer disconnects or the program ends; return the facts then."""
         self._await(lambda: session.left is not None)
         return session.left or {**session.came, "reason": "stopped"}
 
     def _await(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition or the program's end, and look after what is in the background.
+        """Wait for a condition or the program's end, and serve the processes in the background.
 
-        Each second: the number of a group that is over goes to another one day, but not so soon.
+        Once a second: the number of a group that has ended is reused some day, but not that soon.
         """
         while True:
             self._tend()
@@ -170,7 +172,7 @@ class Hooks:
     def _execute(self, name: str, facts: Facts, at_end: float) -> bool:
         """Run a command to its end; return whether it ran.
 
-        at_end: how many seconds it has once the program ends.
+        at_end: seconds that it has left when the program ends.
         """
         command = self._commands[name]
         if command is None:
@@ -188,7 +190,7 @@ class Hooks:
             return False
         try:
             self._watch(name, group, left)
-        except Exception as error:  # a bug, or no memory: the next command may have better luck
+        except Exception as error:  # a bug, or no memory: the next command may succeed
             log.error("--%s: internal error: %s: %s", name, type(error).__name__, error)
             with contextlib.suppress(Exception):
                 process_group.end([group])
@@ -197,7 +199,7 @@ class Hooks:
     def _start(
         self, name: str, command: str, facts: Facts, left: Callable[[], float]
     ) -> ProcessGroup | None:
-        """Start a command, again and again while something is lacking; None if that failed."""
+        """Start a command, with retries while resources are lacking; return None on failure."""
 
         def say(line: str) -> None:
             log.info("--%s: %s", name, line)
@@ -205,7 +207,7 @@ class Hooks:
         delay = RETRY
         while True:
             try:
-                return ProcessGroup(command, _environment(facts), say)
+                return ProcessGroup(command, _environment(facts), say, **self._how)
             except (OSError, MemoryError) as error:
                 why = getattr(error, "strerror", None) or "not enough memory"
                 lacking = is_lack(error)
@@ -213,39 +215,40 @@ class Hooks:
             if not lacking or left() < delay or is_pointless:
                 log.warning("cannot run --%s: %s", name, why)
                 return None
-            log.warning("cannot run --%s: %s (trying again in %.1f s)", name, why, delay)
+            log.warning("cannot run --%s: %s (retrying in %.1f s)", name, why, delay)
             self._pause(delay)
             delay = min(2 * delay, RETRY_MOST)
 
     def _pause(self, seconds: float) -> None:
-        """Wait, but not across the moment when the program begins to end."""
+        """Wait, but return when the program begins to end."""
         with self._changed:
             closed = self._closed
             self._changed.wait_for(lambda: self._closed != closed, seconds)
 
     def _watch(self, name: str, group: ProcessGroup, left: Callable[[], float]) -> None:
-        """Wait until a command is over, or end it."""
+        """Wait until a command ends, or terminate it."""
         started = time.monotonic()
         while not group.wait(TICK):
             self._tend()
             if left() <= 0:
                 why = "timed out" if self._closed is None else "ttun is stopping"
                 seconds = time.monotonic() - started
-                log.warning("--%s: %s: ended all its processes after %.0f s", name, why, seconds)
+                log.warning(
+                    "--%s: %s: terminated all its processes after %.0f s", name, why, seconds
+                )
                 process_group.end([group])
                 return
         if group.code:
-            how = f"exit code {group.code}" if group.code > 0 else f"killed by signal {-group.code}"
-            log.warning("--%s: %s", name, how)
+            log.warning("--%s: %s", name, process_group.how_it_ended(group.code))
         self._background.append(group)
         self._tend()
         if len(self._background) > MOST_LEFT:
-            log.warning("--up, --down: too many background processes: ending the oldest")
+            log.warning("--up, --down: too many background processes: terminating the oldest")
             process_group.end([self._background.pop(0)])
 
 
 def _environment(facts: Facts) -> dict[bytes, bytes]:
-    """Return the environment of a command: ours, without secrets, and the facts, printable."""
+    """Return the environment of a command: this program's without secrets, and the facts."""
     environment = dict(os.environb)
     for name in SECRETS:
         environment.pop(name.encode(), None)

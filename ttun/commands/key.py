@@ -1,14 +1,13 @@
-"""The pre-shared key: where it comes from, and how a server makes one.
+"""The pre-shared key: where it is read from, and how a server makes one.
 
-In this order: ``-k``, ``--psk-file``, ``TTUN_PSK`` in the environment, ``/etc/ttun/psk``.
-A key is bytes, taken as given; a file may end in a newline, which is not part of it.
+In this order: ``-k``, ``--psk-file``, ``TTUN_PSK`` in the environment, ``/etc/ttun/psk``. A key is
+any sequence of bytes. A newline at the end of a file is not part of it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,17 +18,19 @@ log = logging.getLogger("ttun")
 
 DEFAULT_FILE = Path("/etc/ttun/psk")
 VARIABLE = "TTUN_PSK"
-MAX_SIZE = 65536  # bytes of a key file; a larger one is some other file
-SHORT = 16  # bytes; below that it is worth a warning
+MAX_SIZE = 65536  # bytes of a key file; a larger file is not one
+SHORT = 16  # bytes; a shorter key gets a warning
 
 
 def generate() -> str:
-    """Return a fresh 256-bit key as 64 hexadecimal digits, which every shell takes unquoted."""
+    """Return a random 256-bit key as 64 hexadecimal digits, which need no quotes in a shell."""
+    import secrets  # loads OpenSSL, which the keeper does not need
+
     return secrets.token_hex(32)
 
 
 def find(given: str | None, file: str | None) -> bytes | None:
-    """Return the key that the user gave or keeps in a usual place; None if there is none.
+    """Return the key from the first source that has one; None if there is none.
 
     given, file: the values of -k and --psk-file. Raises UsageError for an empty key, TtunError
     for a file that cannot be used.
@@ -44,17 +45,15 @@ def find(given: str | None, file: str | None) -> bytes | None:
         if not DEFAULT_FILE.exists():
             return None
     except PermissionError:
-        return None  # the directory is root's: for other users there is no key in it
+        return None  # only root may look into the directory: other users have no key there
     return read_file(DEFAULT_FILE)
 
 
 def read_file(path: Path) -> bytes:
-    """Return the key in a pipe, or in a file that nobody else can read or change."""
+    """Return the key in a pipe, or in a file that no other user can read or change."""
     if not os.path.lexists(path) and not _is_name_of_file(path):
-        # It may be a key where a file's name should be, so it is not shown.
-        raise TtunError(
-            "key file not found: --psk-file takes the name of a file, -k the key itself"
-        )
+        # It may be a key in the place of a file name, so it is not shown.
+        raise TtunError("key file not found (--psk-file takes a file name, -k the key itself)")
     key = files.read_secret(path, MAX_SIZE, "key file")
     return _not_empty(key[:-1] if key.endswith(b"\n") else key, str(path))
 
@@ -64,23 +63,22 @@ def _is_name_of_file(path: Path) -> bool:
 
 
 def create(path: Path = DEFAULT_FILE) -> bytes:
-    """Make a key, keep it in a file (mode 0600) and return it; return the one that exists."""
+    """Write a new key to a file (mode 0600) and return it; or return the key in the file."""
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         files.write_secret(path, generate().encode() + b"\n", replace=False)
     except OSError as error:
         raise TtunError(
-            f"cannot keep a key in {path}: {error.strerror}; name one with -k or --psk-file"
+            f"cannot write a key to {path}: {error.strerror} (give a key with -k or --psk-file)"
         ) from None
     return read_file(path)
 
 
 def warn_if_short(key: bytes) -> None:
-    """Log a warning for a weak key, which an attacker who records a handshake can guess."""
+    """Log a warning for a weak key, which an attacker who records a handshake can guess offline."""
     if len(key) < SHORT:
         log.warning(
-            "the key has %d bytes, so whoever records this link can try out all such keys: "
-            "ttun genkey makes a safe one",
+            "weak key: %d bytes are vulnerable to offline guessing (use ttun genkey)",
             len(key),
         )
 
@@ -88,9 +86,9 @@ def warn_if_short(key: bytes) -> None:
 def hide(arguments: Sequence[str], places: Iterable[tuple[int, int]]) -> None:
     """Overwrite parts of this program's command line, as ps shows it, with asterisks.
 
-    arguments: all that stand behind the program's name. places: the index of an argument and its
-    first character to be hidden; the rest of that argument is. What was read there before stays
-    known: a file is the better place for a key.
+    arguments: all after the program's name. places: the index of an argument and the first
+    character to hide; the rest of the argument is hidden too. The key was visible until then: a
+    file is safer.
     """
     before = [os.fsencode(argument) for argument in arguments]
     after = before[:]
@@ -107,5 +105,5 @@ def hide(arguments: Sequence[str], places: Iterable[tuple[int, int]]) -> None:
 
 def _not_empty(key: bytes, source: str) -> bytes:
     if not key:
-        raise UsageError(f"the key in {source} is empty: ttun genkey makes one")
+        raise UsageError(f"the key in {source} is empty (ttun genkey makes one)")
     return key

@@ -1,8 +1,8 @@
-"""Tell the service manager how we are: readiness and the watchdog, as sd_notify(3) describes them.
+"""Notify the service manager: readiness and keep-alives for its watchdog, see sd_notify(3).
 
-The manager names a datagram socket in NOTIFY_SOCKET: a path, or behind an @ an abstract name. With
-WATCHDOG_USEC it asks for a sign of life at least so often. Where there is no manager nothing
-happens; where it does not listen, the tunnel goes on without it.
+NOTIFY_SOCKET names a datagram socket: a path, or an abstract name after an @. WATCHDOG_USEC is how
+often a keep-alive is expected. Without a service manager nothing is sent; if it does not listen,
+the tunnel runs without it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import socket
 
 log = logging.getLogger("ttun")
 
-MOST_DIGITS = 15  # of microseconds: 31 years, which select() still takes
+MOST_DIGITS = 15  # of microseconds: 31 years, which select() still accepts
 
 
 class Manager:
-    """The service manager that started us, or none."""
+    """The service manager that started this process, or none."""
 
     READY, STOPPING, ALIVE = "READY=1", "STOPPING=1", "WATCHDOG=1"
 
     def __init__(self) -> None:
-        """Read the environment, and take it away: what we start is not to speak in our name.
+        """Read the variables and unset them: child processes must not notify for this one.
 
-        The socket is connected now: later on this process may not have the right to.
+        The socket is connected now, as privileges may be missing later.
         """
-        # Half the time it waits, as sd_watchdog_enabled(3) advises; seconds, None: it does not.
+        # Half the timeout, as sd_watchdog_enabled(3) advises; seconds, None: no watchdog.
         self.interval = _interval(
             os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
         )
@@ -41,21 +41,21 @@ class Manager:
             self._sock = sock
         except OSError as error:
             sock.close()
-            log.info("the service manager does not listen: %s", error.strerror or error)
+            log.info("cannot connect to the service manager: %s", error.strerror or error)
 
     def tell(self, state: str) -> None:
-        """Send one state; never wait for the manager."""
+        """Send one state. Never waits."""
         if self._sock is None:
             return
         try:
             self._sock.send(state.encode())
         except OSError as error:
-            log.info("cannot tell the service manager %s: %s", state, error.strerror or error)
+            log.info("cannot notify the service manager of %s: %s", state, error.strerror or error)
 
 
 def _interval(microseconds: str, pid: str) -> float | None:
     if pid and pid != str(os.getpid()):
-        return None  # another process is to give that sign
+        return None  # another process sends the keep-alives
     if not (microseconds.isascii() and microseconds.isdigit() and len(microseconds) <= MOST_DIGITS):
         return None
     if int(microseconds) == 0:

@@ -1,70 +1,103 @@
-"""The command line's grammar: what there is to say, and how a wrong one is answered.
+"""The grammar of the command line.
 
-The long options of Go ttun work with one dash and with two. A value may begin with a dash; behind
-an option of one letter it may follow without a blank. What each command does is in cli.py, under
-the name in ``run``.
+Go ttun's long options are accepted with one dash and with two. A value may begin with a dash; after
+an option of one letter it may follow without a space. cli.py maps the name in ``run`` to the
+function that runs the command.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ttun.process.argv import Parser, join_each
-from ttun.settings import BUFFERS, DEFAULT_PORT, MAX_MTU, MIN_MTU, WIRES, Settings
+from ttun.settings import (
+    BUFFERS,
+    CLIENT,
+    DEFAULT_PORT,
+    MAX_MTU,
+    MIN_MTU,
+    SERVER,
+    WIRES,
+    Addresses,
+    Settings,
+)
 from ttun.version import __version__
 
+EXAMPLES = """\
+examples:
+  sudo ttun server                  print the client's command, wait for it
+  sudo ttun client -k KEY -s HOST   connect; then ping 10.1.1.1
+
+ttun COMMAND -h lists the options of a command."""
 EPILOG = """\
-The key comes from -k, else --psk-file, else TTUN_PSK in the environment, else /etc/ttun/psk.
-In the tunnel the server is 10.1.1.1 and fc11::1, the client 10.1.1.2 and fc11::2."""
+The key is taken from -k, else --psk-file, else TTUN_PSK in the environment,
+else /etc/ttun/psk. Options of Go ttun may begin with one dash: -mtu."""
 
 
-def build_parser() -> Parser:
-    """Return the parser of the whole command line."""
+def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Parser:
+    """Return the parser of the command line. extend: adds the options of demo and bench."""
     parser = Parser(
         prog="ttun",
         description="A point-to-point tunnel over one TCP connection.",
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
-    parser.add_argument("--version", "-version", action="version", version=f"ttun {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument(
+        "--version",
+        "-version",
+        action="version",
+        version=f"ttun {__version__}",
+        help="show the version and exit",
+    )
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
 
-    server = _command(commands, "server", "wait for the client", epilog=EPILOG)
+    server = add_command(commands, "server", "wait for a client", EPILOG, "[OPTION...]")
     server.set_defaults(run="server")
-    server.add_argument(
+    where = server.add_mutually_exclusive_group()
+    where.add_argument(
         "-l",
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help=f"listen on :PORT, 0.0.0.0:PORT or [::]:PORT; repeatable (default: :{DEFAULT_PORT})",
+        help="listen on :PORT (IPv4 and IPv6), 0.0.0.0:PORT or [::]:PORT; repeatable "
+        f"(default: :{DEFAULT_PORT})",
+    )
+    where.add_argument(
+        "--stdio", action="store_true", help="serve one peer on stdin and stdout instead, then end"
     )
     server.add_argument(
         "-takeover",
         "--takeover",
         action="store_true",
-        help="a new client replaces the one that is connected (default: it waits)",
+        help="let a new client replace the connected one",
     )
     server.add_argument(
-        "--tox", action="store_true", help="listen on the Tox network instead: no open port"
+        "--tox", action="store_true", help="listen on the Tox network: no open port"
     )
     server.add_argument(
         "--tox-dir",
         default="/etc/ttun",
         metavar="DIR",
-        help="our Tox identity (default: %(default)s)",
+        help="directory of the Tox identity (default: %(default)s)",
     )
-    client = _command(commands, "client", "connect to the server", epilog=EPILOG)
+    client = add_command(
+        commands, "client", "connect to a server", EPILOG, "-s HOST[:PORT] [OPTION...]"
+    )
     client.set_defaults(run="client")
     client.add_argument(
         "-s",
         "--server",
         action="append",
-        required=True,
         metavar="HOST:PORT",
-        help="the server: a name, an IPv4 address or an [IPv6] one; the port is "
-        f"{DEFAULT_PORT} if left out; "
-        "tox:ID through the Tox network, or tox:NAME from ~/.config/ttun/hosts; repeatable: the "
-        "next one after a failure",
+        help=f"the server: name, IPv4 or [IPv6] address (default port: {DEFAULT_PORT}); or tox:ID, "
+        "or tox:NAME from ~/.config/ttun/hosts; repeatable: the next after a failure",
+    )
+    client.add_argument(
+        "--via",
+        metavar="COMMAND",
+        help="connect through this command's stdin and stdout; %%h and %%p: host and port of -s",
     )
     client.add_argument(
         "--proxy",
@@ -81,154 +114,85 @@ def build_parser() -> Parser:
         type=float,
         default=Settings.limits.seconds,
         metavar="SECONDS",
-        help="fresh keys after so long, or after 64 GiB; on wire x1 (default: %(default).0f)",
+        help="protocol x1: change keys after this time, or 64 GiB (default: %(default).0f)",
     )
-    for end in (server, client):
+    for end, ours, peers in ((server, SERVER, CLIENT), (client, CLIENT, SERVER)):
         end.add_argument(
-            "--tox-nodes", metavar="FILE", help="where to enter Tox, like nodes.tox.chat/json"
+            "--tox-nodes",
+            metavar="FILE",
+            help="Tox bootstrap nodes, JSON as in nodes.tox.chat/json",
         )
-        _tunnel_options(end)
+        _tunnel_options(end, ours, peers)
 
-    demo = _command(commands, "demo", "both ends on this machine: pings, a transfer, a table")
-    demo.set_defaults(run="demo")
-    demo.add_argument(
-        "--size",
-        type=int,
-        default=256,
-        metavar="MIB",
-        help="how much to send each way (default: %(default)s MiB)",
-    )
-    _bench_commands(_command(commands, "bench", "measure how fast it is on this machine"))
-    show = _command(commands, "show", "what the tunnels of this machine are doing")
+    demo = add_command(commands, "demo", "run both ends on this machine: pings and transfers")
+    bench = add_command(commands, "bench", "measure performance on this machine")
+    if extend is not None:
+        extend(demo, bench)
+    show = add_command(commands, "show", "show the status of the tunnels on this machine")
     show.set_defaults(run="show", how="text")
-    show.add_argument("device", nargs="?", metavar="DEVICE", help="ttun0, for one (default: all)")
+    show.add_argument(
+        "device", nargs="?", metavar="DEVICE", help="show this tunnel only (default: all)"
+    )
     how = show.add_mutually_exclusive_group()
     for name, text in (
-        ("json", "as JSON"),
-        ("prometheus", "in the text format of Prometheus"),
-        ("watch", "again every second, with rates and a graph"),
+        ("json", "print JSON"),
+        ("prometheus", "print metrics in the text format of Prometheus"),
+        ("watch", "refresh every second, with rates and a graph"),
     ):
         how.add_argument(f"--{name}", dest="how", action="store_const", const=name, help=text)
-    genkey = _command(commands, "genkey", "print a fresh 256-bit key")
+    genkey = add_command(commands, "genkey", "print a random 256-bit key")
     genkey.set_defaults(run="genkey")
-    doctor = _command(commands, "doctor", "what of this machine a tunnel can use, what it lacks")
+    doctor = add_command(commands, "doctor", "check this machine, and the path to a server")
     doctor.set_defaults(run="doctor")
     doctor.add_argument(
         "peer",
         nargs="?",
         metavar="HOST[:PORT]",
-        help="a server, to see whether it answers and how large a packet gets there",
+        help="server to check: does it answer, and the path MTU",
     )
     # Its options are tuntox's own, in a parser of its own: see run_tox.
-    _command(commands, "tox", "forward ports through Tox to a machine behind NAT, as tuntox does")
+    add_command(commands, "tox", "forward ports through the Tox network, as tuntox does")
     return parser
 
 
-def _bench_commands(bench: Parser) -> None:
-    kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
-    codec = _command(kinds, "codec", "seal and open, each cipher and size, on one core")
-    codec.set_defaults(run="bench_codec")
-    tunnel = _command(kinds, "tunnel", "both ends on this machine, beside the bare link and others")
-    tunnel.set_defaults(run="bench_tunnel")
-    _bench_options(tunnel, seconds=2.0)
-    link = _command(kinds, "link", "both ends on this machine, over a link with delay and loss")
-    link.set_defaults(run="bench_link")
-    link.add_argument(
-        "--rate",
-        default="50",
-        metavar="DOWN[/UP]",
-        help="Mbit/s to the client, and from it if not the same (default: %(default)s)",
-    )
-    link.add_argument(
-        "--rtt",
-        type=float,
-        default=40.0,
-        metavar="MS",
-        help="round-trip time of the idle link (default: %(default)g)",
-    )
-    link.add_argument(
-        "--loss",
-        default="0",
-        metavar="PERCENT[,PERCENT...]",
-        help="lost each way (default: %(default)s); with several, measure goodput over loss",
-    )
-    link.add_argument(
-        "--queue",
-        type=float,
-        default=100.0,
-        metavar="MS",
-        help="longest wait in the link's queue before packets are dropped (default: %(default)g)",
-    )
-    link.add_argument(
-        "--congestion-control",
-        default="cubic",
-        metavar="NAME",
-        help="default of both hosts (default: %(default)s)",
-    )
-    link.add_argument(
-        "--emulator",
-        default="auto",
-        metavar="auto|relay|netem",
-        help="what makes the link: a program that needs a C compiler, or the kernel's netem "
-        "(default: auto, the first that can be had)",
-    )
-    _bench_options(link, seconds=10.0)
-
-
-def _bench_options(command: Parser, seconds: float) -> None:
-    command.add_argument("--rounds", type=_number, default=5, help="default: %(default)s")
-    command.add_argument(
-        "--seconds", type=float, default=seconds, help="of each transfer (default: %(default)s)"
-    )
-    command.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        metavar="OTHER",
-        help="openvpn, wireguard-go (or its path), or 'SERVER COMMAND :: CLIENT COMMAND' with "
-        "{peer} for the server's address; with NAME= in front, under that name; repeatable",
-    )
-    command.add_argument("--json", metavar="FILE", help="write all figures")
-    command.add_argument("--plot", metavar="FILE.svg", help="draw them; needs matplotlib")
-
-
-def _command(
-    commands: argparse._SubParsersAction[Parser], name: str, text: str, epilog: str = ""
+def add_command(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    text: str,
+    epilog: str = "",
+    usage: str = "",
 ) -> Parser:
-    return commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the parser of a new command. text: its help. usage: short, if it has many options."""
+    description = text[0].upper() + text[1:] + "."
+    short = f"ttun {name} {usage}" if usage else None
+    return commands.add_parser(name, help=text, description=description, epilog=epilog, usage=short)
 
 
-def _tunnel_options(command: Parser) -> None:
-    command.add_argument("-k", "--psk", metavar="KEY", help="the pre-shared key itself")
+def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
     command.add_argument(
-        "-psk-file", "--psk-file", metavar="FILE", help="a file with the key, mode 0600"
+        "-k", "--psk", metavar="KEY", help="pre-shared key (ps shows it for a moment)"
+    )
+    command.add_argument(
+        "-psk-file", "--psk-file", metavar="FILE", help="file with the pre-shared key, mode 0600"
     )
     command.add_argument(
         "-m",
         "--cipher",
         metavar="CIPHER",
-        help="chacha20-poly1305, aes-256-gcm or aegis-256, and no other (default: the best of both "
-        "ends; with an original peer, chacha20-poly1305)",
+        help="use only this cipher: aegis-256, aes-256-gcm or chacha20-poly1305 (default: the "
+        "fastest that both ends have; with Go ttun chacha20-poly1305)",
     )
     command.add_argument(
         "-wire",
         "--wire",
         default=Settings.wire,
         metavar="|".join(WIRES),
-        help="x1 between two of ours, v1 with an original peer (default: auto, whatever the peer "
-        "has)",
+        help="use only protocol v1 (Go ttun) or x1 (default: auto, x1 if the peer has it)",
     )
     command.add_argument(
         "-mtu",
         "--mtu",
-        type=_number,
+        type=number,
         default=Settings.mtu,
         metavar="BYTES",
         help=f"MTU of the device, {MIN_MTU} to {MAX_MTU} (default: %(default)s)",
@@ -240,7 +204,7 @@ def _tunnel_options(command: Parser) -> None:
         type=_boolean,
         const=True,
         metavar="true|false",
-        help="Multipath TCP, or plain TCP; left out, the server takes both, the client dials TCP",
+        help=f"use Multipath TCP (default: {'accept both' if ours is SERVER else 'false'})",
     )
     command.add_argument(
         "-offload",
@@ -250,55 +214,60 @@ def _tunnel_options(command: Parser) -> None:
         const=True,
         default=Settings.offload,
         metavar="true|false",
-        help="large packets at the device where the kernel has them (default: true); "
-        "with false, raw sockets and captures show each packet, not coalesced ones",
+        help="GSO and GRO at the device; with false, raw sockets and captures see single packets "
+        "(default: true)",
     )
     command.add_argument(
         "--congestion-control",
         default=Settings.congestion_control,
         metavar="NAME",
-        help="of the tunnel's connection: cubic, bbr, ..., or system for the system's (default: "
-        "auto, which is bbr unless the peer is nearer than 1 ms)",
+        help="congestion control, such as bbr; system: unchanged (default: auto, bbr if the RTT is "
+        "1 ms or more)",
     )
     command.add_argument(
         "--buffers",
         default=Settings.buffers,
         metavar="|".join(BUFFERS),
-        help="small: less memory and less speed, for a router with 64 MB (default: %(default)s)",
+        help="small: less memory, lower throughput, for routers with 64 MB (default: %(default)s)",
     )
     command.add_argument(
         "--dev", default=Settings.device, metavar="NAME", help="name of the device (default: ttunN)"
     )
-    for side, whose in (("local", "our"), ("peer", "the peer's")):
-        for version in ("4", "6"):
+    for side, whose, usual in (("local", "this end", ours), ("peer", "the peer", peers)):
+        for version, address in (("4", usual.ipv4.ip), ("6", usual.ipv6.ip)):
             command.add_argument(
                 f"--{side}{version}",
                 metavar="ADDRESS",
-                help=f"{whose} IPv{version} address in the tunnel, if not the usual one",
+                help=f"tunnel IPv{version} address of {whose} (default: {address})",
             )
     command.add_argument(
         "--route",
         action="append",
         default=[],
         metavar="NET/LENGTH",
-        help="reach this network through the tunnel; repeatable",
+        help="route this network into the tunnel (repeatable); client: 'default' for all traffic "
+        "except the LAN's",
     )
-    for name, when in (("up", "a peer is connected"), ("down", "it has left")):
+    facts = ", with TTUN_DEVICE, TTUN_PEER, ... in the environment"
+    for name, when in (("up", f"connects{facts}"), ("down", "disconnects")):
         command.add_argument(
-            f"--{name}",
-            metavar="COMMAND",
-            help=f"run when {when}, with TTUN_DEVICE, TTUN_PEER and more in its environment, as "
-            "the user of --user",
+            f"--{name}", metavar="COMMAND", help=f"shell command to run when the peer {when}"
         )
+    command.add_argument(
+        "--hook-user",
+        metavar="NAME",
+        help="run --up and --down as this user, such as root (default: the user of --user)",
+    )
     command.add_argument(
         "-user",
         "--user",
         metavar="NAME",
-        help="who to be once the device is open (default: nobody, if started as root)",
+        help="switch to this user after opening the device and port (default: ttun, else nobody)",
     )
 
 
-def _number(text: str) -> int:
+def number(text: str) -> int:
+    """Read a whole number; for ``type`` of an option."""
     try:
         return int(text)
     except ValueError:
@@ -309,7 +278,7 @@ def _boolean(text: str) -> bool:
     """Read a boolean as Go's flag package does."""
     values = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
     if text.lower() not in values:
-        raise argparse.ArgumentTypeError("it is true or false")  # what was given may be a key
+        raise argparse.ArgumentTypeError("expected true or false")  # what was given may be a key
     return values[text.lower()]
 
 

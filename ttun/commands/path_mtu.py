@@ -1,8 +1,7 @@
-"""The path MTU to a peer, found with datagrams that may not be fragmented.
+"""The path MTU to a peer, measured with datagrams that must not be fragmented.
 
-They go to a UDP port where nobody listens, whose host answers each with an ICMP message: what was
-answered, got there. Source: ip(7), ipv6(7), udp(7), RFC 1191, RFC 8201; icmp(7) for how many
-answers Linux gives.
+They go to a closed UDP port. The host answers each one that arrives with an ICMP message. Sources:
+ip(7), ipv6(7), udp(7), RFC 1191, RFC 8201; icmp(7) for how many answers Linux sends.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ OPTIONS = {  # level, IP_MTU_DISCOVER, IP_PMTUDISC_DO, IP_MTU; linux/in.h, linux
     socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 2, 24),
 }
 LEAST = {socket.AF_INET: 576, socket.AF_INET6: 1280}  # RFC 1122, RFC 8200
-HOPS = 8  # links on the way, each with a smaller MTU than the one before
-WAIT = 1.1  # seconds for an answer: Linux gives one per second, after the first few
-STEP = 8  # bytes: how exactly to find the largest packet that gets through
+HOPS = 8  # links on the path, each with a smaller MTU than the one before
+WAIT = 1.1  # seconds for an answer: after the first few, Linux sends one per second
+STEP = 8  # bytes: precision of the search
 
 
 def measure(probe: Probe) -> tuple[int, int]:
-    """Return the largest packet that gets there, and the MTU that the kernel knows, in bytes.
+    """Return the largest packet that arrives, and the path MTU that the kernel knows, in bytes.
 
-    They differ where larger packets are lost and no router says so. The first is 0 where nothing is
-    answered. Raises OSError where the answer says something else.
+    They differ if larger packets are dropped without an ICMP message. The first is 0 if nothing is
+    answered. Raises OSError for another kind of answer.
     """
     passes = probe.least
     if not probe.passes(passes):
@@ -36,7 +35,7 @@ def measure(probe: Probe) -> tuple[int, int]:
         mtu = probe.mtu()
         if probe.passes(mtu):
             return mtu, mtu
-        if probe.mtu() == mtu:  # lost, and nobody said why
+        if probe.mtu() == mtu:  # dropped without an ICMP message
             break
     fails = probe.mtu()
     while fails - passes > STEP:
@@ -49,10 +48,10 @@ def measure(probe: Probe) -> tuple[int, int]:
 
 
 class Probe:
-    """Datagrams of a chosen size to a port where nobody listens."""
+    """Datagrams of a chosen size to a closed port."""
 
     def __init__(self, family: int, address: tuple[object, ...]) -> None:
-        """Open it. Raises OSError where there is no way to the address."""
+        """Open it. Raises OSError if there is no route to the address."""
         version = socket.AddressFamily(family)
         self._level, discover, never_fragment, self._mtu = OPTIONS[version]
         self._headers, self.least = HEADERS[version], LEAST[version]
@@ -69,17 +68,17 @@ class Probe:
         self._sock.close()
 
     def mtu(self) -> int:
-        """Return what this kernel knows of the path by now, in bytes."""
+        """Return the path MTU that the kernel knows so far, in bytes."""
         return self._sock.getsockopt(self._level, self._mtu)
 
     def passes(self, size: int) -> bool:
-        """Return whether a packet of size bytes, headers and all, gets to the peer.
+        """Return whether a packet of size bytes, headers included, arrives at the peer.
 
-        Two tries: the peer, or its firewall, need not answer each. Raises OSError for an answer
-        that says something else.
+        Two tries: the peer or its firewall may not answer every one. Raises OSError for another
+        kind of answer.
         """
         for _ in range(2):
-            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # forget what came late
+            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # discard a late answer
             try:
                 self._sock.send(bytes(size - self._headers))
             except OSError as error:
@@ -95,7 +94,7 @@ class Probe:
         return False
 
     def _answer(self) -> int | None:
-        """Wait for the errno that an ICMP message brings; None if none comes."""
+        """Wait for the errno of an ICMP message; return None if none arrives."""
         waiting = select.poll()
         waiting.register(self._sock, select.POLLERR)
         if not waiting.poll(WAIT * 1000):

@@ -1,13 +1,13 @@
-"""Ask all status sockets of this machine.
+"""Query all status sockets on this machine.
 
-Root asks, and any user who owns one of their directories may answer (runtime.py). A socket that
-answers too late, too much, or nonsense is skipped with a line, and the others are shown.
+Root may ask, and any user who owns one of the directories may answer (runtime.py). A socket whose
+answer is late, too large or malformed is skipped with a message, and the others are shown.
 
-1. Collect the sockets, a bounded number. Those of one directory take turns with those of others, so
-   that the owner of a directory can crowd out only what is in it.
-2. Connect to all of them side by side and read. One deadline holds for everything.
-3. Check each answer (answer.py). The kernel, not the answer, says which process it came from:
-   SO_PEERCRED of unix(7), with the user that the process was when it last called listen().
+1. Collect the sockets, up to a limit. Sockets of different directories alternate, so the owner of a
+   directory can crowd out only what is in it.
+2. Connect to all of them in parallel and read, with one deadline for everything.
+3. Check each answer (answer.py). The kernel, not the answer, says which process sent it:
+   SO_PEERCRED of unix(7), with the user of that process when it last called listen().
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ttun.commands.answer import Malformed, Tunnel, parse
 from ttun.errors import is_lack, printable
 
 DEADLINE = 2.0  # seconds for all sockets together
-AGAIN = 0.05  # seconds until a socket that could not be asked is tried again
+AGAIN = 0.05  # seconds until a socket that could not be queried is retried
 MOST_AT_ONCE = 512  # sockets
 MOST_SOCKETS = 2048  # in all directories together
 MOST_BYTES = 65536  # of an answer
@@ -37,23 +37,26 @@ UCRED = struct.Struct("iII")  # struct ucred
 
 
 class Answers(NamedTuple):
-    """What came of asking."""
+    """The result of a query."""
 
-    tunnels: list[Tunnel]  # with "uid", and a "pid" that the kernel says
-    skipped: list[str]  # which sockets were, and why: printable lines
-    denied: bool  # whether there are sockets that this user may not ask
+    tunnels: list[Tunnel]  # with "uid" and "pid" from the kernel
+    skipped: list[str]  # which sockets, and why: printable lines
+    denied: bool  # whether there are sockets that this user may not query
 
 
 def ask(directories: Iterable[Path], seconds: float = DEADLINE) -> Answers:
-    """Ask every socket in these directories and in those in them. Raises OSError without /proc."""
+    """Query every socket in these directories and their subdirectories.
+
+    Raises OSError if /proc is not mounted.
+    """
     return _Round(seconds).run(directories)
 
 
 class _Candidate(NamedTuple):
-    """Where a socket is."""
+    """The place of a socket."""
 
     base: Path
-    inner: str  # a directory in base; "" for none
+    inner: str  # a subdirectory of base; "" for none
     name: str
 
     def __str__(self) -> str:
@@ -61,7 +64,7 @@ class _Candidate(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """One that took our connection, and its answer so far."""
+    """A connected socket, and its answer so far."""
 
     name: str
     sock: socket.socket
@@ -71,12 +74,12 @@ class _Asked(NamedTuple):
 
 
 class _Round:
-    """All sockets asked once."""
+    """One query of all sockets."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
-        self._selector = selectors.PollSelector()  # takes no descriptor of its own
+        self._selector = selectors.PollSelector()  # needs no descriptor of its own
         self._active: dict[socket.socket, _Asked] = {}
         self._answers = Answers([], [], False)
 
@@ -104,7 +107,7 @@ class _Round:
     def _failed(self, name: str, error: OSError) -> None:
         if isinstance(error, PermissionError):
             self._answers = self._answers._replace(denied=True)
-        elif error.errno not in (errno.ENOENT, errno.ECONNREFUSED):  # gone, or dead
+        elif error.errno not in (errno.ENOENT, errno.ECONNREFUSED):  # just removed, or dead
             self._skip(name, error.strerror or str(error))
 
     def _collect(self, directories: Iterable[Path]) -> list[_Candidate]:
@@ -119,7 +122,7 @@ class _Round:
         return found[:MOST_SOCKETS]
 
     def _look_into(self, base: Path, inner: str = "") -> tuple[list[_Candidate], list[str]]:
-        """Return the sockets in a directory, and the directories in it."""
+        """Return the sockets in a directory, and its subdirectories."""
         name = printable(str(base / inner))
         try:
             with runtime.directory(base, inner) as directory:
@@ -137,14 +140,14 @@ class _Round:
         ], directories
 
     def _start(self, queue: deque[_Candidate]) -> str:
-        """Connect to the candidates; return what is lacking to ask all, if anything."""
+        """Connect to the candidates; return what is lacking to query them all, if anything."""
         for _ in range(len(queue)):
             if len(self._active) >= MOST_AT_ONCE or time.monotonic() > self._end:
                 break
             candidate = queue.popleft()
             try:
                 self._connect(candidate)
-            except BlockingIOError:  # it is slow to accept
+            except BlockingIOError:  # its backlog is full
                 queue.append(candidate)
             except OSError as error:
                 if is_lack(error):
@@ -154,7 +157,7 @@ class _Round:
         return ""
 
     def _connect(self, candidate: _Candidate) -> None:
-        """Raises OSError, BlockingIOError if it is to be tried again."""
+        """Connect to a candidate. Raises OSError, BlockingIOError to be retried."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             with runtime.directory(candidate.base, candidate.inner) as directory:
@@ -175,25 +178,25 @@ class _Round:
             part = asked.sock.recv(MOST_BYTES)
         except BlockingIOError:
             return
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             self._end_with(asked)
             return
         asked.answer.extend(part)
         line, newline, _ = asked.answer.partition(b"\n")
         if len(line) > MOST_BYTES:
-            self._end_with(asked, f"an answer of more than {MOST_BYTES} bytes")
+            self._end_with(asked, f"answer larger than {MOST_BYTES} bytes")
         elif newline or not part:
             self._end_with(asked, self._take(asked, bytes(line)))
 
     def _take(self, asked: _Asked, line: bytes) -> str:
-        """Take an answer; return what is wrong with it."""
+        """Check and keep an answer; return what is wrong with it."""
         if not line:
-            return "an empty answer"
+            return "empty answer"
         try:
             tunnel = parse(line)
         except Malformed as error:
             return f"malformed answer: {error}"
-        # The kernel knows no number for a process that is in no PID namespace of ours.
+        # The kernel has no number for a process outside this PID namespace.
         tunnel.update(pid=asked.pid or tunnel["pid"], uid=asked.uid)
         self._answers.tunnels.append(tunnel)
         return ""

@@ -1,15 +1,16 @@
-"""``ttun server`` and ``ttun client``: an endpoint, and what a program around it does.
+"""``ttun server`` and ``ttun client``: run an endpoint until a signal or its end.
 
-1. Find the key; make the endpoint of what the command line says.
-2. As root: open the device, the port and the status socket; from here on signals end it in order.
-3. Drop privileges; then start threads, the log's writer first.
-4. Wait for a signal or the endpoint's end, and tell the service manager that all is well.
-5. Stop: the status socket, the endpoint, then the hooks.
+1. Find the key; make the endpoint from the options.
+2. As root: open the device, the port and the status socket. From here on signals stop it in order.
+3. Start the keeper if something needs it. Drop privileges; then start the threads, the log's first.
+4. Wait for a signal or the endpoint's end, and send keep-alives to the service manager.
+5. Stop the status socket, the endpoint, the hooks, then the keeper.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -19,35 +20,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import privileges, proxy, tcp
+from ttun import default_route, privileges, proxy, tcp
 from ttun.client import Client, dialer
-from ttun.commands import key, notify, show, status
+from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
-from ttun.errors import UsageError
+from ttun.errors import TtunError, UsageError
 from ttun.process import log_writer
+from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
 from ttun.server import DEFAULT_LISTEN, Server
-from ttun.settings import CLIENT, SERVER, Addresses, Limits, parse_network
+from ttun.settings import CLIENT, DEFAULT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
-    from ttun.transport import Listener
+    from ttun.transport import Dialer, Listener
 
 log = logging.getLogger("ttun")
 
 
 def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
-    psk = key.find(options.psk, options.psk_file)
+    if DEFAULT in options.route:
+        raise UsageError(f"--route {DEFAULT} is for the client")
+    if options.stdio and options.tox:
+        raise UsageError("--stdio and --tox: a server has its peers in one place")
+    psk = _find_key(options) if options.stdio else key.find(options.psk, options.psk_file)
     made = psk is None
     if psk is None:
-        privileges.check()  # before a key is made that nobody can use
+        privileges.check()  # before a key is made in vain
         psk = key.create()
-        log.info("made a new key and kept it in %s", key.DEFAULT_FILE)
+        log.info("wrote a new key to %s", key.DEFAULT_FILE)
     addresses: Sequence[str] = options.listen or [DEFAULT_LISTEN]
     listen: Sequence[str] | Listener = addresses
-    where = None if options.tox else " -s ".join(map(_our_address, addresses))
-    if options.tox:
+    where = None if options.tox or options.stdio else " -s ".join(map(_our_address, addresses))
+    if options.stdio:
+        listen = stdio.Listener()
+    elif options.tox:
         from ttun.tox import transport
 
         nodes = Path(options.tox_nodes) if options.tox_nodes else None
@@ -57,84 +65,145 @@ def server(options: argparse.Namespace) -> int:
     if made:
         _show_client_command(psk, str(where))
     end = Server(psk, listen=listen, takeover=options.takeover, **_tunnel_options(options, SERVER))
-    return _run(end, psk, options)
+    if isinstance(listen, stdio.Listener):
+        listen.over = end.stop
+    return _run(end, psk, options, Keeper())
 
 
 def client(options: argparse.Namespace) -> int:
     """``ttun client``."""
+    psk = _find_key(options)
+    keeper = Keeper()
+    nodes = Path(options.tox_nodes) if options.tox_nodes else None
+    servers: list[Dialer] = []
+    if options.via is not None:
+        if options.proxy is not None or options.bind is not None or len(options.server or ()) > 1:
+            raise UsageError("--via: not with --proxy, --bind or a second -s")
+        server = options.server[0] if options.server else None
+        servers.append(via.Dialer(server, options.via, options.user, keeper))
+    elif options.server is not None:
+        through = os.environ.get(proxy.VARIABLE) or None if options.proxy is None else options.proxy
+        for each in dict.fromkeys(options.server):
+            args = each, options.mptcp, options.congestion_control, nodes
+            servers.append(dialer(*args, through=through, bind=options.bind))
+    else:
+        raise UsageError("the following arguments are required: -s/--server")
+    limits = Limits(seconds=options.rekey)
+    user = privileges.find_user(options.user)
+    whole = DEFAULT in options.route
+    if whole and user is not None and user.name in ("nobody", "root"):
+        log.warning(
+            "packets of all programs of user %s stay outside the tunnel "
+            "(a user of ttun's own: useradd --system ttun)",
+            user.name,
+        )
+    users = [user.uid if user else os.geteuid()]
+    if keeper.via is not None and keeper.via.user is not None:
+        users.append(keeper.via.user.uid)
+    end = Client(
+        psk,
+        server=servers,
+        limits=limits,
+        default_route=whole,
+        users=users,
+        **_tunnel_options(options, CLIENT),
+    )
+    return _run(end, psk, options, keeper)
+
+
+def _find_key(options: argparse.Namespace) -> bytes:
+    """Return the key where none is made. Raises UsageError."""
     psk = key.find(options.psk, options.psk_file)
     if psk is None:
         raise UsageError(
-            f"no key: put the server's with -k or --psk-file, in {key.VARIABLE}, "
-            f"or into {key.DEFAULT_FILE} (chmod 600)"
+            f"no key (give the server's key with -k or --psk-file, in {key.VARIABLE}, "
+            f"or in {key.DEFAULT_FILE}, mode 0600)"
         )
-    nodes = Path(options.tox_nodes) if options.tox_nodes else None
-    through = os.environ.get(proxy.VARIABLE) or None if options.proxy is None else options.proxy
-    servers = [
-        dialer(
-            each,
-            options.mptcp,
-            options.congestion_control,
-            nodes,
-            through=through,
-            bind=options.bind,
-        )
-        for each in dict.fromkeys(options.server)
-    ]
-    limits = Limits(seconds=options.rekey)
-    end = Client(psk, server=servers, limits=limits, **_tunnel_options(options, CLIENT))
-    return _run(end, psk, options)
+    return psk
 
 
 def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, Any]:
-    """Return what both ends can be told, as Server and Client take it."""
+    """Return the options of both ends as keywords of Server and Client."""
     names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers", "congestion_control")
     given = (options.local4, options.local6, options.peer4, options.peer6)
     return {
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
         "addresses": Addresses.parse(usual, *given),
-        "routes": [parse_network(text) for text in options.route],
+        "routes": [parse_network(text) for text in options.route if text != DEFAULT],
     }
 
 
 def _show_client_command(psk: bytes, where: str) -> None:
-    """Print the other end's command line, but only where a person sees it and no log keeps it."""
+    """Print the client's command line with the key, if stdout is a terminal and not a log."""
     if not sys.stdout.isatty():
         return
-    program = "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"  # as started here
+    program = (
+        "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"
+    )  # as this one was started
     print(f"\non the client:\n\n    sudo {program} client -k {psk.decode()} -s {where}\n")
 
 
 def _our_address(listen: str) -> str:
-    """Return where a client reaches us, as far as that is to be known here."""
+    """Return the address that a client can use, as far as this machine knows it."""
     address = tcp.parse_address(listen, listening=True)
     if address.host not in ("", "0.0.0.0", "::"):
         return str(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
+            probe.connect(("192.0.2.1", 9))  # sends nothing, only selects the local address
             host = str(probe.getsockname()[0])
         except OSError:
             host = "THIS-HOST"
     return str(address._replace(host=host))
 
 
-def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
+def _hooks(options: argparse.Namespace, keeper: Keeper) -> Hooks | Keeper:
+    """Return what runs --up and --down: the keeper for --hook-user, else this process."""
+    if options.hook_user is None or not (options.up or options.down):
+        return Hooks(options.up, options.down)
+    user = privileges.find_user(options.hook_user)
+    assert user is not None
+    if not privileges.can_be(user):
+        raise TtunError(
+            f"cannot run --up and --down as {user.name}: no privileges for that here (start ttun "
+            "as root; under systemd see docs/hooks.md)"
+        )
+    keeper.hooks = functools.partial(Hooks, options.up, options.down, user)
+    return keeper
+
+
+def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace, keeper: Keeper) -> int:
     """Run an endpoint until SIGTERM, SIGINT, SIGHUP or its own end."""
     privileges.forbid_dumps()
     manager = notify.Manager()
     user = privileges.find_user(options.user)
-    hooks = Hooks(options.up, options.down)
-    endpoint.on_connected = lambda _: hooks.up(endpoint.facts())
+    hooks = _hooks(options, keeper)
+
+    def connected(_: str) -> None:
+        if keeper.via is not None:
+            keeper.background()
+        hooks.up(endpoint.facts())
+
+    endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     key.warn_if_short(psk)
     endpoint.open()
-    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on something is left to tidy up
+    whole = DEFAULT in options.route
+    if whole:
+        keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
+    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
     socket_of_status = status.StatusSocket(str(endpoint.status().device), user)
-    privileges.drop(user, required=options.user is not None)  # before there are threads
+    try:
+        keeper.start(endpoint.facts(), socket_of_status.entry())
+    except TtunError:
+        endpoint.stop()  # which removes the rules of the default route
+        raise
+    # Before there are threads. As another user its own connection would go into the tunnel.
+    privileges.drop(user, required=whole or options.user is not None)
     log_writer.start()
-    hooks.start()
+    if isinstance(hooks, Hooks):
+        hooks.start()
     endpoint.start()
     socket_of_status.serve(endpoint.status)
     endpoint.when_over(signals.wake)
@@ -148,6 +217,7 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
         log.info("%s: stopping", signal.Signals(received).name)
     endpoint.stop()
     hooks.close()
+    keeper.close()
     endpoint.wait()
     return 0
 
@@ -155,9 +225,9 @@ def _run(endpoint: Endpoint, psk: bytes, options: argparse.Namespace) -> int:
 def _wait(
     signals: Signals, endpoint: Endpoint, manager: notify.Manager, answering: status.StatusSocket
 ) -> int:
-    """Return the number of a signal, or 0 when the endpoint is over; until then, signs of life."""
+    """Return a signal's number, or 0 when the endpoint has ended; send keep-alives until then."""
     while (received := signals.wait(answering.patience(manager.interval))) is None:
-        answering.serve(endpoint.status)  # if there was no thread for it yet
+        answering.serve(endpoint.status)  # if no thread could be started before
         if endpoint.is_alive():
             manager.tell(manager.ALIVE)
     return received

@@ -1,12 +1,11 @@
-"""``ttun show``: what the tunnels of this machine are doing.
+"""``ttun show``: the status of the tunnels on this machine.
 
-1. Ask every status socket; choose those of a device, if one is named. What was skipped goes to
-   stderr.
-2. Print it for people, as JSON, or for Prometheus; or again every second, with rates and a graph of
-   the last minute.
+1. Query every status socket; keep the answers of one device, if one is named. What was skipped is
+   reported on stderr.
+2. Print text, JSON, or metrics for Prometheus. With --watch, print text again every second, with
+   rates and a graph of the last minute; where the terminal is too low, two lines for each tunnel.
 
-A tunnel is known by its device, its role and its network namespace, and where these are alike by
-its process.
+Device, role and network namespace identify a tunnel; where these are equal, its process does.
 """
 
 from __future__ import annotations
@@ -25,22 +24,29 @@ from typing import Any
 
 from ttun.commands import query, runtime
 from ttun.commands.answer import Tunnel
+from ttun.commands.terminal import colored, height, is_terminal, width, wrapped
 from ttun.errors import TtunError, printable
 from ttun.record import DROPPED, size
 
 BARS = " ▁▂▃▄▅▆▇█"
 GRAPH_WIDTH = 60  # samples, one a second
 CLEAR = "\033[H\033[J"
+COLORS = {
+    "  connected": "green",
+    "  not connected": "yellow",
+    "  device": "red",
+    "  dropped": "yellow",
+}
 MOST_LINES = 10  # about what was skipped
 LAST_RESORT = 10  # seconds
 OWN_NETNS = Path("/proc/self/ns/net")
 NAMED_NETNS = Path("/run/netns")  # ip-netns(8)
 COUNTERS = {  # of Prometheus: name, help, the field of Counters
-    "ttun_sent_bytes_total": ("Bytes of packets sent to the peer", "uplink_bytes"),
-    "ttun_sent_packets_total": ("Packets sent to the peer", "uplink_packets"),
-    "ttun_received_bytes_total": ("Bytes of packets received", "downlink_bytes"),
-    "ttun_received_packets_total": ("Packets received", "downlink_packets"),
-    **{f"ttun_{name}_packets_total": (f"How many {w}", name) for name, w in DROPPED.items()},
+    "ttun_sent_bytes_total": ("Uplink bytes, from the device to the peer", "uplink_bytes"),
+    "ttun_sent_packets_total": ("Uplink packets", "uplink_packets"),
+    "ttun_received_bytes_total": ("Downlink bytes, from the peer to the device", "downlink_bytes"),
+    "ttun_received_packets_total": ("Downlink packets", "downlink_packets"),
+    **{f"ttun_{name}_packets_total": (f"Dropped: {w}", name) for name, w in DROPPED.items()},
 }
 
 
@@ -58,39 +64,41 @@ def run(device: str | None, how: str) -> int:
     elif how == "prometheus":
         print("\n".join(prometheus(tunnels)))
     else:
-        print("\n\n".join("\n".join(lines) for lines in describe_all(tunnels)))
+        print("\n\n".join("\n".join(_shown(lines)) for lines in describe_all(tunnels)))
     return 0
 
 
 def ask(device: str | None, told: list[str] | None = None) -> list[Tunnel]:
-    """Return what every tunnel answers, and say on stderr what was skipped, but not what was told.
+    """Return what every tunnel answers; report on stderr what was skipped and is not in told.
 
-    Raises TtunError if there is none, or none for us.
+    Raises TtunError if there is none, or none that this user may query.
     """
     told = [] if told is None else told
     directories = runtime.directories()
-    with _last_resort(f"cannot ask in {' or '.join(map(str, directories))}: no answer"):
+    with _last_resort(
+        f"cannot query the tunnels in {' and '.join(map(str, directories))}: no answer"
+    ):
         try:
             tunnels, skipped, denied = query.ask(directories)
         except OSError as error:
             why = f"{error.strerror or error} (is /proc mounted?)"
-            raise TtunError(f"cannot ask the tunnels: {why}") from None
+            raise TtunError(f"cannot query the tunnels: {why}") from None
     _tell([line for line in skipped if line not in told])
     told[:] = skipped
     found = [t for t in tunnels if device in (None, t["device"])]
     if not found and denied:
-        raise TtunError("the tunnel here is another user's: run it with sudo")
+        raise TtunError("the tunnel belongs to another user (use sudo)")
     if not found:
-        raise TtunError(f"no tunnel runs here{f' on {printable(device)}' if device else ''}")
+        raise TtunError(f"no tunnel is running{f' on {printable(device)}' if device else ''}")
     return sorted(found, key=lambda t: (t["device"] or "", t["role"], t["netns"] or 0, _pid(t)))
 
 
 @contextlib.contextmanager
 def _last_resort(message: str) -> Iterator[None]:
-    """End this program when what follows takes too long.
+    """End this program when the block takes too long.
 
-    It is bounded itself, but for a system call that waits for a file system of an unprivileged user
-    (FUSE) in place of a directory: nothing but the end of the process ends that.
+    The block has a deadline of its own. But an unprivileged user can mount a file system (FUSE) in
+    place of a directory, and only the process's end interrupts a system call that waits for it.
     """
 
     def end() -> None:
@@ -114,7 +122,7 @@ def _tell(lines: list[str]) -> None:
 
 
 def describe_all(tunnels: list[Tunnel]) -> list[list[str]]:
-    """Return tunnels in words; those that look alike with what tells them apart."""
+    """Return the lines of each tunnel; those with equal names say what tells them apart."""
     alike = Counter((t["device"], t["role"]) for t in tunnels)
     names = _netns_names()
     described = []
@@ -122,26 +130,26 @@ def describe_all(tunnels: list[Tunnel]) -> list[list[str]]:
         who = ""
         if alike[tunnel["device"], tunnel["role"]] > 1:
             who = f", netns {_netns(tunnel, names) or 'unknown'}, pid {_pid(tunnel)}"
-        if tunnel["uid"] not in (0, os.geteuid()):  # anybody could say what follows
+        if tunnel["uid"] not in (0, os.geteuid()):  # the answer is that user's word only
             who += f", user {tunnel['uid']}"
         described.append(describe(tunnel, who))
     return described
 
 
 def describe(tunnel: Tunnel, who: str = "") -> list[str]:
-    """Return a tunnel in words, line by line. who: more of whose it is, behind its role."""
+    """Return the lines of a tunnel. who: follows its role and says whose it is."""
     lines = [f"{printable(tunnel['device'] or 'no device')}: {tunnel['role']}{who}"]
     if tunnel["missing"]:
         lines.append(f"  device: {', '.join(map(printable, tunnel['missing']))}")
     if tunnel["peer"] is None:
-        lines.append("  no peer")
+        lines.append("  not connected")
     else:
         connected = f"  connected: {_duration(tunnel['connected_for'])}"
-        if tunnel["silent_for"] is not None:  # else it is just ending
-            connected += f", last heard of {_duration(tunnel['silent_for'])} ago"
+        if tunnel["silent_for"] is not None:  # else the session is just ending
+            connected += f", last received {_duration(tunnel['silent_for'])} ago"
         lines += [
             f"  peer: {printable(tunnel['peer'])} over {printable(tunnel['transport'])}",
-            f"  wire: {tunnel['wire']}, {printable(tunnel['cipher'])}"
+            f"  protocol: {tunnel['wire']}, {printable(tunnel['cipher'])}"
             + (", forward secrecy" if tunnel["wire"] == "x1" else ""),
             connected,
         ]
@@ -153,15 +161,28 @@ def describe(tunnel: Tunnel, who: str = "") -> list[str]:
             lines.append(f"  congestion control: {printable(tunnel['congestion_control'])}{share}")
     total = tunnel["totals"]
     lines += [
-        f"  sent: {size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
-        f"  received: {size(total['downlink_bytes'])}, {total['downlink_packets']} packets",
+        f"  uplink: {size(total['uplink_bytes'])}, {total['uplink_packets']} packets",
+        f"  downlink: {size(total['downlink_bytes'])}, {total['downlink_packets']} packets",
     ]
-    dropped = {name: total[name] for name in DROPPED if total[name]}
+    dropped = [f"{total[name]} {why}" for name, why in DROPPED.items() if total[name]]
     if dropped:
-        lines.append("  dropped: " + ", ".join(f"{n} {name}" for name, n in dropped.items()))
+        lines.append("  dropped: " + ", ".join(dropped))
     if tunnel["sessions"] > 1:
         lines.append(f"  reconnects: {tunnel['sessions'] - 1}")
     return lines
+
+
+def _shown(lines: list[str]) -> list[str]:
+    """Return the lines of a tunnel as stdout shows them: a terminal wraps and colors them."""
+    if not is_terminal():
+        return lines
+    shown: list[str] = []
+    for line in lines:
+        first, *rest = wrapped(line, 4)
+        name = first.partition(":")[0]
+        color = COLORS.get(name) if shown else "bold"
+        shown += [colored(name, color) + first[len(name) :] if color else first, *rest]
+    return shown
 
 
 def prometheus(tunnels: list[Tunnel]) -> list[str]:
@@ -178,28 +199,28 @@ def prometheus(tunnels: list[Tunnel]) -> list[str]:
     for name, (text, field) in COUNTERS.items():
         metric(name, "counter", text, [t["totals"][field] for t in tunnels])
     for name, kind, text, field in (
-        ("ttun_sessions_total", "counter", "Sessions so far", "sessions"),
-        ("ttun_round_trip_seconds", "gauge", "The last measured round trip", "round_trip"),
+        ("ttun_sessions_total", "counter", "Sessions, the current one included", "sessions"),
+        ("ttun_round_trip_seconds", "gauge", "Last measured round-trip time", "round_trip"),
         (
             "ttun_retransmitted_ratio",
             "gauge",
-            "Retransmitted share of what was sent",
+            "Share of retransmitted segments",
             "retransmitted",
         ),
-        ("ttun_silence_seconds", "gauge", "Time since the peer was last heard of", "silent_for"),
+        ("ttun_silence_seconds", "gauge", "Time since data was last received", "silent_for"),
     ):
         metric(name, kind, text, [t[field] for t in tunnels])
     connected = [int(t["peer"] is not None) for t in tunnels]
-    metric("ttun_connected", "gauge", "Whether there is a peer", connected)
+    metric("ttun_connected", "gauge", "Whether a peer is connected", connected)
     return lines
 
 
 def _labels(tunnels: list[Tunnel]) -> list[str]:
     """Return the labels of each tunnel, all different; "" for one that has none of its own.
 
-    They are the same after a restart: device and role, and the network namespace where that is not
-    ours. Only where another tunnel has these already, which is odd, the process follows. root's
-    tunnels, which nobody else can pretend to be, come first.
+    Labels survive a restart: device and role, and the network namespace if it is another one. The
+    process is added only if another tunnel has the same labels, which is unusual. root's tunnels
+    come first: no other user can forge one.
     """
     names = _netns_names()
     ours = _inode(OWN_NETNS)
@@ -213,7 +234,7 @@ def _labels(tunnels: list[Tunnel]) -> list[str]:
         taken.setdefault(_text_of(pairs), tunnel)
     own = {id(tunnel): text for text, tunnel in taken.items()}
     left_out = [t for t in tunnels if id(t) not in own]
-    _tell([f"left out process {_pid(t)}: it says what another tunnel says" for t in left_out])
+    _tell([f"skipped process {_pid(t)}: same labels as another tunnel" for t in left_out])
     return [own.get(id(tunnel), "") for tunnel in tunnels]
 
 
@@ -232,13 +253,13 @@ def _pid(tunnel: Tunnel) -> int:
 
 
 def _netns(tunnel: Tunnel, names: dict[int, str]) -> str:
-    """Return a network namespace's name, or its number, or nothing where it is not known."""
+    """Return a network namespace's name, or its number, or "" if it is unknown."""
     number = tunnel["netns"]
     return "" if number is None else names.get(number, str(number))
 
 
 def _netns_names() -> dict[int, str]:
-    """Return what ``ip netns`` calls network namespaces, by inode number."""
+    """Return the names that ``ip netns`` gives network namespaces, by inode number."""
     found: dict[int, str] = {}
     with contextlib.suppress(OSError):
         device = OWN_NETNS.stat().st_dev
@@ -256,32 +277,58 @@ def _inode(path: Path) -> int | None:
 
 
 class _Rates:
-    """Bits per second each way, of the last minute."""
+    """Bits per second of the last minute, uplink and downlink."""
 
     def __init__(self) -> None:
         self.before: tuple[float, int, int] | None = None
-        self.sent: deque[float] = deque(maxlen=GRAPH_WIDTH)
-        self.received: deque[float] = deque(maxlen=GRAPH_WIDTH)
+        self.uplink: deque[float] = deque(maxlen=GRAPH_WIDTH)
+        self.downlink: deque[float] = deque(maxlen=GRAPH_WIDTH)
 
     def add(self, now: float, total: dict[str, int]) -> None:
         sample = now, total["uplink_bytes"], total["downlink_bytes"]
         if self.before is not None and now > self.before[0]:
             seconds = now - self.before[0]
-            self.sent.append(max(0, sample[1] - self.before[1]) * 8 / seconds)
-            self.received.append(max(0, sample[2] - self.before[2]) * 8 / seconds)
+            self.uplink.append(max(0, sample[1] - self.before[1]) * 8 / seconds)
+            self.downlink.append(max(0, sample[2] - self.before[2]) * 8 / seconds)
         self.before = sample
 
-    def lines(self) -> list[str]:
-        most = max([1.0, *self.sent, *self.received])
+    def lines(self, columns: int) -> list[str]:
+        """Return a line of so many columns for each direction."""
+        most = max([1.0, *self.uplink, *self.downlink])
         return [
-            f"  {name:<9}{_rate(rates[-1] if rates else 0):>13}  {graph(rates, most)}"
-            for name, rates in (("sending", self.sent), ("receiving", self.received))
+            f"  {name:<9}{_rate(rates[-1] if rates else 0):>13}  {graph(rates, most, columns - 26)}"
+            for name, rates in (("uplink", self.uplink), ("downlink", self.downlink))
         ]
 
 
-def graph(values: Iterable[float], most: float) -> str:
-    """Return one bar for each value, the highest for most."""
-    return "".join(BARS[min(8, round(8 * value / most))] for value in values).rjust(GRAPH_WIDTH)
+def graph(values: Iterable[float], most: float, columns: int = GRAPH_WIDTH) -> str:
+    """Return a bar for each of the last values, the highest one for most."""
+    columns = max(1, min(columns, GRAPH_WIDTH))
+    bars = "".join(BARS[min(8, round(8 * value / most))] for value in values)
+    return bars[-columns:].rjust(columns)
+
+
+def _screen(tunnels: list[Tunnel], rates: list[_Rates]) -> list[str]:
+    """Return the lines of all tunnels, or of a terminal that is too low two lines of each."""
+    described, columns, room = describe_all(tunnels), width(), height() - 1
+    lines = [
+        line
+        for text, rate in zip(described, rates)
+        for line in (*_shown(text), *rate.lines(columns), "")
+    ]
+    if len(lines) <= room or not is_terminal():
+        return lines
+    lines = []
+    for tunnel, text, rate in zip(tunnels, described, rates):
+        peer = tunnel["peer"]
+        head = f"{text[0]}, {printable(peer) if peer else 'not connected'}"[:columns]
+        color = "red" if tunnel["missing"] else "green" if peer else "yellow"
+        lines += [colored(head, color), "".join(rate.lines(columns // 2))]
+    if len(lines) > room:
+        shown = max(0, (room - 1) // 2)
+        more = f"and {len(tunnels) - shown} more (ttun show --watch DEVICE shows one)"
+        lines = [*lines[: 2 * shown], more[:columns]]
+    return lines
 
 
 def _watch(device: str | None) -> None:
@@ -296,13 +343,13 @@ def _watch(device: str | None) -> None:
                 raise
             tunnels = []
         seen, now = True, time.monotonic()
-        lines = [] if tunnels else ["no tunnel runs any more"]
-        for tunnel, described in zip(tunnels, describe_all(tunnels)):
+        each = []
+        for tunnel in tunnels:
             identity = tuple(tunnel[name] for name in ("device", "role", "netns", "pid"))
-            mine = rates.setdefault(identity, _Rates())
-            mine.add(now, tunnel["totals"])
-            lines += [*described, *mine.lines(), ""]
-        print((CLEAR if sys.stdout.isatty() else "") + "\n".join(lines), flush=True)
+            each.append(rates.setdefault(identity, _Rates()))
+            each[-1].add(now, tunnel["totals"])
+        lines = _screen(tunnels, each) if tunnels else ["no tunnel is running"]
+        print((CLEAR if is_terminal() else "") + "\n".join(lines), flush=True)
         rates = {i: r for i, r in rates.items() if r.before and now - r.before[0] < GRAPH_WIDTH}
         time.sleep(1)
 
@@ -316,7 +363,7 @@ def _rate(bits: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds in the two units that suit."""
+    """Return seconds in the two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]

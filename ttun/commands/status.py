@@ -1,13 +1,13 @@
-"""What an endpoint is doing, for whoever asks on this machine: a Unix socket that answers once.
+"""The status socket of an endpoint: a Unix socket that answers each connection once.
 
- 1. The endpoint opens it before it gives its privileges up, as the user that it will be then. Only
-    that user and root may connect. runtime.py says where it is.
- 2. A thread answers each connection with one line of JSON and closes it. It waits for nobody: what
-    an asker does not take at once is lost.
- 3. ``ttun show`` asks all sockets that there are (query.py).
+ 1. The endpoint opens it before it drops privileges, as the user that it switches to. Only that
+    user and root may connect. runtime.py describes where it is.
+ 2. A thread answers each connection with one line of JSON and closes it. It never waits: what the
+    client does not accept at once is lost.
+ 3. ``ttun show`` queries all sockets on the machine (query.py).
 
-At the end the socket is removed. That of a program that was killed stays, answers nobody, and the
-next tunnel of that user removes it.
+The socket is removed at the end. If the program is killed it stays behind, refuses connections, and
+the next tunnel of that user removes it.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
 
-BACKLOG = 128  # askers that wait to be accepted
-LACK = 0.2  # seconds to wait when there is no descriptor or memory for an asker
-RETRY = 2.0  # seconds to wait when there is no thread
+BACKLOG = 128  # connections that wait to be accepted
+LACK = 0.2  # seconds to wait when there is no descriptor or memory for a connection
+RETRY = 2.0  # seconds to wait when no thread can be started
 JOIN = 1.0  # seconds for the last answer
 
 
 class StatusSocket:
-    """Answers for one endpoint. Where it cannot be opened the endpoint goes on without."""
+    """Answers for one endpoint. If it cannot be opened, the endpoint runs without it."""
 
     def __init__(self, device: str, user: User | None = None) -> None:
-        """Listen in the first directory that we may write to.
+        """Listen in the first directory that this process may write to.
 
-        user: whom this process becomes before serve(), if anybody.
+        user: the user that this process switches to before serve(), if any.
         """
         self._listener: socket.socket | None = None
         self._thread: threading.Thread | None = None
@@ -64,10 +64,10 @@ class StatusSocket:
                 return
             except OSError as error:
                 where, why = place, error.strerror or error
-        log.info("no status for ttun show: cannot listen in %s: %s", where, why)
+        log.info("ttun show will not see this tunnel: cannot listen in %s: %s", where, why)
 
     def serve(self, status: Callable[[], Status]) -> None:
-        """Answer from now on, on a thread. Call it again after patience(): it may have failed."""
+        """Start to answer, on a thread. Call it again after patience(): it may have failed."""
         if self._listener is None or self._thread is not None:
             return
         thread = threading.Thread(
@@ -75,9 +75,9 @@ class StatusSocket:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # other programs of this user may have them all
+        except RuntimeError as error:  # other programs of this user may use them all
             if not self._told_no_thread:
-                log.info("no answer to ttun show for now: %s (tried again)", error)
+                log.info("cannot answer ttun show: %s (retrying)", error)
             self._told_no_thread = True
             return
         self._thread = thread
@@ -87,6 +87,10 @@ class StatusSocket:
         if self._listener is None or self._thread is not None:
             return seconds
         return RETRY if seconds is None else min(seconds, RETRY)
+
+    def entry(self) -> tuple[str, int] | None:
+        """Return its name and the directory that it is in, a descriptor; None if there is none."""
+        return (self._name, self._directory) if self._listener is not None else None
 
     def close(self) -> None:
         """Stop answering and remove the socket. Within JOIN seconds."""
@@ -109,7 +113,7 @@ class StatusSocket:
         try:
             os.fchmod(listener.fileno(), 0o600)  # bind() makes the name with this mode
             directory, is_users = _own_directory(place, user)
-            # Nothing is changed with root's rights in a directory that is somebody else's.
+            # Nothing is changed as root in a directory that another user owns.
             acting = privileges.acting_as(user) if user and is_users else contextlib.nullcontext()
             try:
                 dead = runtime.dead(directory)
@@ -117,7 +121,7 @@ class StatusSocket:
                     runtime.remove(directory, dead)
                     self._name = _bind(listener, directory, device)
                     listener.listen(BACKLOG)
-                # Again: SO_PEERCRED tells an asker who did this last, and nobody can forge root.
+                # Again: SO_PEERCRED names who did this last, and no other user can forge root.
                 listener.listen(BACKLOG)
             except BaseException:
                 os.close(directory)
@@ -129,9 +133,9 @@ class StatusSocket:
         atexit.register(self.close)  # the endpoint may fail to start
 
     def _serve(self, status: Callable[[], Status], listener: socket.socket) -> None:
-        failed = Summary("and %d more questions of ttun show failed")
+        failed = Summary("and %d more queries of ttun show failed")
         lacking = False
-        # accept() fails for want of a descriptor even when nobody asks: wait for somebody first.
+        # accept() fails for lack of a descriptor even if no connection waits: poll first.
         listener.setblocking(False)
         waiting = select.poll()
         waiting.register(listener, select.POLLIN)
@@ -140,15 +144,15 @@ class StatusSocket:
                 waiting.poll()
                 asking, _ = listener.accept()
                 with asking:
-                    asking.setblocking(False)  # the answer fits into any buffer
+                    asking.setblocking(False)  # the answer fits any buffer
                     asking.send(json.dumps(as_dict(status())).encode() + b"\n")
                 lacking = False
             except (ConnectionError, BlockingIOError):
-                continue  # gone again, or full of what it did not read
-            except Exception as error:  # no descriptor, no memory: that passes
+                continue  # the client has disconnected, or reads nothing
+            except Exception as error:  # no descriptor or memory, for now
                 if self._closing.is_set():
                     break
-                if not lacking:  # a line for each time, not for each asker
+                if not lacking:  # one line each time, not one for each client
                     failed.log(time.monotonic(), "cannot answer ttun show: %s", _reason(error))
                 lacking = True
                 self._closing.wait(LACK)
@@ -156,9 +160,9 @@ class StatusSocket:
 
 
 def as_dict(status: Status) -> dict[str, Any]:
-    """Return a status as it is sent: plain types, counters by name, and whose it is.
+    """Return a status as it is sent: plain types, counters by name, pid and netns.
 
-    pid: of this process. netns: the inode number of its network namespace, None without /proc.
+    netns: the inode number of this process's network namespace, None without /proc.
     """
     counters = {name: getattr(status, name)._asdict() for name in ("counters", "totals")}
     return {**dataclasses.asdict(status), **counters, "pid": os.getpid(), "netns": _netns()}
@@ -172,7 +176,7 @@ def _netns() -> int | None:
 
 
 def _own_directory(place: Path, user: User | None) -> tuple[int, bool]:
-    """Open where this process is to listen; return that, and whether it is another user's.
+    """Open the directory to listen in; return it, and whether another user owns it.
 
     Raises OSError.
     """
@@ -180,10 +184,10 @@ def _own_directory(place: Path, user: User | None) -> tuple[int, bool]:
     if user is None:
         return directory, False
     try:
-        # Left behind by an earlier version, or by a tunnel that stayed root.
+        # Left by an earlier version, or by a tunnel that stayed root.
         runtime.remove(directory, runtime.dead(directory))
         inner = runtime.make_inner(directory, user)
-    except PermissionError:  # it cannot be the user's: there the socket stays behind at the end
+    except PermissionError:  # not the user's: the socket will stay behind at the end
         return directory, False
     except BaseException:
         os.close(directory)
@@ -200,7 +204,7 @@ def _bind(listener: socket.socket, directory: int, device: str) -> str:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        # Containers that share /run may have devices of one name and processes of one number.
+        # Containers that share /run may have equal device names and process numbers.
         name = f"{device}.{os.getpid()}.{secrets.token_hex(4)}{runtime.SUFFIX}"
         runtime.bind(listener, directory, name)
     return name

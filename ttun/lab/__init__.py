@@ -1,1 +1,1 @@
-"""Two hosts on this machine: ``ttun demo``, ``ttun bench`` and the traffic that they measure."""
+"""``ttun demo`` and ``ttun bench``: two hosts on this machine, and the traffic between them."""

@@ -1,22 +1,21 @@
-"""``ttun bench link``: what TCP inside a tunnel gets from a link with delay and loss.
+"""``ttun bench link``: what TCP inside a tunnel achieves on a link with delay and loss.
 
- 1. Each round measures every target once: two hosts are made, joined by the link
-    (link_emulator.py), both ends are started there, and all is removed again. So nothing of one
-    measurement is left for the next one. All targets of a round have the same seed of loss.
- 2. Goodput of one and of eight streams each way. With several losses that is all.
- 3. Pings and fetches, idle and beside a download; pings beside an upload.
- 4. Medians of the rounds for goodput; median and percentiles of all rounds' pings and fetches.
+ 1. Each round measures every target once. For each one, two hosts joined by the link
+    (link_emulator.py) are made, both ends are started there, and everything is removed again. So no
+    state of one measurement affects the next. All targets of a round get the same loss seed.
+ 2. Goodput of one and of eight streams each way. With several loss rates, only this is measured.
+ 3. Pings and fetches, idle and during a download; pings during an upload.
+ 4. Goodput is the median of the rounds. Pings and fetches are the median and percentiles over all
+    rounds.
 
-Beside this program: plain TCP with the hosts' congestion control and with bbr, and what --against
-names.
+The targets are plain TCP with the hosts' congestion control and with bbr, ttun, and the competitors
+that --against names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import socket
 import subprocess
 import time
@@ -26,23 +25,25 @@ from pathlib import Path
 from typing import Any
 
 from ttun.errors import TtunError, UsageError
-from ttun.lab import link_report, netns
-from ttun.lab.demo import end, progress
+from ttun.lab import link_report, machine, netns, table
+from ttun.lab.demo import end
 from ttun.lab.link_emulator import Link, LinkedHosts, choose
 from ttun.lab.netns import CLIENT, SERVER
-from ttun.lab.targets import RAW, Subject, against, ours
+from ttun.lab.progress import Progress
+from ttun.lab.targets import BARE_LINK, Target, competitor, ttun
 from ttun.version import __version__
 
 PORT = "5001"  # of the traffic server, in a namespace of its own
-PINGS = 1000  # in all rounds together, at least
-PINGS_LEAST = 50  # in one round
+PINGS = 1000  # over all rounds, at least
+PINGS_LEAST = 50  # per round
 PING_INTERVAL = 0.02  # seconds
 PAGE = 100_000  # bytes of a fetch
 STREAMS = 8
-SETTLE = 4.0  # seconds of a download before something is measured beside it, at most
-PAUSE = 0.5  # seconds between two measurements, and more on a long link
-START_TIMEOUT = 30.0  # seconds until a ping got through
-SLACK = 90.0  # seconds that a measurement may take longer than it should
+SETTLE = 4.0  # seconds, at most, that a load runs before something is measured beside it
+PAUSE = 0.5  # seconds between two measurements, plus what the link needs to empty
+START_TIMEOUT = 30.0  # seconds until a ping must be answered
+START = 3.0  # seconds until a target is started, and stopped again
+SLACK = 90.0  # seconds that a measurement may take longer than planned
 BBR = "bbr"
 
 Popen = subprocess.Popen[str]
@@ -50,24 +51,24 @@ Times = list["float | None"]
 
 
 @dataclass(frozen=True)
-class Target:
-    """Something to measure, and the congestion control of the load's own connections."""
+class Case:
+    """A benchmark target, and the congestion control of the load's own connections."""
 
-    subject: Subject
+    target: Target
     congestion: str
-    is_ours: bool = False
+    is_ttun: bool = False
 
     @property
     def name(self) -> str:
-        """What tables and the JSON call it."""
-        if self.subject.start is None:
+        """Its name in tables and in the JSON."""
+        if self.target.start is None:
             return f"no tunnel, {self.congestion}"
-        return self.subject.name
+        return self.target.name
 
 
 @dataclass
 class Figures:
-    """What one measurement of one target gave: bits per second, and seconds."""
+    """The results of one measurement of one target: bits per second, and seconds."""
 
     goodput: dict[str, float] = field(default_factory=dict)
     pings: dict[str, Times] = field(default_factory=dict)
@@ -76,30 +77,50 @@ class Figures:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how."""
+    """What to measure, and how."""
 
     link: Link
-    losses: Sequence[float]  # per cent; with more than one only goodput is measured
+    losses: Sequence[float]  # percent; with more than one, only goodput is measured
     rounds: int
     seconds: float  # of each transfer
     congestion: str  # of both hosts
     emulator: str = "auto"
 
+    @property
+    def pings(self) -> int:
+        """Pings in one round."""
+        return max(PINGS_LEAST, -(-PINGS // self.rounds))
+
+    @property
+    def estimate(self) -> float:
+        """Seconds that one case takes, about."""
+        settle = _settling(self.link)
+        seconds = START + 4 * (settle + self.seconds)
+        if len(self.losses) == 1:
+            load = min(SETTLE, self.seconds)
+            seconds += 3 * (settle + self.pings * PING_INTERVAL) + 2 * load + self.seconds
+        return seconds
+
 
 def parse_link(rate: str, rtt: float, queue: float) -> Link:
-    """Return the link without loss. rate: DOWN or DOWN/UP. Raises UsageError."""
+    """Return a link without loss. rate: DOWN or DOWN/UP, Mbit/s. Raises UsageError."""
     down, *up = _numbers(rate, "/", 2, "--rate")
     return Link(down, up[0] if up else None, rtt, 0, queue)
 
 
 def parse_losses(text: str) -> list[float]:
-    """Return the losses in per cent that are to be measured. Raises UsageError."""
+    """Return the loss rates to measure, in percent. Raises UsageError."""
     losses = _numbers(text, ",", link_report.MOST_LOSSES, "--loss")
     if len(set(losses)) < len(losses):
-        raise UsageError(f"--loss {text}: the same one twice")
+        raise UsageError(f"--loss {text}: a value is given twice")
     for loss in losses:
-        Link(loss=loss)  # is it one?
+        Link(loss=loss)  # raises UsageError if it is out of range
     return losses
+
+
+def _settling(link: Link) -> float:
+    """Return the seconds to wait before a measurement, so that the link is empty."""
+    return PAUSE + (link.queue + 2 * link.rtt) / 1000
 
 
 def _numbers(text: str, separator: str, most: int, option: str) -> list[float]:
@@ -109,53 +130,54 @@ def _numbers(text: str, separator: str, most: int, option: str) -> list[float]:
     except ValueError:
         raise UsageError(f"{option} {text!r} is not a number") from None
     if len(numbers) > most:
-        raise UsageError(f"{option} {text!r}: no more than {most} numbers")
+        raise UsageError(f"{option} {text!r}: at most {most} numbers")
     return numbers
 
 
 def run(
-    plan: Plan, others: Sequence[str], json_file: str | None = None, plot_file: str | None = None
+    plan: Plan,
+    competitors: Sequence[str],
+    json_file: str | None = None,
+    plot_file: str | None = None,
 ) -> int:
-    """Measure, print the table, write what was asked for; return the exit code."""
-    mine = Target(ours(), plan.congestion, is_ours=True)
-    targets = [Target(RAW, plan.congestion), mine]
-    targets += [Target(against(text), plan.congestion) for text in others]
+    """Measure, print the tables, write the files that were asked for; return the exit code."""
+    cases = [
+        Case(BARE_LINK, plan.congestion),
+        Case(ttun(), plan.congestion, is_ttun=True),
+        *(Case(competitor(text), plan.congestion) for text in competitors),
+    ]
     _check_congestion(plan.congestion)
+    left_out = ""
     if plan.congestion != BBR:
         try:
             _check_congestion(BBR)
-            targets.insert(1, Target(RAW, BBR))
+            cases.insert(1, Case(BARE_LINK, BBR))
         except TtunError as error:
-            progress(f"left out: {error}")
-    names = [target.name for target in targets]
+            left_out = f"not measured: no tunnel with {error}"
+    names = [case.name for case in cases]
     if len(set(names)) < len(names):
-        raise UsageError("two of what is to be measured have the same name: NAME=SERVER::CLIENT")
-    links = [replace(plan.link, loss=loss) for loss in plan.losses]
+        raise UsageError("two benchmark targets have the same name (put NAME= in front of one)")
     if plot_file is not None:
-        from ttun.lab import plot  # that its library is there is better known now than afterwards
-    choose(plan.emulator)  # before anything is measured
+        from ttun.lab import plot  # raises now, not after the measurement, if matplotlib is missing
+    choose(plan.emulator)  # as above
     if not netns.may_make_hosts():
-        raise TtunError("measuring makes two hosts on this machine: run it with sudo")
-    runs: list[dict[str, list[Figures]]] = [{name: [] for name in names} for _ in links]
-    failures = []
-    for number in range(plan.rounds):
-        for link, results in zip(links, runs):
-            for target in targets:
-                progress(f"round {number + 1} of {plan.rounds}, {link.loss:g} %: {target.name}")
-                try:
-                    results[target.name].append(_measure(plan, link, target, number))
-                except TtunError as error:
-                    progress(f"left out of this round: {error}")
-                    failures.append(f"{link.loss:g} %, {target.name}: {error}")
+        raise TtunError("this needs root, to make two hosts on this machine (use sudo)")
+    links = [replace(plan.link, loss=loss) for loss in plan.losses]
+    each = plan.estimate
+    with Progress(each * plan.rounds * len(links) * len(cases)) as progress:
+        if left_out:
+            progress.note(left_out)
+        runs, failures = _measure_all(plan, links, cases, progress)
     summaries = [
         {name: link_report.summary(figures) for name, figures in results.items() if figures}
         for results in runs
     ]
-    heading = f"{plan.link}; {plan.congestion}; {plan.rounds} x {plan.seconds:g} s"
-    print(link_report.table(heading, plan.losses, summaries))
+    how = f"{plan.link}; {plan.congestion}"
+    often = table.rounds(plan.rounds, plan.seconds)
+    print(link_report.render([machine.name(), how, often], plan.losses, summaries))
     report = {
         "ttun": __version__,
-        "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+        "machine": machine.describe(),
         "link": {"rate": plan.link.rate, "rate_up": plan.link.up, "rtt": plan.link.rtt,
                  "queue": plan.link.queue},
         "congestion_control": plan.congestion,
@@ -171,31 +193,56 @@ def run(
     if json_file is not None:
         Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
     if plot_file is not None:
-        plot.draw_link(plan.losses, summaries, Path(plot_file))
+        plot.draw_link(plan.losses, summaries, f"{machine.name()}; {how}; {often}", Path(plot_file))
     return 0 if all(len(each) == len(names) for each in summaries) else 1
 
 
-def _measure(plan: Plan, link: Link, target: Target, number: int) -> Figures:
-    """Make the hosts, start a target on them, measure all of it once, and remove everything."""
+def _measure_all(
+    plan: Plan, links: Sequence[Link], cases: Sequence[Case], progress: Progress
+) -> tuple[list[dict[str, list[Figures]]], list[str]]:
+    """Return for each link what each case gave in each round, and what failed."""
+    runs: list[dict[str, list[Figures]]] = [{case.name: [] for case in cases} for _ in links]
+    failures = []
+    begun = 0
+    for number in range(plan.rounds):
+        for link, results in zip(links, runs):
+            for case in cases:
+                title = f"round {number + 1} of {plan.rounds}, {link.loss:g} % loss: {case.name}"
+                progress.begin(title, begun * plan.estimate)
+                begun += 1
+                try:
+                    results[case.name].append(_measure(plan, link, case, number, progress))
+                except TtunError as error:
+                    progress.note(f"left out of this round: {error}")
+                    failures.append(f"{link.loss:g} %, {case.name}: {error}")
+    return runs, failures
+
+
+def _measure(plan: Plan, link: Link, case: Case, number: int, progress: Progress) -> Figures:
+    """Make the hosts, start a target there, measure everything once, and remove the hosts."""
     with LinkedHosts(link, seed=number, emulator=plan.emulator) as pair:
-        if not _set_default(pair, plan.congestion) and target.subject.start and not target.is_ours:
-            progress(f"net.ipv4.tcp_allowed_congestion_control lacks {plan.congestion}: by a route")
+        if not _set_default(pair, plan.congestion) and case.target.start and not case.is_ttun:
+            progress.note(
+                f"{plan.congestion} is set by a route: "
+                "net.ipv4.tcp_allowed_congestion_control does not list it"
+            )
             _set_on_route(pair, plan.congestion)
         with contextlib.ExitStack() as running:
-            for process in target.subject.start(pair) if target.subject.start else []:
+            progress.step("starting", START)
+            for process in case.target.start(pair) if case.target.start else []:
                 running.callback(end, process)
-            load = Load(pair, target, plan.seconds, running)
+            load = Load(pair, case, plan.seconds, running, progress)
             load.measure_goodput()
             if len(plan.losses) == 1:
-                load.measure_waiting(max(PINGS_LEAST, -(-PINGS // plan.rounds)))
+                load.measure_latency(plan.pings)
             return load.figures
 
 
 def _set_default(pair: LinkedHosts, congestion: str) -> bool:
-    """Make it the default of TCP on both hosts; return whether that is allowed.
+    """Make it TCP's default on both hosts; return whether the kernel allows that.
 
-    Outside of a machine's first namespace, it is for what net.ipv4.tcp_allowed_congestion_control
-    lists. And TCP keeps no metrics of one connection for the next one.
+    Outside the initial network namespace, the kernel allows only what
+    net.ipv4.tcp_allowed_congestion_control lists. Also disable TCP's metrics cache.
     """
     script = (
         "cd /proc/sys/net/ipv4 && echo 1 > tcp_no_metrics_save && "
@@ -209,7 +256,7 @@ def _set_default(pair: LinkedHosts, congestion: str) -> bool:
 
 
 def _set_on_route(pair: LinkedHosts, congestion: str) -> None:
-    """Have connections between the hosts use it whatever their sockets say (ip-route(8))."""
+    """Have connections between the hosts use it, whatever their sockets ask for (ip-route(8))."""
     for host in (SERVER, CLIENT):
         netns.ip("-n", pair.names[host], "route", "replace", "192.0.2.0/24", "dev",
                  pair.links[host], "proto", "kernel", "scope", "link", "src", netns.IPV4[host],
@@ -217,38 +264,44 @@ def _set_on_route(pair: LinkedHosts, congestion: str) -> None:
 
 
 def _check_congestion(name: str) -> None:
-    """Raise TtunError if this kernel does not have it."""
+    """Raise TtunError if this kernel lacks it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
         except OSError as error:
             raise TtunError(
-                f"congestion control {name}: {error.strerror} (modprobe tcp_{name})"
+                f"congestion control {name}: {error.strerror} (try modprobe tcp_{name})"
             ) from None
 
 
 class Load:
-    """Traffic through one target, measured."""
+    """Generate and measure traffic through one target."""
 
     def __init__(
-        self, pair: LinkedHosts, target: Target, seconds: float, running: contextlib.ExitStack
+        self,
+        pair: LinkedHosts,
+        case: Case,
+        seconds: float,
+        running: contextlib.ExitStack,
+        progress: Progress,
     ) -> None:
-        """Wait until something gets through, and start what answers.
+        """Wait until a ping is answered, and start the traffic server.
 
-        running: what it starts ends with it. Raises TtunError.
+        running: stops what this starts. Raises TtunError.
         """
         self.figures = Figures()
-        self._pair, self._target, self._seconds = pair, target, seconds
-        self._running = running
-        self._address = target.subject.address
+        self._pair, self._case, self._seconds = pair, case, seconds
+        self._progress = progress
+        self._address = case.target.address
+        self._pause = _settling(pair.link_now)
         deadline = time.monotonic() + START_TIMEOUT
         while not self._is_answered():
             if time.monotonic() > deadline:
-                raise TtunError(f"no ping through it within {START_TIMEOUT:.0f} s")
+                raise TtunError(f"no answer to a ping within {START_TIMEOUT:.0f} s")
             time.sleep(0.1)
         server = pair.start(
             SERVER,
-            netns.python("ttun.lab.link_traffic", "serve", self._address, PORT, target.congestion),
+            netns.python("ttun.lab.link_traffic", "serve", self._address, PORT, case.congestion),
             environment=netns.environment(),
             stdout=subprocess.PIPE,
         )
@@ -256,7 +309,7 @@ class Load:
         assert server.stdout is not None
         running.callback(server.stdout.close)
         if server.stdout.readline() != "ready\n":
-            raise TtunError("nothing can be served on the address of the server's end")
+            raise TtunError("the traffic server did not start on the address of the server's end")
 
     def _is_answered(self) -> bool:
         with contextlib.suppress(TtunError):  # no route there yet
@@ -264,18 +317,22 @@ class Load:
         return False
 
     def measure_goodput(self) -> None:
-        """Measure what streams carry, one and several, each way."""
+        """Measure the goodput of one stream and of several, each way."""
         for streams in (1, STREAMS):
             for action in ("up", "down"):
-                self._settle()
+                many = f"{streams} streams" if streams > 1 else "one stream"
+                self._progress.step(f"{many} {action}", self._pause + self._seconds)
+                time.sleep(self._pause)
                 self.figures.goodput[f"{action}_{streams}"] = self._run(
-                    action, PORT, streams, self._seconds, self._target.congestion
+                    action, PORT, streams, self._seconds, self._case.congestion
                 )
 
-    def measure_waiting(self, pings: int) -> None:
+    def measure_latency(self, pings: int) -> None:
         """Measure pings and fetches, idle and beside one stream."""
-        for beside in ("idle", "down", "up"):
-            self._settle()
+        for beside, where in link_report.BESIDE.items():
+            wait = 0.0 if beside == "idle" else min(SETTLE, self._seconds)
+            self._progress.step(f"ping {where}", self._pause + wait + pings * PING_INTERVAL)
+            time.sleep(self._pause)
             with contextlib.ExitStack() as loaded:
                 if beside != "idle":
                     self._load(beside, pings, loaded)
@@ -283,21 +340,17 @@ class Load:
                     "ping", pings, PING_INTERVAL, seconds=pings * PING_INTERVAL
                 )
                 if beside != "up":
+                    self._progress.step(f"fetch {where}", self._seconds / 2)
                     self.figures.fetches[beside] = self._run(
-                        "fetch", PORT, PAGE, self._seconds / 2, self._target.congestion
+                        "fetch", PORT, PAGE, self._seconds / 2, self._case.congestion
                     )
 
     def _load(self, action: str, pings: int, loaded: contextlib.ExitStack) -> None:
-        """Start a stream that lasts until loaded is closed, and give it time to fill the link."""
+        """Start a stream that runs until loaded is closed, and give it time to fill the link."""
         longest = SETTLE + pings * PING_INTERVAL + self._seconds + 2 * SLACK
-        process = self._start(action, PORT, 1, longest, self._target.congestion)
+        process = self._start(action, PORT, 1, longest, self._case.congestion)
         loaded.callback(end, process)
         time.sleep(min(SETTLE, self._seconds))
-
-    def _settle(self) -> None:
-        """Wait until what is in the link's queue and on its way has arrived."""
-        link = self._pair.link_now
-        time.sleep(PAUSE + (link.queue + 2 * link.rtt) / 1000)
 
     def _start(self, *arguments: object, stdout: int = subprocess.DEVNULL) -> Popen:
         action, *rest = arguments
@@ -308,7 +361,7 @@ class Load:
         )  # fmt: skip
 
     def _run(self, *arguments: object, seconds: float | None = None) -> Any:
-        """Return what ttun.link_traffic measured. Raises TtunError where it did not."""
+        """Return what ttun.lab.link_traffic measured. Raises TtunError if it failed."""
         process = self._start(*arguments, stdout=subprocess.PIPE)
         try:
             patience = (self._seconds if seconds is None else seconds) + SLACK
@@ -318,5 +371,5 @@ class Load:
         finally:
             end(process)
         if process.returncode != 0:
-            raise TtunError(f"{arguments[0]} did not come to an end")
+            raise TtunError(f"the {arguments[0]} measurement failed")
         return json.loads(shown)

@@ -1,9 +1,11 @@
-"""``ttun demo``: both ends in two namespaces of this machine, shown to work and measured.
+"""``ttun demo``: run both ends in two namespaces of this machine, and show that the tunnel works.
 
-1. Make two hosts and start a server and a client of this very program on them.
+1. Make two hosts, and start a server and a client of this program on them.
 2. Ping over IPv4 and IPv6.
-3. Send random bytes each way and compare their checksums.
-4. Print what was measured, and remove everything.
+3. Send random bytes each way and compare their SHA-256.
+4. Measure the throughput of one TCP stream each way. Here nothing is hashed: hashing is slower than
+   the tunnel.
+5. Print the results, and remove everything.
 """
 
 from __future__ import annotations
@@ -20,30 +22,40 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ttun.commands import key
+from ttun.commands import key, terminal
 from ttun.errors import TtunError
-from ttun.lab import netns
+from ttun.lab import machine, netns
 from ttun.lab.netns import CLIENT, SERVER, Hosts
+from ttun.lab.progress import Progress
 
 PORT = 5001  # of the traffic server, in a namespace of its own
 PINGS = 50
-START_TIMEOUT = 20.0  # seconds until the first ping must have answered
+SECONDS = 2.0  # of each measurement of throughput
+START_TIMEOUT = 20.0  # seconds until the first ping must be answered
+HASHED = 200.0  # MiB that are sent and hashed in a second, about
+WAYS = ("client to server", "server to client")
+
+Row = tuple[str, str, bool]  # what, figure, whether it is good
 
 
 def run(size: int) -> int:
     """Run the demo with transfers of size MiB; return its exit code."""
     if not netns.may_make_hosts():
-        progress("not root: going on as root of a user namespace")
+        print("not root: continuing as root of a user namespace", file=sys.stderr, flush=True)
         netns.enter_user_namespace(netns.python("ttun", "demo", "--size", str(size)))
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the hosts are removed then too
-    progress("making two hosts on this machine, joined by a cable")
-    with Hosts() as pair, tempfile.TemporaryDirectory() as directory:
-        rows = _measure(pair, Path(directory), size)
+    signal.signal(signal.SIGTERM, _interrupt)  # the hosts are removed then too
+    steps = _Steps(size)
+    with steps.progress, tempfile.TemporaryDirectory() as directory:
+        steps.next("making two hosts on this machine, joined by a cable")
+        with Hosts() as pair:
+            rows = _measure(pair, Path(directory), size, steps)
     failed = [row for row in rows if not row[2]]
     print()
     for name, figure, good in rows:
-        print(f"  {'ok  ' if good else 'FAIL'}  {name:<34} {figure}")
-    print()
+        state = terminal.colored("ok  ", "green") if good else terminal.colored("FAIL", "red")
+        print(f"  {state}  {name:<34} {figure}")
+    where = f"Both ends and the load share {machine.name()}."
+    print("", *terminal.wrapped(f"One TCP stream: {SECONDS:g} s each way. {where}", 0), sep="\n")
     print("The tunnel works." if not failed else "The tunnel does not work: see FAIL above.")
     return 1 if failed else 0
 
@@ -52,19 +64,28 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def progress(text: str) -> None:
-    """Say what is going on, on stderr so that stdout is the table alone."""
-    print(f"... {text}", file=sys.stderr, flush=True)
+class _Steps:
+    """The steps of the demo, and how many seconds each takes, about."""
+
+    def __init__(self, size: int) -> None:
+        hashed = 0.3 + size / HASHED
+        self._seconds = [0.3, 1.3, 0.8, 0.8, hashed, hashed, SECONDS + 0.3, SECONDS + 0.3]
+        self._number = 0
+        self.progress = Progress(sum(self._seconds))
+
+    def next(self, what: str) -> None:
+        self.progress.begin(what, sum(self._seconds[: self._number]))
+        self._number += 1
 
 
-def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bool]]:
-    rows: list[tuple[str, str, bool]] = []
+def _measure(pair: Hosts, directory: Path, size: int, steps: _Steps) -> list[Row]:
+    rows: list[Row] = []
     psk = netns.environment(TTUN_PSK=key.generate())
     server = netns.python("ttun", "server")
     client = netns.python("ttun", "client", "-s", netns.IPV4[SERVER])
     with contextlib.ExitStack() as running:
         logs = {host: directory / f"{host}.log" for host in (SERVER, CLIENT)}
-        progress("starting the server on one and the client on the other")
+        steps.next("starting the server on one and the client on the other")
         started = time.monotonic()
         ends = []
         for host, command in ((SERVER, server), (CLIENT, client)):
@@ -72,8 +93,10 @@ def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bo
             ends.append(pair.start(host, command, environment=psk, stdout=log, stderr=log))
             running.callback(end, ends[-1])
         _await_tunnel(pair, ends, logs)
-        rows.append(("tunnel up", f"{time.monotonic() - started:.1f} s", True))
-        rows += [_ping(pair, "ping 10.1.1.1", "10.1.1.1"), _ping(pair, "ping fc11::1", "fc11::1")]
+        rows.append(("tunnel up", f"after {time.monotonic() - started:.1f} s", True))
+        for address in ("10.1.1.1", "fc11::1"):
+            steps.next(f"ping {address}")
+            rows.append(_ping(pair, address))
 
         receiver = pair.start(
             SERVER,
@@ -84,12 +107,15 @@ def _measure(pair: Hosts, directory: Path, size: int) -> list[tuple[str, str, bo
         running.callback(end, receiver)
         assert receiver.stdout is not None
         receiver.stdout.readline()
-        for action, name in (("send", "client to server"), ("receive", "server to client")):
-            progress(f"{size} MiB, {name}")
-            rows.append(_transfer(pair, action, name, size))
+        for action, way in zip(("send", "receive"), WAYS):
+            steps.next(f"{size} MiB, {way}")
+            rows.append(_transfer(pair, action, f"{size} MiB, {way}", size))
+        for action, way in zip(("flood", "drain"), WAYS):
+            steps.next(f"throughput, {way}")
+            rows.append(_throughput(pair, action, f"one TCP stream, {way}"))
     for host, process in zip((SERVER, CLIENT), ends):
         clean = process.returncode == 0
-        rows.append((f"{host} ended cleanly", f"exit code {process.returncode}", clean))
+        rows.append((f"{host} stopped cleanly", f"exit code {process.returncode}", clean))
     return rows
 
 
@@ -107,26 +133,28 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def _ping(pair: Hosts, name: str, address: str) -> tuple[str, str, bool]:
-    progress(name)
+def _ping(pair: Hosts, address: str) -> Row:
     times = measured(pair, "ping", address, str(PINGS)) or []
     answered = [seconds for seconds in times if seconds is not None]
     median = f", median {statistics.median(answered) * 1000:.2f} ms" if answered else ""
-    return name, f"{len(answered)} of {PINGS} answered{median}", len(answered) == PINGS
+    figure = f"{len(answered)} of {PINGS} answered{median}"
+    return f"ping {address}", figure, len(answered) == PINGS
 
 
-def _transfer(pair: Hosts, action: str, name: str, size: int) -> tuple[str, str, bool]:
+def _transfer(pair: Hosts, action: str, name: str, size: int) -> Row:
     result = measured(pair, action, "10.1.1.1", str(PORT), str(size << 20))
-    title = f"{size} MiB {name}"
     if result is None:
-        return title, "did not arrive", False
-    rate = (size << 20) * 8 / result["seconds"] / 1e9
-    figure = f"{'whole' if result['whole'] else 'CORRUPTED'}, {rate:.2f} Gbit/s"
-    return title, figure, result["whole"]
+        return name, "did not arrive", False
+    return name, "SHA-256 matches" if result["whole"] else "CORRUPTED", result["whole"]
+
+
+def _throughput(pair: Hosts, action: str, name: str) -> Row:
+    rate = measured(pair, action, "10.1.1.1", str(PORT), "1", str(SECONDS))
+    return name, "transfer failed" if rate is None else f"{rate / 1e9:.2f} Gbit/s", bool(rate)
 
 
 def measured(pair: Hosts, *arguments: str) -> Any:
-    """Run ttun.traffic on the client's host; return what it measured, None if it failed."""
+    """Run ttun.lab.traffic on the client's host; return what it measured, None if it failed."""
     done = subprocess.run(
         pair.command(CLIENT, netns.python("ttun.lab.traffic", *arguments)),
         env={**os.environ, **netns.environment()},
@@ -138,7 +166,7 @@ def measured(pair: Hosts, *arguments: str) -> Any:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a process, kindly at first."""
+    """Stop a process: SIGTERM, then SIGKILL."""
     process.terminate()
     try:
         process.wait(5)

@@ -1,28 +1,29 @@
 /* A link between two hosts (network namespaces) with a rate, a delay, random loss and a queue:
- * what netem does, for kernels that have none. ttun/lab/link_emulator.py compiles and drives it.
+ * like netem, for kernels that lack it. ttun/lab/link_emulator.py compiles and controls it.
  *
  *     link_emulator NETNS DEVICE NETNS DEVICE [rate DOWN[/UP]] [rtt MS] [loss PERCENT] [queue MS]
  *                   [seed NUMBER]
  *
- * It makes a TAP device in each namespace and carries frames between the two. The way of a frame:
+ * It makes a TAP device in each namespace and forwards frames between the two. The path of a frame:
  *
  *     TAP --read--> queue --rate--> flight --delay, loss--> TAP
  *
- *  1. A frame joins the queue. It is dropped where what waits before it already takes longer than
- *     the queue may be.
- *  2. Frames leave the queue one after another, each after its size at the rate.
- *  3. A frame is in flight for half of the round trip. Then it is lost, or delivered. Order is
- * kept.
+ *  1. A frame joins the queue, or is dropped if the frames before it take longer to transmit than
+ *     the queue allows.
+ *  2. Frames leave the queue one after another. Each takes the time of its size at the rate.
+ *  3. A frame is in flight for half of the round-trip time. Then it is lost or delivered. The order
+ *     is kept.
  *
- * Queue and flight are the same ring of bytes with three positions: delivered up to `head`,
- * transmitted up to `middle`, filled up to `tail`. Time is virtual: when a frame has left the queue
- * is computed from its arrival and its size, so waking up late does not make the link slower.
+ * Queue and flight share one ring of bytes with three positions: delivered up to `head`,
+ * transmitted up to `middle`, filled up to `tail`. Time is virtual: the time at which a frame
+ * leaves the queue is computed from its arrival and its size, so a late wake-up does not slow the
+ * link down.
  *
- * DOWN is the rate from the first namespace to the second, UP the other one. The options are
- * commands too, one a line on stdin, with `cut` (nothing is delivered any more), `join` and
- * `counters`. Each command is answered by one line. It ends with its input.
+ * DOWN is the rate from the first namespace to the second, UP the rate back. The options are also
+ * commands, one per line on stdin; so are `cut` (stop all delivery), `join` (resume) and
+ * `counters`. Each command is answered by one line. The program ends at the end of its input.
  *
- * Exit codes: 0 end of input, 1 no namespace or no device, 2 bad usage. */
+ * Exit codes: 0 end of input, 1 namespace or device not available, 2 bad usage. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -39,22 +40,22 @@
 #include <time.h>
 #include <unistd.h>
 
-/* linux/if_tun.h, which a C library other than glibc need not come with. */
+/* From linux/if_tun.h, which is not installed with every C library. */
 #define TUN_SET_INTERFACE _IOW('T', 202, int)
 enum { TAP = 0x0002, NO_PACKET_INFORMATION = 0x1000 };
 
 enum {
     RING = 64 << 20, /* bytes in one direction: 200 Mbit/s for 2.6 s */
     FRAME_MAX = 2048,
-    BURST = 64, /* frames that are read before others have a turn */
+    BURST = 64, /* frames read in one go from one device */
     LINE_BYTES = 256
 };
-static const double SECOND = 1e9; /* in nanoseconds, as all times here */
+static const double SECOND = 1e9; /* nanoseconds, as all times here */
 
 /* A frame in the ring; its bytes follow. */
 struct record {
-    uint64_t time; /* until it is transmitted: when it arrived; then: when it is to be delivered */
-    uint32_t size; /* 0: the rest of the ring is unused, and the next frame is at its beginning */
+    uint64_t time; /* in the queue: of arrival; in flight: of delivery */
+    uint32_t size; /* 0: the rest of the ring is unused; the next frame is at its start */
     uint32_t unused;
 };
 
@@ -65,14 +66,14 @@ struct counters {
 struct direction {
     int from, to;                /* the TAP devices */
     double rate;                 /* bits per second */
-    uint64_t head, middle, tail; /* positions that only grow; modulo RING they are in the ring */
-    uint64_t free_at;            /* when the last transmitted frame had left the queue */
+    uint64_t head, middle, tail; /* positions; they only grow, and count modulo RING */
+    uint64_t free_at;            /* when the last transmitted frame left the queue */
     uint64_t waiting;            /* bytes between middle and tail */
     struct counters counters;
     uint8_t *ring;
 };
 
-/* Multiples of 16 bytes, so that a record is aligned wherever it begins. */
+/* Records start at multiples of 16 bytes, so each one is aligned. */
 static _Alignas(16) uint8_t rings[2][RING];
 static struct direction directions[2];
 static double delay, queue_limit, loss; /* nanoseconds; nanoseconds; 0 to 1 */
@@ -85,7 +86,7 @@ static uint64_t now(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Returns a number from 0 to below 1: xorshift64 (Marsaglia, 2003), the same for the same seed. */
+/* Returns the next random number in [0, 1): xorshift64 (Marsaglia, 2003). */
 static double chance(void) {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
@@ -93,7 +94,7 @@ static double chance(void) {
     return (double)(random_state >> 11) / 9007199254740992.0;
 }
 
-/* Returns the record at a position, which is moved to the beginning of the ring where that is. */
+/* Returns the record at a position; moves the position past an unused end of the ring. */
 static struct record *record_at(struct direction *way, uint64_t *position) {
     struct record *record = (struct record *)(void *)(way->ring + *position % RING);
     if (record->size != 0)
@@ -106,10 +107,10 @@ static uint64_t after(uint64_t position, const struct record *record) {
     return position + (sizeof *record + record->size + 15) / 16 * 16;
 }
 
-/* Returns where the next frame can be written, or NULL where the ring is full. unused: how many
- * bytes before the end of the ring are too few for a frame, and are to be left out. */
+/* Returns the place for the next frame, or NULL if the ring is full. unused: the bytes at the end
+ * of the ring that are too few for a frame and must be skipped. */
 static struct record *room(struct direction *way, uint64_t *unused) {
-    if (way->head == way->tail) /* empty: memory that was touched is used again */
+    if (way->head == way->tail) /* empty: reuse memory that is already mapped */
         way->head = way->middle = way->tail = 0;
     const uint64_t needed = sizeof(struct record) + FRAME_MAX, left = RING - way->tail % RING;
     *unused = left < needed ? left : 0;
@@ -118,13 +119,13 @@ static struct record *room(struct direction *way, uint64_t *unused) {
     return (struct record *)(void *)(way->ring + (way->tail + *unused) % RING);
 }
 
-/* Returns when a frame has left the queue, which it joined at its time. */
+/* Returns when a frame leaves the queue. */
 static double transmitted_at(const struct direction *way, const struct record *record) {
     uint64_t begin = record->time > way->free_at ? record->time : way->free_at;
     return (double)begin + record->size * 8 * SECOND / way->rate;
 }
 
-/* Puts in flight what has left the queue by now. */
+/* Moves the frames that have left the queue by now to the flight. */
 static void transmit(struct direction *way, uint64_t t) {
     while (way->middle != way->tail) {
         struct record *record = record_at(way, &way->middle);
@@ -138,7 +139,7 @@ static void transmit(struct direction *way, uint64_t t) {
     }
 }
 
-/* Takes in what the kernel has for this direction. */
+/* Reads frames of this direction from its device. */
 static void receive(struct direction *way, uint64_t t) {
     for (int i = 0; i < BURST; i++) {
         static uint8_t scratch[FRAME_MAX];
@@ -163,7 +164,7 @@ static void receive(struct direction *way, uint64_t t) {
     }
 }
 
-/* Delivers what has been in flight for long enough. */
+/* Delivers the frames whose flight is over. */
 static void deliver(struct direction *way, uint64_t t) {
     while (way->head != way->middle) {
         struct record *record = record_at(way, &way->head);
@@ -171,7 +172,7 @@ static void deliver(struct direction *way, uint64_t t) {
             break;
         if (cut || chance() < loss) {
             way->counters.lost++;
-        } else if (write(way->to, record + 1, record->size) >= 0) { /* else it is not up yet */
+        } else if (write(way->to, record + 1, record->size) >= 0) { /* else the device is down */
             way->counters.passed++;
             way->counters.bytes += record->size;
         }
@@ -179,7 +180,7 @@ static void deliver(struct direction *way, uint64_t t) {
     }
 }
 
-/* Returns when the next frame is to be delivered, or at most a second from now. */
+/* Returns when the next frame is due for delivery, at most a second from now. */
 static uint64_t next_delivery(struct direction *way, uint64_t t) {
     double next = (double)t + SECOND;
     if (way->head != way->middle)
@@ -203,9 +204,9 @@ static uint64_t work(void) {
     return next;
 }
 
-/* ---- what is set --------------------------------------------------------------------------- */
+/* ---- commands ------------------------------------------------------------------------------ */
 
-/* Reads a number between two bounds that ends with the character `end`; false: it is not one. */
+/* Parses a number that is followed by `end`; returns false unless it is within the bounds. */
 static bool parse(const char *text, char end, double least, double most, double *value) {
     char *rest;
     if (text == NULL || *text == '\0' || strchr("+-0123456789.", *text) == NULL)
@@ -214,7 +215,7 @@ static bool parse(const char *text, char end, double least, double most, double 
     return rest != text && *rest == end && *value >= least && *value <= most;
 }
 
-/* Sets something. Returns what is wrong, or NULL. */
+/* Sets a property of the link. Returns an error message, or NULL. */
 static const char *set(const char *name, const char *text) {
     double value, up;
     if (strcmp(name, "rate") == 0) {
@@ -241,7 +242,7 @@ static const char *set(const char *name, const char *text) {
     } else if (strcmp(name, "seed") == 0) {
         if (!parse(text, '\0', 0, 1e9, &value))
             return "seed: 0 to 1000000000";
-        /* Spread over all bits, and never 0: an odd factor, and one bit is always set. */
+        /* An odd factor spreads the seed over all bits. One bit is set, as 0 would stay 0. */
         random_state = ((uint64_t)value + 1) * 0x9E3779B97F4A7C15u | 1;
     } else {
         return "unknown: rate, rtt, loss, queue and seed can be set";
@@ -269,7 +270,7 @@ static void answer(char *line) {
     puts(wrong == NULL ? "ok" : wrong);
 }
 
-/* Reads commands; returns false at the end of the input, or for a line that is too long. */
+/* Reads commands; returns false at the end of the input or if a line is too long. */
 static bool take_commands(void) {
     static char buffer[LINE_BYTES];
     static size_t filled;
@@ -291,7 +292,7 @@ static bool take_commands(void) {
     return filled < sizeof buffer;
 }
 
-/* Makes a TAP device in a namespace, where this process then is. Returns it, or -1. */
+/* Enters a namespace and makes a TAP device there. Returns its descriptor, or -1. */
 static int make_device(const char *namespace, const char *name) {
     char path[LINE_BYTES];
     snprintf(path, sizeof path, "/run/netns/%s", namespace);
@@ -341,7 +342,7 @@ int main(int count, char **arguments) {
             return 1;
         if (watched[2].revents != 0 && !take_commands())
             return 0;
-        /* A device that is gone, with its namespace, is always ready. */
+        /* A device that was removed with its namespace is always ready. */
         if ((watched[0].revents | watched[1].revents) & (POLLERR | POLLNVAL))
             return 1;
     }

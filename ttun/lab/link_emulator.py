@@ -2,12 +2,12 @@
 
     server's host 192.0.2.1 ---- link_emulator.c, or netem ---- 192.0.2.2 client's host
 
-For ``ttun bench link`` and the tests. What the link is can change while traffic runs.
+For ``ttun bench link`` and the tests. The properties of the link can change while traffic runs.
 
-Two ways to make it. The relay (link_emulator.c, compiled when it is first needed) takes frames from
-a TAP device on each host. netem is the kernel's (tc-netem(8)); not every kernel has it. The relay
-is taken where there is a C compiler, because then figures of different machines come from the same
-link: netem counts what is in flight as part of its queue, and shares the sender's device.
+There are two implementations. The relay (link_emulator.c, compiled on first use) forwards frames
+between a TAP device on each host. netem is the kernel's (tc-netem(8)), which not every kernel has.
+The relay is preferred where there is a C compiler, so that figures of different machines come from
+the same link: netem counts frames in flight as part of its queue, and shares the sender's device.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from ttun.lab.netns import CLIENT, SERVER, Hosts, LinkEnd
 SOURCE = Path(__file__).with_suffix(".c")
 _numbers = itertools.count(1)
 MACS = {SERVER: "02:00:00:00:00:01", CLIENT: "02:00:00:00:00:02"}  # locally administered
-DEVICE_QUEUE = 10_000  # packets: what is dropped is dropped by the link
+DEVICE_QUEUE = 10_000  # packets; so large that only the link drops packets
 ANSWER_TIMEOUT = 10.0  # seconds
 FRAME = 1514  # bytes of a full-size Ethernet frame
-DOWN, UP = "down", "up"  # to the client, from the client
-# name -> least, most
+DOWN, UP = "down", "up"  # to the client, to the server
+# name -> minimum, maximum
 BOUNDS = {"rate": (0.01, 10_000.0), "rtt": (0.0, 60_000.0), "loss": (0.0, 100.0),
           "queue": (0.0, 60_000.0)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a link is like. Raises UsageError for a value out of range."""
+    """The properties of a link. Raises UsageError for a value out of range."""
 
     rate: float = 100.0  # Mbit/s to the client
-    rate_up: float | None = None  # Mbit/s from the client; None: the same
+    rate_up: float | None = None  # Mbit/s to the server; None: the same
     rtt: float = 0.0  # ms, half of it each way
-    loss: float = 0.0  # per cent of the frames, each way
-    queue: float = 100.0  # ms of waiting at the rate, then frames are dropped
+    loss: float = 0.0  # percent of the frames, each way
+    queue: float = 100.0  # longest wait in the queue, in ms; then frames are dropped
 
     def __post_init__(self) -> None:
-        """Check it."""
+        """Check the ranges."""
         values = (("rate", self.rate), ("rate", self.up), ("rtt", self.rtt), ("loss", self.loss),
                   ("queue", self.queue))  # fmt: skip
         for name, value in values:
@@ -65,53 +65,53 @@ class Link:
 
     @property
     def up(self) -> float:
-        """Mbit/s from the client."""
+        """Mbit/s to the server."""
         return self.rate if self.rate_up is None else self.rate_up
 
     def __str__(self) -> str:
-        """Describe it in one line, but for the loss."""
+        """Describe the link in one line, without the loss."""
         rate = f"{self.rate:g}" if self.up == self.rate else f"{self.rate:g}/{self.up:g}"
         return f"{rate} Mbit/s, round trip {self.rtt:g} ms, queue {self.queue:g} ms"
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What one direction did so far, in frames and bytes."""
+    """Counters of one direction, in frames and bytes."""
 
     passed: int
     bytes: int
     lost: int
-    dropped: int  # because the queue was full
+    dropped: int  # as the queue was full
     waiting: int  # bytes in the queue now
 
 
 class LinkedHosts(Hosts):
-    """The two hosts, joined by such a link. A context manager."""
+    """The two hosts, joined by an emulated link. A context manager."""
 
     def __init__(self, link: Link, *, seed: int = 1, emulator: str = "auto") -> None:
-        """Choose names. seed: the same one loses the same frames. emulator: auto, relay, netem."""
+        """Choose names. seed: the same seed loses the same frames. emulator: auto, relay, netem."""
         super().__init__()
-        number = next(_numbers)  # a process may have other hosts of these names
+        number = next(_numbers)  # unique also within this process
         self.names = {host: f"{name}_{number}" for host, name in self.names.items()}
         self.link_now = link
         self._is_cut = False
         self._emulator: _Relay | _Netem = choose(emulator)(self, seed)
 
     def __exit__(self, *what: object) -> None:
-        """Remove them."""
+        """Remove the hosts and the link."""
         try:
             super().__exit__(*what)
         finally:
             self._emulator.close()
 
     def change(self, **changes: float) -> None:
-        """Change the link from now on: rate, rate_up, rtt, loss, queue, as of Link."""
+        """Change properties of the link: rate, rate_up, rtt, loss, queue, as in Link."""
         self.link_now = replace(self.link_now, **changes)
         self._emulator.set(self.link_now, self._is_cut)
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
-        """Let nothing through for a while; both ends' devices stay up."""
+        """Drop everything while the context lasts; the devices of both ends stay up."""
         self._is_cut = True
         self._emulator.set(self.link_now, True)
         try:
@@ -121,7 +121,7 @@ class LinkedHosts(Hosts):
             self._emulator.set(self.link_now, False)
 
     def counters(self) -> dict[str, Counters]:
-        """Return what each direction did."""
+        """Return the counters of each direction."""
         return self._emulator.counters()
 
     def _join(self) -> None:
@@ -133,18 +133,18 @@ class LinkedHosts(Hosts):
             for family, prefix, more in ((netns.IPV4, 24, []), (netns.IPV6, 64, ["nodad"])):
                 netns.ip("-n", name, "address", "replace", f"{family[host]}/{prefix}", "dev",
                          device, *more)  # fmt: skip
-                # Behind a real link is a router, whose address nobody has to ask for over it.
+                # On a real link ARP ends at a router, so it does not cross the link.
                 netns.ip("-n", name, "neighbour", "replace", family[other], "lladdr", MACS[other],
                          "dev", device, "nud", "permanent")  # fmt: skip
 
 
 class _Relay:
-    """link_emulator.c, at work between the two."""
+    """link_emulator.c, running between the two hosts."""
 
     def __init__(self, pair: Hosts, seed: int) -> None:
         self._pair, self._seed = pair, seed
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()  # between a question and its answer
+        self._lock = threading.Lock()  # held from a command to its answer
 
     def start(self, link: Link) -> None:
         ends = [(self._pair.names[host], self._pair.links[host]) for host in (SERVER, CLIENT)]
@@ -169,7 +169,7 @@ class _Relay:
         process, self._process = self._process, None
         if process is None:
             return
-        with process:  # closes its pipes, of which the first one ends it
+        with process:  # closes its pipes; it ends at the end of its stdin
             with contextlib.suppress(OSError):
                 process.communicate(timeout=ANSWER_TIMEOUT)
             process.kill()
@@ -181,21 +181,21 @@ class _Relay:
             try:
                 self._process.stdin.write(command + "\n")
             except OSError as error:
-                raise TtunError(f"the emulated link ended: {error}") from None
+                raise TtunError(f"the link emulator exited: {error}") from None
             return self._answer(expected)
 
     def _answer(self, expected: str | None = None) -> str:
         assert self._process is not None
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)[0]:
-            raise TtunError(f"the emulated link does not answer within {ANSWER_TIMEOUT:.0f} s")
+            raise TtunError(f"the link emulator did not answer within {ANSWER_TIMEOUT:.0f} s")
         answer = self._process.stdout.readline().strip()
         if not answer:
             assert self._process.stderr is not None
-            said = self._process.stderr.read().strip() or "without a word"
-            raise TtunError(f"the emulated link ended: {said}")
+            said = self._process.stderr.read().strip() or "no error message"
+            raise TtunError(f"the link emulator exited: {said}")
         if expected is not None and answer != expected:
-            raise TtunError(f"the emulated link does not do that: {answer}")
+            raise TtunError(f"the link emulator rejected a command: {answer}")
         return answer
 
 
@@ -214,7 +214,7 @@ class _Netem:
         ends = [LinkEnd(host, self._pair.links[host], []) for host in (SERVER, CLIENT)]
         self._pair.link(ends[0], ends[1])
         for host in (SERVER, CLIENT):
-            # Else 64 KiB would be lost, and be under way, as one.
+            # Otherwise 64 KiB would be delayed and lost as one packet.
             netns.ip("-n", self._pair.names[host], "link", "set", self._pair.links[host],
                      "gso_max_segs", "1")  # fmt: skip
             self._tc(host, "qdisc", "add", *self._qdisc(host, link, False))
@@ -227,11 +227,11 @@ class _Netem:
         return {way: self._counted(host) for host, way in ((SERVER, DOWN), (CLIENT, UP))}
 
     def close(self) -> None:
-        """It goes with the devices."""
+        """Do nothing: the qdisc is removed with its device."""
 
     def _qdisc(self, host: str, link: Link, is_cut: bool) -> list[str]:
         rate = link.rate if host == SERVER else link.up
-        # Its limit is in packets, and counts those in flight too.
+        # The limit is in packets, and includes those in flight.
         limit = max(2, int(rate * 1e3 / 8 * (link.queue + link.rtt / 2) / FRAME))
         return ["dev", self._pair.links[host], "root", "netem", "limit", str(limit), "delay",
                 f"{link.rtt / 2}ms", "rate", f"{rate}mbit", "loss",
@@ -240,7 +240,7 @@ class _Netem:
     def _counted(self, host: str) -> Counters:
         shown = self._tc(host, "-s", "-json", "qdisc", "show", "dev", self._pair.links[host])
         one = json.loads(shown)[0]
-        # netem does not tell what it lost from what found the queue full.
+        # netem does not tell random loss from a full queue.
         return Counters(one["packets"], one["bytes"], one["drops"], 0, one["backlog"])
 
     def _tc(self, host: str, *arguments: str) -> str:
@@ -256,26 +256,26 @@ def _tc(namespace: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def choose(emulator: str) -> type[_Relay] | type[_Netem]:
-    """Return what makes links here. emulator: auto, relay or netem.
+    """Return the implementation to use. emulator: auto, relay or netem.
 
-    Raises TtunError where it cannot be had, UsageError for another name.
+    Raises TtunError if it is not available here, UsageError for another name.
     """
     if emulator not in ("auto", "relay", "netem"):
-        raise UsageError(f"emulator {emulator}: auto, relay or netem")
+        raise UsageError(f"--emulator {emulator} is not auto, relay or netem")
     if emulator != "netem" and _compiler() is not None:
         return _Relay
     if emulator != "relay" and _has_netem():
         return _Netem
     lacks = {
-        "auto": "an emulated link needs a C compiler, or netem in the kernel",
+        "auto": "an emulated link needs a C compiler or netem in the kernel",
         "relay": "the relay needs a C compiler",
-        "netem": "this kernel has no netem (modprobe sch_netem), or tc is missing",
+        "netem": "netem is not available (modprobe sch_netem; apt install iproute2)",
     }
-    raise TtunError(lacks[emulator] + ("" if emulator == "netem" else ": apt install gcc"))
+    raise TtunError(lacks[emulator] + ("" if emulator == "netem" else " (apt install gcc)"))
 
 
 def _has_netem() -> bool:
-    """Try it in a namespace of its own."""
+    """Return whether netem works, tried in a new namespace."""
     if not shutil.which("tc") or not netns.may_make_hosts():
         return False
     with netns.Namespaces("netem") as place:
@@ -285,16 +285,16 @@ def _has_netem() -> bool:
 
 
 def _compiler() -> list[str] | None:
-    """Return the C compiler's command, or None where there is none."""
+    """Return the command of the C compiler, or None if there is none."""
     command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     return command if shutil.which(command[0]) else None
 
 
 @functools.cache
 def _compiled() -> str:
-    """Compile the relay, once in the life of this process; return the program's path.
+    """Compile the relay, once per process; return the path of the program.
 
-    In a directory of this process's own: root runs it, so nobody else may have written it.
+    It is in a private temporary directory: root runs it, so no other user may be able to write it.
     """
     directory = tempfile.mkdtemp(prefix="ttun-link-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What ``ttun bench link`` measured, in few figures, and as a table of 80 columns."""
+"""The results of ``ttun bench link``: summarized, and as tables."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ttun.lab import table
+
 if TYPE_CHECKING:
     from ttun.lab.bench_link import Figures
 
-WIDTH = 80
-CELL = 9  # columns of a figure; a name has what is left
-MOST_LOSSES = 6  # columns beside the names
+MOST_LOSSES = 6  # columns of a table, which has to fit 80
 GOODPUT = {"up_1": "1 up", "down_1": "1 down", "up_8": "8 up", "down_8": "8 down"}
-BESIDE = {"idle": "idle", "down": "beside a download", "up": "beside an upload"}
+BESIDE = {"idle": "idle", "down": "during a download", "up": "during an upload"}
+
+UP, STREAMS = "up: client to server.", "1, 8: streams at once. "
 
 Summary = dict[str, dict[str, float]]  # kind of figure -> figure -> value
 
 
 def summary(runs: Sequence[Figures]) -> Summary:
-    """Return for each kind of figure its values: goodput in Mbit/s, times in ms, lost in per cent.
+    """Return the values of each kind of figure: goodput in Mbit/s, times in ms, lost in percent.
 
-    Goodput is the median of the runs; times are percentiles of all runs together, and of what
-    was answered.
+    Goodput is the median of the runs. Times are percentiles over all runs, of what was answered.
     """
     found: Summary = {
         "goodput": {
@@ -51,30 +52,27 @@ def _spread(times: Iterable[float | None]) -> dict[str, float]:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return the smallest value that so many per cent do not exceed; infinity of nothing."""
+    """Return the nearest-rank percentile of sorted values, or infinity if there are none."""
     if not ordered:
         return math.inf
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
-def table(heading: str, losses: Sequence[float], summaries: Sequence[dict[str, Summary]]) -> str:
+def render(
+    heading: Sequence[str], losses: Sequence[float], summaries: Sequence[dict[str, Summary]]
+) -> str:
     """Return a table for each kind of figure, with a line for each target."""
-    names = list(dict.fromkeys(name for each in summaries for name in each))
-    width = max((len(name) for name in names), default=0)
-    if len(losses) == 1:
-        lines = _one_loss(summaries[0], width)
-    else:
-        lines = _many_losses(losses, summaries, names, width)
-    return "\n".join(
-        [heading, f"lost each way: {', '.join(f'{loss:g}' for loss in losses)} %", *lines]
-    )
+    one = len(losses) == 1
+    groups = _one_loss(summaries[0]) if one else _many_losses(losses, summaries)
+    lost = f"loss each way: {', '.join(f'{loss:g}' for loss in losses)} %"
+    return "\n".join([*heading, lost, "", table.render(groups), "", STREAMS * one + UP])
 
 
-def _one_loss(found: dict[str, Summary], width: int) -> list[str]:
-    lines = _block("goodput, Mbit/s", width, GOODPUT.values(), {
-        name: [figures["goodput"][column] for column in GOODPUT] for name, figures in found.items()
-    })  # fmt: skip
-    for kind, title, last in (("ping", "ping", "lost %"), ("fetch", "100 kB", "failed %")):
+def _one_loss(found: dict[str, Summary]) -> list[table.Group]:
+    rows = {name: [figures["goodput"][column] for column in GOODPUT]
+            for name, figures in found.items()}  # fmt: skip
+    groups = [_group("goodput, Mbit/s", GOODPUT.values(), rows)]
+    for kind, title, last in (("ping", "ping", "% lost"), ("fetch", "100 kB", "% failed")):
         for beside, where in BESIDE.items():
             rows = {
                 name: [figures[f"{kind}_{beside}"][c] for c in ("median", "p95", "p99", "lost")]
@@ -82,43 +80,35 @@ def _one_loss(found: dict[str, Summary], width: int) -> list[str]:
                 if f"{kind}_{beside}" in figures
             }
             if rows:
-                columns = ("median", "p95", "p99", last)
-                lines += _block(f"{title} {where}, ms", width, columns, rows)
-    return lines
+                heads = ("median", "p95", "p99", last)
+                groups.append(_group(f"{title}, {where}, ms", heads, rows))
+    return groups
 
 
 def _many_losses(
-    losses: Sequence[float],
-    summaries: Sequence[dict[str, Summary]],
-    names: Sequence[str],
-    width: int,
-) -> list[str]:
-    lines = []
-    for column, title in GOODPUT.items():
+    losses: Sequence[float], summaries: Sequence[dict[str, Summary]]
+) -> list[table.Group]:
+    names = list(dict.fromkeys(name for each in summaries for name in each))
+    groups = []
+    for column in GOODPUT:
         rows = {
             name: [each[name]["goodput"][column] if name in each else math.nan
                    for each in summaries]
             for name in names
         }  # fmt: skip
         heads = [f"{loss:g} %" for loss in losses]
-        lines += _block(f"{title}, Mbit/s, lost:", width, heads, rows)
-    return lines
+        way, streams = column.split("_")
+        title = f"{'one stream' if streams == '1' else f'{streams} streams'} {way}"
+        groups.append(_group(f"{title}, Mbit/s, by loss", heads, rows))
+    return groups
 
 
-def _block(
-    title: str, width: int, columns: Iterable[str], rows: dict[str, list[float]]
-) -> list[str]:
-    heads = list(columns)
-    first = min(max(width, len(title)), WIDTH - CELL * len(heads))
-    lines = ["", f"{title:<{first}}" + "".join(f"{head:>{CELL}}" for head in heads)]
-    for name, values in rows.items():
-        shown = name if len(name) <= first else name[: first - 3] + "..."
-        cells = "".join(f"{_figure(value):>{CELL}}" for value in values)
-        lines.append(f"{shown:<{first}}" + cells)
-    return lines
+def _group(title: str, heads: Iterable[str], rows: dict[str, list[float]]) -> table.Group:
+    cells = {name: [_figure(value) for value in values] for name, values in rows.items()}
+    return table.Group(title, list(heads), cells)
 
 
 def _figure(value: float) -> str:
     if not math.isfinite(value):
-        return "-"
+        return table.NONE
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

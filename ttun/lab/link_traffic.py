@@ -1,19 +1,19 @@
-"""Traffic for ``ttun bench link``: streams, fetches and pings whose figures mean something where
-there is delay, a queue and loss.
+"""Traffic for ``ttun bench link``: streams, fetches and pings, for links with delay, a queue and
+loss.
 
-``python -m ttun.link_traffic serve ADDRESS PORT [CONGESTION]`` answers; ``up``, ``down``, ``fetch``
-and ``ping`` measure and print one line of JSON. CONGESTION is the congestion control of the sockets
-that this program opens.
+``python -m ttun.lab.link_traffic serve ADDRESS PORT [CONGESTION]`` is the server; ``up``, ``down``,
+``fetch`` and ``ping`` measure and print one line of JSON. CONGESTION is the congestion control of
+the sockets that this program opens.
 
-Unlike those of traffic.py, streams end by the clock: the receiver counts what arrives within a time
-from its first byte on, and what is still in buffers and queues then is thrown away. Pings leave at
-a fixed rate whether or not the one before was answered, so a bad second is not seen as one slow
-ping. One TCP connection each::
+Unlike those of traffic.py, streams end after a fixed time: the receiver counts what arrives within
+that time from the first byte on, and discards what is still in buffers and queues. Pings are sent
+at a fixed rate, whether or not the previous one was answered, so that a stall shows as many slow
+pings and not as one. Each measurement is one TCP connection::
 
     client: action, u8: 0 to the server, 1 from it, 2 fetch | u64 big-endian: ms, ms, bytes
-    up:     anything; the server, after that time: bytes and nanoseconds, u64, then the end
-    down:   the server: anything, until the client leaves
-    fetch:  the server: so many bytes, then the end
+    up:     client: any bytes; server, after that time: bytes and nanoseconds, u64, then EOF
+    down:   server: any bytes, until the client disconnects
+    fetch:  server: that many bytes, then EOF
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from ttun.lab.traffic import ICMP_ECHO, ICMP_REPLY, RESULT, internet_checksum, r
 UP, DOWN, FETCH = range(3)
 REQUEST = struct.Struct(">BQ")
 BLOCK = bytes(1 << 18)
-PATIENCE = 30.0  # seconds without a byte before a stream or a fetch has failed
-ANSWER_WITHIN = 3.0  # seconds; a later answer to a ping counts as none
+PATIENCE = 30.0  # seconds without a byte until a stream or a fetch has failed
+ANSWER_WITHIN = 3.0  # seconds; a ping that is answered later counts as lost
 FETCH_PAUSE = 0.05  # seconds between two fetches
-LINGER = struct.pack("=ii", 1, 0)  # closing throws away what is unsent, and resets
+LINGER = struct.pack("=ii", 1, 0)  # close() discards unsent data and resets the connection
 
 
 def serve(address: str, port: int, congestion: str = "") -> None:
-    """Answer, each client on a thread of its own, for ever."""
+    """Serve clients forever, each in its own thread."""
     with socket.create_server((address, port), backlog=1024) as listener:
         _set_congestion(listener, congestion)  # accepted sockets inherit it
         print("ready", flush=True)
@@ -51,13 +51,13 @@ def serve(address: str, port: int, congestion: str = "") -> None:
 
 
 def _answer(sock: socket.socket) -> None:
-    with sock, contextlib.suppress(OSError):  # the client says what went wrong
+    with sock, contextlib.suppress(OSError):  # the client reports what went wrong
         sock.settimeout(PATIENCE)
         action, value = REQUEST.unpack(_receive_exactly(sock, REQUEST.size))
         if action == UP:
             sock.sendall(RESULT.pack(*_count(sock, value / 1000)))
             with contextlib.suppress(socket.timeout):
-                while sock.recv(len(BLOCK)):  # until the client has read that and leaves
+                while sock.recv(len(BLOCK)):  # until the client has read the result and disconnects
                     pass
         elif action == DOWN:
             _send_until_answered(sock)
@@ -87,13 +87,13 @@ def _connect(server: tuple[str, int], congestion: str) -> socket.socket:
 def streams(
     server: tuple[str, int], action: int, number: int, seconds: float, congestion: str = ""
 ) -> float:
-    """Have a number of streams at once carry what they can; return bits per second in all.
+    """Run several streams at once at full speed; return their bits per second in total.
 
-    Raises ConnectionError if one of them broke.
+    Raises ConnectionError if one of them failed.
     """
     results: list[tuple[int, int]] = []
     together = threading.Barrier(number)
-    over = threading.Event()  # until then all of them go on, so that none gets another one's share
+    over = threading.Event()  # until then all carry on, so that none gets the share of another
 
     def one() -> None:
         try:
@@ -117,9 +117,9 @@ def streams(
 
 
 def _count(sock: socket.socket, seconds: float) -> tuple[int, int]:
-    """Receive for so long from the first byte on; return bytes, and nanoseconds.
+    """Receive for a fixed time from the first byte on; return bytes, and nanoseconds.
 
-    Raises OSError where the peer leaves or stays silent for too long.
+    Raises OSError if the peer disconnects or sends nothing for PATIENCE.
     """
     buffer = bytearray(1 << 20)
     size = sock.recv_into(buffer)
@@ -131,14 +131,14 @@ def _count(sock: socket.socket, seconds: float) -> tuple[int, int]:
         except socket.timeout:
             break
         if not got:
-            raise ConnectionError("the sender left")
+            raise ConnectionError("the sender disconnected")
         size += got
     sock.settimeout(PATIENCE)
     return size, int(seconds * 1e9)
 
 
 def _send_until_answered(sock: socket.socket) -> bool:
-    """Send until the peer has something to say, or leaves; return whether it does in time."""
+    """Send until the peer answers or disconnects; return False if it does neither in time."""
     sock.setblocking(False)
     try:
         while True:
@@ -152,7 +152,7 @@ def _send_until_answered(sock: socket.socket) -> bool:
 
 
 def _carry_on(sock: socket.socket, action: int) -> None:
-    """Use the link for a moment, uncounted."""
+    """Keep the link busy for a moment, without counting."""
     reading, writing = ([sock], []) if action == DOWN else ([], [sock])
     readable, writable, _ = select.select(reading, writing, [], 0.1)
     with contextlib.suppress(BlockingIOError):
@@ -167,7 +167,7 @@ def _receive_exactly(sock: socket.socket, size: int) -> bytes:
     while len(data) < size:
         part = sock.recv(size - len(data))
         if not part:
-            raise ConnectionError("closed too early")
+            raise ConnectionError("connection closed too early")
         data += part
     return data
 
@@ -175,9 +175,9 @@ def _receive_exactly(sock: socket.socket, size: int) -> bytes:
 def fetch(
     server: tuple[str, int], size: int, seconds: float, congestion: str = ""
 ) -> list[float | None]:
-    """Fetch size bytes again and again, each over a connection of its own, as a browser might.
+    """Fetch size bytes repeatedly, each time over a new connection, as a browser might.
 
-    Returns how many seconds each took, from dialling to the last byte; None for one that failed.
+    Returns the seconds that each took, from connecting to the last byte; None where one failed.
     """
     results: list[float | None] = []
     buffer = bytearray(1 << 18)
@@ -194,7 +194,7 @@ def fetch(
 
 
 def ping(address: str, times: int, interval: float) -> list[float | None]:
-    """Ping at a fixed rate; return each round trip in seconds, None for one that was lost.
+    """Ping at a fixed rate; return each round trip in seconds, None where a ping was lost.
 
     Needs CAP_NET_RAW.
     """
@@ -208,7 +208,7 @@ def ping(address: str, times: int, interval: float) -> list[float | None]:
         while answered < times and (now := time.monotonic()) < end:
             if sent < times and now >= started + sent * interval:
                 sent_at[sent] = now
-                with contextlib.suppress(OSError):  # no way there at present: it is lost
+                with contextlib.suppress(OSError):  # no route at present: it counts as lost
                     sock.send(_echo_request(identifier, sent, mark))
                 sent += 1
                 continue
@@ -217,10 +217,10 @@ def ping(address: str, times: int, interval: float) -> list[float | None]:
                 continue
             try:
                 packet = sock.recv(65536)
-            except OSError:  # what the network says of an earlier one
+            except OSError:  # an ICMP error about an earlier ping
                 continue
             arrived = time.monotonic()
-            packet = packet[(packet[0] & 15) * 4 :]  # behind the IP header
+            packet = packet[(packet[0] & 15) * 4 :]  # skip the IP header
             if packet[:1] != bytes([ICMP_REPLY]) or packet[16:] != mark or len(packet) < 16:
                 continue
             number = int.from_bytes(packet[8:16], "big")
@@ -240,7 +240,7 @@ def _echo_request(identifier: int, number: int, mark: bytes) -> bytes:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one of these.
+    """Run one action.
 
     serve ADDRESS PORT [CONGESTION]; up|down ADDRESS PORT STREAMS SECONDS [CONGESTION];
     fetch ADDRESS PORT BYTES SECONDS [CONGESTION]; ping ADDRESS TIMES INTERVAL.

@@ -1,9 +1,9 @@
-"""Two hosts on this machine, to run both ends of a tunnel: network namespaces and a veth pair.
+"""Two hosts on this machine, for both ends of a tunnel: network namespaces and a veth pair.
 
     server's host 192.0.2.1 ---- veth ---- 192.0.2.2 client's host      (RFC 5737 addresses)
 
-For the demo, the benchmark and the tests. Nothing of it can reach another machine, and all of it
-is removed again, also after a failure; what a killed run left behind, the next run removes.
+For the demo, the benchmark and the tests. They cannot reach any other machine. They are removed
+afterwards, also after a failure; the next run removes what a killed run left behind.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Self = TypeVar("Self", bound="Namespaces")  # typing.Self from Python 3.11 on
 
 
 class LinkEnd(NamedTuple):
-    """What a host has of a link."""
+    """One end of a link."""
 
     host: str
     device: str
-    addresses: Sequence[str]  # with their lengths
+    addresses: Sequence[str]  # with prefix lengths
 
 
 class Namespaces:
-    """Some hosts. A context manager: made on entry, removed on exit with all that runs there."""
+    """Hosts. A context manager: made on entry, removed on exit with all processes in them."""
 
     def __init__(self, *hosts: str) -> None:
-        """Choose names that no other process has. hosts: letters, digits, underscores."""
+        """Choose names that are unique to this process. hosts: letters, digits, underscores."""
         self.names = {host: f"{PREFIX}-{os.getpid()}-{host}" for host in hosts}
 
     def __enter__(self: Self) -> Self:
-        """Make them."""
+        """Make the hosts."""
         _sweep()
         try:
             for name in self.names.values():
@@ -59,12 +59,12 @@ class Namespaces:
         return self
 
     def __exit__(self, *what: object) -> None:
-        """Remove them."""
+        """Remove the hosts."""
         for name in self.names.values():
             _remove(name)
 
     def _join(self) -> None:
-        """Make the links between them."""
+        """Make the links between the hosts."""
 
     def link(self, first: LinkEnd, second: LinkEnd) -> None:
         """Join two hosts with a veth pair."""
@@ -89,7 +89,7 @@ class Namespaces:
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
     ) -> subprocess.Popen[str]:
-        """Start a program on a host. ``ip netns exec`` becomes it, so its process is the one."""
+        """Start a program on a host. ``ip netns exec`` execs it, so this is its process."""
         return subprocess.Popen(
             self.command(host, arguments),
             env={**os.environ, **(environment or {})},
@@ -101,7 +101,7 @@ class Namespaces:
 
 
 class Hosts(Namespaces):
-    """The two hosts, joined."""
+    """The two hosts, joined by a veth pair."""
 
     def __init__(self) -> None:
         """Choose names."""
@@ -117,18 +117,18 @@ class Hosts(Namespaces):
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """Return the command line of a module of this package, in this Python."""
+    """Return the command line that runs a module of this package with this Python."""
     return [sys.executable, "-m", module, *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return what such a module needs in its environment to be found from any directory."""
+    """Return the environment in which Python finds this package from any directory."""
     home = str(Path(__file__).resolve().parents[2])
     return {"PYTHONPATH": home, "PYTHONUNBUFFERED": "1", **more}
 
 
 def ip(*arguments: str) -> str:
-    """Run iproute2's ip. Raises TtunError with what it said."""
+    """Run ip(8) and return its output. Raises TtunError with its error message."""
     try:
         done = subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
     except FileNotFoundError:
@@ -139,32 +139,32 @@ def ip(*arguments: str) -> str:
 
 
 def may_make_hosts() -> bool:
-    """Return whether this process may make namespaces and devices: root, as a rule."""
+    """Return whether this process may make namespaces and devices, as root usually may."""
     return privileges.has(privileges.NET_ADMIN) and privileges.has(privileges.SYS_ADMIN)
 
 
 def enter_user_namespace(arguments: Sequence[str]) -> None:
-    """Run a command line anew as root of a user namespace, in place of this process.
+    """Replace this process by a command line that runs as root of a user namespace.
 
-    Returns only where the kernel does not allow that, with TtunError. ``ip netns`` keeps its names
-    in /run, which is a fresh tmpfs there.
+    Raises TtunError where that is not possible. /run is a new tmpfs there, as ``ip netns`` keeps
+    its names in it.
     """
     node = "/dev/net/tun"
     if os.path.exists(node) and not os.access(node, os.R_OK | os.W_OK):
-        raise TtunError(f"this needs root, as {node} may not be opened by this user: use sudo")
+        raise TtunError(f"this needs root: the user may not open {node} (use sudo)")
     namespace = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
     if os.environ.get(INSIDE) or not shutil.which("unshare"):
-        raise TtunError("this needs root: run it with sudo")
+        raise TtunError("this needs root (use sudo)")
     script = 'mount -t tmpfs none /run && ip link set lo up && exec "$@"'
     wrapped = [*namespace, "sh", "-c", script, "sh"]
     if subprocess.run([*wrapped, "true"], capture_output=True, check=False).returncode != 0:
-        raise TtunError("this needs root, and this kernel allows no user namespace: use sudo")
+        raise TtunError("this needs root: the kernel allows no user namespaces (use sudo)")
     os.environ.update(environment(), **{INSIDE: "1"})
     os.execvp(wrapped[0], [*wrapped, *arguments])
 
 
 def _remove(name: str) -> None:
-    """Kill what runs in a namespace and remove it; its devices go with it."""
+    """Kill all processes in a namespace and remove it, with its devices."""
     with contextlib.suppress(TtunError):
         for pid in ip("netns", "pids", name).split():
             with contextlib.suppress(ProcessLookupError):
@@ -173,7 +173,7 @@ def _remove(name: str) -> None:
 
 
 def _sweep() -> None:
-    """Remove what processes that are gone have left."""
+    """Remove the namespaces of processes that no longer run."""
     for line in ip("netns", "list").splitlines():
         match = re.match(rf"{PREFIX}-(\d+)-\w+", line)
         if match and not _is_running(int(match[1])):

@@ -1,7 +1,7 @@
-"""What ``ttun bench tunnel`` measures: this program, and others beside it in the same run.
+"""Benchmark targets: ttun itself, and competitors that are measured in the same run.
 
-A subject knows how to start both its ends on two hosts. The server's end of its tunnel has the
-address that traffic goes to.
+A target knows how to start both its ends on two hosts. Traffic goes to the tunnel address of the
+server's end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TUNNEL = "10.1.1.1"
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """Something to measure. start: None for the bare link between the hosts."""
 
     name: str
@@ -34,11 +34,11 @@ class Subject:
     start: Callable[[Hosts], Ends] | None
 
 
-RAW = Subject("no tunnel", netns.IPV4[SERVER], None)
+BARE_LINK = Target("no tunnel", netns.IPV4[SERVER], None)
 
 
-def ours(*options: str) -> Subject:
-    """Return this program with some options on both ends."""
+def ttun(*options: str) -> Target:
+    """Return ttun with some options on both ends."""
 
     def start(pair: Hosts) -> Ends:
         environment = netns.environment(TTUN_PSK=key.generate())
@@ -49,36 +49,36 @@ def ours(*options: str) -> Subject:
             for host, command in ((SERVER, server), (CLIENT, client))
         ]
 
-    return Subject(" ".join(["ttun", *options]), TUNNEL, start)
+    return Target(" ".join(["ttun", *options]), TUNNEL, start)
 
 
-def against(text: str) -> Subject:
+def competitor(text: str) -> Target:
     """Return what --against names: openvpn, wireguard-go, or 'SERVER COMMAND :: CLIENT COMMAND'.
 
-    {peer} in a command stands for the server's address. NAME= in front of it is what tables call
-    it. Raises UsageError for something else, TtunError for a program that is not installed.
+    In a command, {peer} stands for the server's address. NAME= in front sets the name in tables.
+    Raises UsageError for anything else, TtunError for a program that is not installed.
     """
     named = re.match(r"([\w.+-]+)=", text)
     if named:
-        return replace(against(text[named.end() :]), name=named[1])
+        return replace(competitor(text[named.end() :]), name=named[1])
     if text == "openvpn":
         _need("openvpn", "openssl")
-        return Subject("openvpn (tcp, aes-256-gcm)", TUNNEL, _start_openvpn)
+        return Target("openvpn (tcp, aes-256-gcm)", TUNNEL, _start_openvpn)
     if text.rpartition("/")[2] == "wireguard-go":
         _need(text, "wg")
-        return Subject(text, TUNNEL, lambda pair: _start_wireguard(pair, text))
+        return Target(text, TUNNEL, lambda pair: _start_wireguard(pair, text))
     server, separator, client = text.partition("::")
     if not separator:
         raise UsageError(
-            f"--against {text!r}: openvpn, wireguard-go or 'SERVER COMMAND :: CLIENT COMMAND', "
-            "with NAME= in front of it or not"
+            f"--against {text!r} is not openvpn, wireguard-go or "
+            "'SERVER COMMAND :: CLIENT COMMAND', with an optional NAME= in front"
         )
     try:
         commands = [shlex.split(end.format(peer=netns.IPV4[SERVER])) for end in (server, client)]
     except (ValueError, LookupError, AttributeError) as error:  # of shlex and of str.format
-        raise UsageError(f"--against {text!r}: {error}; {{{{ stands for a brace") from None
+        raise UsageError(f"--against {text!r}: {error} (write a brace as {{{{)") from None
     if not all(commands):
-        raise UsageError(f"--against {text!r}: a command is missing beside the '::'")
+        raise UsageError(f"--against {text!r}: a command is missing on one side of '::'")
     _need(*(command[0] for command in commands))
 
     def start(pair: Hosts) -> Ends:
@@ -86,13 +86,13 @@ def against(text: str) -> Subject:
         time.sleep(1)
         return [*ends, _quietly(pair, CLIENT, commands[1])]
 
-    return Subject(Path(commands[0][0]).name, TUNNEL, start)
+    return Target(Path(commands[0][0]).name, TUNNEL, start)
 
 
 def _need(*programs: str) -> None:
     for program in programs:
         if not shutil.which(program):
-            raise TtunError(f"{program} is not installed, so nothing can be measured against it")
+            raise TtunError(f"--against: {program} is not installed")
 
 
 def _quietly(
@@ -103,7 +103,7 @@ def _quietly(
 
 
 def _start_openvpn(pair: Hosts) -> Ends:
-    """Start OpenVPN over TCP, with certificates made now that name each other."""
+    """Start OpenVPN over TCP, with new certificates that name each other."""
     ends = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -120,7 +120,7 @@ def _start_openvpn(pair: Hosts) -> Ends:
                 f"peer-fingerprint {prints[other]}\ndata-ciphers AES-256-GCM\n"
             )
             ends.append(_quietly(pair, host, ["openvpn", "--config", str(config)]))
-            time.sleep(1)  # it has read its files by then
+            time.sleep(1)  # by then it has read its files
     return ends
 
 
@@ -137,7 +137,7 @@ def _start_wireguard(pair: Hosts, program: str) -> Ends:
     ends, keys = [], {host: _run("wg", "genkey").strip() for host in (SERVER, CLIENT)}
     public = {host: _run("wg", "pubkey", given=keys[host]).strip() for host in keys}
     for host, other, address in ((SERVER, CLIENT, TUNNEL), (CLIENT, SERVER, "10.1.1.2")):
-        device = f"wg-{host}"  # its control socket goes by this name, for both hosts
+        device = f"wg-{host}"  # names its control socket, in a directory that both hosts share
         ends.append(_quietly(pair, host, [program, "-f", device]))
         config = f"[Interface]\nListenPort = 51820\nPrivateKey = {keys[host]}\n[Peer]\n"
         config += f"PublicKey = {public[other]}\nAllowedIPs = 0.0.0.0/0\n"
@@ -152,5 +152,6 @@ def _start_wireguard(pair: Hosts, program: str) -> Ends:
 def _run(*command: str, given: str | None = None) -> str:
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise TtunError(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise TtunError(f"{command[0]} failed: {said[-1]}")
     return done.stdout

@@ -1,19 +1,19 @@
-"""Traffic through a tunnel, made and measured: for the demo, the benchmark and the tests.
+"""Generate and measure traffic through a tunnel, for the demo, the benchmark and the tests.
 
-``python -m ttun.traffic serve ADDRESS PORT`` answers; the others measure and print one line of
-JSON. ``send`` and ``receive`` compare checksums, one TCP connection each::
+``python -m ttun.lab.traffic serve ADDRESS PORT`` is the server; the other actions measure and print
+one line of JSON. ``send`` and ``receive`` compare checksums, with one TCP connection each::
 
     client: action, u8: 0 to the server, 1 from it | size, u64 big-endian
-    sender: size bytes, then their SHA-256        receiver, after all of it: b"1" whole, b"0" not
+    sender: size bytes, then their SHA-256      receiver, after that: b"1" if it matches, else b"0"
 
-``flood`` and ``drain`` measure how fast TCP goes, as iperf3 does, ``datagrams`` how many UDP
-datagrams arrive::
+``flood`` and ``drain`` measure TCP throughput, as iperf3 does; ``datagrams`` counts the UDP
+datagrams that arrive::
 
     client: action, u8: 2 to the server, 3 from it, 4 datagrams | milliseconds, u64 big-endian
-    sender: anything, then the end                receiver, after it: bytes and nanoseconds, u64
+    sender: any bytes, then EOF                 receiver, after that: bytes and nanoseconds, u64
 
-    datagrams: the server answers with a UDP port, u64; the client sends there and then a byte
-    here; the server says how many arrived and 0, u64
+    datagrams: the server answers with a UDP port, u64; the client sends datagrams there, then one
+    byte on this connection; the server answers with the number that arrived and 0, u64
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ RESULT = struct.Struct(">QQ")
 BLOCK = 1 << 20
 ICMP_ECHO, ICMPV6_ECHO, ICMP_REPLY, ICMPV6_REPLY = 8, 128, 0, 129
 IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2  # linux/in.h, linux/in6.h
-PATIENCE = 30.0  # seconds without a byte before a transfer has failed
+PATIENCE = 30.0  # seconds without a byte until a transfer has failed
 
 
 def serve(address: str, port: int) -> None:
-    """Answer transfers, each on a thread of its own, for ever."""
+    """Serve clients forever, each in its own thread."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, port), family=family, backlog=1024) as listener:
         print("ready", flush=True)
@@ -68,7 +68,7 @@ def _answer(sock: socket.socket) -> None:
 
 
 def transfer(address: str, port: int, direction: int, size: int) -> dict[str, float | bool]:
-    """Send or receive size bytes. Returns seconds, and whether every byte arrived as sent."""
+    """Send or receive size bytes. Returns the seconds, and whether the data arrived unchanged."""
     with socket.create_connection((address, port), timeout=PATIENCE) as sock:
         started = time.monotonic()
         sock.sendall(REQUEST.pack(direction, size))
@@ -77,7 +77,7 @@ def transfer(address: str, port: int, direction: int, size: int) -> dict[str, fl
 
 
 def _send_and_ask(sock: socket.socket, size: int) -> bool:
-    """Send random blocks, each with its number so that no two are alike; return the verdict."""
+    """Send random blocks, numbered so that all differ; return whether the SHA-256 matched."""
     block = bytearray(os.urandom(min(size, BLOCK) + 8))
     digest = hashlib.sha256()
     sent = 0
@@ -92,14 +92,14 @@ def _send_and_ask(sock: socket.socket, size: int) -> bool:
 
 
 def _receive_and_judge(sock: socket.socket, size: int) -> bool:
-    """Receive size bytes and their digest; tell the sender whether they agree."""
+    """Receive size bytes and their digest; tell the sender whether they match."""
     buffer = memoryview(bytearray(BLOCK))
     digest = hashlib.sha256()
     left = size
     while left:
         got = sock.recv_into(buffer[: min(BLOCK, left)])
         if not got:
-            raise ConnectionError(f"closed with {left} of {size} bytes to come")
+            raise ConnectionError(f"connection closed with {left} of {size} bytes missing")
         digest.update(buffer[:got])
         left -= got
     whole = _receive_exactly(sock, digest.digest_size) == digest.digest()
@@ -108,9 +108,9 @@ def _receive_and_judge(sock: socket.socket, size: int) -> bool:
 
 
 def flood(address: str, port: int, action: int, streams: int, seconds: float) -> float:
-    """Send (FLOOD) or receive (DRAIN) over some streams at once; return bits per second.
+    """Send (FLOOD) or receive (DRAIN) over several streams at once; return bits per second.
 
-    What counts is what the receiver got, over the time it took.
+    The rate is what the receiver received, divided by the time that took.
     """
     results: list[tuple[int, int]] = []
 
@@ -127,9 +127,9 @@ def flood(address: str, port: int, action: int, streams: int, seconds: float) ->
 
 
 def rate_of_all(one: Callable[[], None], streams: int, results: list[tuple[int, int]]) -> float:
-    """Run so many streams side by side; return the sum of their rates in bits per second.
+    """Run one() in parallel for each stream; return the sum of their rates in bits per second.
 
-    results: where each puts its bytes and nanoseconds. Raises ConnectionError if one did not.
+    results: each stream appends its bytes and nanoseconds. Raises ConnectionError if one failed.
     """
     threads = [threading.Thread(target=one) for _ in range(streams)]
     for thread in threads:
@@ -137,7 +137,7 @@ def rate_of_all(one: Callable[[], None], streams: int, results: list[tuple[int, 
     for thread in threads:
         thread.join()
     if len(results) < streams:
-        raise ConnectionError(f"{streams - len(results)} of {streams} streams broke")
+        raise ConnectionError(f"{streams - len(results)} of {streams} streams failed")
     return sum(size * 8e9 / nanoseconds for size, nanoseconds in results)
 
 
@@ -150,7 +150,7 @@ def _send_for(sock: socket.socket, seconds: float) -> None:
 
 
 def _receive_all(sock: socket.socket) -> tuple[int, int]:
-    """Receive to the end; return bytes, and nanoseconds from the first to the last."""
+    """Receive until EOF; return bytes, and nanoseconds from the first to the last."""
     buffer = bytearray(BLOCK)
     size = sock.recv_into(buffer)
     started = last = time.monotonic_ns()
@@ -163,9 +163,9 @@ def _receive_all(sock: socket.socket) -> tuple[int, int]:
 def datagrams(
     address: str, port: int, size: int, rate: int, seconds: float
 ) -> dict[str, float | int]:
-    """Send datagrams of size bytes at rate per second (0: as fast as they go).
+    """Send datagrams of size bytes at a rate per second (0: as many as possible).
 
-    Returns how many were sent and how many arrived, and the seconds that sending took.
+    Returns the numbers sent and arrived, and the seconds that sending took.
     """
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(socket.create_connection((address, port), timeout=PATIENCE))
@@ -215,16 +215,16 @@ def _receive_exactly(sock: socket.socket, size: int) -> bytes:
     while len(data) < size:
         part = sock.recv(size - len(data))
         if not part:
-            raise ConnectionError("closed too early")
+            raise ConnectionError("connection closed too early")
         data += part
     return bytes(data)
 
 
 def ping(address: str, times: int, interval: float, size: int = 56) -> list[float | None]:
-    """Ping; return each round trip in seconds, None for one unanswered within a second.
+    """Ping; return each round trip in seconds, None where no answer came within a second.
 
-    size: bytes behind the ICMP header, never fragmented. interval: seconds between two. Needs
-    CAP_NET_RAW. Raises OSError where a packet of that size cannot go out.
+    size: bytes after the ICMP header, never fragmented. interval: seconds between two pings. Needs
+    CAP_NET_RAW. Raises OSError if the kernel rejects a packet of that size.
     """
     v6 = ":" in address
     family, protocol, request, reply = (
@@ -243,7 +243,7 @@ def ping(address: str, times: int, interval: float, size: int = 56) -> list[floa
         for sequence in range(times):
             body = os.urandom(size)
             header = struct.pack(">BBHHH", request, 0, 0, identifier, sequence)
-            if not v6:  # the kernel does it for ICMPv6 (RFC 3542, section 3.1)
+            if not v6:  # for ICMPv6 the kernel fills in the checksum (RFC 3542, section 3.1)
                 checksum = internet_checksum(header + body)
                 header = struct.pack(">BBHHH", request, 0, checksum, identifier, sequence)
             started = time.monotonic()
@@ -279,7 +279,7 @@ def internet_checksum(data: bytes) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one of these.
+    """Run one action.
 
     serve ADDRESS PORT; send|receive ADDRESS PORT BYTES; flood|drain ADDRESS PORT STREAMS SECONDS;
     datagrams ADDRESS PORT BYTES RATE SECONDS; ping ADDRESS TIMES [BYTES [INTERVAL]].

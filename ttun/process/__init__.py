@@ -1,1 +1,1 @@
-"""How this process gets along with its system: arguments, signals, the log, files."""
+"""The process and its system: arguments, signals, the log, files."""

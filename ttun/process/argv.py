@@ -1,7 +1,7 @@
-"""Command lines: where keys are in one, errors that show none, values that look like options.
+"""Command lines: where keys are in one, errors that show no key, values that look like options.
 
-Anything that is neither an option nor an option's value may be a key that was put in the wrong
-place, as in ``-psk KEY``. So an error names options, not values.
+An argument that is neither an option nor an option's value may be a misplaced key, as in ``-psk
+KEY``. So errors name options and not values.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -20,31 +21,59 @@ SECRETS = ("-k", "--psk", "--proxy")  # options whose value is a key, or may hav
 NOT_SHOWN = "not shown: it may be a key"
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that fits 80 columns, with each option in the form that users should type."""
+
+    def __init__(self, prog: str, **named: Any) -> None:
+        """Leave 52 of 80 columns to the text."""
+        super().__init__(prog, max_help_position=26, **named)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Return ``-m, --cipher CIPHER``: no second ``-cipher``, and the value once."""
+        names = [name for name in action.option_strings if name[1] == "-" or len(name) == 2]
+        if not names:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
+        return ", ".join(names) + value
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap the text of an option, but not within a name such as aes-256-gcm."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Keep line breaks, and wrap longer lines."""
+        return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without what may be a key."""
+    """An argument parser whose errors are one line and show no value that may be a key."""
+
+    def __init__(self, **named: Any) -> None:
+        """Take what argparse takes, but no abbreviated options."""
+        super().__init__(allow_abbrev=False, formatter_class=Help, **named)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, where help is, and exit with code 2."""
+        """Print what is wrong and where help is, and exit with code 2."""
         message = re.sub("ignored explicit argument .*", "takes no value", message, flags=re.DOTALL)
         with contextlib.suppress(OSError):
             print(f"{self.prog}: {printable(message)}; see {self.prog} -h", file=sys.stderr)
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print help. argparse would keep quiet about a disk that is full."""
+        """Print help. argparse would ignore a full disk."""
         print(message, end="", file=file)
 
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
-        """Parse as argparse does, but refuse what is not known."""
+        """Parse as argparse does, but reject unknown arguments."""
         parsed, unknown = super().parse_known_args(*arguments, **named)
         if unknown:
             self.error(_why_unknown(unknown[0], self._option_string_actions))
         return parsed, unknown
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """Return what an argument that is no option may stand for: one letter and its value.
+        """Return the options of one letter that an argument may be, with the value attached.
 
-        argparse would also take the beginning of a long option, behind one dash, for the whole.
+        argparse would also accept an abbreviated long option after one dash.
         """
         found = super()._get_option_tuples(option_string)
         return [
@@ -52,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         ]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse an unknown command without showing it."""
+        """Reject an unknown command without showing it."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             like = difflib.get_close_matches(str(value), choices, 1)
@@ -63,8 +92,8 @@ class Parser(argparse.ArgumentParser):
 def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int, int]]:
     """Yield where a key may be on a command line: an argument's index, and its first character.
 
-    That is the value of -k and --psk in all ways to write it, also when it is written twice, and
-    what is neither an option nor a value: parsing will fail there, but this process is seen first.
+    That is each value of -k and --psk, in all forms, and whatever is neither an option nor a value:
+    parsing will fail there, but the process is visible until then.
     """
     options, commands, free = _what_it_takes(parser)
     index = -1
@@ -100,7 +129,7 @@ def _what_it_takes(
 ) -> tuple[dict[str, bool | None], dict[str, argparse.ArgumentParser], int]:
     """Return a parser's options, its commands, and how many other arguments it takes.
 
-    With an option stands whether it takes the argument behind it; None where it takes no value.
+    The value of an option is whether it takes the next argument; None if it takes no value.
     """
     options = {
         name: None if action.nargs == 0 else action.nargs is None
@@ -115,10 +144,10 @@ def _what_it_takes(
 def join_each(
     arguments: Sequence[str], takes_value: Callable[[str], bool], joint: str
 ) -> list[str]:
-    """Join each option that takes a value to what follows it.
+    """Join each option that takes a value to the argument after it.
 
-    Not to nothing, which would be no value. Nor to two dashes: argparse drops such a value whatever
-    is done; apart, it is refused.
+    Not to an empty one, nor to two dashes: argparse drops such a value if it is joined, and rejects
+    it if it is not.
     """
     joined, rest = [], list(arguments)
     while rest:
@@ -130,10 +159,10 @@ def join_each(
 
 
 def _joins(argument: str, option: str, names: Iterable[str]) -> bool:
-    """Return whether an argument can be an option of one letter with its value behind it.
+    """Return whether an argument can be an option of one letter with its value attached.
 
-    It cannot where it is a long option behind one dash, or begins with one: ``-server h`` does not
-    mean ``-s erver``.
+    Not if it is, or begins with, a long option after one dash: ``-server h`` does not mean ``-s
+    erver``.
     """
     return len(option) == 2 and not any(
         argument.startswith(name) or argument == name[1:] for name in names if len(name) > 2
@@ -141,13 +170,13 @@ def _joins(argument: str, option: str, names: Iterable[str]) -> bool:
 
 
 def _why_unknown(argument: str, names: Iterable[str]) -> str:
-    """Return what is wrong with an argument; of it, show no more than one of names has too."""
+    """Return what is wrong with an argument; show of it only what is in one of the names."""
     if not argument.startswith("-"):
         return f"unexpected argument ({NOT_SHOWN})"
     typed = argument.partition("=")[0]
     word = typed.lstrip("-")
     known = sorted({name.lstrip("-") for name in names if len(name) > 2})
-    like = [name for name in known if word and name.startswith(word)]
+    like = [name for name in known if len(word) > 1 and name.startswith(word)]
     is_shown = like or len(typed) == 2
     like = like or [name for name in known if word.startswith(name)]
     like = like or difflib.get_close_matches(word, known, 1)

@@ -1,8 +1,8 @@
-"""Files that the user names, read whole within bounds of size and time; secrets, read and written.
+"""Files that the user names, read with limits of size and time; secrets, read and written.
 
-A name may lead to a pipe, as in ``--psk-file <(pass show ttun)``, to a FIFO that nobody writes to,
-or to /dev/zero. What is not a regular file is waited for, WAIT seconds in all. A secret is read
-only where nobody else can read or replace it.
+A name may lead to a pipe, as in ``--psk-file <(pass show ttun)``, to a FIFO without a writer, or to
+/dev/zero. Reading from anything but a regular file ends after WAIT seconds. A secret is read only
+if no other user can read or replace it.
 
 Sources: fifo(7), poll(2), pipe(7), open(2), fsync(2).
 """
@@ -25,19 +25,19 @@ from ttun.errors import TtunError
 log = logging.getLogger("ttun")
 
 WAIT = 60.0  # seconds for a pipe to end: time enough to type a passphrase
-WAIT_SILENTLY = 2.0  # seconds until there is a line about it
+WAIT_SILENTLY = 2.0  # seconds until it is logged
 CHUNK = 65536
-SUDO_VARIABLE = "SUDO_UID"  # sudo(8): who called it
+SUDO_VARIABLE = "SUDO_UID"  # sudo(8): the user who called it
 CREDENTIALS = "CREDENTIALS_DIRECTORY"
 
 
 def read(path: Path, most: int, check: Callable[[os.stat_result], None] = lambda _: None) -> bytes:
-    """Return what is in a file, most bytes of it at most.
+    """Return the content of a file of at most so many bytes.
 
-    check: is shown what fstat(2) says of the open file, before it is read. Raises OSError, EFBIG
-    where there is more.
+    check: called with the fstat(2) of the open file before it is read. Raises OSError, EFBIG if the
+    file is larger.
     """
-    # Without O_NONBLOCK, opening a FIFO waits until another opens it to write.
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         found = os.fstat(descriptor)
@@ -57,14 +57,14 @@ def read(path: Path, most: int, check: Callable[[os.stat_result], None] = lambda
             parts.append(part)
             size += len(part)
             if size > most:
-                raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+                raise OSError(errno.EFBIG, f"larger than {most} bytes")
         raise TimeoutError(errno.ETIMEDOUT, f"no end of file within {WAIT:.0f} s")
     finally:
         os.close(descriptor)
 
 
 def _await(descriptor: int, started: float, path: Path) -> bool:
-    """Wait until there is something to read, or the end; return whether that came in time."""
+    """Wait for data or the end of the file; return whether it came in time."""
     watch = select.poll()
     watch.register(descriptor, select.POLLIN)
     for until in (WAIT_SILENTLY, WAIT):
@@ -78,9 +78,9 @@ def _await(descriptor: int, started: float, path: Path) -> bool:
 
 
 def write_secret(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write a file of mode 0600: it is there whole, or as before, after a power failure too.
+    """Write a file of mode 0600, atomically and durably.
 
-    replace: a file that exists; else it stays as it is. Raises OSError.
+    replace: whether to replace an existing file; else it is left unchanged. Raises OSError.
     """
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
@@ -105,40 +105,40 @@ def write_secret(path: Path, data: bytes, *, replace: bool) -> None:
 
 
 def read_secret(path: Path, most: int, what: str) -> bytes:
-    """Return the secret in a file that nobody else can read or replace.
+    """Return the secret in a file that no other user can read or replace.
 
-    what: the kind of file, for the error. Raises TtunError.
+    what: the kind of file, for errors. Raises TtunError.
     """
     try:
         return read(path, most, lambda found: check_secret(path, found, what))
     except PermissionError:
-        raise TtunError(f"this user may not read the {what} {path}: use sudo") from None
+        raise TtunError(f"cannot read the {what} {path}: permission denied (use sudo)") from None
     except OSError as error:
         raise TtunError(f"cannot read the {what} {path}: {error.strerror}") from None
 
 
 def check_secret(path: Path, found: os.stat_result, what: str) -> None:
-    """Raise TtunError if others can read the secret in an open file, or have put it there."""
+    """Raise TtunError if other users can read the secret in an open file, or put it there."""
     if stat.S_ISFIFO(found.st_mode) and _is_nameless(found):
-        return  # the process that started this one made it
+        return  # the parent process made it
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
-        raise TtunError(f"{path} is not a {what}: it is a device")
+        raise TtunError(f"{path} is a device, not a {what}")
     if _is_credential(path, found.st_mode):
         return
     check_owner(path, found, what)
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise TtunError(f"others can read the {what} {path}: chmod 600 {path}")
+        raise TtunError(f"the {what} {path} is readable by other users (chmod 600 {path})")
 
 
 def check_owner(path: Path, found: os.stat_result, what: str) -> None:
-    """Raise TtunError unless a file belongs to root, to this user, or to the caller of sudo."""
+    """Raise TtunError unless root, this user, or the caller of sudo owns a file."""
     caller = os.environ.get(SUDO_VARIABLE, "")
     trusted = {"0", str(os.getuid()), str(os.geteuid()), caller}
     if str(found.st_uid) in trusted:
         return
     raise TtunError(
-        f"the {what} {path} belongs to user {_user(found.st_uid)}: "
-        f"chown {_user(os.geteuid())} {path}"
+        f"the {what} {path} belongs to user {_user(found.st_uid)} "
+        f"(chown {_user(os.geteuid())} {path})"
     )
 
 
@@ -150,7 +150,7 @@ def _user(number: int) -> str:
 
 
 def _is_nameless(found: os.stat_result) -> bool:
-    """Return whether a pipe is of pipe(2), which only its creator's children can have."""
+    """Return whether a pipe was made by pipe(2), so that only its maker's children have it."""
     descriptors = os.pipe()
     try:
         return os.fstat(descriptors[0]).st_dev == found.st_dev
@@ -160,10 +160,10 @@ def _is_nameless(found: os.stat_result) -> bool:
 
 
 def _is_credential(path: Path, mode: int) -> bool:
-    """Return whether systemd keeps a file for this service alone (systemd.exec(5), Credentials).
+    """Return whether a file is a credential of this service (systemd.exec(5), Credentials).
 
-    It may grant the service access by an access control list, whose mask stat shows as the
-    permissions of a group; nobody but root and the service can enter the directory.
+    systemd may grant the service access through an access control list, whose mask appears as the
+    group permissions in stat. Only root and the service can enter the directory.
     """
     directory = os.environ.get(CREDENTIALS)
     return directory is not None and path.parent == Path(directory) and not mode & ~0o440 & 0o777

@@ -1,17 +1,18 @@
-"""Where log lines go: nobody who logs waits for whoever reads the log, and nor does the end.
+"""The log writer: logging never waits for the reader of the log, and neither does the exit.
 
- 1. A line goes into a queue of ROOM bytes. When that is full, lines are lost, and later on one
-    line says how many.
- 2. Before start() there may be no thread: capabilities belong to each thread, and privileges are
-    not dropped yet. Whoever logs writes what is in the queue, as far as poll(2) says that a write
-    does not have to wait. It stays so where the system gives no thread; each second one is tried.
- 3. After start() a thread writes, and may wait for the reader as long as it likes.
- 4. At the end finish() gives the rest LAST seconds. The thread is a daemon and calls write(2)
-    itself: it holds no lock that the interpreter's shutdown takes, and if it hangs it ends with it.
+ 1. A line goes into a queue of ROOM bytes. When the queue is full, lines are lost; later one line
+    says how many.
+ 2. Before start() there must be no thread: capabilities are per thread, and privileges are not
+    dropped yet. Each caller that logs writes the queue itself, as far as poll(2) says that a write
+    does not block. This stays so if no thread can be started, which is retried every second.
+ 3. After start() a thread writes, and may block on the reader.
+ 4. At the end finish() allows LAST seconds for the rest. The thread is a daemon and calls write(2)
+    itself: it holds no lock that the interpreter's shutdown takes, and if it hangs it ends with the
+    process.
 
-stderr is the file description of others too, such as the shell's: O_NONBLOCK would be theirs as
-well, so it is not set. Whatever Python itself prints on stderr goes the same way. Sources:
-pipe(7) for PIPE_BUF, write(2), poll(2).
+The open file description of stderr is shared with others, such as the shell. O_NONBLOCK would
+affect them too, so it is not set. What Python itself prints on stderr takes the same path.
+Sources: pipe(7) for PIPE_BUF, write(2), poll(2).
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from typing import Protocol
 
 log = logging.getLogger("ttun")
 
-ROOM = 65536  # bytes of lines that wait
-LAST = 1.0  # seconds that the end waits for the reader
-PAUSE = 0.1  # seconds between two attempts where poll() says more than is true
-RETRY = 1.0  # seconds until a thread is asked for again where there was none to be had
-PIECE = select.PIPE_BUF  # bytes that a pipe takes at once when poll() says that it takes any
-UNREAD = "nobody reads the log"
+ROOM = 65536  # bytes of lines in the queue
+LAST = 1.0  # seconds that the exit waits for the reader
+PAUSE = 0.1  # seconds between two attempts if poll() reports room and write() finds none
+RETRY = 1.0  # seconds until starting a thread is retried
+PIECE = select.PIPE_BUF  # bytes that a pipe accepts at once when poll() reports room
+UNREAD = "the log is not being read"
 STDERR = 2
 
 
 class Output(Protocol):
-    """Where lines end up."""
+    """The destination of lines."""
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -48,14 +49,14 @@ class Output(Protocol):
         """Return a line as it is written. level: one of logging's."""
 
     def write(self, data: bytes) -> int:
-        """Write some of it, and return how many bytes that was. Raises OSError."""
+        """Write some of data; return the number of bytes written. Raises OSError."""
 
 
 class Descriptor:
-    """An open file, as a rule stderr."""
+    """An open file, by default stderr."""
 
     def __init__(self, descriptor: int = STDERR) -> None:
-        """Take it as it is; it stays open."""
+        """Use a descriptor, which stays open."""
         self._descriptor = descriptor
         self._encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
 
@@ -68,28 +69,28 @@ class Descriptor:
         return text.encode(self._encoding, "backslashreplace") + b"\n"
 
     def write(self, data: bytes) -> int:
-        """Write a piece that a pipe takes whole; return how much that was. Raises OSError."""
+        """Write a piece that a pipe accepts whole; return its size. Raises OSError."""
         return os.write(self._descriptor, data[:PIECE])
 
 
 class Writer(logging.Handler):
-    """Takes log records and lines from any thread, without waiting, and writes them in order."""
+    """Accepts records and lines from any thread without blocking, and writes them in order."""
 
     def __init__(self, output: Output) -> None:
-        """Write without a thread for now."""
+        """Write without a thread until start()."""
         super().__init__()
         self._output = output
-        self._changed = threading.Condition()  # over all that follows
+        self._changed = threading.Condition()  # guards the following
         self._lines: collections.deque[bytes] = collections.deque()
         self._size = 0  # bytes of them
-        self._lost = 0  # lines
-        self._why = ""  # they were lost
-        self._is_full = False  # until all that was kept is written
-        self._has_failed = False  # to write; the next line tries again
+        self._lost = 0  # number of lost lines
+        self._why = ""  # the reason
+        self._is_full = False  # until the queue is empty again
+        self._has_failed = False  # the last write; the next line retries
         self._rest = b""  # of the line that is being written
-        self._is_begun = False  # some of that line is written
-        self._is_torn = False  # and the rest of it never will be
-        self._told = -1  # of how many lost lines that one tells; -1: it is an ordinary one
+        self._is_begun = False  # a part of that line is written
+        self._is_torn = False  # a line was written in part and given up
+        self._told = -1  # number of lost lines that the current line reports; -1: another line
         self._is_writing = False  # without a thread
         self._wants_thread = False
         self._next_try = 0.0
@@ -97,26 +98,26 @@ class Writer(logging.Handler):
         self._deadline: float | None = None  # for flush(); the end has one for all
 
     def start(self) -> None:
-        """Have a thread write from now on; once privileges are dropped."""
+        """Start the thread; after privileges are dropped."""
         with self._changed:
             self._wants_thread = True
             self._start_thread()
 
     def move(self, output: Output) -> None:
-        """Write to something else from now on; before start()."""
+        """Change the destination; before start()."""
         self.flush()
         with self._changed:
             self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record."""
+        """Queue a record."""
         try:
             self.say(self.format(record), record.levelno)
         except Exception:
             self.handleError(record)
 
     def say(self, text: str, level: int = logging.ERROR) -> None:
-        """Take a line."""
+        """Queue a line."""
         line = self._output.encode(text, level)
         with self._changed:
             if self._is_full or self._size + len(line) > ROOM:
@@ -134,7 +135,7 @@ class Writer(logging.Handler):
                 self._write_without_thread(0.0)
 
     def flush(self) -> None:
-        """Wait until all is written, LAST seconds at most; of several calls at the end together."""
+        """Wait until all is written, LAST seconds at most; LAST in all from finish() on."""
         deadline = self._deadline or time.monotonic() + LAST
         with self._changed:
             while self._has_work() and (left := deadline - time.monotonic()) > 0:
@@ -144,7 +145,7 @@ class Writer(logging.Handler):
                     self._write_without_thread(left)
 
     def finish(self) -> None:
-        """Flush for the last time. What is said after it is written if that takes no waiting."""
+        """Flush for the last time. Later lines are written only if that does not block."""
         self._deadline = self._deadline or time.monotonic() + LAST
         self.flush()
 
@@ -153,7 +154,7 @@ class Writer(logging.Handler):
             return
         self._next_try = time.monotonic() + RETRY
         thread = threading.Thread(target=self._run, name="ttun-log", daemon=True)
-        with contextlib.suppress(RuntimeError):  # as many threads as there may be
+        with contextlib.suppress(RuntimeError):  # the limit of threads is reached
             thread.start()
             self._thread = thread
 
@@ -172,9 +173,9 @@ class Writer(logging.Handler):
             self._write(None)
 
     def _write_without_thread(self, seconds: float) -> None:
-        """Write what can be written; wait so many seconds for each piece."""
+        """Write what can be written; wait up to so many seconds for each piece."""
         if self._is_writing:
-            return  # a warning of the interpreter's, amid this
+            return  # called again by a warning of the interpreter
         self._is_writing = True
         try:
             while self._has_work():
@@ -185,7 +186,7 @@ class Writer(logging.Handler):
             self._is_writing = False
 
     def _take(self) -> None:
-        """Choose what is written next, if nothing is."""
+        """Choose the next line to write, unless one is in progress."""
         if self._rest:
             return
         if self._lost and not (self._is_full and self._lines):
@@ -206,7 +207,7 @@ class Writer(logging.Handler):
         return self._output.encode(self.format(record), level)
 
     def _write(self, seconds: float | None) -> bool:
-        """Write a piece of a line; False if that takes longer, or fails. None: it may take long."""
+        """Write a piece of a line; False if that takes longer, or fails. seconds: None for ever."""
         try:
             written = self._write_piece(seconds)
         except (OSError, ValueError) as error:
@@ -223,15 +224,15 @@ class Writer(logging.Handler):
         return written > 0
 
     def _write_piece(self, seconds: float | None) -> int:
-        """Return how many bytes were written; none where it would take longer."""
+        """Return how many bytes were written; 0 if it would take longer."""
         if seconds is not None and not self._poll(seconds):
             return 0
         try:
             return self._output.write(self._rest)
-        except BlockingIOError:  # somebody else has set O_NONBLOCK, or it is a socket of ours
+        except BlockingIOError:  # another process set O_NONBLOCK, or it is the syslog socket
             if seconds is None:
                 self._poll(None)
-            # There may be room for some bytes and not for this: do not ask without a pause.
+            # There may be room, but not enough for this: do not poll in a busy loop.
             time.sleep(PAUSE if seconds is None else min(seconds, PAUSE))
             return 0
 
@@ -241,7 +242,7 @@ class Writer(logging.Handler):
         return bool(waiting.poll(None if seconds is None else seconds * 1000))
 
     def _fail(self, why: str) -> None:
-        """Forget the line that cannot be written, and do not try the next before there is news."""
+        """Drop the line that cannot be written; the next attempt is with the next line."""
         self._is_torn = self._is_torn or self._is_begun
         self._rest, self._is_begun = b"", False
         self._has_failed = True
@@ -257,20 +258,20 @@ class Writer(logging.Handler):
 
 
 class Stream(io.TextIOBase):
-    """A sys.stderr whose lines go to a Writer: errors, warnings, tracebacks of threads."""
+    """A sys.stderr whose lines go to a Writer: errors, warnings, tracebacks."""
 
     def __init__(self, writer: Writer) -> None:
-        """Begin with an empty line."""
+        """Start with an empty line."""
         self._writer = writer
         self._line = ""
-        self._lock = threading.RLock()  # over the line that was begun
+        self._lock = threading.RLock()  # guards the incomplete line
 
     def fileno(self) -> int:
         """Return the descriptor of stderr."""
         return STDERR
 
     def write(self, text: str) -> int:
-        """Take text; each line goes on when it is whole."""
+        """Take text; pass each complete line on."""
         if sys.is_finalizing():
             return self._write_at_last(text)
         with self._lock:
@@ -280,14 +281,14 @@ class Stream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Have the line that was begun go on too."""
+        """Pass an incomplete line on too."""
         if self._line:
             self.write("\n")
 
     def _write_at_last(self, text: str) -> int:
-        """Write what comes after the end, as that of an object that cannot be deleted.
+        """Write text during the interpreter's shutdown, such as an error in a destructor.
 
-        Other threads stand still by now, and one of them may hold a lock: take none.
+        Other threads no longer run, and one of them may hold a lock: take none.
         """
         waiting = select.poll()
         waiting.register(STDERR, select.POLLOUT)
@@ -298,7 +299,7 @@ class Stream(io.TextIOBase):
 
 
 def install() -> None:
-    """Have this program log, and all that it prints on stderr, go through a Writer."""
+    """Send the log of this program, and all that it prints on stderr, through a Writer."""
     for earlier in _writers():
         log.removeHandler(earlier)
     logging.raiseExceptions = False
@@ -306,33 +307,33 @@ def install() -> None:
     writer.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
     log.addHandler(writer)
     log.setLevel(logging.INFO)
-    with contextlib.suppress(OSError):  # whoever calls has put something else in its place
+    with contextlib.suppress(OSError):  # the caller has replaced it
         if sys.stderr.fileno() == STDERR:
             sys.stderr = Stream(writer)
 
 
 def start() -> None:
-    """Have a thread write from now on; once privileges are dropped."""
+    """Start the writer's thread; after privileges are dropped."""
     for writer in _writers():
         writer.start()
 
 
 def move(output: Output, form: str) -> None:
-    """Log to something else in lines of this form; before start()."""
+    """Log to another destination in lines of this format; before start()."""
     for writer in _writers():
         writer.move(output)
         writer.setFormatter(logging.Formatter(form))
 
 
 def flush() -> None:
-    """Write what can be written, for LAST seconds at most."""
+    """Write what can be written, within LAST seconds."""
     sys.stderr.flush()
     for writer in _writers():
         writer.flush()
 
 
 def finish() -> None:
-    """Do that for the last time: whatever else is flushed later waits no longer than this."""
+    """Flush for the last time: later calls do not extend the deadline."""
     sys.stderr.flush()
     for writer in _writers():
         writer.finish()

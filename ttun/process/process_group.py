@@ -1,16 +1,16 @@
-"""A shell command and all the processes that it starts, to be watched and ended as one.
+"""A shell command and all processes that it starts, watched and terminated together.
 
-The command runs in a session of its own, so it and what it starts are one process group, and a
-signal to that group reaches them all; only a program that calls setsid(2) itself escapes. It finds
-what a program expects: the signal mask of the thread that starts it, three descriptors, nothing to
-read. What it writes to stderr becomes log lines, a bounded number of them: it can neither fill the
-log nor hold up who reads it.
+The command runs in a session of its own. It and what it starts are one process group, and a signal
+to the group reaches them all; only a program that calls setsid(2) escapes. It gets the signal mask
+of the thread that starts it, three standard descriptors, and an empty stdin. What it writes to
+stderr becomes log lines, up to a limit: it can neither fill the log nor block the thread that reads
+it.
 
-Who starts a program here waits for it as with subprocess. As process 1 of a container this one also
-gets the orphans of such programs: they stay zombies until reap() has them, which signals.py calls
-for each SIGCHLD. It must not reap a child of our own, or whoever waits for that one learns nothing.
-Orphans come to the main thread, so it looks at that thread's children alone, and leaves out those
-that start() has started, there or on a thread that is gone.
+The caller waits for a program as with subprocess. As process 1 of a container this process also
+inherits the orphans of such programs. They stay zombies until reap() collects them, which
+signals.py calls on each SIGCHLD. It must not reap a child of this program, or the thread that waits
+for it never gets the exit code. The main thread inherits orphans, so reap() looks at the children
+of that thread only, except those that start() started, there or on a thread that has ended.
 
 Sources: setsid(2), kill(2), signal(7), wait(2), pid_namespaces(7).
 """
@@ -26,40 +26,49 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from ttun.errors import is_lack, printable
+from ttun.privileges import User
 
 TICK = 0.05  # seconds between two looks at a command
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
-KILL_SECONDS = 1.0  # more than a killed process takes to be gone, unless the kernel holds it
+KILL_SECONDS = 1.0  # enough for a killed process to end, unless the kernel holds it
 MOST_LINES = 20  # of a command's stderr in the log
-MOST_BYTES = 400  # of a line there
-CHUNK = 65536  # as much as a pipe holds
+MOST_BYTES = 400  # of such a line
+CHUNK = 65536  # the capacity of a pipe
 
-WNOTHREAD = 0x20000000  # linux/wait.h, __WNOTHREAD; waitid() takes it from Linux 4.7 on
-AGAIN = 1.0  # seconds until a child of ours, which is first in line, was waited for
+Environment = Union[Mapping[str, str], Mapping[bytes, bytes]]
+WNOTHREAD = 0x20000000  # linux/wait.h, __WNOTHREAD; waitid() accepts it from Linux 4.7 on
+AGAIN = 1.0  # seconds to let another thread wait for its child, which is first in the queue
 
-_lock = threading.Lock()  # a child is known before reap() can see it
+_lock = threading.Lock()  # so that a child is in _ours before reap() can see it
 _ours: set[subprocess.Popen[bytes]] = set()
 
 
 class ProcessGroup:
-    """A command that was started, and what it started. Belongs to one thread."""
+    """A running command and its processes. Used by one thread."""
 
     def __init__(
-        self, command: str, environment: Mapping[bytes, bytes], say: Callable[[str], None]
+        self,
+        command: str,
+        environment: Environment,
+        say: Callable[[str], None],
+        **how: Any,
     ) -> None:
-        """Start a shell command. say: called with each line of its stderr. Raises OSError."""
-        self._output: int | None  # None: it has ended, or nobody reads it any more
-        self._output, self._process = _start(command, environment)
+        """Start a shell command. say: called with each line of its stderr. Raises OSError.
+
+        how: more arguments of subprocess.Popen; with stderr, they replace the pipe.
+        """
+        self._output: int | None  # None: it has ended, or is no longer read
+        self._output, self._process = _start(command, environment, how)
         self._say = say
-        self._line = b""  # what has come of the next one
+        self._line = b""  # the incomplete line
         self._said = self._taken = self._unsaid = 0  # lines, bytes, lines
 
     @property
     def number(self) -> int:
-        """The process group's."""
+        """The process group's number."""
         return self._process.pid
 
     @property
@@ -68,19 +77,19 @@ class ProcessGroup:
         return self._process.returncode
 
     def wait(self, seconds: float) -> bool:
-        """Wait that long at most, take what it writes, and return whether the shell is over."""
+        """Wait that long at most, read its output, and return whether the shell has ended."""
         self.read(seconds)
         return self._process.poll() is not None
 
     def is_alive(self) -> bool:
-        """Return whether any of its processes is there, if only as a zombie."""
-        self._process.poll()  # else the shell itself is, as a zombie
+        """Return whether any of its processes exists, if only as a zombie."""
+        self._process.poll()  # else the shell itself stays a zombie
         return self._signal(0)
 
     def read(self, seconds: float) -> None:
-        """Take what it has written, waiting that long at most for something to come."""
+        """Read what it has written; wait that long at most for output."""
         if self._output is None or self._is_full():
-            time.sleep(seconds)  # who writes more than is shown is read slowly
+            time.sleep(seconds)  # what is beyond the limit is read slowly
             seconds = 0
         if self._output is None:
             return
@@ -93,7 +102,7 @@ class ProcessGroup:
                 self.close()
 
     def close(self) -> None:
-        """Say what is left to say, and read no more."""
+        """Log the rest, and stop reading."""
         if self._output is None:
             return
         os.close(self._output)
@@ -118,18 +127,18 @@ class ProcessGroup:
         self._line = rest[:MOST_BYTES]
 
     def _signal(self, number: int) -> bool:
-        """Send a signal, 0 for none; return whether anybody is there."""
+        """Send a signal, 0 for none; return whether the group exists."""
         try:
             os.killpg(self.number, number)
         except ProcessLookupError:
             return False
         except PermissionError:
-            pass  # somebody is, as another user
+            pass  # it exists, as another user
         return True
 
 
 def end(groups: Sequence[ProcessGroup]) -> None:
-    """End all processes of some groups: SIGTERM, SIGKILL a second later; 2 s at most in all."""
+    """Terminate all processes of some groups: SIGTERM, SIGKILL a second later; 2 s at most."""
     left = list(groups)
     for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         left = [group for group in left if group._signal(number)]
@@ -145,9 +154,9 @@ def end(groups: Sequence[ProcessGroup]) -> None:
 
 
 def _living() -> set[int] | None:
-    """Return the process groups that are not zombies alone; None where /proc does not tell.
+    """Return the process groups that have more than zombies; None if /proc does not show it.
 
-    A zombie whose parent is gone stays until process 1 looks at it, which may take seconds.
+    A zombie whose parent has ended stays until process 1 reaps it, which may take seconds.
     """
     groups = set()
     try:
@@ -160,11 +169,29 @@ def _living() -> set[int] | None:
                         groups.add(int(group))
     except (OSError, ValueError):
         return None
-    return groups if os.getpgrp() in groups else None  # it may be the /proc of another namespace
+    return groups if os.getpgrp() in groups else None  # else it is the /proc of another namespace
 
 
-def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subprocess.Popen[bytes]]:
-    """Return the end of the pipe that its stderr goes to, not blocking, and the process."""
+def becoming(user: User | None) -> dict[str, Any]:
+    """Return what subprocess.Popen takes to run a program as a user, with its groups."""
+    if user is None or (user.uid, user.gid) == (os.geteuid(), os.getegid()):
+        return {}
+    groups = os.getgrouplist(user.name, user.gid)
+    return {"user": user.uid, "group": user.gid, "extra_groups": groups}
+
+
+def how_it_ended(code: int) -> str:
+    """Return an exit code of subprocess.Popen in words."""
+    return f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+
+
+def _start(
+    command: str, environment: Environment, how: dict[str, Any]
+) -> tuple[int | None, subprocess.Popen[bytes]]:
+    """Return the non-blocking end of the pipe from its stderr, and the process."""
+    arguments = ["/bin/sh", "-c", command]
+    if "stderr" in how:
+        return None, start(arguments, env=environment, **how)
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         readable, writable = os.pipe()
         ours.callback(os.close, readable)
@@ -176,25 +203,26 @@ def _start(command: str, environment: Mapping[bytes, bytes]) -> tuple[int, subpr
         except OSError as error:
             if is_lack(error):
                 raise
-            # No /dev/null here: a pipe that has ended, and what else there is to write to.
+            # There is no /dev/null: a closed pipe for stdin, and stderr's pipe for stdout.
             stdin, nowhere = os.pipe()
             theirs.callback(os.close, stdin)
             os.close(nowhere)
             stdout = writable
         process = start(
-            ["/bin/sh", "-c", command],
+            arguments,
             env=environment,
             stdin=stdin,
             stdout=stdout,
             stderr=writable,
             start_new_session=True,
+            **how,
         )
         ours.pop_all()
         return readable, process
 
 
 def start(arguments: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
-    """Start a program as subprocess.Popen does; the caller waits for it. Raises OSError."""
+    """Start a program like subprocess.Popen; the caller waits for it. Raises OSError."""
     with _lock:
         _forget()
         child: subprocess.Popen[bytes] = subprocess.Popen(arguments, **how)
@@ -203,7 +231,7 @@ def start(arguments: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
 
 
 def reap() -> float:
-    """Reap orphans, on the main thread; return in how many seconds to look again, or infinity."""
+    """Reap orphans, on the main thread; return the seconds until the next call, or infinity."""
     ended_already = os.WEXITED | os.WNOWAIT | os.WNOHANG | WNOTHREAD
     with _lock:
         _forget()
@@ -211,16 +239,16 @@ def reap() -> float:
         while True:
             try:
                 ended = os.waitid(os.P_ALL, 0, ended_already)
-            except OSError:  # there are no children, or the kernel is too old
+            except OSError:  # no children, or the kernel is too old
                 return float("inf")
             if ended is None:
                 return float("inf")
             if ended.si_pid in ours:
-                return AGAIN  # the kernel shows the ones behind it when this one is gone
+                return AGAIN  # the kernel shows the next ones once this one is reaped
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def _forget() -> None:
-    """Forget those that were waited for."""
+    """Forget children that were waited for."""
     _ours.difference_update([child for child in _ours if child.returncode is not None])

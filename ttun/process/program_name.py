@@ -1,7 +1,7 @@
-"""The name this program was called by: a link to it that is named ``tuntox`` is ``ttun tox``.
+"""The name this program was started under: a link named ``tuntox`` runs ``ttun tox``.
 
-So whatever starts tuntox, a unit or a script, starts this program. Nothing is imported here that
-takes time: signals.py asks first of all.
+Units and scripts that start tuntox then start this program. Nothing slow is imported here, as
+signals.py needs it first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ TUNTOX = "tuntox"
 
 
 def arguments() -> list[str]:
-    """Return this process's command line behind the program's name, as ``ttun`` takes it."""
+    """Return the arguments of this process as those of ``ttun``."""
     called = os.path.basename(sys.argv[0]) if sys.argv else ""
     return ["tox", *sys.argv[1:]] if called == TUNTOX else sys.argv[1:]

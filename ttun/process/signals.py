@@ -1,15 +1,15 @@
-"""Signals, from the first instruction of the program to its last.
+"""Signals, from the first instruction of the program to the last.
 
- 1. While the program is loaded, end_while_loading(): SIGTERM, SIGINT and SIGHUP end it with a line
-    in place of a traceback. What whoever started us had blocked is unblocked.
- 2. While a tunnel starts, end_while_starting(): the same from C, also amid a call that cannot be
-    interrupted, such as getaddrinfo(). Other commands have Python's own handlers again.
- 3. While it runs, Signals: the main thread waits for them and stops it in order.
- 4. At the very end they are ignored: a second one does not turn exit code 0 into a kill.
+ 1. While the program loads, end_while_loading(): SIGTERM, SIGINT and SIGHUP end it with one line
+    instead of a traceback. Signals that the parent process blocked are unblocked.
+ 2. While a tunnel starts, end_while_starting(): the same from C, which also works during a call
+    that cannot be interrupted, such as getaddrinfo(). Other commands get Python's handlers back.
+ 3. While it runs, Signals: the main thread waits for signals and stops the tunnel in order.
+ 4. During exit they are ignored, so that a second signal does not replace exit code 0.
 
-SIGINT and SIGHUP that were ignored from the start stay ignored: nohup(1) and the background jobs of
-a shell script ask for that. SIGTERM is always taken. As process 1 of a container the main thread
-also reaps orphans (process_group.py). Sources: signal(7), nohup(1), pid_namespaces(7).
+SIGINT and SIGHUP stay ignored if they were ignored at the start, as nohup(1) and background jobs of
+shell scripts expect. SIGTERM is always handled. As process 1 of a container the main thread also
+reaps orphans (process_group.py). Sources: signal(7), nohup(1), pid_namespaces(7).
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from types import FrameType
 from ttun.process import program_name
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LONG_RUNNING = ("server", "client", "tox")  # the commands that signals end, with exit code 0
+LONG_RUNNING = ("server", "client", "tox")  # commands that end with exit code 0 on a signal
 
 
 def end_while_loading() -> None:
-    """Have a signal end the program at once, with a line; before anything else is imported."""
+    """Let a signal end the program at once, with a line; before anything else is imported."""
     for number in ENDING:
         if _is_taken(number):
             signal.signal(number, _end)
     if _is_long_running():
-        signal.signal(signal.SIGUSR1, _note)  # asks for a line later on, and must not kill before
+        signal.signal(
+            signal.SIGUSR1, _note
+        )  # asks for a status line later, and must not kill until then
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody learns how a hook ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else a hook's exit code is lost
     _unblock()
 
 
 def end_while_starting(command: str) -> None:
-    """Do the same from C for what runs until it is told to stop; for the rest, as Python does."""
+    """Do the same from C for long-running commands; restore Python's handlers for the others."""
     if command in LONG_RUNNING:
-        # Signals wants it later, when this user may not be able to read it any more.
+        # Signals needs it later, when this user may be unable to read the file.
         from ttun._codec import lib
         from ttun.process import process_group  # noqa: F401
 
@@ -59,14 +61,14 @@ def end_while_starting(command: str) -> None:
 
 
 class Signals:
-    """Signals, and the word of other threads that it is over, for the main thread to wait for.
+    """Signals, and wake-ups from other threads, for the main thread to wait for.
 
     The handlers do nothing: the interpreter writes a signal's number to a pipe, which is safe at
-    any moment, and the main thread sleeps until the pipe has something.
+    any moment, and the main thread sleeps until the pipe is readable.
     """
 
     def __init__(self, *numbers: int) -> None:
-        """Take over these signals; on the main thread."""
+        """Handle these signals; on the main thread."""
         self._readable, self._writable = os.pipe()
         os.set_blocking(self._writable, False)
         signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
@@ -80,12 +82,12 @@ class Signals:
         atexit.register(self._ignore)
 
     def wake(self) -> None:
-        """Have wait() return 0; from any thread."""
-        with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
+        """Make wait() return 0; from any thread."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: it wakes up anyway
             os.write(self._writable, b"\0")
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Return a signal's number, 0 for wake(), None when so many seconds are over."""
+        """Return a signal's number, 0 for wake(), or None after so many seconds."""
         deadline = float("inf") if seconds is None else time.monotonic() + seconds
         waiting = select.poll()
         waiting.register(self._readable, select.POLLIN)
@@ -102,15 +104,15 @@ class Signals:
                 return None
 
     def _reap(self) -> float:
-        """Reap the orphans of others; return in how many seconds to look again."""
+        """Reap orphans; return the seconds until the next time."""
         from ttun.process import process_group
 
         return process_group.reap()
 
     def _ignore(self) -> None:
-        """Be deaf from now on: the interpreter takes its handlers away before the process is gone.
+        """Ignore signals during exit, when the interpreter removes its handlers.
 
-        A signal that is still on its way then is an «unraisable» error for Python: it is none.
+        Python reports a signal that is still pending then as an unraisable error: silence that.
         """
         sys.unraisablehook = lambda _: None
         for number in self._numbers:
@@ -118,14 +120,14 @@ class Signals:
 
 
 def _is_taken(number: int) -> bool:
-    """Return whether a signal is ours to take; the other ones stay ignored."""
+    """Return whether to handle a signal; the others stay ignored."""
     return number not in (signal.SIGINT, signal.SIGHUP) or (
         signal.getsignal(number) != signal.SIG_IGN
     )
 
 
 def _unblock() -> None:
-    """Whoever started us may have blocked signals, and a mask goes through execve(2)."""
+    """Unblock signals that the parent process blocked: a mask is inherited through execve(2)."""
     numbers = {*ENDING, signal.SIGUSR1, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
@@ -135,12 +137,12 @@ def _note(_: int, __: FrameType | None) -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """End here and now, with nothing but system calls; modules are half imported."""
+    """Exit at once, with system calls only: modules may be half imported."""
     line = f"ttun: stopped by {signal.Signals(number).name} while starting\n"
     output = select.poll()
     output.register(2, select.POLLOUT)
     with contextlib.suppress(OSError):
-        if output.poll(0):  # else nobody reads
+        if output.poll(0):  # else a write would block
             os.write(2, line.encode())
     os._exit(0 if _is_long_running() else 128 + number)
 

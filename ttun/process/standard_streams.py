@@ -1,4 +1,4 @@
-"""Standard input, output and error where they are closed, full, or cannot show every character."""
+"""Standard streams that are closed, full, or cannot encode every character."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import sys
 
 
 def open_missing() -> None:
-    """Give a program that was started without them somewhere to write, and no other file 0 to 2.
+    """Open descriptors 0 to 2 if they are closed, so that no other file gets these numbers.
 
-    What cannot be written in the encoding of a stream is escaped.
+    Characters that a stream cannot encode are escaped.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            _open_nowhere(number)
+            open_nowhere(number)
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it is to stay open
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - stays open
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -28,10 +28,10 @@ def open_missing() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _open_nowhere(number: int) -> None:
-    """Make a standard descriptor /dev/null or, where there is none, a pipe.
+def open_nowhere(number: int) -> None:
+    """Open /dev/null as a standard descriptor or, if there is none, a pipe.
 
-    One that has ended to read from, or one that nobody reads, and that is full one day, to write.
+    For reading, a pipe at its end; for writing, one that is never read and may become full.
     """
     try:
         ours = os.open(os.devnull, os.O_RDWR)
@@ -39,7 +39,7 @@ def _open_nowhere(number: int) -> None:
         ours, other = os.pipe()
         if number:
             os.set_blocking(other, False)
-            fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 3)  # it stays open
+            fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 3)  # stays open
             ours, other = other, ours
         os.close(other)
     if ours != number:
@@ -49,11 +49,11 @@ def _open_nowhere(number: int) -> None:
 
 
 def forget_unwritten() -> None:
-    """Drop what a full disk or a closed pipe did not take: Python would make it exit code 120."""
+    """Discard output that a full disk or closed pipe rejected: Python would exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             with contextlib.suppress(OSError):
-                os.close(stream.fileno())  # there may be no descriptor left for another
-                _open_nowhere(stream.fileno())
+                os.close(stream.fileno())  # it may be the last free descriptor
+                open_nowhere(stream.fileno())

@@ -1,14 +1,14 @@
-"""Tuntox: TCP connections, and the whole tunnel, through the Tox network to a machine behind NAT.
+"""Tuntox: forward TCP connections, or carry the whole tunnel, to a machine behind NAT over Tox.
 
     application --TCP--> [client] --packets--> toxcore
                                                   |  UDP, or a TCP relay
              target <--TCP-- [server] <--packets-- toxcore
 
-``toxcore`` declares the system's library, ``instance`` is one Tox of it, ``loop`` the one thread
-that owns it. ``packet`` and ``protocol`` know packets and tunnels and do no I/O. A friend that is
-online is a ``link``, each of its connections a ``stream``. ``forwarder`` is what the two roles,
-``server`` and ``client``, have in common. ``command`` is ``ttun tox``, ``transport`` carries a
-tunnel. docs/tox.md has the details.
+``toxcore`` declares the C library, ``instance`` wraps one Tox instance, and ``loop`` is the thread
+that owns it. ``packet`` and ``protocol`` implement the wire format without I/O. An online friend is
+a ``link``; each of its connections is a ``stream``. ``forwarder`` is the code that the ``server``
+and ``client`` roles share. ``command`` is ``ttun tox``; ``transport`` carries a ttun tunnel.
+docs/tox-protocol.md has the details.
 """
 
 LIBRARY = "libtoxcore.so.2"

@@ -1,11 +1,11 @@
-"""The client: finds the server again and again, and requests tunnels from it.
+"""The client: finds the server, requests tunnels from it, and finds it again when it is lost.
 
-1. A friend request goes to the server, with the secret. It is repeated as a new one if the server
-   is not online within 45 seconds.
-2. The server comes online: what waited is requested.
-3. Nothing was heard of it for 35 seconds though it was pinged, or toxcore reports it offline: all
-   streams end, and the client looks for it again. Listening ports stay. Connections made there
-   meanwhile wait, and so do those whose request was not answered yet.
+1. Send the server a friend request with the secret. Repeat it if the server is not online within
+   45 seconds.
+2. When the server comes online, request a tunnel for each waiting connection.
+3. When toxcore reports the server offline, or no packet came for 35 seconds despite pings, close
+   all streams and go back to 1. The listening ports stay open. New connections and unanswered
+   requests wait for the server to return.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from ttun.tox.loop import Loop
 log = logging.getLogger("ttun")
 
 INVITE_AGAIN = 45.0  # seconds
-# Seconds without a packet, pinged every five. toxcore gives up after 32 (friend_connection.h), and
-# until then switches to a relay where UDP stopped working.
+# Seconds without a packet, with a ping every five. toxcore times out after 32
+# (friend_connection.h); until then it may fall back to a relay if UDP stopped working.
 LOST_AFTER = 35.0
 WAIT_ONLINE = 60.0  # seconds that a connection waits for the server to come online
-WAIT_ANSWER = 30.0  # seconds that it waits for the tunnel; Tuntox refuses by silence
-WAIT_MOST = 120.0  # seconds for both together, also if the server connects and disconnects
+WAIT_ANSWER = 30.0  # seconds that it waits for an answer; Tuntox does not answer a refused request
+WAIT_MOST = 120.0  # seconds for both together, even if the server comes and goes
 MAX_WAITING = 1024
-MAX_REQUEST = 1024  # bytes; more than SOCKS has in one
-SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 conversation
+MAX_REQUEST = 1024  # bytes, more than any SOCKS request
+SOCKS_TIMEOUT = 30.0  # seconds for the whole SOCKS5 negotiation
 
 GREETING = b"ttun\0"
 
-Answer = Callable[["int | None"], None]  # None: the tunnel is open; else why not
+Answer = Callable[["int | None"], None]  # None: the tunnel is open; otherwise why it is not
 
 
 @dataclass(eq=False)
 class _Connection:
-    """A connection that waits for its tunnel."""
+    """A connection that is waiting for its tunnel."""
 
     sock: socket.socket
     host: str
@@ -53,17 +53,17 @@ class _Connection:
     on_reset: Callable[[], None] | None
     since: float
     patience: float = WAIT_ONLINE
-    forward_id: int = -1  # of the request, once there is one
+    forward_id: int = -1  # of the request, once sent
 
     def wait(self, seconds: float) -> None:
-        """Wait for that many seconds from now on."""
+        """Extend the deadline to the given number of seconds from now."""
         self.patience = min(time.monotonic() - self.since + seconds, WAIT_MOST)
 
 
 class ForwardingClient(Forwarder):
-    """Reaches one server. address: its 38 bytes. on_online is called when it is online.
+    """Reaches one server. address: its 38 bytes. on_online is called when it comes online.
 
-    Raises TtunError for an address that toxcore does not take.
+    Raises TtunError if toxcore rejects the address.
     """
 
     def __init__(self, loop: Loop, address: bytes, secret: bytes | None) -> None:
@@ -79,7 +79,7 @@ class ForwardingClient(Forwarder):
         self._invite()
 
     def listen(self, listener: socket.socket, target: tuple[str, int] | None) -> None:
-        """Forward what connects to a listening socket: to target, or where SOCKS5 says."""
+        """Forward connections to a listening socket: to target, or as SOCKS5 requests (None)."""
         self._ports.append(_OpenPort(self, listener, target))
 
     def open(
@@ -92,7 +92,7 @@ class ForwardingClient(Forwarder):
     ) -> None:
         """Take over a socket and connect it to a target.
 
-        answer is told how that went; on_reset is called if the connection is reset later.
+        answer is called with the result; on_reset is called if the connection is reset later.
         """
         connection = _Connection(sock, host, port, answer, on_reset, time.monotonic())
         if len(self._waiting) >= MAX_WAITING:
@@ -107,7 +107,7 @@ class ForwardingClient(Forwarder):
         connection.forward_id = link.mux.request(connection.host, connection.port, connection)
 
     def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
-        """Forward a connection that the server made, or refuse it with the server's reason."""
+        """Start forwarding, or refuse the connection with the server's reason."""
         connection = answer.owner
         assert isinstance(connection, _Connection)
         if isinstance(answer, protocol.Opened):
@@ -126,20 +126,20 @@ class ForwardingClient(Forwarder):
         connection.sock.close()
 
     def ping(self) -> None:
-        """Ping the server now; on_answer_to_ping is told the seconds. It must be online."""
+        """Ping the server, which must be online; on_answer_to_ping gets the seconds."""
         if self.link is not None:
             self.link.ping(time.monotonic())
 
     def _invite(self) -> None:
-        """Make the server a friend, anew if it is one already: that sends a new request."""
+        """Send the server a friend request. Removing an existing friend makes toxcore resend it."""
         for friend in self.loop.tox.friends():
             self.loop.tox.delete_friend(friend)
         self.loop.tox.add_friend(self._address, self._message)
         self._invited = time.monotonic()
-        log.info("looking for %s", identity.short_name(self._address))
+        log.info("looking for peer %s", identity.short_name(self._address))
 
     def on_link(self, link: Link) -> None:
-        """Request what waited for the server."""
+        """Request tunnels for the waiting connections."""
         self.link = link
         for connection in list(self._waiting):
             self._request(connection, link)
@@ -154,17 +154,17 @@ class ForwardingClient(Forwarder):
         self._invite()
 
     def on_restarted(self, link: Link) -> None:
-        """Repeat the requests that the server has forgotten."""
+        """Repeat the requests that the restarted server has lost."""
         for connection in self._waiting:
             self._request(connection, link)
 
     def on_pong(self, link: Link) -> None:
-        """Tell on_answer_to_ping."""
+        """Pass the round trip to on_answer_to_ping."""
         if self.on_answer_to_ping is not None and link.mux.round_trip is not None:
             self.on_answer_to_ping(link.mux.round_trip)
 
     def on_tick(self, now: float) -> None:
-        """End what takes too long."""
+        """Enforce the time limits."""
         super().on_tick(now)
         if self.link is not None and now - self.link.heard > LOST_AFTER:
             self.lose(self.link)
@@ -191,7 +191,7 @@ class ForwardingClient(Forwarder):
             self._refuse(connection, packet.OFFLINE)
 
     def talk_socks(self, sock: socket.socket) -> None:
-        """Ask a local program in SOCKS5 which target it wants."""
+        """Negotiate SOCKS5 with a local program to learn its target."""
         if len(self._talks) >= MAX_WAITING:
             sock.close()
             return
@@ -200,7 +200,7 @@ class ForwardingClient(Forwarder):
         talk.begin()
 
     def end_talk(self, talk: _SocksTalk) -> None:
-        """Forget a conversation that is over."""
+        """Forget a finished negotiation."""
         self._talks.discard(talk)
 
 
@@ -214,7 +214,7 @@ class _OpenPort:
         client.loop.add(listener, self.accept)
 
     def accept(self, _: int) -> None:
-        """Accept all that wait. Without descriptors the rest waits for the next tick."""
+        """Accept all pending connections. If descriptors run out, the next tick tries again."""
         while True:
             try:
                 sock, _address = self._listener.accept()
@@ -233,7 +233,7 @@ class _OpenPort:
 
 
 class _SocksTalk:
-    """A local connection whose SOCKS5 request is not complete yet."""
+    """A local connection whose SOCKS5 negotiation is not finished."""
 
     def __init__(self, client: ForwardingClient, sock: socket.socket) -> None:
         self.deadline = time.monotonic() + SOCKS_TIMEOUT
@@ -241,12 +241,12 @@ class _SocksTalk:
         self._conversation = Conversation(sock, socks5.server())
 
     def begin(self) -> None:
-        """Listen to it."""
+        """Start reading."""
         self._client.loop.add(self._sock, self._on_ready)
         self._on_ready(0)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._leave()
         self._sock.close()
 
@@ -260,14 +260,14 @@ class _SocksTalk:
             if target is not None:
                 self._connect(*target)
         except socks5.Refusal as refusal:
-            log.info("SOCKS5: %s", refusal)
+            log.info("SOCKS5 request refused: %s", refusal)
             with contextlib.suppress(OSError):
                 self._sock.send(refusal.reply)
-                # What is not read when a socket is closed resets it, and may cost the answer.
+                # Closing with unread data resets the connection, and the reply may be lost.
                 self._sock.recv(MAX_REQUEST)
             self.close()
         except (ProtocolError, OSError) as error:
-            log.debug("SOCKS5: %s", error)
+            log.debug("SOCKS5 negotiation failed: %s", error)
             self.close()
 
     def _connect(self, host: str, port: int) -> None:

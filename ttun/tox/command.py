@@ -1,4 +1,4 @@
-"""``ttun tox``: run the server or the client of a command line until a signal ends it."""
+"""``ttun tox``: run a server or a client until a signal stops it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         keys = {identity.parse_key(text) for text in asked.ids}
     _allow_descriptors()
     _set_log_level(asked)
-    toxcore.load()  # before it is in the background, where an error would not be seen
+    toxcore.load()  # before going to the background, where an error would be invisible
     listeners = _listen(asked.forwards)
     known = nodes.load(asked.nodes)
     targets = rules.load(asked.rules) if asked.rules and not asked.client else None
@@ -75,7 +75,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def _open(asked: Options) -> Tox:
-    """Open our Tox with the saved identity, and log its ID."""
+    """Open a Tox instance with the saved identity and log its ID."""
     keep = not asked.client or asked.keep_identity
     if asked.keep_identity:
         _make_directory(asked.directory)
@@ -87,12 +87,14 @@ def _open(asked: Options) -> Tox:
     text = tox.address().hex().upper()
     log.log(logging.DEBUG if asked.client else logging.INFO, "Using Tox ID: %s", text)
     if not asked.client and asked.secret is None and not asked.ids:
-        log.warning("no secret: whoever learns this ID can connect to what this host reaches; -s")
+        log.warning("no shared secret: anyone with this Tox ID can use this server (set one: -s)")
     if asked.id_file is not None:
         try:
             asked.id_file.write_text(text + "\n", encoding="ascii")
         except OSError as error:
-            raise TtunError(f"cannot write the Tox ID: {asked.id_file}: {error.strerror}") from None
+            raise TtunError(
+                f"cannot write the Tox ID to {asked.id_file}: {error.strerror}"
+            ) from None
     return tox
 
 
@@ -100,11 +102,11 @@ def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        log.warning("cannot make %s: %s", directory, error.strerror)
+        log.warning("cannot create %s: %s", directory, error.strerror)
 
 
 def _allow_descriptors() -> None:
-    """Raise the soft limit of descriptors, usually 1,024: each connection takes one."""
+    """Raise the soft limit on descriptors, usually 1024: each connection uses one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -121,7 +123,7 @@ def _set_log_level(asked: Options) -> None:
 
 
 def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str, int] | None]]:
-    """Open all ports, before anything else can fail and before privileges are dropped."""
+    """Open all listening ports, before privileges are dropped."""
     listeners = []
     for forward in forwards:
         hosts = ["127.0.0.1", "::1"] if forward.bind is None else [forward.bind]
@@ -131,21 +133,21 @@ def _listen(forwards: Sequence[Forward]) -> list[tuple[socket.socket, tuple[str,
                 listener = tcp.listen(address, False)
             except TtunError:
                 if host == "::1" and forward.bind is None:
-                    continue  # no IPv6 here, and none requested
+                    continue  # no IPv6 on this host, and none requested
                 raise
             listeners.append((listener, forward.target))
             shown = tcp.show(listener.getsockname())
             what = f"{forward.target[0]}:{forward.target[1]}" if forward.target else "SOCKS5"
             log.info("listening on %s for %s", shown, what)
             if not forward.port:
-                break  # any port: the other address would get a different one
+                break  # the kernel would choose a different port for the other address
     return listeners
 
 
 def _settle(asked: Options, pid_file: int | None) -> None:
-    """Go to the background and log to syslog, as far as requested.
+    """Go to the background and log to syslog, as requested.
 
-    A fork keeps sockets but no threads: there is none yet.
+    A fork does not keep threads, so none may have been started yet.
     """
     if asked.syslog and not (asked.daemonize and not os.path.exists(daemon.SYSLOG)):
         daemon.log_to_syslog()
@@ -156,7 +158,7 @@ def _settle(asked: Options, pid_file: int | None) -> None:
 
 
 class _End:
-    """Waits for a signal, the end of the loop, or is_over()."""
+    """Waits for a signal, the end of the loop, or a call of is_over()."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -165,7 +167,7 @@ class _End:
         self._signals = Signals(*ENDING, signal.SIGUSR1)
 
     def is_over(self, code: int, message: str | None = None) -> None:
-        """End with an exit code, from any thread. Ignored while the program stops."""
+        """End the program with this exit code, from any thread. Ignored once it is stopping."""
         if self._stopping or self._loop.error is not None:
             return
         self._code = code
@@ -174,7 +176,7 @@ class _End:
         self._signals.wake()
 
     def wait(self, on_question: Callable[[], None]) -> int:
-        """Wait, and return the exit code. SIGUSR1 calls on_question on the loop's thread."""
+        """Wait and return the exit code. SIGUSR1 calls on_question on the loop's thread."""
 
         def watch() -> None:
             self._loop.over.wait()
@@ -196,8 +198,8 @@ class _End:
 
 
 def _ping(client: ForwardingClient, end: _End) -> None:
-    """Ping the server once it is online, print the round trip, and end."""
-    timeout = threading.Timer(PING_TIMEOUT, end.is_over, (1, "the server does not answer"))
+    """Ping the server once it is online, print the round trip and end."""
+    timeout = threading.Timer(PING_TIMEOUT, end.is_over, (1, "no answer from the server"))
     timeout.daemon = True
     timeout.start()
 
@@ -210,7 +212,7 @@ def _ping(client: ForwardingClient, end: _End) -> None:
 
 
 def _pipe(client: ForwardingClient, target: Address, end: _End) -> None:
-    """Join stdin and stdout to a target, until the target ends the connection."""
+    """Connect stdin and stdout to a target until the target closes the connection."""
     ours, theirs = socket.socketpair()
     name = f"{target.host}:{target.port}"
     reset = threading.Event()
@@ -226,7 +228,7 @@ def _pipe(client: ForwardingClient, target: Address, end: _End) -> None:
         while True:
             try:
                 data = _read_stdin()
-            except OSError as error:  # the target must not take it for an end
+            except OSError as error:  # the target must not mistake this for end of file
                 end.is_over(1, f"cannot read the input: {error.strerror}")
                 return
             try:
@@ -239,7 +241,7 @@ def _pipe(client: ForwardingClient, target: Address, end: _End) -> None:
                 return
 
     def receive() -> bytes:
-        with contextlib.suppress(ConnectionResetError):  # closed before all of stdin was read
+        with contextlib.suppress(ConnectionResetError):  # closed with input left unread
             return ours.recv(65536)
         return b""
 
@@ -249,7 +251,7 @@ def _pipe(client: ForwardingClient, target: Address, end: _End) -> None:
                 while data:
                     try:
                         data = data[os.write(1, data) :]
-                    except BlockingIOError:  # another process made it non-blocking, and it is full
+                    except BlockingIOError:  # another process made stdout non-blocking
                         select.select([], [1], [])
         except OSError as error:
             end.is_over(1, f"cannot write the output: {error.strerror}")
@@ -263,8 +265,8 @@ def _pipe(client: ForwardingClient, target: Address, end: _End) -> None:
 
 
 def _read_stdin() -> bytes:
-    """Return the next bytes, none at the end. Raises OSError."""
+    """Return the next bytes, or none at end of file. Raises OSError."""
     while True:
         select.select([0], [], [])
-        with contextlib.suppress(BlockingIOError):  # another process that reads it was faster
+        with contextlib.suppress(BlockingIOError):  # another reader of the same stdin was faster
             return os.read(0, 65536)

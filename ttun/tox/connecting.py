@@ -1,8 +1,8 @@
-"""Connections to targets, made without holding up the loop.
+"""Connect to targets without blocking the loop.
 
-1. A numeric address is used at once. A name is looked up on a thread, MAX_LOOKUPS at a time.
-2. The addresses are tried one after the other, all within CONNECT_TIMEOUT.
-3. The caller gets the socket, or the reason why there is none.
+1. Use a numeric address directly. Resolve a name on a thread, at most MAX_LOOKUPS at a time.
+2. Try the addresses one after the other, all within CONNECT_TIMEOUT.
+3. Give the caller the connected socket, or the reason for the failure.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ttun.tox.loop import Loop
 log = logging.getLogger("ttun")
 
 CONNECT_TIMEOUT = 15.0  # seconds for all addresses of a target together
-MAX_LOOKUPS = 64  # names being looked up; more of them wait
+MAX_LOOKUPS = 64  # concurrent name lookups; further names wait
 
 Sockaddr = tuple[int, tuple[object, ...]]  # family, address
-Done = Callable[["socket.socket | None", int], None]  # the socket, or a reason of DENYTUNNEL
+Done = Callable[["socket.socket | None", int], None]  # the socket, or a DENYTUNNEL reason
 
 
 class Connector:
-    """All connections that are being made, each for an owner. Only on the loop's thread."""
+    """All connection attempts, each on behalf of an owner. Use it only on the loop's thread."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._attempts: set[_Attempt] = set()
-        self._names: deque[_Attempt] = deque()  # to be looked up
+        self._names: deque[_Attempt] = deque()  # waiting for a lookup
         self._lookups = 0
 
     def connect(self, owner: object, host: str, port: int, done: Done) -> None:
-        """Connect to a target; done gets the result, unless it is given up before."""
+        """Connect to a target and pass the result to done, unless given up before."""
 
         def over(sock: socket.socket | None, reason: int) -> None:
             self._attempts.discard(attempt)
@@ -57,14 +57,14 @@ class Connector:
             attempt.begin(addresses)
 
     def give_up(self, owner: object) -> None:
-        """Close the connections of an owner; done is not called."""
+        """Cancel the attempts of an owner without calling done."""
         for attempt in [each for each in self._attempts if each.owner is owner]:
             attempt.close()
             self._attempts.discard(attempt)
         self._names = deque(each for each in self._names if each.owner is not owner)
 
     def on_tick(self, now: float) -> None:
-        """End what takes too long."""
+        """Time out attempts."""
         for attempt in [each for each in self._attempts if each.deadline <= now]:
             attempt.fail(packet.UNREACHABLE)
 
@@ -74,18 +74,18 @@ class Connector:
             attempt.close()
 
     def _look_up_names(self) -> None:
-        """Look up names that wait, as many at once as there may be threads."""
+        """Start lookups of waiting names, up to MAX_LOOKUPS."""
         while self._names and self._lookups < MAX_LOOKUPS:
             attempt = self._names.popleft()
             look_up = functools.partial(self._look_up_name, attempt)
             try:
                 threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
                 self._lookups += 1
-            except RuntimeError:  # no thread to be had
+            except RuntimeError:  # cannot start a thread
                 attempt.fail(packet.FULL)
 
     def _look_up_name(self, attempt: _Attempt) -> None:
-        """Look up a name, on a thread of its own."""
+        """Look up a name on its own thread."""
         addresses: list[Sockaddr] = []
         with contextlib.suppress(OSError, UnicodeError):
             addresses = attempt.look_up(0)
@@ -100,36 +100,36 @@ class Connector:
 
 
 class _Attempt:
-    """One connection that is being made."""
+    """One connection attempt."""
 
     def __init__(self, loop: Loop, owner: object, host: str, port: int, done: Done) -> None:
         self.owner = owner
-        self.deadline = float("inf")  # a look-up ends when the resolver does
+        self.deadline = float("inf")  # during a lookup, the resolver's own timeout applies
         self._loop, self._host, self._port, self._done = loop, host, port, done
         self._addresses: list[Sockaddr] = []
         self._sock: socket.socket | None = None
         self._reason = packet.NAME
 
     def look_up(self, flags: int) -> list[Sockaddr]:
-        """Return the target's addresses; from any thread. Raises OSError, UnicodeError."""
+        """Return the target's addresses. Callable from any thread. Raises OSError, UnicodeError."""
         flags |= socket.AI_NUMERICSERV
         found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=flags)
         return [(family, address) for family, _, _, _, address in found]
 
     def begin(self, addresses: list[Sockaddr]) -> None:
-        """Connect to one of the addresses."""
+        """Connect to the first address that answers."""
         self._addresses = addresses
         self.deadline = time.monotonic() + CONNECT_TIMEOUT
         self._next()
 
     def _next(self) -> None:
-        """Try the next address; when none is left it has failed."""
+        """Try the next address; fail when none is left."""
         while self._addresses:
             family, address = self._addresses.pop(0)
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
             except OSError:
-                self._reason = packet.FULL  # no descriptors, or no such family
+                self._reason = packet.FULL  # out of descriptors, or address family not supported
                 continue
             sock.setblocking(False)
             error = sock.connect_ex(address)
@@ -142,12 +142,12 @@ class _Attempt:
         self.fail(self._reason)
 
     def fail(self, reason: int) -> None:
-        """Close it and say why."""
+        """Close the socket and report the reason."""
         self.close()
         self._done(None, reason)
 
     def close(self) -> None:
-        """Close it; done is not called."""
+        """Close the socket without calling done."""
         if self._sock is not None:
             self._loop.remove(self._sock)
             self._sock.close()
@@ -156,7 +156,7 @@ class _Attempt:
     def _note(self, error: int) -> None:
         refused = error == errno.ECONNREFUSED
         self._reason = packet.REFUSED if refused else packet.UNREACHABLE
-        log.debug("connecting to a target: %s", os.strerror(error))
+        log.debug("connect to target failed: %s", os.strerror(error))
 
     def _on_ready(self, _: int) -> None:
         sock = self._sock

@@ -1,6 +1,6 @@
-"""The background: fork, the file with the process id, syslog.
+"""Running in the background: fork, PID file, syslog.
 
-Sources: daemon(7), syslog(3), RFC 3164 for the number in front of a message.
+Sources: daemon(7), syslog(3); RFC 3164 for the priority in front of a message.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ SEVERITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERR
 
 
 def to_background() -> None:
-    """Continue in a process without a terminal. The one that was started exits with 0.
+    """Continue in a process without a terminal; the original process exits with 0.
 
-    There may be no other threads yet: a fork does not keep them. Raises TtunError.
+    A fork does not keep threads, so none may have been started yet. Raises TtunError.
     """
     sys.stdout.flush()
     log_writer.flush()
     try:
         null = os.open(os.devnull, os.O_RDWR)
     except OSError as error:
-        raise TtunError(f"cannot open {os.devnull}: {error.strerror}; leave out -z") from None
+        raise TtunError(f"cannot open {os.devnull}: {error.strerror} (leave out -z)") from None
     if os.fork():
         os._exit(0)
     os.setsid()
-    if os.fork():  # not a session leader, so it can never get a terminal again
+    if os.fork():  # not a session leader, so it cannot acquire a terminal
         os._exit(0)
     os.chdir("/")
     for descriptor in (0, 1, 2):
@@ -43,26 +43,26 @@ def to_background() -> None:
 
 
 def open_pid_file(path: Path) -> int:
-    """Return a descriptor to write the process id to, opened before privileges are dropped.
+    """Open the PID file before privileges are dropped and return its descriptor.
 
-    Until then the content stays: if this start fails, it may be the id of a running process.
+    The content stays until write_pid(): if startup fails, it may belong to a running process.
     """
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
     except OSError as error:
-        raise TtunError(f"cannot write the process id to {path}: {error.strerror}") from None
+        raise TtunError(f"cannot write the process ID to {path}: {error.strerror}") from None
 
 
 def write_pid(descriptor: int) -> None:
-    """Replace the content by our process id."""
-    with contextlib.suppress(OSError):  # no regular file
+    """Replace the content of the PID file with our process ID."""
+    with contextlib.suppress(OSError):  # not a regular file
         os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     os.close(descriptor)
 
 
 class Syslog:
-    """The system's log daemon: a datagram for each line, and a send() that never waits."""
+    """The system's log daemon: one datagram per line, sent without blocking."""
 
     def __init__(self) -> None:
         self._sock = _connect()
@@ -72,12 +72,12 @@ class Syslog:
         return self._sock.fileno()
 
     def encode(self, text: str, level: int) -> bytes:
-        """Return a line as it is sent."""
+        """Return the datagram for a line."""
         priority = LOG_DAEMON | SEVERITIES.get(level, 6)
         return f"<{priority}>ttun[{os.getpid()}]: {text}\0".encode("utf-8", "backslashreplace")
 
     def write(self, data: bytes) -> int:
-        """Send it; connect again if the daemon was restarted. Raises OSError."""
+        """Send a datagram; reconnect if the daemon was restarted. Raises OSError."""
         try:
             return self._sock.send(data)
         except BlockingIOError:
@@ -101,8 +101,8 @@ def _connect() -> socket.socket:
 
 
 def log_to_syslog() -> None:
-    """Log to syslog in place of stderr. Raises TtunError."""
+    """Log to syslog instead of stderr. Raises TtunError."""
     try:
         log_writer.move(Syslog(), "%(message)s")
     except OSError as error:
-        raise TtunError(f"no syslog at {SYSLOG}: {error.strerror}") from None
+        raise TtunError(f"cannot log to {SYSLOG}: {error.strerror} (leave out -S)") from None

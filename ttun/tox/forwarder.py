@@ -1,8 +1,8 @@
-"""What the server and the client have in common: friends come and go, and each has a link.
+"""The code that server and client share: it keeps one link per online friend.
 
-1. The loop hands on what toxcore reports. A friend that comes online gets a link.
-2. Its packets go through that link. What they mean to the role goes to the role's methods.
-3. flush() writes what came for sockets, then lets each link fill toxcore.
+1. The loop passes on toxcore's events. A friend that comes online gets a link.
+2. The friend's packets go through that link. Events for the role go to the role's methods.
+3. flush() writes received data to the sockets, then lets each link hand packets to toxcore.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ttun.tox.nodes import Bootstrap, Node
 log = logging.getLogger("ttun")
 
 PING_INTERVAL = 5.0  # seconds
-SILENT_AFTER = 60.0  # seconds, for a friend whose arrival toxcore has not reported
-SHOWN_PEERS = 10  # in the line of log_status()
+SILENT_AFTER = 60.0  # seconds, for a friend that toxcore has not reported online
+SHOWN_PEERS = 10  # in the status line
 
 
 class Forwarder:
-    """The owner of the loop: hands events to links and to the role, a subclass."""
+    """The owner of the loop: passes events to links and to the role, which is a subclass."""
 
     is_server = False
 
@@ -37,14 +37,14 @@ class Forwarder:
         self.growth = protocol.Growth()
         self.nodes: Sequence[Node] = ()  # to bootstrap from
         self.online = False
-        self._way = toxcore.TRANSPORTS[toxcore.OFFLINE]  # how we are on the network
+        self._way = ""  # how we are connected to the network
         self._bootstrap = Bootstrap(loop)
 
     def on_event(self, event: Event) -> None:
-        """Take what toxcore reports."""
+        """Handle an event of toxcore's."""
         if isinstance(event, FriendPacket):
-            # toxcore reports a friend once it knows the way to it. Packets may have come through a
-            # relay before that, the friend's HELLO first of all.
+            # Packets, above all the friend's HELLO, may arrive through a relay before toxcore
+            # reports the friend online.
             link = self.links.get(event.friend) or self._meet(event.friend)
             meaning = link.receive(event.data)
             if meaning is not None:
@@ -59,8 +59,8 @@ class Forwarder:
             self.on_request(event)
 
     def _network(self) -> str:
-        """Return whether and how we are on the Tox network."""
-        return f"{'on the Tox network over' if self.online else 'off the Tox network:'} {self._way}"
+        """Return whether and how we are connected to the Tox network."""
+        return f"on the Tox network over {self._way}" if self.online else "not on the Tox network"
 
     def log_status(self) -> None:
         """Log one line about the network and the peers."""
@@ -72,7 +72,7 @@ class Forwarder:
         if rest := links[SHOWN_PEERS:]:
             count = sum(len(link.streams.all) for link in rest)
             peers.append(f"{len(rest)} more peers, {count} connections")
-        log.info("status: %s", "; ".join([self._network(), *(peers or ["no peer"])]))
+        log.info("status: %s", "; ".join([self._network(), *(peers or ["no peers"])]))
 
     def _friend_status(self, event: FriendStatus) -> None:
         link = self.links.get(event.friend)
@@ -87,7 +87,7 @@ class Forwarder:
             self._meet(event.friend, way)
 
     def _meet(self, friend: int, way: str = UNKNOWN_WAY) -> Link:
-        """Make the link of a friend that came online."""
+        """Create the link of a friend that came online."""
         name = identity.short_name(self.loop.tox.friend_key(friend))
         mux = protocol.Multiplexer(
             server=self.is_server, first_id=int.from_bytes(os.urandom(4), "big"), growth=self.growth
@@ -98,9 +98,9 @@ class Forwarder:
         return link
 
     def lose(self, link: Link) -> None:
-        """End everything that went through a friend that is offline."""
+        """Close all streams of a friend that is offline."""
         del self.links[link.friend]
-        log.info("peer %s is gone; %d connections closed", link.name, len(link.streams.all))
+        log.info("peer %s disconnected: %d connections closed", link.name, len(link.streams.all))
         link.drop()
         self.on_lost(link)
 
@@ -115,24 +115,24 @@ class Forwarder:
             self.on_restarted(link)
 
     def on_tick(self, now: float) -> None:
-        """Bootstrap until we are on the network; measure the round trip to each friend."""
+        """Bootstrap while offline; measure the round trip to each friend."""
         if not self.online:
             self._bootstrap.try_some(self.nodes, now)
         for link in list(self.links.values()):
             if now - link.heard > SILENT_AFTER and link.way == UNKNOWN_WAY:
-                self.lose(link)  # toxcore never reported that it came, nor will it that it left
+                self.lose(link)  # never reported online, so it will not be reported offline
             elif now - link.pinged >= PING_INTERVAL:
                 link.ping(now)
 
     def flush(self, now: float) -> tuple[bool, float]:
-        """Write to sockets, fill toxcore; return whether it is full, and when to come again."""
+        """Write to sockets, fill toxcore; return whether it is full, and when to call again."""
         links = list(self.links.values())
         for link in links:
             link.streams.flush()
         any_full, first = False, math.inf
         for link in links:
             if len(link.mux.control) > protocol.MAX_CONTROL:
-                log.warning("peer %s asks faster than it takes answers: dropped", link.name)
+                log.warning("peer %s: control queue full: disconnecting", link.name)
                 self.lose(link)
                 continue
             full, again = link.fill(now)
@@ -140,32 +140,32 @@ class Forwarder:
         return any_full, first
 
     def on_stop(self) -> None:
-        """Close everything; what is queued for friends is sent if toxcore takes it now."""
+        """Close everything; send queued packets as far as toxcore takes them now."""
         for link in list(self.links.values()):
             link.drop()
             link.fill(time.monotonic())
         if self.links:
             self.loop.tox.iterate()
 
-    # What the two roles do differently.
+    # For the two roles to override.
 
     def on_request(self, request: FriendRequest) -> None:
-        """Answer a friend request."""
+        """Accept or reject a friend request."""
 
     def on_link(self, link: Link) -> None:
-        """Take note that a friend is online."""
+        """Handle a friend that came online."""
 
     def on_lost(self, link: Link) -> None:
-        """Take note that a friend is offline; its streams are closed."""
+        """Handle a friend that went offline; its streams are closed."""
 
     def on_restarted(self, link: Link) -> None:
-        """Take note that a friend is a new process; its streams are closed."""
+        """Handle a friend whose process restarted; its streams are closed."""
 
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
         """Connect a friend to a target."""
 
     def on_answered(self, link: Link, answer: protocol.Opened | protocol.Denied) -> None:
-        """Take a friend's answer to a request for a connection."""
+        """Handle a friend's answer to a tunnel request."""
 
     def on_pong(self, link: Link) -> None:
-        """Take note of a round trip that was measured."""
+        """Handle a measured round trip."""

@@ -1,7 +1,7 @@
-"""Who we are on the Tox network: the ID, the file with its secret key, names for other people's.
+"""Tox IDs, the file with our own identity (its secret key), and names for other IDs.
 
-A Tox ID is 76 hexadecimal digits: the public key (32 bytes), a number that keeps strangers' friend
-requests away (4), and a checksum (2): all pairs of bytes before it, combined with xor.
+A Tox ID is 76 hexadecimal digits: the public key (32 bytes), the nospam value, without which a
+friend request is ignored (4), and a checksum (2), the XOR of all preceding pairs of bytes.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from ttun.process import files
 from ttun.tox.toxcore import ADDRESS_SIZE, PUBLIC_KEY_SIZE
 
 SAVE = "tox_save"
-SCHEME = "tox:"  # in front of a Tox ID, where it could be something else
-MAX_SIZE = 16 << 20  # bytes of a file of ours
-MAX_SECRET = 920  # bytes; a friend request's message holds it and a NUL
+SCHEME = "tox:"  # prefix of a Tox ID, where a host name is possible too
+MAX_SIZE = 16 << 20  # bytes in one of our files
+MAX_SECRET = 920  # bytes; a friend request holds the secret and a NUL
 
 
 class Contact(NamedTuple):
-    """Somebody's address (38 bytes) and the secret to show there, if one is known."""
+    """A peer's address (38 bytes) and the shared secret to send, if known."""
 
     address: bytes
     secret: bytes | None
 
 
 def bare(text: str) -> str:
-    """Return a Tox ID, or a name, without what it was copied with: blanks, and tox: before it."""
+    """Strip white space and a tox: prefix from a Tox ID or a name."""
     text = text.strip()
     return text[len(SCHEME) :] if text.lower().startswith(SCHEME) else text
 
 
 def parse_id(text: str) -> bytes:
-    """Return the address that a Tox ID shows. Raises UsageError."""
+    """Return the address that a Tox ID stands for. Raises UsageError."""
     try:
         address = bytes.fromhex(bare(text))
     except ValueError:
         address = b""
     if len(address) != ADDRESS_SIZE:
-        # Not shown: it may be a secret.
-        raise UsageError(f"that is no Tox ID: one has {2 * ADDRESS_SIZE} hexadecimal digits")
+        # The text is not shown: it may be a secret.
+        raise UsageError(f"not a Tox ID: expected {2 * ADDRESS_SIZE} hexadecimal digits")
     if checksum(address[:-2]) != address[-2:]:
-        raise UsageError("that is no Tox ID: its checksum is wrong")
+        raise UsageError("not a Tox ID: wrong checksum")
     return address
 
 
@@ -65,18 +65,18 @@ def checksum(data: bytes) -> bytes:
 
 
 def short_name(key: bytes) -> str:
-    """Return how the log names the owner of a key: the first digits of the Tox ID."""
+    """Return the name of a key's owner in the log: the first digits of the Tox ID."""
     return key.hex()[:8].upper()
 
 
 def hosts_files() -> tuple[Path, Path]:
-    """Return where names are kept, ``NAME TOXID [SECRET]`` lines: ours, and that of Tuntox."""
+    """Return the files of ``NAME TOXID [SECRET]`` lines: ttun's own and that of Tuntox."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(home, "ttun", "hosts"), Path(os.path.expanduser("~/.tuntox/hosts"))
 
 
 def find_contact(text: str) -> Contact:
-    """Return who is meant by a Tox ID, or by a name in the files of names. Raises TtunError."""
+    """Return the contact for a Tox ID, or for a name in the hosts files. Raises TtunError."""
     name = bare(text)
     if len(name) == 2 * ADDRESS_SIZE:
         return Contact(parse_id(name), None)
@@ -94,23 +94,23 @@ def find_contact(text: str) -> Contact:
             return contact
         files_read.append(str(path))
     if files_read:
-        raise UsageError(f"that is no Tox ID and no name in {' or '.join(files_read)}")
-    raise UsageError(f"that is no Tox ID, and there is no {hosts_files()[0]} with names")
+        raise UsageError(f"the server is neither a Tox ID nor a name in {' or '.join(files_read)}")
+    raise UsageError(f"the server is not a Tox ID, and {hosts_files()[0]} does not exist")
 
 
 def _find_name(path: Path, wanted: str) -> Contact | None:
-    """Return who a name in a file belongs to. Raises TtunError, OSError, UnicodeError."""
+    """Return the contact for a name in a file. Raises TtunError, OSError, UnicodeError."""
     found: list[os.stat_result] = []
     lines = files.read(path, MAX_SIZE, found.append).decode().splitlines()
     is_ours = path == hosts_files()[0]
     for number, line in enumerate(lines, 1):
-        # In that of Tuntox, which its script tokssh reads, a # within a line is no comment.
+        # In the file of Tuntox's script tokssh, a # starts a comment only in the first column.
         text = line.split("#", 1)[0] if is_ours or line.startswith("#") else line
         name, *rest = text.split(None, 2) or [""]
         if name != wanted:
             continue
         if not rest:
-            raise TtunError(f"{path}, line {number}: a Tox ID is missing after the name")
+            raise TtunError(f"{path}, line {number}: no Tox ID after the name")
         try:
             address = parse_id(rest[0])
         except UsageError as error:
@@ -123,7 +123,7 @@ def _find_name(path: Path, wanted: str) -> Contact | None:
 
 
 def check_secret(secret: bytes) -> bytes:
-    """Return a secret that fits a friend request. Raises UsageError."""
+    """Return a secret if it fits in a friend request. Raises UsageError."""
     if not secret:
         raise UsageError("the shared secret is empty")
     if len(secret) > MAX_SECRET or b"\0" in secret:
@@ -132,25 +132,25 @@ def check_secret(secret: bytes) -> bytes:
 
 
 def load(directory: Path) -> bytes | None:
-    """Return the identity saved in a directory, None if there is none. Raises TtunError."""
+    """Return the identity saved in a directory, or None. Raises TtunError."""
     path = directory / SAVE
     try:
         return files.read(path, MAX_SIZE, functools.partial(_check, path))
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise TtunError(f"cannot read {path}: it is a link to a file that is missing") from None
+            raise TtunError(f"cannot read {path}: symbolic link to a missing file") from None
         return None
     except OSError as error:
         raise TtunError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _check(path: Path, found: os.stat_result) -> None:
-    """Raise TtunError for what cannot be our identity."""
+    """Raise TtunError for a file that cannot be our identity."""
     if not stat.S_ISREG(found.st_mode):
-        raise TtunError(f"cannot read {path}: it is not a file")
+        raise TtunError(f"cannot read {path}: not a regular file")
     files.check_owner(path, found, "identity")
 
 
 def save(directory: Path, data: bytes) -> None:
-    """Save an identity. Raises OSError; the one saved before is then left as it was."""
+    """Save an identity. Raises OSError, which leaves a previously saved one unchanged."""
     files.write_secret(directory / SAVE, data, replace=True)

@@ -1,7 +1,7 @@
-"""One Tox instance: opened at free ports with a saved identity, iterated, asked.
+"""One Tox instance, opened at free ports with a saved identity.
 
-What toxcore reports inside iterate() becomes a list of events, so nothing calls toxcore from within
-one of its callbacks. A Tox is not thread-safe: only the thread that iterates it may call it.
+iterate() returns what toxcore's callbacks reported as a list of events, so no callback calls back
+into toxcore. A Tox instance is not thread-safe: only the thread that iterates it may use it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ttun.tox import identity, toxcore
 log = logging.getLogger("ttun")
 core_log = logging.getLogger("ttun.toxcore")
 
-ATTEMPTS = 20  # to find a port that is free
-# toxcore looks for peers on the same network at ten ports every ten seconds, from 33445 on.
-LAN_PORTS = 33445, 33456  # first ports of a range
+ATTEMPTS = 20  # to find a free port
+# toxcore's local discovery probes ten ports every ten seconds, from 33445 on.
+LAN_PORTS = 33445, 33456  # bounds of the first port of a range
 
 
 class BadIdentity(TtunError):
-    """toxcore cannot use a saved identity. The message says why, but not where it is saved."""
+    """toxcore cannot use a saved identity. The message gives the reason but not the path."""
 
 
 class NoPort(TtunError):
@@ -40,20 +40,20 @@ class Proxy(NamedTuple):
 
 
 class SelfStatus(NamedTuple):
-    """We are on the Tox network, or no longer."""
+    """Our connection to the Tox network changed."""
 
     connection: int
 
 
 class FriendStatus(NamedTuple):
-    """A friend came online, went offline, or is reached in another way."""
+    """A friend came online, went offline, or is reached over another transport."""
 
     friend: int
     connection: int
 
 
 class FriendRequest(NamedTuple):
-    """The owner of a key knows our address and asks to be a friend."""
+    """The owner of a key, who knows our address, asks to become a friend."""
 
     key: bytes
     message: bytes
@@ -70,11 +70,11 @@ Event = Union[SelfStatus, FriendStatus, FriendRequest, FriendPacket]
 
 
 class Tox:
-    """One Tox instance. It goes nowhere before it is iterated.
+    """One Tox instance. It stays offline until it is iterated.
 
-    savedata: a saved identity, None for a fresh one. udp_ports: first and last, None for no UDP.
-    tcp_port: of a relay for others, 0 for none. Raises TtunError, BadIdentity for bad savedata,
-    NoPort where no port is free.
+    savedata: a saved identity, None for a new one. udp_ports: first and last, None to disable UDP.
+    tcp_port: port of a TCP relay for others, 0 for none. Raises TtunError; BadIdentity for bad
+    savedata; NoPort if no port is free.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Tox:
         options = lib.tox_options_new(ffi.NULL)
         if options == ffi.NULL:
             raise _start_error(toxcore.NO_MEMORY)
-        alive = []  # toxcore keeps pointers, not copies, until tox_new has returned
+        alive = []  # the options hold pointers to these until tox_new() has returned
         try:
             lib.tox_options_set_ipv6_enabled(options, ipv6)
             lib.tox_options_set_udp_enabled(options, udp_ports is not None and proxy is None)
@@ -119,7 +119,7 @@ class Tox:
             self._tox = lib.tox_new(options, self._error)
         finally:
             lib.tox_options_free(options)
-        # For savedata of a bad format tox_new() returns an error and a Tox with a fresh identity.
+        # For malformed savedata, tox_new() returns an error and a Tox with a new identity.
         code = self._error[0]
         if self._tox != ffi.NULL and (code or not self._is_identity_in(savedata)):
             self.close()
@@ -131,8 +131,8 @@ class Tox:
     def _is_identity_in(self, savedata: bytes | None) -> bool:
         """Return whether our identity is the saved one.
 
-        toxcore leaves out sections of a type that it does not know. If that is the one with the
-        keys, because a bit of its type changed, there is no error, and the identity is a fresh one.
+        toxcore skips sections of unknown type without an error. If a flipped bit hides the section
+        with the keys, it generates a new identity.
         """
         return savedata is None or self.address()[: toxcore.PUBLIC_KEY_SIZE] in savedata
 
@@ -151,13 +151,13 @@ class Tox:
             getattr(lib, f"tox_callback_{name}")(self._tox, callback)
 
     def close(self) -> None:
-        """Leave the network and free the instance."""
+        """Go offline and free the instance."""
         if self._tox is not None:
             self._lib.tox_kill(self._tox)
             self._tox = None
 
     def iterate(self) -> list[Event]:
-        """Let toxcore receive, send and keep its timers; return what happened, in order."""
+        """Let toxcore receive, send and run its timers; return the events in order."""
         self._lib.tox_iterate(self._tox, self._ffi.NULL)
         events = self._events
         if events:
@@ -165,45 +165,44 @@ class Tox:
         return events
 
     def interval(self) -> float:
-        """Return the seconds until toxcore has to be iterated again."""
+        """Return the seconds until toxcore must be iterated again."""
         return int(self._lib.tox_iteration_interval(self._tox)) / 1000
 
     def address(self) -> bytes:
-        """Return our address, the 38 bytes that a Tox ID shows."""
+        """Return our address, the 38 bytes of the Tox ID."""
         address = self._ffi.new("uint8_t[]", toxcore.ADDRESS_SIZE)
         self._lib.tox_self_get_address(self._tox, address)
         return bytes(address)
 
     def savedata(self) -> bytes:
-        """Return our identity, its secret key included, to be saved."""
+        """Return our identity for saving, including the secret key."""
         data = self._ffi.new("uint8_t[]", self._lib.tox_get_savedata_size(self._tox))
         self._lib.tox_get_savedata(self._tox, data)
         return bytes(data)
 
     def bootstrap(self, host: str, port: int, key: bytes, relay_ports: tuple[int, ...]) -> None:
-        """Introduce a node of the network: at its UDP port, and as a TCP relay at its TCP ports."""
+        """Bootstrap from a node at its UDP port, and use its TCP ports as relays."""
         name = host.encode()
         self._lib.tox_bootstrap(self._tox, name, port, key, self._error)
         for relay_port in relay_ports:
             self._lib.tox_add_tcp_relay(self._tox, name, relay_port, key, self._error)
 
     def add_friend(self, address: bytes, message: bytes) -> int:
-        """Send a friend request; return the friend's number. Raises TtunError."""
+        """Send a friend request and return the friend's number. Raises TtunError."""
         friend = self._lib.tox_friend_add(self._tox, address, message, len(message), self._error)
         if self._error[0]:
             code = self._error[0]
-            raise TtunError(
-                f"cannot use this Tox ID: {toxcore.ADD_ERRORS.get(code, f'error {code}')}"
-            )
+            why = toxcore.ADD_ERRORS.get(code, f"toxcore error {code}")
+            raise TtunError(f"cannot use this Tox ID: {why}")
         return int(friend)
 
     def accept_friend(self, key: bytes) -> int | None:
-        """Make the owner of a key a friend; return the number, None if toxcore refuses."""
+        """Add the owner of a key as a friend; return the number, or None if toxcore refuses."""
         friend = self._lib.tox_friend_add_norequest(self._tox, key, self._error)
         return None if self._error[0] else int(friend)
 
     def delete_friend(self, friend: int) -> None:
-        """Forget a friend and end its connection."""
+        """Remove a friend and close the connection."""
         self._lib.tox_friend_delete(self._tox, friend, self._error)
 
     def friends(self) -> list[int]:
@@ -219,7 +218,7 @@ class Tox:
         return bytes(key)
 
     def send(self, friend: int, data: bytes) -> bool:
-        """Send a packet; False if toxcore takes none: its queue is full or the friend offline."""
+        """Send a packet; return False if toxcore's queue is full or the friend is offline."""
         return bool(
             self._lib.tox_friend_send_lossless_packet(
                 self._tox, friend, data, len(data), self._error
@@ -259,10 +258,10 @@ def open_tox(
 ) -> Tox:
     """Open a Tox at the given ports, None for any. Raises TtunError.
 
-    directory: where its identity is kept, and saved if there is none; None for a temporary one.
-    Other hosts on the network look for a server at LAN_PORTS. A client does the looking, so it may
-    be anywhere: among ten ports it would sooner or later get that of the client before it, which a
-    server may still be looking for (Tuntox's does as long as it runs).
+    directory: where to load the identity from, or save a new one; None for a temporary identity.
+    A server uses LAN_PORTS, where local discovery by other hosts finds it. A client uses random
+    ports: it does the searching, and must not reuse the port of an earlier client that a server may
+    still be looking for (a Tuntox server does so as long as it runs).
     """
     saved = None if directory is None else identity.load(directory)
     attempts = ATTEMPTS if relay_port is None or udp_ports is None else 1
@@ -284,7 +283,7 @@ def open_tox(
             except BadIdentity as error:
                 assert directory is not None
                 raise TtunError(f"cannot use {directory / identity.SAVE}: {error}") from None
-            except TtunError as error:  # without IPv6 it may be another one
+            except TtunError as error:  # may differ without IPv6
                 is_last = attempt == attempts - 1 or not isinstance(error, NoPort)
                 if is_last and not ipv6:
                     raise
@@ -292,16 +291,16 @@ def open_tox(
 
 
 def any_udp_ports(*, anywhere: bool) -> tuple[int, int]:
-    """Return a random range to try: one of LAN_PORTS, or anywhere if those are taken."""
+    """Return a random port range to try, from LAN_PORTS unless anywhere."""
     first = random.randrange(*((1024, 65500) if anywhere else LAN_PORTS))
     return first, first + 10
 
 
 def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
-    """Save the identity of tox. One that was saved already is never written to.
+    """Save the identity of tox, unless it was loaded; a saved identity is never written to.
 
-    Others may not read it from now on. Friends in a saved identity would come in without being
-    asked for the secret, so tox forgets them.
+    Remove other users' permission to read it. Remove saved friends from tox: they would be let in
+    without the secret.
     """
     for friend in tox.friends():
         tox.delete_friend(friend)
@@ -311,18 +310,18 @@ def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
             identity.save(directory, tox.savedata())
         except OSError as error:
             why = error.strerror
-            log.warning("cannot save this Tox ID in %s: %s; the next start has another", path, why)
+            log.warning("cannot save %s: %s (the next start gets a new Tox ID)", path, why)
         return
     try:
         if stat.S_IMODE(path.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
             path.chmod(0o600)
     except OSError as error:
-        log.warning("others may read the identity %s: %s (chmod 600)", path, error.strerror)
+        log.warning("other users can read %s: chmod failed: %s", path, error.strerror)
 
 
 def _start_error(code: int) -> TtunError:
-    """Return what to raise for a Tox_Err_New."""
-    why = toxcore.NEW_ERRORS.get(code, f"error {code}")
+    """Return the exception for a Tox_Err_New."""
+    why = toxcore.NEW_ERRORS.get(code, f"toxcore error {code}")
     if code in (toxcore.LOAD_ENCRYPTED, toxcore.LOAD_BAD_FORMAT):
         return BadIdentity(why)
     return (NoPort if code == toxcore.PORT_ALLOC else TtunError)(f"cannot start Tox: {why}")

@@ -1,8 +1,8 @@
-"""A friend that is online: its tunnels and streams, and how fast packets go to it.
+"""An online friend: its tunnels and streams, and the rate at which packets are sent to it.
 
-1. receive() takes a packet through the multiplexer. What it means to a stream goes to that stream;
-   what it means to the role is returned.
-2. fill() hands packets to toxcore: first the multiplexer's own, then the streams' in turn.
+1. receive() passes a packet to the multiplexer. Events for a stream go to that stream; events for
+   the role are returned.
+2. fill() hands packets to toxcore: first the control queue, then the streams in turn.
 """
 
 from __future__ import annotations
@@ -22,31 +22,30 @@ from ttun.tox.loop import Loop
 from ttun.tox.protocol import TUNNEL_EVENTS, Event, Multiplexer, Tunnel
 from ttun.tox.stream import Stream, Streams
 
-BURST = 56.0  # packets at once after a rest, of toxcore's 64
+BURST = 56.0  # packets at once after a pause; toxcore allows 64
 LEAST = 4.0  # packets per second
-GROWTH, BACK = 1.14, 0.88  # times the rate that was sent; toxcore's is 1.2
+GROWTH, BACK = 1.14, 0.88  # factors on the measured send rate; toxcore's growth is 1.2
 BACK_FOR = 1.1  # seconds; toxcore remembers congestion for one
-STEP, STEPS = 0.05, 12  # seconds, and how many of them make the rate
+STEP, STEPS = 0.05, 12  # seconds per step, and steps in the measurement
 FAST = 1500.0  # packets per second
 
 
 class Pace:
-    """How fast packets may be handed to toxcore, so that it does not mistake that for congestion.
+    """Limits the send rate so that toxcore's congestion control does not throttle it.
 
     toxcore (net_crypto.c) gives each friend a budget: 64 packets at first, then 1.2 times the
-    rate that was sent in the last 0.6 s, at least 4 a second, so it grows only while it is
-    used. After a loss, or whenever its budget for retransmissions exceeds the one for new
-    packets by a rounding, toxcore takes each moment with an empty budget for congestion, and
-    lowers the rate to 0.9 times what was sent. A sender that always goes on until toxcore
-    refuses keeps the budget empty, so a slow rate falls to 4 a second and the transfer stalls.
-    (Seen: after 10 s of it, 0.1 Mbit/s of 700.)
+    rate sent over the last 0.6 s, at least 4 a second, so it grows only while it is used. After a
+    loss, or whenever a rounding error puts its retransmission budget above the budget for new
+    packets, toxcore takes an empty budget for congestion and lowers the rate to 0.9 times what was
+    sent. A sender that always sends until toxcore refuses keeps the budget empty: a slow rate
+    falls to 4 packets a second and the transfer stalls (observed: 0.1 instead of 700 Mbit/s).
 
-    So below 1,500 packets a second some of the budget is not used: the rate here grows a little
-    less than toxcore's. If toxcore refuses all the same, a lower rate for a little over a
-    second refills its budget and lets it forget. Above that rate each millisecond adds some
-    packets of budget, it is never empty for long, and toxcore alone decides.
+    Below 1500 packets a second this class therefore leaves some of the budget unused: its rate
+    grows more slowly than toxcore's. If toxcore refuses a packet anyway, a lower rate for a little
+    over a second refills the budget until toxcore forgets the congestion. Above 1500, each
+    millisecond adds some budget, so it is never empty for long, and toxcore alone sets the rate.
 
-    At first there is a budget of BURST. All times are in seconds of one clock.
+    It starts with a budget of BURST. All times are in seconds of one clock.
     """
 
     def __init__(self, now: float) -> None:
@@ -59,7 +58,7 @@ class Pace:
         self._fast = False
 
     def refill(self, now: float) -> None:
-        """Add the budget of the time that has passed."""
+        """Add the budget for the time that has passed."""
         while now - self._step_began >= STEP:
             self._steps.append(self._in_step)
             self._in_step = 0
@@ -78,12 +77,12 @@ class Pace:
         return self._fast or self._credit >= 1
 
     def sent(self) -> None:
-        """Count a packet that toxcore took."""
+        """Count a packet that toxcore accepted."""
         self._in_step += 1
         self._credit = max(self._credit - 1, 0.0)
 
     def refused(self, now: float) -> None:
-        """Slow down, unless it is fast: toxcore had no budget left."""
+        """Slow down, unless the rate is fast: toxcore had no budget left."""
         self._credit = 0.0
         if not self._fast:
             self._back_until = now + BACK_FOR
@@ -100,12 +99,12 @@ log = logging.getLogger("ttun")
 
 CLOCK = struct.Struct(">d")  # seconds of our clock: what a PING carries
 MAX_ROUND_TRIP = 60.0  # seconds
-UNKNOWN_WAY = "a way that is not known yet"
-COMPLAINTS = 5  # lines about a peer's wrong packets; the rest goes to the debug log
+UNKNOWN_WAY = "an unknown transport"
+COMPLAINTS = 5  # warnings about a peer's bad packets; further ones go to the debug log
 
 
 class Link:
-    """A friend that is online. way: how toxcore reaches it, for the log."""
+    """An online friend. way: the transport to it, for the log."""
 
     def __init__(
         self, loop: Loop, mux: Multiplexer, friend: int, name: str, way: str = UNKNOWN_WAY
@@ -118,14 +117,14 @@ class Link:
         self._complaints = 0
 
     def receive(self, data: bytes) -> Event | None:
-        """Take a packet in; return what it means to the role, None if nothing."""
+        """Handle a packet; return an event for the role, or None."""
         self.heard = time.monotonic()
         try:
             event = self.mux.receive(data)
         except ProtocolError as error:
             self._complaints += 1
             level = logging.WARNING if self._complaints <= COMPLAINTS else logging.DEBUG
-            log.log(level, "peer %s: %s", self.name, error)
+            log.log(level, "peer %s: bad packet dropped: %s", self.name, error)
             return None
         if isinstance(event, TUNNEL_EVENTS):
             stream = event.tunnel.owner
@@ -139,7 +138,7 @@ class Link:
             self.mux.round_trip = seconds
         elif isinstance(event, protocol.Restarted):
             count = len(self.streams.all)
-            log.info("peer %s started afresh; %d connections closed", self.name, count)
+            log.info("peer %s restarted: %d connections closed", self.name, count)
             self.drop()
         return event
 
@@ -149,29 +148,29 @@ class Link:
         tunnel: Tunnel | None,
         on_reset: Callable[[], None] | None = None,
     ) -> None:
-        """Forward between a socket and a tunnel; None is one that was not to be had any more."""
+        """Forward between a socket and a tunnel. If that is None, the request is void: close."""
         if tunnel is None:
             sock.close()
         else:
             Stream(self.streams, sock, tunnel, on_reset)
 
     def ping(self, now: float) -> None:
-        """Measure the round trip."""
+        """Send a PING to measure the round trip."""
         self.pinged = now
         self.mux.ping(CLOCK.pack(now))
 
     def fill(self, now: float) -> tuple[bool, float]:
-        """Send what may be sent; return whether toxcore is full, and when to be called again."""
+        """Send what may be sent; return whether toxcore is full, and when to call again."""
         self._pace.refill(now)
         if self._send_all():
             return False, math.inf
-        if self._pace.take():  # so it was toxcore that refused
+        if self._pace.take():  # the pace allowed it, so toxcore refused
             self._pace.refused(now)
-            return True, math.inf  # until there is room
+            return True, math.inf
         return False, now + self._pace.wait(now)
 
     def _send_all(self) -> bool:
-        """Send; return whether that was all."""
+        """Send; return whether nothing is left to send."""
         control, pace, toxcore_send = self.mux.control, self._pace, self._toxcore_send
 
         def send(data: bytes) -> bool:
@@ -191,15 +190,15 @@ class Link:
                 return False
 
     def drop(self) -> None:
-        """End all streams, for a reason that is not theirs."""
+        """Reset all streams."""
         counts = len(self.mux.tunnels), len(self.streams.all)
-        log.debug("peer %s: %d tunnels, %d connections end", self.name, *counts)
+        log.debug("peer %s: closing %d tunnels, %d connections", self.name, *counts)
         for stream in list(self.streams.all):
             stream.reset()
 
 
 def _round_trip(data: bytes) -> float | None:
-    """Return the seconds since a PING; None for data that ping() cannot have sent."""
+    """Return the seconds since a PING, or None if ping() cannot have sent this data."""
     if len(data) != CLOCK.size:
         return None
     seconds = time.monotonic() - float(CLOCK.unpack(data)[0])

@@ -1,19 +1,18 @@
-"""The thread that owns a Tox instance, and everything that happens on it.
+"""The event loop: one thread owns a Tox instance and all forwarded sockets.
 
-toxcore is not thread-safe and has to be iterated often. All forwarded sockets are on the same
-thread, in one epoll: a byte between a socket and toxcore waits for no other thread and no lock, and
-two hundred connections cost two hundred descriptors.
+toxcore is not thread-safe and must be iterated often. The sockets share its thread and one epoll,
+so data passes between a socket and toxcore without a lock or a switch of threads.
 
-1. Sleep until a socket of ours or of toxcore's is ready, or toxcore's own interval is over.
+1. Sleep until one of our sockets or of toxcore's is ready, or toxcore's interval has passed.
 2. Serve our sockets. They are edge-triggered: each reports once that it became ready.
-3. Iterate toxcore if it has work, and hand on what it reports.
-4. Let the owner flush what came for sockets and fill toxcore's queue. If that is full, nothing else
-   happens until toxcore's interval is over, a millisecond or two: only that makes room. toxcore
-   would take an earlier iteration, which finds its budget empty, for congestion.
+3. Iterate toxcore if it has work, and pass its events on.
+4. Let the owner write received data to sockets and fill toxcore's queue. If that is full, sleep for
+   toxcore's interval, a millisecond or two: only time makes room, and toxcore would take an earlier
+   iteration, which finds its budget empty, for congestion.
 
-toxcore has no function that names its sockets. They are looked for among the descriptors of the
-process once a second: Internet sockets that are not ours. An edge-triggered wait is safe for a
-socket of another owner too: it wakes this thread once for what arrives, nothing more.
+toxcore has no function that lists its sockets, so once a second the loop looks through the
+descriptors of the process for Internet sockets that are not ours. Should one belong to another part
+of the process, it is not disturbed: this thread wakes up once for each arrival.
 """
 
 from __future__ import annotations
@@ -39,30 +38,30 @@ BROKEN = select.EPOLLERR | select.EPOLLHUP
 EDGES = READABLE | WRITABLE | select.EPOLLET
 
 TICK = 0.5  # seconds
-SEARCH = 1.0  # seconds between two searches for toxcore's sockets
+SEARCH = 1.0  # seconds between searches for toxcore's sockets
 FULL_LEAST, FULL_MOST = 0.001, 0.002  # seconds until a full queue may have room again
-UNWATCHED = 0.005  # seconds between two iterations where toxcore's sockets cannot be found
+UNWATCHED = 0.005  # seconds between iterations if toxcore's sockets cannot be found
 DESCRIPTORS = "/proc/self/fd"
 
 
 class Owner(Protocol):
-    """What the loop calls, always on its thread."""
+    """The callbacks of the loop, always called on its thread."""
 
     def on_event(self, event: Event) -> None:
-        """Take what toxcore reports."""
+        """Handle an event of toxcore's."""
 
     def on_tick(self, now: float) -> None:
-        """End what takes too long. Called every TICK seconds."""
+        """Enforce time limits. Called every TICK seconds."""
 
     def flush(self, now: float) -> tuple[bool, float]:
-        """Send what can be sent; return whether toxcore is full, and when to be called again."""
+        """Send what can be sent; return whether toxcore is full, and when to call again."""
 
     def on_stop(self) -> None:
         """Close everything."""
 
 
 class Loop:
-    """One Tox, its thread, and the sockets that are served there. start() starts the thread."""
+    """A Tox instance, its thread, and the sockets that the thread serves."""
 
     def __init__(self, tox: Tox) -> None:
         self.tox = tox
@@ -70,7 +69,7 @@ class Loop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._readable, self._writable = os.pipe()
-        self._closing = threading.Lock()  # over both: their numbers are reused after the end
+        self._closing = threading.Lock()  # for both: their numbers are reused once closed
         for descriptor in (self._readable, self._writable):
             os.set_blocking(descriptor, False)
         self._epoll.register(self._readable, select.EPOLLIN)
@@ -88,35 +87,35 @@ class Loop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it and wait until it has ended; from any other thread."""
+        """Stop the thread and wait for it. Callable from any other thread."""
         if not self._thread.is_alive():
             return
         self.call(self.finish)
         self._thread.join()
 
     def finish(self) -> None:
-        """End it when this round is over; on the loop's thread."""
+        """Stop after this round. Call it on the loop's thread."""
         self._stopping = True
 
     def call(self, function: Callable[[], None]) -> None:
-        """Call a function on the loop's thread; from any thread. Ignored after the end."""
+        """Call a function on the loop's thread, from any thread. Ignored after the loop's end."""
         self._calls.append(function)
         with self._closing:
             if not self.over.is_set():
-                with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
+                with contextlib.suppress(BlockingIOError):  # full: a wake-up is already pending
                     os.write(self._writable, b"\0")
 
     def add(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
-        """Call handler with the events of a socket, each once (EPOLLET)."""
+        """Call handler with the events of a socket, edge-triggered."""
         sock.setblocking(False)
         self._handlers[sock.fileno()] = handler
         try:
             self._epoll.register(sock, EDGES)
-        except FileExistsError:  # a socket of toxcore's had this number
+        except FileExistsError:  # a socket of toxcore's used this number before
             self._epoll.modify(sock, EDGES)
 
     def remove(self, sock: socket.socket) -> None:
-        """Stop serving a socket, before it is closed."""
+        """Stop serving a socket. Call it before closing the socket."""
         if self._handlers.pop(sock.fileno(), None) is not None:
             self._epoll.unregister(sock)
 
@@ -129,12 +128,12 @@ class Loop:
         try:
             self._run(self._owner)
         except BaseException as error:
-            log.debug("the Tox thread failed", exc_info=True)
+            log.debug("Tox thread failed", exc_info=True)
             self.error = error
         try:
             self._owner.on_stop()
         except BaseException as error:
-            log.debug("the Tox thread failed at its end", exc_info=True)
+            log.debug("Tox thread failed while stopping", exc_info=True)
             self.error = self.error or error
         finally:
             self.tox.close()
@@ -178,28 +177,28 @@ class Loop:
                 due = now + min(max(self.tox.interval(), FULL_LEAST), FULL_MOST)
 
     def _search(self) -> None:
-        """Watch those sockets of toxcore's that are not watched yet."""
+        """Watch toxcore's sockets that are not watched yet."""
         try:
             names = os.listdir(DESCRIPTORS)
         except OSError:
-            return  # no /proc here: toxcore is iterated by the clock
+            return  # no /proc: iterate toxcore by the clock
         for descriptor in map(int, names):
             kind = _internet_socket(descriptor)
             if descriptor in self._handlers or kind is None:
                 continue
             try:
-                # A UDP socket turns writable after each packet, also one that the firewall refused.
-                # toxcore would retry that one at once, each time with the next nonce, until the
-                # peer cannot follow the nonces any more.
+                # A UDP socket becomes writable again after each packet, even one that the local
+                # firewall rejected. toxcore would retry that packet at once, each time with the
+                # next nonce, until the nonces are too far ahead for the peer.
                 is_udp = kind == socket.SOCK_DGRAM
                 self._epoll.register(descriptor, EDGES & ~WRITABLE if is_udp else EDGES)
                 self._watched = True
             except OSError:
-                pass  # watched already; a closed socket leaves the epoll by itself
+                pass  # already watched; epoll drops closed sockets by itself
 
 
 def _internet_socket(descriptor: int) -> int | None:
-    """Return the type of an Internet socket, None for everything else."""
+    """Return the type of an Internet socket, or None for any other descriptor."""
     try:
         sock = socket.socket(fileno=descriptor)
     except OSError:

@@ -1,8 +1,8 @@
-"""Nodes to bootstrap from: where the Tox network is entered.
+"""Bootstrap nodes, through which we join the Tox network.
 
-They come from a file in the form of nodes.tox.chat/json: ``-b FILE``, else /etc/tuntox/nodes.json,
-else the list in this package. Hosts on the same private network find each other without any, if
-they have one of the UDP ports where toxcore looks (instance.LAN_PORTS).
+They come from a file in the format of nodes.tox.chat/json: ``-b FILE``, else
+/etc/tuntox/nodes.json, else the list in this package. Hosts on the same private network find each
+other without a node if they use a UDP port of toxcore's local discovery (instance.LAN_PORTS).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ttun.tox.toxcore import PUBLIC_KEY_SIZE
 
 SYSTEM_FILE = Path("/etc/tuntox/nodes.json")
 PACKAGED_FILE = Path(__file__).with_name("nodes.json")
-MAX_SIZE = 16 << 20  # bytes of a file of nodes
-INTERVAL, AT_ONCE = 10.0, 8  # seconds between two attempts, and nodes in each
+MAX_SIZE = 16 << 20  # bytes in a file of nodes
+INTERVAL, AT_ONCE = 10.0, 8  # seconds between attempts, and nodes per attempt
 
 
 class Node(NamedTuple):
-    """A node: where it answers over UDP, its key, and the TCP ports where it relays."""
+    """A bootstrap node: its host, UDP port, public key, and TCP relay ports."""
 
     host: str
     port: int
@@ -38,9 +38,9 @@ class Node(NamedTuple):
 
 
 def load(path: Path | None) -> list[Node]:
-    """Return the nodes in a file, None for the system's file or else the packaged one.
+    """Return the nodes in a file; None for the system's file, or else the packaged one.
 
-    Entries without a usable address and key are left out. Raises TtunError.
+    Entries without a usable address and key are skipped. Raises TtunError.
     """
     if path is None:
         path = SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE
@@ -52,10 +52,10 @@ def load(path: Path | None) -> list[Node]:
         raise TtunError(f"cannot read the bootstrap nodes in {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise TtunError(
-            f"{path} is no list of bootstrap nodes: it looks like https://nodes.tox.chat/json"
+            f"{path} is not a list of bootstrap nodes (expected: as https://nodes.tox.chat/json)"
         ) from None
     if not nodes:
-        raise TtunError(f"there is no usable bootstrap node in {path}")
+        raise TtunError(f"no usable bootstrap node in {path}")
     return nodes
 
 
@@ -79,7 +79,7 @@ def _nodes(entry: dict[str, Any]) -> list[Node]:
 
 
 class Bootstrap:
-    """Introduces toxcore to nodes. Their names are looked up on a thread, off the loop."""
+    """Bootstraps toxcore. Node names are looked up on a thread, so that the loop is not blocked."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -87,19 +87,19 @@ class Bootstrap:
         self._busy = False
 
     def try_some(self, nodes: Sequence[Node], now: float) -> None:
-        """Try some nodes, unless that was done a moment ago or is still being done."""
+        """Try some nodes, unless an attempt is running or less than INTERVAL ago."""
         if now < self._next:
             return
         self._next = now + INTERVAL
         if not self._busy:
             some = random.sample(nodes, min(len(nodes), AT_ONCE))
             look_up = functools.partial(self._look_up, some)
-            with contextlib.suppress(RuntimeError):  # no thread to be had: try again later
+            with contextlib.suppress(RuntimeError):  # cannot start a thread: try again later
                 threading.Thread(target=look_up, name="ttun-nodes", daemon=True).start()
                 self._busy = True
 
     def _look_up(self, nodes: Sequence[Node]) -> None:
-        """Introduce toxcore to each node when its name has been looked up."""
+        """Look up each node and have toxcore bootstrap from it."""
         for node in nodes:
             with contextlib.suppress(OSError, UnicodeError):
                 found = socket.getaddrinfo(node.host, None, type=socket.SOCK_DGRAM)

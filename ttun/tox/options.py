@@ -1,7 +1,7 @@
-"""The command line of ``ttun tox``: tuntox's own, so that either program runs the same one.
+"""The command line of ``ttun tox``, compatible with that of Tuntox.
 
-Without -L, -W, -D or -p it is a server. Options take their values as getopt does: joined to the
-letter or after it, also with a dash in front.
+Without -L, -W, -D or -p it runs as a server. Option values are parsed as getopt does: joined to the
+letter or in the next argument, even if that starts with a dash.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ttun.errors import UsageError
 from ttun.process.argv import join_each
 from ttun.tox import identity, toxcore
 from ttun.tox.instance import Proxy
-from ttun.tox.rules import parse_target
+from ttun.tox.rules import check_host, parse_target
 from ttun.version import __version__
 
 SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")
 WITH_VALUE = "iLWPCsfItubFU"
 FLAGS = "dqSzpV"
-# Schemes of ALL_PROXY. A name always goes to the proxy unresolved, which is what the h stands for.
+# Schemes of ALL_PROXY. Names always go to the proxy unresolved, which is what the h asks for.
 PROXIES = {
     **dict.fromkeys(("socks", "socks5", "socks5h"), toxcore.PROXY_SOCKS5),
     "http": toxcore.PROXY_HTTP,
@@ -34,14 +34,15 @@ PROXIES = {
 NO_PROXIES = ("socks4", "socks4a", "https")
 
 EPILOG = f"""\
-Environment: {SECRET_VARIABLE}, ALL_PROXY=socks5://HOST:PORT or http://HOST:PORT (for Tox
-traffic; turns UDP off). Without -L, -W, -D or -p it is a server."""
+Without -L, -W, -D or -p, ttun tox runs as a server.
+Environment: {SECRET_VARIABLE}; ALL_PROXY=socks5://HOST:PORT or
+http://HOST:PORT, a proxy for all Tox traffic (disables UDP)."""
 
 
 class Forward(NamedTuple):
-    """A port to listen on, and the target at the other end; None: SOCKS5 says.
+    """A port to listen on, and the target at the other end (None: chosen through SOCKS5).
 
-    bind: None is the loopback, an empty string all addresses.
+    bind: None for the loopback addresses, an empty string for all addresses.
     """
 
     bind: str | None
@@ -51,7 +52,7 @@ class Forward(NamedTuple):
 
 @dataclass
 class Options:
-    """What a command line asks for."""
+    """A parsed command line."""
 
     ids: list[str]
     forwards: list[Forward]
@@ -86,53 +87,63 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "-i", dest="ids", metavar="ID", action="append", default=[],
         help="client: the server's Tox ID, or its name in ~/.config/ttun/hosts or "
         "~/.tuntox/hosts; "
-        "server: allow this client alone (repeatable)",
+        "server: Tox ID or public key of an allowed client (repeatable; default: any client)",
     )  # fmt: skip
     add(
         "-L", dest="forwards", metavar="[BIND:]PORT:HOST:PORT", action="append", default=[],
         type=_checked(parse_forward),
-        help="listen on PORT and forward to HOST:PORT at the other end (repeatable)",
+        help="listen on PORT and forward to HOST:PORT at the server (repeatable)",
     )  # fmt: skip
     add(
         "-W", "-P", dest="pipe", metavar="HOST:PORT", type=_checked(parse_target),
-        help="forward HOST:PORT to stdin and stdout: ssh's ProxyCommand",
+        help="forward stdin and stdout to HOST:PORT, for ssh's ProxyCommand",
     )  # fmt: skip
     add(
         "-D", dest="socks", metavar="[BIND:]PORT", action="append", default=[], nargs="?",
         type=_checked(parse_socks),
-        help="listen on PORT for SOCKS5; without a port, run in the background",
+        help="SOCKS5 proxy on PORT (repeatable); without PORT, run in the background",
     )  # fmt: skip
     add("-p", dest="ping", action="store_true", help="ping the server and exit")
     add(
         "-C", dest="directory", metavar="DIR", type=Path,
-        help=f"keep our identity in DIR/{identity.SAVE} (server: {DEFAULT_DIRECTORY} if left out; "
-        "client: a fresh one each time)",
+        help=f"keep the identity in DIR/{identity.SAVE} (default: {DEFAULT_DIRECTORY} for a "
+        "server, none for a client: it gets a new identity each time)",
     )  # fmt: skip
     add(
         "-s", dest="secret", metavar="SECRET",
-        help=f"the shared secret, the same on both ends; {SECRET_VARIABLE} keeps it out of the "
-        "process list",
+        help=f"shared secret, the same on both ends (default: {SECRET_VARIABLE} in the "
+        "environment, which keeps it out of the process list)",
     )  # fmt: skip
-    add("-f", dest="rules", metavar="FILE", type=Path, help="server: only these HOST:PORT targets")
-    add("-I", dest="id_file", metavar="FILE", type=Path, help="write our Tox ID into FILE")
+    add(
+        "-f", dest="rules", metavar="FILE", type=Path,
+        help="server: allow only the targets in FILE, one HOST:PORT per line (default: any target)",
+    )  # fmt: skip
+    add("-I", dest="id_file", metavar="FILE", type=Path, help="write the Tox ID to FILE")
     add(
         "-t", dest="relay_port", metavar="PORT", type=_checked(_relay_port),
-        help="be a TCP relay on this port; 0: be none (default: any port)",
+        help="TCP relay port, 0 to disable the relay (default: random)",
     )  # fmt: skip
     add(
         "-u", dest="udp_ports", metavar="FROM:TO", type=_checked(_udp_ports),
-        help="UDP ports for Tox (default: for a server some of 33445 to 33465)",
+        help="UDP port range (default: within 33445 to 33465 for a server, random for a client)",
     )  # fmt: skip
     add(
         "-b", dest="nodes", metavar="FILE", type=Path,
-        help="bootstrap from these nodes, in the form of nodes.tox.chat/json",
+        help="bootstrap nodes, in the format of nodes.tox.chat/json (default: "
+        "/etc/tuntox/nodes.json, else a built-in list)",
     )  # fmt: skip
-    add("-d", dest="debug", action="count", default=0, help="say more; twice: toxcore's log too")
-    add("-q", dest="quiet", action="store_true", help="say errors only")
+    add(
+        "-d", dest="debug", action="count", default=0,
+        help="log debug messages; twice: toxcore's too",
+    )  # fmt: skip
+    add("-q", dest="quiet", action="store_true", help="log errors only")
     add("-S", dest="syslog", action="store_true", help="log to syslog")
     add("-z", dest="daemonize", action="store_true", help="run in the background (implies -S)")
-    add("-F", dest="pid_file", metavar="FILE", type=Path, help="write our process id into FILE")
-    add("-U", dest="user", metavar="USER", help="become this user")
+    add("-F", dest="pid_file", metavar="FILE", type=Path, help="write the process ID to FILE")
+    add(
+        "-U", dest="user", metavar="USER",
+        help="switch to this user after opening the local ports (default: no change)",
+    )  # fmt: skip
     add("-V", action="version", version=f"ttun {__version__}")
     return parser
 
@@ -140,10 +151,10 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def read(
     parser: argparse.ArgumentParser, arguments: Sequence[str], environment: Mapping[str, str]
 ) -> Options:
-    """Read a command line and what belongs to it in the environment. Raises UsageError."""
+    """Parse a command line and its environment variables. Raises UsageError."""
     given = build_parser(parser).parse_args(join_values(arguments))
     forwards = [*given.forwards, *(each for each in given.socks if each is not None)]
-    # Nothing in the environment is no secret; nothing behind -s is a mistake.
+    # An empty variable means no secret; an empty -s is an error.
     secret = given.secret if given.secret is not None else environment.get(SECRET_VARIABLE) or None
     options = Options(
         ids=given.ids,
@@ -167,24 +178,24 @@ def read(
         proxy=parse_proxy(environment.get("ALL_PROXY") or environment.get("all_proxy")),
     )
     if options.client and len(options.ids) != 1:
-        raise UsageError("a client needs one -i: the server's Tox ID or its name")
+        raise UsageError("a client needs one -i (the server's Tox ID or its name)")
     if options.pipe and (options.forwards or options.ping or options.daemonize):
-        raise UsageError("-W uses stdin and stdout: not with -L, -D, -p or -z")
+        raise UsageError("-W cannot be combined with -L, -D, -p or -z")
     if options.ping and options.forwards:
-        raise UsageError("-p pings and exits: not with -L or -D")
+        raise UsageError("-p cannot be combined with -L or -D")
     return options
 
 
 def join_values(arguments: Sequence[str]) -> list[str]:
-    """Write ``-s VALUE`` as ``-sVALUE``: argparse then takes a value with a dash in front."""
+    """Rewrite ``-s VALUE`` as ``-sVALUE``, so that argparse accepts a value that starts with -."""
     takes_value = re.compile(f"-[{FLAGS}]*[{WITH_VALUE}]").fullmatch
     return join_each(arguments, lambda argument: takes_value(argument) is not None, "")
 
 
 def find_secrets(arguments: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield where a secret may be behind ``ttun``: an argument's index, and its first character.
+    """Yield where secrets may be: the index of an argument after ``ttun``, and an offset in it.
 
-    Behind -s, and in what is neither an option nor a value, as ttun.process.argv.find_secrets does.
+    These are values of -s and, as in ttun.process.argv.find_secrets, unexpected arguments.
     """
     index = 0  # of "tox"
     while (index := index + 1) < len(arguments):
@@ -202,40 +213,41 @@ def find_secrets(arguments: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def parse_forward(text: str) -> Forward:
-    """Read [BIND:]PORT:HOST:PORT; ``@`` may stand for ``:``. Raises UsageError."""
+    """Parse [BIND:]PORT:HOST:PORT; ``@`` may replace ``:``. Raises UsageError."""
     fields = _fields(text)
     if len(fields) not in (3, 4):
-        raise UsageError(f"{text!r}: a forward is PORT:HOST:PORT, as in 2222:127.0.0.1:22")
+        raise UsageError(f"{text!r} is not a valid forward (use PORT:HOST:PORT)")
     bind = None if len(fields) == 3 else _bind(fields[0])
     host = fields[-2]
     if not 0 < len(host) <= MAX_HOST:
-        raise UsageError(f"{text[:40]!r}: the host at the other end has 1 to {MAX_HOST} characters")
+        raise UsageError(f"{text[:40]!r}: the target host must have 1 to {MAX_HOST} characters")
+    check_host(host)
     return Forward(bind, _port(fields[-3], 0, text), (host, _port(fields[-1], 1, text)))
 
 
 def parse_socks(text: str) -> Forward:
-    """Read [BIND:]PORT. Raises UsageError."""
+    """Parse [BIND:]PORT. Raises UsageError."""
     fields = _fields(text)
     port = parse_port(fields[-1], 0)
     if len(fields) not in (1, 2) or port is None:
-        # Not shown: behind a bare -D it may be anything, a secret too.
-        raise UsageError("a SOCKS5 port is PORT or BIND:PORT, as in 1080")
+        # The text is not shown: after -D without a port it may be a secret.
+        raise UsageError("not a valid SOCKS5 port (use PORT or BIND:PORT)")
     return Forward(None if len(fields) == 1 else _bind(fields[0]), port, None)
 
 
 def parse_proxy(text: str | None) -> Proxy | None:
-    """Read the value of ALL_PROXY, as curl(1) and desktops write it. Raises UsageError."""
+    """Parse the value of ALL_PROXY, as curl(1) and desktops write it. Raises UsageError."""
     if not text or not text.strip():
         return None
     scheme, separator, rest = text.strip().partition("://")
     scheme = scheme.lower()
     if scheme in NO_PROXIES:
-        raise UsageError(f"ALL_PROXY: toxcore knows no {scheme} proxies, only socks5 and http")
+        raise UsageError(f"ALL_PROXY: {scheme} is not supported (use socks5 or http)")
     if not separator or scheme not in PROXIES:
-        raise UsageError("ALL_PROXY: it looks like socks5://HOST:PORT or http://HOST:PORT")
+        raise UsageError("ALL_PROXY: use socks5://HOST:PORT or http://HOST:PORT")
     server = rest.split("/", 1)[0].strip()
     if "@" in server:
-        raise UsageError("ALL_PROXY: toxcore cannot show a user and a password to a proxy")
+        raise UsageError("ALL_PROXY: toxcore does not support proxy authentication")
     try:
         host, port = parse_target(server)
     except UsageError as error:
@@ -254,7 +266,7 @@ def _udp_ports(text: str) -> tuple[int, int]:
 
 
 def _fields(text: str) -> list[str]:
-    """Cut at colons, but not within brackets."""
+    """Split at colons outside of brackets."""
     fields = re.findall(r"(?:^|:)(\[[^\]]*\]|[^:\[\]]*)", text.replace("@", ":"))
     return [field[1:-1] if field.startswith("[") else field for field in fields]
 
@@ -266,12 +278,12 @@ def _bind(text: str) -> str:
 def _port(text: str, least: int, whole: str) -> int:
     port = parse_port(text, least)
     if port is None:
-        raise UsageError(f"{whole!r}: a port is a number from {least} to 65535")
+        raise UsageError(f"{whole!r}: the port must be a number from {least} to 65535")
     return port
 
 
 class _checked:
-    """A type for argparse whose UsageError is the message."""
+    """An argparse type whose UsageError becomes the error message."""
 
     def __init__(self, parse: object) -> None:
         self._parse = parse

@@ -2,18 +2,18 @@
 
     client                                   server
       HELLO                  <->               HELLO           ttun only
-      REQUESTTUNNEL          -->                               host, port, a forward id
-                             <--               ACKTUNNEL       the tunnel's id, or DENYTUNNEL
-      TCP                    <->               TCP             the connection's bytes
-      WINDOW                 <->               WINDOW          room for more      ttun only
-      EOF                    <->               EOF             no more this way   ttun only
+      REQUESTTUNNEL          -->                               host, port, a forward ID
+                             <--               ACKTUNNEL       the tunnel ID, or DENYTUNNEL
+      TCP                    <->               TCP             the connection's data
+      WINDOW                 <->               WINDOW          flow control       ttun only
+      EOF                    <->               EOF             half-close         ttun only
       TCP_FIN                <->               TCP_FIN         the socket is closed
 
-Each side says HELLO first, so both know whether a tunnel has windows and half-closes when it opens.
-Tuntox ignores HELLO and never gets what it does not know.
+Each side sends HELLO first. So when a tunnel opens, both know whether it has flow control and
+half-close. Tuntox ignores HELLO and gets no other packet type that it does not know.
 
-A tunnel is looked up among those of the friend that the packet came from: no friend reaches the
-tunnels of another.
+Tunnel IDs are looked up among the tunnels of the friend who sent the packet: no friend can reach
+another friend's tunnels.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from ttun.tox.packet import (
     unpack,
 )
 
-FIRST_WINDOW = 256 << 10  # bytes that each side may send before it is given more
+FIRST_WINDOW = 256 << 10  # bytes, the initial window in each direction
 MAX_WINDOW = 4 << 20
-MAX_GROWTH = 64 << 20  # bytes that all windows of a process may have beyond the first
-BUFFER = 4 << 20  # bytes kept for a slow reader of a tunnel with Tuntox, which has no windows
-MAX_TUNNELS = 1024  # of one friend
-MAX_CONTROL = 4096  # packets that wait for one friend, not counting what connections carry
+MAX_GROWTH = 64 << 20  # bytes that all windows of a process may grow together
+BUFFER = 4 << 20  # bytes buffered for a slow reader of a tunnel with Tuntox, which has no windows
+MAX_TUNNELS = 1024  # per friend
+MAX_CONTROL = 4096  # packets in the control queue of one friend
 
 
 class Requested(NamedTuple):
-    """The client wants a connection to a target; answer with accept() or deny()."""
+    """The client requests a connection to a target; answer with accept() or deny()."""
 
     forward_id: int
     host: str
@@ -60,46 +60,46 @@ class Requested(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The server accepted what was requested for owner."""
+    """The server accepted the request of owner."""
 
     owner: Hashable
     tunnel: Tunnel
 
 
 class Denied(NamedTuple):
-    """The server refused what was requested for owner."""
+    """The server refused the request of owner."""
 
     owner: Hashable
     reason: int
 
 
 class Data(NamedTuple):
-    """Bytes of the connection. Call consumed() when they have left the buffer."""
+    """Data of the connection. Call consumed() when it has left the buffer."""
 
     tunnel: Tunnel
     data: bytes
 
 
 class MaySend(NamedTuple):
-    """There is room for more."""
+    """The peer's window has room for more."""
 
     tunnel: Tunnel
 
 
 class Ended(NamedTuple):
-    """No more bytes will come; the other direction stays open."""
+    """The peer half-closed the tunnel; the other direction stays open."""
 
     tunnel: Tunnel
 
 
 class Closed(NamedTuple):
-    """The tunnel is gone. Bytes that came before it must still be delivered."""
+    """The tunnel is closed. Data received before must still be delivered."""
 
     tunnel: Tunnel
 
 
 class Restarted(NamedTuple):
-    """The peer lost its state: all tunnels and requests are gone."""
+    """The peer lost its state: all tunnels and requests are void."""
 
 
 class Pong(NamedTuple):
@@ -115,33 +115,33 @@ Event = Union[Requested, Opened, Denied, Restarted, Pong, TunnelEvent]
 
 @dataclass(eq=False)
 class Tunnel:
-    """One connection through Tox. owner: what it belongs to on this side."""
+    """One connection through Tox. owner: the local object that it belongs to."""
 
     id: int
     extended: bool  # between two ttun ends: windows, EOF
     owner: Hashable = None
-    send_window: int = FIRST_WINDOW  # bytes that the peer takes now
-    receive_window: int = FIRST_WINDOW  # bytes that we still take
-    window: int = FIRST_WINDOW  # what receive_window is brought back to
+    send_window: int = FIRST_WINDOW  # bytes that the peer accepts now
+    receive_window: int = FIRST_WINDOW  # bytes that we still accept
+    window: int = FIRST_WINDOW  # full size of receive_window
     consumed: int = 0  # bytes that left the buffer and were not granted again yet
     buffered: int = 0
     granted_at: float = 0.0
-    ended: bool = False  # we said EOF
-    overrun: bool = False  # the peer sent more than there was room for
+    ended: bool = False  # we sent EOF
+    overrun: bool = False  # the peer exceeded the window or the buffer
 
     def room(self) -> int:
-        """Return how many bytes may be put into a packet now."""
+        """Return how many bytes the next packet may carry."""
         return min(MAX_DATA, self.send_window) if self.extended else MAX_DATA
 
 
 class Growth:
-    """How far windows may still grow beyond their first size, in all tunnels together."""
+    """How many bytes the windows of all tunnels together may still grow."""
 
     def __init__(self, left: int = MAX_GROWTH) -> None:
         self.left = left
 
     def take(self, size: int) -> bool:
-        """Take size bytes if there are as many."""
+        """Take size bytes if available."""
         if size > self.left:
             return False
         self.left -= size
@@ -149,26 +149,26 @@ class Growth:
 
 
 class Multiplexer:
-    """All tunnels between us and one friend. ``control`` has what is to be sent, in order.
+    """All tunnels between us and one friend. ``control`` is the queue of packets to send.
 
-    server: whether the friend may request tunnels. first_id: where tunnel and forward ids start.
-    An id is used again only after all others, so that no late packet meets a new tunnel.
+    server: whether the friend may request tunnels. first_id: where tunnel and forward IDs start.
+    An ID is reused only after all others, so that no late packet reaches a new tunnel.
     """
 
     def __init__(self, *, server: bool, first_id: int, growth: Growth) -> None:
         self.control: deque[bytes] = deque()
         self.tunnels: dict[int, Tunnel] = {}
-        self.round_trip: float | None = None  # seconds, the last PING's
+        self.round_trip: float | None = None  # seconds, of the last PING
         self._server = server
         self._next_id = first_id
         self._growth = growth
         self._requests: dict[int, Hashable] = {}
-        self.asked: set[int] = set()  # forward ids that the client waits for
+        self.asked: set[int] = set()  # forward IDs that the client is waiting for
         self.extended = False
         self._say_hello()
 
     def request(self, host: str, port: int, owner: Hashable) -> int:
-        """Ask the server for a connection; return the forward id."""
+        """Request a connection from the server; return the forward ID."""
         forward_id = self._take_id(0xFFFFFFFF, self._requests)
         self._requests[forward_id] = owner
         self.control.append(pack(REQUESTTUNNEL, port, U32.pack(forward_id) + host.encode()))
@@ -179,7 +179,7 @@ class Multiplexer:
         self._requests.pop(forward_id, None)
 
     def accept(self, forward_id: int, owner: Hashable) -> Tunnel | None:
-        """Open the tunnel that was requested; None if the peer has started afresh meanwhile."""
+        """Open the requested tunnel; return None if the peer has restarted since."""
         if forward_id not in self.asked:
             return None
         self.asked.remove(forward_id)
@@ -189,7 +189,7 @@ class Multiplexer:
         return tunnel
 
     def deny(self, forward_id: int, reason: int) -> None:
-        """Refuse what was requested. Tuntox knows no refusal: it gets a tunnel that ends."""
+        """Refuse a request. Tuntox has no packet for that: it gets a tunnel that closes."""
         if forward_id not in self.asked:
             return
         if self.extended:
@@ -201,18 +201,18 @@ class Multiplexer:
             self.close(tunnel)
 
     def data(self, tunnel: Tunnel, data: bytes | memoryview) -> bytes:
-        """Return the packet for the next bytes, at most tunnel.room() of them."""
+        """Return the packet for the next data, at most tunnel.room() bytes."""
         return pack(TCP, tunnel.id, data)
 
     def sent(self, tunnel: Tunnel, size: int) -> None:
-        """Count bytes whose packet toxcore took."""
+        """Count bytes in a packet that toxcore accepted."""
         if tunnel.extended:
             tunnel.send_window -= size
 
     def consumed(self, tunnel: Tunnel, size: int, now: float) -> None:
-        """Count bytes that left the buffer; grant the peer as many once that is worth a packet.
+        """Count bytes that left the buffer; grant them to the peer by the quarter of a window.
 
-        A window of which the peer uses a quarter in half a round trip is too small: it is doubled.
+        If the peer uses up a quarter within half a round trip, the window is too small: double it.
         """
         tunnel.buffered -= size
         if not tunnel.extended or self.tunnels.get(tunnel.id) is not tunnel:
@@ -230,7 +230,7 @@ class Multiplexer:
         self.control.append(pack(WINDOW, tunnel.id, U32.pack(grant)))
 
     def end(self, tunnel: Tunnel) -> None:
-        """Say that no more will be sent; to Tuntox, that the connection is closed."""
+        """Half-close a tunnel; close it if the peer is Tuntox."""
         if self.tunnels.get(tunnel.id) is not tunnel or tunnel.ended:
             return
         if not tunnel.extended:
@@ -240,23 +240,23 @@ class Multiplexer:
         self.control.append(pack(EOF, tunnel.id))
 
     def close(self, tunnel: Tunnel) -> None:
-        """Close a tunnel and say so, if it is not closed."""
+        """Close a tunnel and tell the peer, unless it is closed already."""
         if self.tunnels.get(tunnel.id) is tunnel:
             self.control.append(pack(TCP_FIN, tunnel.id))
             self.forget(tunnel)
 
     def forget(self, tunnel: Tunnel) -> None:
-        """Forget a tunnel that both sides know to be closed."""
+        """Remove a tunnel that both sides have closed."""
         if self.tunnels.get(tunnel.id) is tunnel:
             del self.tunnels[tunnel.id]
             self._growth.left += tunnel.window - FIRST_WINDOW
 
     def ping(self, data: bytes) -> None:
-        """Ask for a PONG with the same data."""
+        """Request a PONG with the same data."""
         self._push_unless_many(PING, data)
 
     def reset(self) -> None:
-        """Forget all tunnels and requests."""
+        """Remove all tunnels and requests."""
         for tunnel in list(self.tunnels.values()):
             self.forget(tunnel)
         self._requests.clear()
@@ -264,9 +264,9 @@ class Multiplexer:
         self.control.clear()
 
     def receive(self, packet: bytes) -> Event | None:
-        """Take a packet in; return what it means for us, None if nothing.
+        """Handle a packet; return the event, or None.
 
-        Raises ProtocolError for a malformed packet, which is dropped; everything else goes on.
+        Raises ProtocolError for a malformed packet, which changes nothing.
         """
         kind, number, data = unpack(packet)
         if kind == TCP:
@@ -296,12 +296,12 @@ class Multiplexer:
             return Pong(data)
         if kind == HELLO:
             return self._receive_hello(data)
-        raise ProtocolError(f"a packet of the unknown type {kind:#06x}")
+        raise ProtocolError(f"unknown type {kind:#06x}")
 
     def _receive_data(self, number: int, data: bytes) -> Event | None:
         tunnel = self.tunnels.get(number)
         if tunnel is None or not data:
-            return None  # it crossed our TCP_FIN
+            return None  # sent before our TCP_FIN arrived
         tunnel.buffered += len(data)
         if tunnel.extended:
             tunnel.receive_window -= len(data)
@@ -315,12 +315,12 @@ class Multiplexer:
 
     def _receive_request(self, port: int, data: bytes) -> Event | None:
         if not self._server:
-            raise ProtocolError("it requests a tunnel, and this is a client")
+            raise ProtocolError("a tunnel request, but this is a client")
         if len(data) < U32.size:
-            raise ProtocolError("a request without a forward id")
+            raise ProtocolError("a tunnel request without a forward ID")
         forward_id = U32.unpack_from(data)[0]
         if forward_id in self.asked:
-            raise ProtocolError("a request with the forward id of an open one")
+            raise ProtocolError("a tunnel request with the forward ID of a pending one")
         self.asked.add(forward_id)
         host = data[U32.size :].rstrip(b"\0").decode("ascii", errors="replace")
         if len(self.tunnels) + len(self.asked) > MAX_TUNNELS:
@@ -333,9 +333,9 @@ class Multiplexer:
 
     def _receive_answer(self, kind: int, number: int, data: bytes) -> Event | None:
         if len(data) < U32.size or (kind == DENYTUNNEL and len(data) <= U32.size):
-            raise ProtocolError("an answer to a request without its forward id")
+            raise ProtocolError("an answer without a forward ID")
         if kind == ACKTUNNEL and number in self.tunnels:
-            raise ProtocolError("it opened a tunnel twice")
+            raise ProtocolError("ACKTUNNEL for a tunnel that is already open")
         forward_id = U32.unpack_from(data)[0]
         known = forward_id in self._requests
         owner = self._requests.pop(forward_id, None)
@@ -344,13 +344,13 @@ class Multiplexer:
         tunnel = Tunnel(number, self.extended, owner)
         self.tunnels[number] = tunnel
         if not known:
-            self.close(tunnel)  # it was cancelled
+            self.close(tunnel)  # the request was cancelled
             return None
         return Opened(owner, tunnel)
 
     def _receive_hello(self, data: bytes) -> Event | None:
         if len(data) < 2 or data[0] < 1:
-            raise ProtocolError("a HELLO without a version")
+            raise ProtocolError("HELLO without a version")
         if not self.extended:
             self.extended = True
             return None
@@ -360,7 +360,7 @@ class Multiplexer:
         return Restarted()
 
     def _push_unless_many(self, kind: int, data: bytes) -> None:
-        """Send what may as well be left out while too many packets wait."""
+        """Queue an optional packet, unless the control queue is long."""
         if len(self.control) < MAX_CONTROL // 2:
             self.control.append(pack(kind, 0, data))
 
@@ -368,7 +368,7 @@ class Multiplexer:
         self.control.append(pack(HELLO, 0, b"\x01\x00"))
 
     def _take_id(self, most: int, used: dict[int, Tunnel] | dict[int, Hashable]) -> int:
-        """Return the next free id."""
+        """Return the next free ID."""
         while True:
             self._next_id = (self._next_id + 1) & 0xFFFFFFFF
             number = self._next_id & most

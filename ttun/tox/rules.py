@@ -1,7 +1,7 @@
-"""Which targets a server connects to: a file of ``host:port`` lines.
+"""The targets that a server allows: a file of ``host:port`` lines.
 
-``*`` is any host, port 0 any port, ``#`` begins a comment; ``@`` may stand for ``:``. The host is
-compared with what the client asks for, not with what it resolves to.
+``*`` matches any host, port 0 any port; ``#`` starts a comment; ``@`` may replace ``:``. The host
+is compared with the one that the client requests, not with the address that it resolves to.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ from ttun.process import files
 
 log = logging.getLogger("ttun")
 
-MAX_SIZE = 1 << 20  # bytes of a file of rules
+MAX_SIZE = 1 << 20  # bytes in a file of rules
 
 
 def parse_target(text: str, least_port: int = 1) -> Address:
     """Read HOST:PORT, HOST@PORT or [IPv6]:PORT. Raises UsageError."""
-    return parse_host_port(text.replace("@", ":"), None, least_port)
+    target = parse_host_port(text.replace("@", ":"), None, least_port)
+    check_host(target.host)
+    return target
+
+
+def check_host(host: str) -> None:
+    """Raise UsageError for an argument that was not UTF-8: its surrogates cannot be encoded."""
+    try:
+        host.encode()
+    except UnicodeError:
+        raise UsageError(f"the host {host[:20]} is not valid UTF-8") from None
 
 
 def load(path: Path) -> list[Address]:
-    """Return the rules in a file; invalid lines are logged. Raises TtunError."""
+    """Return the rules in a file; invalid lines are logged and skipped. Raises TtunError."""
     rules = []
     try:
         lines = files.read(path, MAX_SIZE).decode(errors="replace").splitlines()
@@ -37,8 +47,8 @@ def load(path: Path) -> list[Address]:
             try:
                 rules.append(parse_target(text, least_port=0))
             except UsageError as error:
-                log.warning("%s, line %d: %s: ignored", path, number, error)
-    log.info("%d rules in %s%s", len(rules), path, "" if rules else ": every target is refused")
+                log.warning("%s, line %d ignored: %s", path, number, error)
+    log.info("%d rules in %s%s", len(rules), path, "" if rules else ": all targets are refused")
     return rules
 
 

@@ -1,10 +1,10 @@
-"""The server: lets friends in, and connects them to targets.
+"""The server: accepts friends and connects them to targets.
 
-1. A friend request comes: the secret and the list of allowed keys decide.
-2. A friend requests a target: the rules decide, and a connector makes the connection.
-3. The tunnel is acknowledged, or refused with the reason.
+1. A friend request arrives: check the secret and the list of allowed keys.
+2. A friend requests a target: check the rules and connect to it.
+3. Acknowledge the tunnel, or refuse it with the reason.
 
-In place of the network a target can be a function that takes the socket: ttun.tox.transport.
+A target may also be a function in this process that takes the socket (see ttun.tox.transport).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ttun.tox.rules import allowed
 log = logging.getLogger("ttun")
 
 MAX_STREAMS = 4096  # connections of all friends together
-MAX_FRIENDS = 256  # online, and as many offline, of which the first to leave is forgotten
+MAX_FRIENDS = 256  # online, and as many offline; beyond that the longest offline is removed
 
-# Takes a connected socket and the peer's name; returns False if it has no place for one more.
+# Takes a connected socket and the peer's name; returns False if it accepts no more.
 Take = Callable[[socket.socket, str], bool]
 
 
 class ForwardingServer(Forwarder):
-    """Serves friends. secret: None accepts everybody who has our ID. keys: None accepts any key.
+    """Serves friends. secret: None accepts anyone who knows our ID. keys: None accepts any key.
 
-    targets: if given, these alone are answered, inside this process.
+    targets: if given, the only targets allowed, served inside this process.
     """
 
     is_server = True
@@ -55,20 +55,20 @@ class ForwardingServer(Forwarder):
         self._secret, self._keys, self._rules = secret, keys, rules
         self._targets = targets
         self._connector = Connector(loop)
-        self._offline: dict[int, bytes] = {}  # friends' keys, the first to leave first
-        self._left: list[int] = []  # those of them that were online since the last tick
+        self._offline: dict[int, bytes] = {}  # keys of friends, the longest offline first
+        self._left: list[int] = []  # friends that went offline since the last tick
 
     def on_request(self, request: FriendRequest) -> None:
-        """Accept a friend, or log why not. Its message is never logged."""
+        """Accept a friend, or log why not. The message may be a secret and is never logged."""
         name = identity.short_name(request.key)
         reason = self._why_not(request)
         if reason:
-            log.warning("friend request of %s ignored: %s", name, reason)
+            log.warning("friend request from %s ignored: %s", name, reason)
             return
         if self._accept(request.key):
-            log.info("friend request of %s accepted", name)
+            log.info("friend request from %s accepted", name)
         else:
-            log.warning("friend request of %s: toxcore does not take it", name)
+            log.warning("friend request from %s failed: toxcore cannot add the friend", name)
 
     def _accept(self, key: bytes) -> bool:
         friend = self.loop.tox.accept_friend(key)
@@ -79,39 +79,39 @@ class ForwardingServer(Forwarder):
     def _why_not(self, request: FriendRequest) -> str | None:
         if self._secret is not None:
             if not request.message.endswith(b"\0"):
-                return "no secret in it"
-            # What Tuntox compares ends at the first NUL.
+                return "no secret"
+            # Tuntox compares up to the first NUL.
             given = request.message.split(b"\0", 1)[0]
             if not hmac.compare_digest(given, self._secret):
                 return "wrong secret"
         if self._keys is not None and request.key not in self._keys:
-            return "its Tox ID is not among those allowed with -i"
+            return "its Tox ID is not allowed by -i"
         if len(self.links) >= MAX_FRIENDS:
-            return "too many friends are online"
+            return "too many friends online"
         if len(self._offline) >= 2 * MAX_FRIENDS:
-            return "too many at once"
+            return "too many friend requests at once"
         return None
 
     def on_link(self, link: Link) -> None:
-        """Take note that a friend is online."""
+        """Mark a friend as online."""
         self._offline.pop(link.friend, None)
 
     def on_lost(self, link: Link) -> None:
-        """Give up its connections; it may come back without a new request."""
+        """Cancel its connection attempts. It may return without a new friend request."""
         self._offline[link.friend] = self.loop.tox.friend_key(link.friend)
         self._left.append(link.friend)
         self._connector.give_up(link)
 
     def _forget(self) -> None:
-        """Have toxcore forget where friends were that left, and the oldest of too many altogether.
+        """Re-add friends that went offline; remove the longest offline if there are too many.
 
-        It would go on looking for them at their last address, and a new client that has the same
-        address and port by now could not connect. Only between rounds of the loop: a number that is
-        free may be given to another friend.
+        Otherwise toxcore would go on looking for them at their last address, and a new client that
+        uses the same address and port by now could not connect. Call it only between rounds of the
+        loop: toxcore may give a freed number to another friend.
         """
         for friend in self._left:
             key = self._offline.pop(friend, None)
-            if key is not None:  # neither back nor forgotten meanwhile
+            if key is not None:  # neither online again nor removed
                 self.loop.tox.delete_friend(friend)
                 self._accept(key)
         self._left.clear()
@@ -121,7 +121,7 @@ class ForwardingServer(Forwarder):
             self.loop.tox.delete_friend(oldest)
 
     def on_restarted(self, link: Link) -> None:
-        """Give up its connections that are being made."""
+        """Cancel its connection attempts."""
         self._connector.give_up(link)
 
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
@@ -140,9 +140,9 @@ class ForwardingServer(Forwarder):
             self._connector.connect(link, *target, answer)
 
     def _is_full(self, link: Link) -> bool:
-        """Return whether a friend, or all of them, have as many connections as they may.
+        """Return whether this friend, or all friends together, are at the connection limit.
 
-        Streams are counted: those of slow readers outlive their tunnels.
+        It counts streams, because those of slow readers outlive their tunnels.
         """
         streams = sum(len(each.streams.all) for each in self.links.values())
         return len(link.streams.all) >= protocol.MAX_TUNNELS or streams >= MAX_STREAMS
@@ -150,7 +150,7 @@ class ForwardingServer(Forwarder):
     def _answer(
         self, link: Link, request: protocol.Requested, sock: socket.socket | None, reason: int
     ) -> None:
-        """Open the tunnel to a socket, or refuse it for a reason."""
+        """Open the tunnel to a socket, or refuse it with the reason."""
         if sock is not None:
             link.join(sock, link.mux.accept(request.forward_id, None))
             return
@@ -159,7 +159,7 @@ class ForwardingServer(Forwarder):
         link.mux.deny(request.forward_id, reason)
 
     def on_tick(self, now: float) -> None:
-        """End what takes too long, and have toxcore forget who left."""
+        """Enforce the time limits and tidy up friends that left."""
         super().on_tick(now)
         self._connector.on_tick(now)
         self._forget()
@@ -171,10 +171,10 @@ class ForwardingServer(Forwarder):
 
 
 def _connect_inside(take: Take, name: str) -> socket.socket | None:
-    """Return a socket that is connected to a target inside this process, None if it takes none."""
+    """Connect to a target inside this process; return None if it accepts no more."""
     try:
         ours, theirs = socket.socketpair()
-    except OSError:  # no descriptors
+    except OSError:  # out of descriptors
         return None
     if take(theirs, name):
         return ours

@@ -1,12 +1,12 @@
-"""One forwarded connection, which is a local socket and its tunnel, and the streams of a friend.
+"""One forwarded connection (a local socket and its tunnel), and all streams of a friend.
 
-From the socket: epoll reports once that it is readable, and the stream queues up among those of its
-friend. In its turn it sends a few packets while toxcore takes them. Nothing is read that toxcore
-has not taken, or the peer's window has no room for, except one small chunk: the application waits,
-and memory does not grow.
+From the socket: epoll reports once that it is readable, and the stream joins its friend's queue. In
+its turn it sends a few packets while toxcore accepts them. Apart from one small chunk, it reads
+nothing that toxcore or the peer's window has no room for: the application blocks, and memory does
+not grow.
 
-To the socket: a packet is appended to the stream's buffer; flush() writes all that came since the
-last time at once. What left the buffer is granted to the peer again.
+To the socket: a packet is appended to the stream's buffer. flush() writes everything received since
+the last time at once, and grants the peer as much again.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from ttun.tox import loop as loops
 from ttun.tox import packet, protocol
 from ttun.tox.protocol import Multiplexer, Tunnel
 
-CHUNK = 16 * packet.MAX_DATA  # bytes read from a socket at once, and a stream's turn
+CHUNK = 16 * packet.MAX_DATA  # bytes read from a socket at once, and sent in a turn
 BUFFERS = 64  # buffers written to a socket at once
 NO_LINGER = struct.pack("ii", 1, 0)
 
-Send = Callable[[bytes], bool]  # hands a packet to toxcore, False if that takes none now
+Send = Callable[[bytes], bool]  # hands a packet to toxcore; False if toxcore is full
 
 
 class Turn(enum.Enum):
-    """How a stream's turn to send ended: toxcore is full, or it has more, or nothing more."""
+    """How a stream's turn to send ended: toxcore is full, more is left, or nothing is left."""
 
     FULL, MORE, DONE = range(3)
 
 
 class Streams:
-    """The streams of one friend, and which of them have something to do."""
+    """The streams of one friend, and the queues of those with work to do."""
 
     def __init__(self, loop: loops.Loop, mux: Multiplexer) -> None:
         self.loop, self.mux = loop, mux
         self.all: set[Stream] = set()
-        self.sending: deque[Stream] = deque()  # may have something to send to the friend
-        self.writing: list[Stream] = []  # have something to write to their sockets
+        self.sending: deque[Stream] = deque()  # may have data for the friend
+        self.writing: list[Stream] = []  # have data for their sockets
 
     def flush(self) -> None:
-        """Write what came to the sockets."""
+        """Write received data to the sockets."""
         while self.writing:
             writing, self.writing = self.writing, []
             for stream in writing:
                 stream.flush()
 
     def take_turn(self, send: Send) -> bool:
-        """Let the next stream send; return whether toxcore took it all."""
+        """Let the next stream send; return whether toxcore accepted everything."""
         turn = self.sending[0].send(send)
         if turn is Turn.FULL:
             return False
@@ -69,8 +69,8 @@ class Streams:
 class Stream:
     """A local socket and its open tunnel.
 
-    on_reset is called before the socket is reset. The application at the other end of a socket pair
-    sees a reset as an ordinary end.
+    on_reset is called before the socket is reset: through a socket pair, a reset looks like an
+    orderly close.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Stream:
         self.wake()
 
     def wake(self) -> None:
-        """Queue up for sending."""
+        """Join the queue for sending."""
         if not self.queued and not self._gone:
             self.queued = True
             self._streams.sending.append(self)
@@ -140,11 +140,11 @@ class Stream:
         if tunnel.extended:
             self._finish_if_over()
         else:
-            self._remote_close(aborted=False)  # Tuntox knows no half of a connection
+            self._remote_close(aborted=False)  # Tuntox has no half-close
         return False
 
     def handle(self, event: protocol.TunnelEvent) -> None:
-        """Take what the peer says about the tunnel."""
+        """Handle an event of the tunnel."""
         if isinstance(event, protocol.Data):
             self._receive(event.data)
         elif isinstance(event, protocol.MaySend):
@@ -156,9 +156,9 @@ class Stream:
             self._remote_close(aborted=event.tunnel.extended or event.tunnel.overrun)
 
     def _receive(self, data: bytes) -> None:
-        """Buffer bytes for the socket, small packets joined.
+        """Buffer data for the socket and join small packets.
 
-        A window counts bytes. Kept in single packets they could take fifty times as much memory.
+        The window limits bytes; unjoined, tiny packets could take fifty times as much memory.
         """
         if self._buffer and len(self._buffer[-1]) + len(data) <= packet.MAX_DATA:
             data = bytes(self._buffer.pop()) + data
@@ -166,7 +166,7 @@ class Stream:
         self._set_dirty()
 
     def _remote_close(self, *, aborted: bool) -> None:
-        """Write what there is, then close; with a reset if aborted before the peer's end."""
+        """Write the buffer, then close; with a reset if aborted before the peer's EOF."""
         self._remote_closed = True
         self._aborted = aborted and not self._remote_ended
         self._set_dirty()
@@ -178,7 +178,7 @@ class Stream:
         self._close()
 
     def flush(self) -> None:
-        """Write what came to the socket."""
+        """Write received data to the socket."""
         self._dirty = False
         if self._gone:
             return
@@ -215,7 +215,7 @@ class Stream:
             self._finish_if_over()
 
     def _cannot_write(self) -> None:
-        """Reset the connection once all that the application sent before is read and sent."""
+        """Reset the connection after forwarding what the application has already sent."""
         if self._remote_closed or self.tunnel.ended or not self.tunnel.room():
             self.reset()
             return
@@ -224,7 +224,7 @@ class Stream:
         self.wake()
 
     def _finish_if_over(self) -> None:
-        """Close when both ends have ended and everything was written."""
+        """Close once both directions have ended and everything is written."""
         if self.tunnel.ended and self._shut:
             self._mux.forget(self.tunnel)
             self._close()

@@ -1,6 +1,6 @@
-"""The system's libtoxcore, loaded when it is used: declarations and constants of tox/tox.h.
+"""The system's libtoxcore, loaded on first use: declarations and constants of tox/tox.h.
 
-cffi's ABI mode needs no compiler and no header, and no Tox on machines that never use it.
+cffi's ABI mode needs no compiler or header, and no toxcore on machines that do not use Tox.
 Source: tox/tox.h of toxcore 0.2.18.
 """
 
@@ -14,7 +14,7 @@ from cffi import FFI
 from ttun.errors import TtunError
 from ttun.tox import INSTALL, LIBRARY
 
-PUBLIC_KEY_SIZE, ADDRESS_SIZE = 32, 38  # bytes; an address is the public key, 4 nospam, 2 checksum
+PUBLIC_KEY_SIZE, ADDRESS_SIZE = 32, 38  # bytes; an address is public key, nospam (4), checksum (2)
 OFFLINE, TCP, UDP = 0, 1, 2  # TOX_CONNECTION
 TRANSPORTS = {OFFLINE: "offline", TCP: "a TCP relay", UDP: "UDP"}
 PROXY_HTTP, PROXY_SOCKS5 = 1, 2  # Tox_Proxy_Type
@@ -22,18 +22,18 @@ SAVEDATA_TOX_SAVE = 1  # Tox_Savedata_Type
 NO_MEMORY, PORT_ALLOC, LOAD_ENCRYPTED, LOAD_BAD_FORMAT = 2, 3, 8, 9  # Tox_Err_New
 NEW_ERRORS = {
     NO_MEMORY: "not enough memory",
-    PORT_ALLOC: "no UDP port of the range is free: choose another with -u",
-    4: "this proxy type is unknown",
-    5: "the proxy's host is not valid",
-    6: "the proxy's port is not valid",
+    PORT_ALLOC: "no UDP port in the range is free (choose another range with -u)",
+    4: "unknown proxy type",
+    5: "invalid proxy host",
+    6: "invalid proxy port",
     7: "the proxy's name cannot be resolved",
     LOAD_ENCRYPTED: "it is encrypted (save it without a password in the program that encrypted it)",
-    LOAD_BAD_FORMAT: "it is damaged (restore it from a copy, or move it away to get a new Tox ID)",
+    LOAD_BAD_FORMAT: "it is damaged (restore a backup, or move it away to get a new Tox ID)",
 }
 ADD_ERRORS = {  # Tox_Err_Friend_Add
     2: "the secret is too long",
     4: "it is our own",
-    6: "its checksum is wrong, was it typed by hand?",
+    6: "wrong checksum",
 }
 
 CDEF = """
@@ -92,13 +92,13 @@ void tox_callback_friend_lossless_packet(Tox *, friend_lossless_packet_cb *);
 
 @functools.cache
 def load() -> tuple[Any, Any]:
-    """Return cffi's FFI and the library. Raises TtunError naming the package if it is not here."""
+    """Return cffi's FFI and the library. Raises TtunError with the package to install."""
     ffi = FFI()
     ffi.cdef(CDEF)
     try:
         lib = ffi.dlopen(LIBRARY)
     except OSError:
-        raise TtunError(f"Tox needs {LIBRARY}: {INSTALL}") from None
+        raise TtunError(f"cannot load {LIBRARY}, which Tox needs: {INSTALL}") from None
     return ffi, lib
 
 

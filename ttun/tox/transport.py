@@ -1,9 +1,9 @@
-"""The tunnel itself through Tox: a client's dialer and a server's listener for ttun's sessions.
+"""A ttun tunnel over Tox: the dialer of the client and the listener of the server.
 
-A session takes any stream socket: it gets one end of a socketpair, and the other end is a stream of
-the forwarder. The client asks for 127.0.0.1:20203, so a plain ``ttun tox`` (or the original) beside
-an ordinary ``ttun server`` serves it as well; ``ttun server --tox`` answers that one target inside
-its own process and refuses every other.
+A session takes any stream socket. It gets one end of a socket pair; the other end is a stream of
+the forwarder. The client requests 127.0.0.1:20203, so ``ttun tox`` or Tuntox next to an ordinary
+``ttun server`` serves it as well. ``ttun server --tox`` serves this target inside its own process
+and refuses all others.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
+import select
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ttun.errors import TtunError
 from ttun.flag import Flag
 from ttun.settings import DEFAULT_PORT
 from ttun.tox import identity, nodes, packet
-from ttun.tox.client import ForwardingClient
+from ttun.tox.client import WAIT_MOST, ForwardingClient
 from ttun.tox.instance import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
@@ -32,7 +33,8 @@ log = logging.getLogger("ttun")
 
 TARGET = ("127.0.0.1", DEFAULT_PORT)
 DEFAULT_DIRECTORY = Path("/etc/ttun")
-SHOWN_WHOLE = 64  # characters of a server's name; a Tox ID has more
+SHOWN_WHOLE = 64  # characters of a server's name shown in full; a Tox ID is longer
+LOOK_AGAIN = 1.0  # seconds until a dial that waits checks that the loop still runs
 
 
 def _secret() -> bytes | None:
@@ -41,10 +43,10 @@ def _secret() -> bytes | None:
 
 
 class Dialer(transport.Dialer):
-    """Reaches the server that a Tox ID, or a name in the file of names, belongs to."""
+    """Connects to the server with a given Tox ID, or name in a hosts file."""
 
     def __init__(self, server: str, node_file: Path | None = None) -> None:
-        """Look up who is meant. Raises TtunError."""
+        """Look up the server's Tox ID. Raises TtunError."""
         self.name = server if len(server) < SHOWN_WHOLE else server[:12]
         self._contact = identity.find_contact(server)
         self._secret = _secret() or self._contact.secret
@@ -53,19 +55,19 @@ class Dialer(transport.Dialer):
         self._client: ForwardingClient | None = None
 
     def start(self) -> None:
-        """Open Tox and begin to look for the server. Raises TtunError."""
+        """Join the Tox network and look for the server. Raises TtunError."""
         self._loop = Loop(open_tox(None, 0, None, server=False))
         self._client = ForwardingClient(self._loop, self._contact.address, self._secret)
         self._client.nodes = self._nodes
         self._loop.start(self._client)
 
     def close(self) -> None:
-        """Leave the network."""
+        """Leave the Tox network."""
         if self._loop is not None:
             self._loop.stop()
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
-        """Return the only one."""
+        """Return the only candidate."""
         return [Candidate(self.name, None, self.dial)]
 
     def kind(self, sock: socket.socket) -> str:
@@ -73,36 +75,44 @@ class Dialer(transport.Dialer):
         return "tox"
 
     def dial(self, stop: Flag) -> socket.socket:
-        """Return a socket connected to the server's end of the tunnel, when it is online.
+        """Wait until the server is online and return a socket connected to it.
 
         Raises OSError with the reason, InterruptedError when stop was set.
         """
         assert self._loop is not None and self._client is not None
         loop, client = self._loop, self._client
-        answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         ours, theirs = socket.socketpair()
+        refused: list[int] = []
+
+        def answer(reason: int | None) -> None:
+            # This wakes up the wait below: a byte, or the end when the client closes the socket.
+            if reason is not None:
+                refused.append(reason)
+            else:
+                with contextlib.suppress(OSError):
+                    theirs.send(b"\0")
+
+        end = time.monotonic() + WAIT_MOST + 2 * LOOK_AGAIN
         try:
-            loop.call(lambda: client.open(theirs, *TARGET, answers.put))
-            while not stop.is_set() and not loop.over.is_set():
-                stop.beat()
-                with contextlib.suppress(queue.Empty):
-                    reason = answers.get(timeout=0.1)
-                    if reason is not None:
-                        raise OSError(packet.describe(reason))
-                    return ours
-            if loop.over.is_set() and not stop.is_set():
-                raise TtunError(f"Tox ended: {loop.error}")
-            raise InterruptedError
+            loop.call(lambda: client.open(theirs, *TARGET, answer))
+            while not stop.wait_for(ours.fileno(), select.POLLIN, LOOK_AGAIN):
+                if loop.over.is_set():
+                    raise TtunError(f"Tox stopped: {loop.error}")
+                if time.monotonic() > end:
+                    raise OSError("toxcore does not respond")
+            if not ours.recv(1):
+                raise OSError(packet.describe(refused[0]))
+            return ours
         except BaseException:
             ours.close()
             raise
 
 
 class Listener(transport.GivenSockets):
-    """What a server accepts from: sockets whose other ends are streams through Tox."""
+    """Gives the server sockets whose other ends are streams over Tox."""
 
     def __init__(self, directory: Path = DEFAULT_DIRECTORY, node_file: Path | None = None) -> None:
-        """Open Tox with the identity in directory; nobody is served before start()."""
+        """Open Tox with the identity in directory; start() begins to serve."""
         super().__init__()
         known = nodes.load(node_file)
         secret = _secret()
@@ -116,11 +126,11 @@ class Listener(transport.GivenSockets):
         self._count = 0
 
     def start(self) -> None:
-        """Serve."""
+        """Start serving."""
         self._loop.start(self._server)
 
     def close(self) -> None:
-        """Leave the network."""
+        """Leave the Tox network."""
         self._loop.stop()
         super().close()
 

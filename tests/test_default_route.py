@@ -1,0 +1,645 @@
+"""The whole default route: what goes through the tunnel, what stays outside, and that no packet of
+another program leaves outside from start to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine import IS_NOBODY_HERE
+from name_server import NameServer, resolv_conf
+from outside import (
+    EVERYWHERE,
+    FAR,
+    INTERNET,
+    INTERNET6,
+    LAN_ONLY,
+    NAME_SERVER,
+    OTHER_FAR,
+    SECOND_LINK,
+    TTUN_USER,
+    Capture,
+    FarHosts,
+    others_sending,
+)
+from test_hook_user import NO_ROOT, paths, runs_for_all
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, End, Program, bench, eventually
+
+from ttun import default_route
+from ttun.lab import netns
+from ttun.lab.netns import LinkEnd
+from ttun.netlink import Message, Netlink, Request
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace"),
+]
+NAME = "vpn.example"
+DEFAULT = ("--route", "default", "--user", str(TTUN_USER))
+PAGE = ROOT / "docs/default-route.md"
+SLOW_DOWN = ("--down", "sleep 1")
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[Bench]:
+    with FarHosts() as pair:
+        yield from bench(pair, tmp_path, "x1", [])
+    for place in ("dnsmasq", "resolvconf", "systemd"):  # in the tests' own /run
+        shutil.rmtree(f"/run/{place}", ignore_errors=True)
+
+
+def hosts(far: Bench) -> FarHosts:
+    assert isinstance(far.pair, FarHosts)
+    return far.pair
+
+
+def reaches(far: Bench, address: str = INTERNET) -> bool:
+    """Whether root's packets get to the Internet and back, whichever way."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        return far.ping(CLIENT, address) == 1
+    return False
+
+
+def connected(far: Bench, client: End, times: int = 1) -> None:
+    client.says("authenticated", times, seconds=60)
+    eventually(lambda: reaches(far), "the Internet through the tunnel")
+
+
+def stopped(client: End) -> float:
+    """Stop a client whose session ends then; when its command of --down was about to end."""
+    asked = time.monotonic()
+    assert client.stop() == 0
+    took = time.monotonic() - asked
+    assert took > 1
+    return asked + 0.9
+
+
+@pytest.mark.slow
+def test_from_start_to_stop_only_the_tunnel_its_queries_and_the_lan_leave(
+    far: Bench, tmp_path: Path
+) -> None:
+    """With another gateway, another address of the server, and without a link for a while."""
+    server = far.server()
+    asked = NameServer(far)
+    asked.address = FAR
+    with resolv_conf(tmp_path, NAME_SERVER), Capture(far) as capture, others_sending(far):
+        started = time.monotonic()
+        eventually(lambda: capture.others(started) == EVERYWHERE, "others are heard outside")
+        client = far.client(*DEFAULT, *SLOW_DOWN, to=NAME)
+        client.says("capabilities")
+        begin = time.monotonic()
+        connected(far, client)
+        queries = asked.asked
+
+        second = LinkEnd(SERVER, "wserver", [f"{SECOND_LINK[SERVER]}/24"])
+        far.pair.link(second, LinkEnd(CLIENT, "wclient", [f"{SECOND_LINK[CLIENT]}/24"]))
+        hosts(far).set_gateway(SECOND_LINK[SERVER])
+        netns.ip("-n", far.pair.names[CLIENT], "address", "del", "192.0.2.2/24", "dev", "vclient")
+        connected(far, client, 2)
+        assert "wclient" in {each.device for each in capture.sent if each.target == FAR}
+        assert asked.asked > queries, "its queries go outside"
+
+        server.stop()
+        asked.address = OTHER_FAR
+        server = far.server("-l", f"{OTHER_FAR}:20203")
+        connected(far, client, 3)
+
+        netns.ip("-n", far.pair.names[CLIENT], "link", "set", "wclient", "down")
+        time.sleep(20)  # the session ends meanwhile
+        netns.ip("-n", far.pair.names[CLIENT], "link", "set", "wclient", "up")
+        hosts(far).set_gateway(SECOND_LINK[SERVER])
+        eventually(lambda: reaches(far), "the Internet again", 60)
+
+        server.stop()
+        time.sleep(2)  # between two sessions
+        server = far.server("-l", f"{OTHER_FAR}:20203")
+        eventually(lambda: reaches(far), "the Internet again", 60)
+        end = stopped(client)
+        assert capture.leaked(begin, end) == []
+        assert capture.others(begin) >= LAN_ONLY
+        eventually(lambda: capture.others(end) >= EVERYWHERE - LAN_ONLY, "the network is back")
+    asked.close()
+    assert hosts(far).rules() == []
+
+
+def test_after_kill_9_the_machine_has_its_network_and_the_next_start_cleans_up(far: Bench) -> None:
+    far.server("--takeover")
+    with Capture(far) as capture, others_sending(far):
+        for _ in range(2):
+            client = far.client(*DEFAULT, to=FAR)
+            client.says("capabilities")
+            begin = time.monotonic()
+            connected(far, client)
+            rules = hosts(far).rules()
+            assert len(rules) == 6, rules  # of each family one, and two around a user
+            assert capture.leaked(begin) == []
+            client.kill()
+            end = time.monotonic()
+            eventually(lambda: capture.others(end) == EVERYWHERE, "the network is back")  # noqa: B023
+            eventually(lambda: hosts(far).rules() == [], "the keeper removes the rules")
+        # As if the keeper had been killed too.
+        for family in ("-4", "-6"):
+            for rule in ("20203 lookup main suppress_prefixlength 0",
+                         "20204 uidrange 0-4710 lookup 203"):  # fmt: skip
+                netns.ip("-n", far.pair.names[CLIENT], family, "rule", "add", "protocol", "203",
+                         "pref", *rule.split())  # fmt: skip
+        end = time.monotonic()
+        eventually(lambda: capture.others(end) == EVERYWHERE, "they are harmless")
+        client = far.client(*DEFAULT, to=FAR)
+        connected(far, client)
+        assert hosts(far).rules() == rules
+        assert client.stop() == 0
+    assert hosts(far).rules() == []
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "there", "works"),
+    [(0, 0, True), (0, 1, False), (1, 0, False), (0, 2, True), (1, 2, True), (2, 1, True)],
+)
+def test_strict_reverse_path_filtering_is_refused_with_the_remedy(
+    far: Bench, everywhere: int, there: int, works: bool
+) -> None:
+    far.server()
+    for device, value in (("all", everywhere), ("vclient", there)):
+        far.run(CLIENT, "sysctl", "-qw", f"net/ipv4/conf/{device}/rp_filter={value}")
+    client = far.client(*DEFAULT, to=FAR)
+    if works:
+        connected(far, client)
+        assert client.stop() == 0
+        return
+    assert client.ended() == 1
+    assert client.log().splitlines()[-1] == (
+        "ttun: rp_filter is 1 on vclient: answers from beyond the LAN would be dropped "
+        "(sysctl -w net/ipv4/conf/vclient/rp_filter=2)"
+    )
+    assert hosts(far).rules() == []
+    client = far.client(*DEFAULT)  # a server on the LAN does not need it
+    client.says("authenticated")
+
+
+def test_a_link_with_strict_filtering_that_comes_later_is_named(far: Bench) -> None:
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    second = LinkEnd(SERVER, "wserver", [f"{SECOND_LINK[SERVER]}/24"])
+    far.pair.link(second, LinkEnd(CLIENT, "wclient", [f"{SECOND_LINK[CLIENT]}/24"]))
+    far.run(CLIENT, "sysctl", "-qw", "net/ipv4/conf/wclient/rp_filter=1")
+    hosts(far).set_gateway(SECOND_LINK[SERVER])
+    netns.ip("-n", far.pair.names[CLIENT], "address", "del", "192.0.2.2/24", "dev", "vclient")
+    client.says("rp_filter is 1 on wclient", seconds=60)
+    far.run(CLIENT, "sysctl", "-qw", "net/ipv4/conf/wclient/rp_filter=2")
+    connected(far, client, 2)
+
+
+@pytest.mark.parametrize("why", ["mtu", "sysctl"])
+def test_ipv6_is_caught_where_the_tunnel_has_none(far: Bench, why: str) -> None:
+    options = ("-mtu", "1200") if why == "mtu" else ()
+    if why == "sysctl":
+        far.run(CLIENT, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+    far.server(*options)
+    with Capture(far) as capture, others_sending(far):
+        client = far.client(*DEFAULT, *SLOW_DOWN, *options, to=FAR)
+        client.says("capabilities")
+        begin = time.monotonic()
+        connected(far, client)
+        eventually(lambda: capture.others(begin) == LAN_ONLY, "others reach the LAN")
+        time.sleep(1)
+        end = stopped(client)
+        assert capture.leaked(begin, end) == []
+        eventually(lambda: capture.others(end) == EVERYWHERE, "the network is back")
+
+
+def test_a_machine_without_ipv6_has_the_route_of_ipv4(far: Bench) -> None:
+    far.run(CLIENT, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    far.server()
+    connected(far, far.client(*DEFAULT, to=FAR))
+
+
+def test_a_kernel_without_ipv6_has_the_route_of_ipv4(
+    far: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Netlink.answers
+
+    def answers(link: Netlink, request: Request) -> list[Message]:
+        if request.body[0] == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(link, request)
+
+    monkeypatch.setattr(Netlink, "answers", answers)
+    index = far.on(CLIENT, lambda: socket.if_nametoindex("vclient"))
+    far.on(CLIENT, lambda: default_route.add(index, False, [TTUN_USER]))
+    assert len(hosts(far).rules()) == 3
+    far.on(CLIENT, lambda: default_route.remove(index + 1))
+    assert len(hosts(far).rules()) == 3, "another device has it"
+    far.on(CLIENT, lambda: default_route.remove(index))
+    assert hosts(far).rules() == []
+
+
+def test_packets_that_a_router_forwards_go_through_the_tunnel(far: Bench) -> None:
+    far.server()
+    inner = LinkEnd(CLIENT, "wclient", [f"{SECOND_LINK[CLIENT]}/24"])
+    far.pair.link(LinkEnd(SERVER, "wserver", []), inner)
+    far.run(CLIENT, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+    get = ["route", "get", INTERNET, "from", "198.51.100.9", "iif", "wclient"]
+    for device in ("vclient", "ttun0"):
+        shown = netns.ip("-n", far.pair.names[CLIENT], "-json", *get)
+        assert json.loads(shown)[0]["dev"] == device
+        if device == "vclient":
+            connected(far, far.client(*DEFAULT, to=FAR))
+
+
+def test_multipath_tcp_goes_outside_too(far: Bench) -> None:
+    far.server("-mptcp")
+    client = far.client(*DEFAULT, "-mptcp", to=FAR)
+    connected(far, client)
+
+
+def test_the_connection_belongs_to_the_user_whose_packets_stay_outside(far: Bench) -> None:
+    """A socket made before privileges are dropped would be routed as root's: into the tunnel."""
+    far.server()
+    connected(far, far.client(*DEFAULT, to=FAR))
+    table = far.run(CLIENT, "cat", "/proc/net/tcp").splitlines()[1:]
+    port = f":{20203:04X}"
+    assert [line.split()[7] for line in table if port in line.split()[2]] == [str(TTUN_USER)]
+
+
+def test_another_tunnel_with_the_default_route_is_a_line(far: Bench) -> None:
+    far.server()
+    first = far.client(*DEFAULT, to=FAR)
+    connected(far, first)
+    rules = hosts(far).rules()
+    second = far.client(*DEFAULT, "--local4", "10.9.9.2/30", to=FAR)
+    assert second.ended() == 1
+    assert "ttun: cannot take the default route: another tunnel has it" in second.log()
+    assert hosts(far).rules() == rules
+    assert reaches(far)
+
+
+def test_a_server_does_not_take_the_default_route() -> None:
+    done = subprocess.run(
+        [*PROGRAM, "server", "-k", "x", "--route", "default"],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "ttun: --route default is for the client; see ttun server -h\n"
+
+
+def test_a_shared_user_is_a_line(far: Bench) -> None:
+    far.server()
+    client = far.client("--route", "default", "--user", "nobody", to=FAR)
+    client.says("authenticated")
+    assert "packets of all programs of user nobody stay outside the tunnel" in client.log()
+    client = far.client(*DEFAULT, to=FAR)
+    client.says("another tunnel has it")
+    assert "stay outside" not in client.log()
+
+
+def test_who_cannot_become_that_user_does_not_start(far: Bench) -> None:
+    """Its own connection would go into the tunnel."""
+    no_setuid = ["setpriv", "--bounding-set", "-setuid", "--inh-caps", "-setuid"]
+    done = subprocess.run(
+        far.pair.command(CLIENT, [*no_setuid, *PROGRAM, "client", "-k", "x", "-s", FAR,
+                                  "--route", "default"]),
+        capture_output=True, text=True, check=False, timeout=30,
+        env={**os.environ, **netns.environment()},
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "cannot become the user" in last or "cannot switch to user" in last
+
+
+def test_a_route_that_somebody_removed_is_named_with_the_remedy(far: Bench) -> None:
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    far.run(CLIENT, "ip", "route", "flush", "table", "203")
+    said = client.says("route 0.0.0.0/0 missing")
+    remedy = "ip route add 0.0.0.0/0 dev ttun0 table 203"
+    assert f"sudo {remedy}" in said
+    far.run(CLIENT, *remedy.split())
+    client.says("complete again")
+
+
+def test_more_than_one_user_can_stay_outside(far: Bench) -> None:
+    """As the command of --via does, which runs as another."""
+    script = f"""
+import ttun
+with ttun.Client(b"secret", server="{FAR}", default_route=True, users=[0, 4711, 4712, 9]) as client:
+    input()
+"""
+    far.server()
+    program = subprocess.Popen(
+        far.pair.command(CLIENT, [sys.executable, "-c", script]), text=True,
+        stdin=subprocess.PIPE, env={**os.environ, **netns.environment()},
+    )  # fmt: skip
+    try:
+        eventually(lambda: len(hosts(far).rules()) > 2, "the rules")
+        shown = json.loads(netns.ip("-n", far.pair.names[CLIENT], "-json", "rule", "show"))
+        ranges = [(x["uid_start"], x["uid_end"]) for x in shown if "uid_start" in x]
+        assert ranges == [(1, 8), (10, 4710), (4713, 2**32 - 2)]
+
+        assert {device(far, user) for user in (0, 4711, 4712, 9)} == {"vclient"}
+        assert {device(far, user) for user in (1, 8, 10, 4713, 2**32 - 2)} == {"ttun0"}
+        # root's own connection is one of those outside, and stop() removes the rules
+        assert program.stdin is not None
+        program.stdin.write("\n")
+        program.stdin.close()
+        assert program.wait(20) == 0
+        assert hosts(far).rules() == []
+    finally:
+        program.kill()
+        program.wait()
+
+
+def device(far: Bench, user: int) -> str:
+    """The device that a user's packets to the Internet leave through."""
+    shown = netns.ip(
+        "-n", far.pair.names[CLIENT], "-json", "route", "get", INTERNET, "uid", str(user)
+    )
+    found: str = json.loads(shown)[0]["dev"]
+    return found
+
+
+def test_a_server_of_ipv6_is_reached_outside(far: Bench) -> None:
+    far.server()
+    connected(far, far.client(*DEFAULT, to=f"[{INTERNET6}]:20203"))
+
+
+def test_a_program_that_is_not_root_needs_one_capability(far: Bench) -> None:
+    """As under the units: it is its user already, and stays it."""
+    far.server()
+    pythons = [each for each in (sys.executable, "/usr/bin/python3") if runs_for_all(each)]
+    if not pythons:
+        pytest.skip("no Python here that another user may start")
+    log = far.directory / "unit.log"
+    command = [*NO_ROOT, pythons[0], "-m", "ttun", "client", "-k", "secret", "-s", FAR]
+    with log.open("w") as file:
+        process = far.pair.start(
+            CLIENT, [*command, "--route", "default"], stderr=file, environment=paths()
+        )
+    program = Program(process, log)
+    try:
+        program.says("authenticated")
+        eventually(lambda: reaches(far), "the Internet through the tunnel")
+        assert (device(far, 65534), device(far, 0)) == ("vclient", "ttun0")
+        assert program.stop() == 0
+        assert hosts(far).rules() == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_explicit_route_is_judged_as_the_user_that_will_dial(far: Bench) -> None:
+    """A policy of the administrator's may send that user elsewhere."""
+    far.server()
+    for rule in (f"rule add uidrange {TTUN_USER}-{TTUN_USER} lookup 100",
+                 f"route add default via {netns.IPV4[SERVER]} table 100"):  # fmt: skip
+        netns.ip("-n", far.pair.names[CLIENT], *rule.split())
+    network = ("--route", "203.0.113.0/24")
+    other = far.client(*network, "--user", "4712", to=FAR)
+    assert other.ended() == 2
+    assert f"--route {network[1]} would route the tunnel's own connection to {FAR}" in other.log()
+    connected(far, far.client(*network, "--user", str(TTUN_USER), to=FAR))
+
+
+@pytest.mark.skipif(not shutil.which("resolvconf"), reason="apt install openresolv")
+def test_the_recipe_for_resolvconf_sets_the_name_server_while_a_peer_is_connected(
+    far: Bench, tmp_path: Path
+) -> None:
+    server = far.server()
+    with resolv_conf(tmp_path, NAME_SERVER, "# Generated by resolvconf\n"):
+        shown = Path("/etc/resolv.conf")
+        subprocess.run(
+            ["resolvconf", "-a", "vclient"], input=f"nameserver {NAME_SERVER}\n", text=True,
+            check=True,
+        )  # fmt: skip
+        recipe = PAGE.read_text().partition("resolvconf or ")[2]
+        up, down = re.findall(r"--(?:up|down) '(.*?)'", recipe)[:2]
+        client = far.client(*DEFAULT, "--hook-user", "root", "--up", up, "--down", down, to=FAR)
+        eventually(lambda: servers(shown) == ["10.1.1.1"], "the name server in the tunnel")
+        server.stop()
+        eventually(lambda: servers(shown) == [NAME_SERVER], "the one before, without a peer")
+        server = far.server()
+        connected(far, client, 2)
+        eventually(lambda: servers(shown) == ["10.1.1.1"], "the name server in the tunnel")
+        assert client.stop() == 0
+        assert servers(shown) == [NAME_SERVER]
+
+
+def servers(resolv_conf: Path) -> list[str]:
+    return re.findall(r"^nameserver (\S+)", resolv_conf.read_text(), re.M)
+
+
+def page_lines(start: str) -> list[str]:
+    """The indented lines of docs/default-route.md after a sentence, as one script each."""
+    text = PAGE.read_text().partition(start)[2]
+    return re.search(r"\n\n((?:    .*\n)+)", text)[1].replace("    ", "").splitlines()  # type: ignore[index]
+
+
+def test_the_block_of_the_page_holds_whether_ttun_runs_or_not(far: Bench) -> None:
+    far.server()
+    script = "\n".join(page_lines("## To block rather"))
+    assert "uidrange 998-998" in script
+    with Capture(far) as capture, others_sending(far):
+        far.run(CLIENT, "sh", "-ec", script.replace("998", str(TTUN_USER)))
+        began = time.monotonic()
+        for running in (False, True, False):
+            if running:
+                client = far.client(*DEFAULT, to=FAR)
+                connected(far, client)
+            now = time.monotonic()
+            eventually(lambda: capture.others(now) == LAN_ONLY, "the LAN")  # noqa: B023
+            if running:
+                netns.ip("-n", far.pair.names[CLIENT], "link", "set", "ttun0", "down")
+                time.sleep(0.5)
+                client.stop()
+        assert capture.leaked(began) == []
+
+
+def test_the_recipe_of_the_page_leaves_the_outer_address_reachable(far: Bench) -> None:
+    far.server()
+    connected(far, far.client(*DEFAULT, to=FAR))
+    found = re.search(r"`ip (rule add pref 20000 from ADDRESS lookup main)`", PAGE.read_text())
+    assert found is not None
+    rule = found[1].replace("ADDRESS", netns.IPV4[CLIENT])
+    netns.ip("-n", far.pair.names[CLIENT], *rule.split())
+    ping = ["ping", "-c", "1", "-W", "5", "-I", INTERNET, netns.IPV4[CLIENT]]
+    far.run(SERVER, *ping)
+
+
+@pytest.mark.nft
+def test_the_server_of_the_page_masquerades(far: Bench) -> None:
+    """What comes out of the tunnel reaches a third host, which knows no way back into it."""
+    for line in page_lines("On the server, forward"):
+        if "ttun server" not in line:
+            far.run(SERVER, "sh", "-ec", line.replace("sudo ", ""))
+    server, beyond = far.pair.names[SERVER], f"{far.pair.names[SERVER]}x"
+    netns.ip("netns", "add", beyond)
+    try:
+        netns.ip("link", "add", "near", "netns", server, "type", "veth", "peer", "name", "there",
+                 "netns", beyond)  # fmt: skip
+        for host, device, address in (
+            (server, "near", "198.18.0.1"),
+            (beyond, "there", "198.18.0.2"),
+        ):
+            netns.ip("-n", host, "address", "add", f"{address}/24", "dev", device)
+            netns.ip("-n", host, "link", "set", device, "up")
+        far.server()
+        connected(far, far.client(*DEFAULT, to=FAR))
+        eventually(lambda: reaches(far, "198.18.0.2"), "a third host")
+    finally:
+        netns.ip("netns", "del", beyond)
+
+
+# ---- names ----
+
+
+@pytest.fixture
+def stub(far: Bench, tmp_path: Path) -> Iterator[NameServer]:
+    """A name server on the client's host that asks nobody while it is silent."""
+    made = NameServer(far, CLIENT, "127.0.0.53")
+    made.address = FAR
+    with resolv_conf(tmp_path, "127.0.0.53"):
+        yield made
+    made.close()
+
+
+def test_a_local_name_server_is_passed_over_for_its_upstream(far: Bench, stub: NameServer) -> None:
+    """Its own queries would go into the tunnel: here it is silent from then on."""
+    upstream = NameServer(far)
+    upstream.address = FAR
+    place = Path("/run/systemd/resolve/resolv.conf")
+    place.parent.mkdir(parents=True)
+    try:
+        text = f"# 192.0.2.77 is dead\nnameserver 192.0.2.77\nnameserver {NAME_SERVER}\n"
+        place.write_text(text)
+        server = far.server("-l", f"{FAR}:20203")
+        client = far.client(*DEFAULT, to=NAME)
+        connected(far, client)
+        assert upstream.asked
+        stub.silent = True
+        upstream.address = OTHER_FAR
+        server.stop()
+        server = far.server("-l", f"{OTHER_FAR}:20203")
+        connected(far, client, 2)
+        assert "last addresses" not in client.log()
+    finally:
+        upstream.close()
+
+
+def test_a_local_name_server_without_upstream_is_a_line_and_last_addresses_are_dialled(
+    far: Bench, stub: NameServer
+) -> None:
+    server = far.server()
+    client = far.client(*DEFAULT, to=NAME)
+    client.says("capabilities")
+    stub.silent = True
+    connected(far, client)
+    for times in (2, 3):
+        server.stop()
+        server = far.server()
+        connected(far, client, times)
+    said = (
+        "the name server 127.0.0.53 sends its queries through the tunnel: until that is connected, "
+        f"the last addresses of {NAME} are dialled"
+    )
+    assert client.log().count(said) == 1
+
+
+def test_a_name_that_does_not_resolve_yet_leaves_nobody_outside(far: Bench, tmp_path: Path) -> None:
+    asked = NameServer(far)
+    asked.address = None
+    try:
+        with resolv_conf(tmp_path, NAME_SERVER), Capture(far) as capture, others_sending(far):
+            far.server()
+            client = far.client(*DEFAULT, to=NAME)
+            client.says("capabilities")
+            begin = time.monotonic()
+            client.says("cannot connect to", seconds=60)
+            assert capture.leaked(begin) == []
+            asked.address = FAR
+            connected(far, client)
+            assert capture.leaked(begin) == []
+    finally:
+        asked.close()
+
+
+def test_a_name_that_only_a_local_name_server_knows_is_waited_for(
+    far: Bench, stub: NameServer
+) -> None:
+    """Behind the rules that would ask in vain."""
+    stub.address = None
+    far.server()
+    client = far.client(*DEFAULT, to=NAME)
+    client.says("cannot look up", times=2, seconds=60)
+    assert hosts(far).rules() == [] and far.devices(CLIENT) == []
+    stub.address = FAR
+    connected(far, client)
+
+
+RESOLVED = next(filter(os.path.exists, [os.environ.get("TTUN_TEST_RESOLVED", ""),
+                                        "/usr/lib/systemd/systemd-resolved"]), "")  # fmt: skip
+REAL = {  # a real server, the file in which it has its upstream servers, its own address
+    "dnsmasq": (shutil.which("dnsmasq"), "/run/dnsmasq/resolv.conf", "127.0.0.1"),
+    "resolved": (RESOLVED, "/run/systemd/resolve/resolv.conf", "127.0.0.53"),
+}
+
+
+@pytest.fixture(params=REAL)
+def real_stub(request: pytest.FixtureRequest, far: Bench, tmp_path: Path) -> Iterator[None]:
+    """dnsmasq or systemd-resolved on the client's host, which asks the name server outside."""
+    program, upstream, address = REAL[request.param]
+    if not program:
+        pytest.skip(f"no {request.param} here")
+    directory = Path(upstream).parent
+    directory.mkdir(parents=True)
+    command = [program]
+    if request.param == "dnsmasq":
+        Path(upstream).write_text(f"nameserver {NAME_SERVER}\n")
+        command += ["--keep-in-foreground", f"--listen-address={address}", "--bind-interfaces",
+                    "--conf-file=/dev/null", f"--resolv-file={upstream}", "--pid-file",
+                    "--cache-size=0", "--user=root"]  # fmt: skip
+    else:
+        try:
+            entry = pwd.getpwnam("systemd-resolve")
+        except KeyError:
+            pytest.skip("no user systemd-resolve here")
+        os.chown(directory, entry.pw_uid, entry.pw_gid)
+        extra = Path("/run/systemd/resolved.conf.d/test.conf")
+        extra.parent.mkdir()
+        extra.write_text(f"[Resolve]\nDNS={NAME_SERVER}\nFallbackDNS=\nCache=no\nDNSSEC=no\n")
+    process = far.pair.start(CLIENT, command, stderr=subprocess.DEVNULL)
+    try:
+        with resolv_conf(tmp_path, address):
+            yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_real_local_name_server_is_passed_over_too(far: Bench, real_stub: None) -> None:
+    upstream = NameServer(far)
+    upstream.address = FAR
+    try:
+        server = far.server("-l", f"{FAR}:20203")
+        client = far.client(*DEFAULT, to=NAME)
+        connected(far, client)
+        upstream.address = OTHER_FAR
+        server.stop()
+        server = far.server("-l", f"{OTHER_FAR}:20203")
+        connected(far, client, 2)
+        assert "last addresses" not in client.log()
+    finally:
+        upstream.close()

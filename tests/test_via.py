@@ -1,0 +1,382 @@
+"""Tunnels through commands: real ones carry them whole, bad ones harm nothing and leave nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from carried import (
+    MARK,
+    PORT,
+    SOCAT,
+    TO_SERVER,
+    carries,
+    client,
+    lines,
+    needs_socat,
+    running,
+    serve,
+    start,
+    stdio,
+)
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, SERVER_ADDRESS, Bench, eventually
+
+from ttun.client import Backoff
+from ttun.commands import via
+from ttun.errors import UsageError
+from ttun.flag import Flag
+from ttun.process.keeper import Keeper
+
+pytestmark = [pytest.mark.hosts, needs_socat]
+OTHERS = int(Path("/proc/self/uid_map").read_text().split()[2]) > 4321
+PAGE = (ROOT / "docs" / "through-anything.md").read_text()
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="apt install openssl")
+each_wire = pytest.mark.parametrize("bench", ["x1", "v1"], indirect=True)
+
+
+@pytest.fixture
+def nap() -> Iterator[str]:
+    """How long to sleep, in a way that no other process does; who still sleeps is killed."""
+    seconds = f"1{random.randrange(10**8):08}.5"
+    yield seconds
+    for pid in running(seconds):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that all users may enter."""
+    with tempfile.TemporaryDirectory(prefix="ttun-", dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@each_wire
+@pytest.mark.parametrize("how", ["", ",pipes", ",nofork"], ids=["socket", "pipes", "tcp"])
+def test_data_goes_through_a_command_whole(bench: Bench, how: str) -> None:
+    server = serve(bench, how)
+    end = client(bench, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated")
+    assert "over command; handshaking" in end.log()
+    eventually(lambda: end.status()["transport"] == "command", "its status says so")
+    carries(bench)
+    assert "over stdio; handshaking" in server.log()
+    assert end.stop() == 0
+    server.says("exit code 0")
+    assert not running(MARK)
+
+
+def on_page(begin: str, place: Path) -> list[str]:
+    """A command of the page, with this test's files, address and port in it, as words."""
+    (line,) = re.findall(rf"^    (?:sudo )?({begin} .*)", PAGE, re.MULTILINE)
+    for there, here in (
+        ("/etc/ttun/tls.pem", f"{place}/tls.pem"),
+        ("=tls.", f"={place}/tls."),
+        (" tls.", f" {place}/tls."),
+        (":443", f":{PORT}"),
+        ("s vpn.example.net", f"s {SERVER_ADDRESS}"),
+    ):
+        line = line.replace(there, here)
+    return shlex.split(line)
+
+
+@each_wire
+@needs_openssl
+def test_tls_as_the_page_has_it(bench: Bench, place: Path) -> None:
+    subprocess.run(on_page("openssl req", place), check=True, capture_output=True)
+    bench.server("-l", "127.0.0.1:20203")
+    start(bench, SERVER, "socat", *on_page("socat", place))
+    words = on_page("ttun client .* --via 'openssl", place)
+    end = client(bench, words[-1], *words[4:-2])
+    end.says("authenticated")
+    carries(bench)
+
+
+@needs_openssl
+def test_openssl_at_both_ends_with_nothing_else_there(plain: Bench, place: Path) -> None:
+    subprocess.run(on_page("openssl req", place), check=True, capture_output=True)
+    script = plain.directory / "tls.sh"
+    files = f"-cert {place}/tls.pem -key {place}/tls.key"
+    script.write_text(
+        f"#!/bin/sh\nexec openssl s_server -quiet -naccept 1 -accept {PORT} {files}\n"
+    )
+    script.chmod(0o755)
+    start(plain, SERVER, "socat", "socat", f"EXEC:{script}", f"EXEC:{stdio(plain)}")
+    listening = f"ss -Htln sport = {PORT}"
+    eventually(lambda: plain.run(SERVER, *listening.split()), "s_server listens")
+    tls = "openssl s_client -quiet -verify_quiet -connect %h:%p"
+    end = client(plain, tls, "-s", TO_SERVER)
+    end.says("authenticated")
+    carries(plain)
+
+
+@pytest.mark.slow
+def test_a_serial_line_carries_a_tunnel_and_another_after_it(plain: Bench, place: Path) -> None:
+    """A pair of pseudo-terminals: like a line it has no end of a connection, and no listener."""
+    ends = [f"PTY,link={place}/{name},raw,echo=0,mode=666" for name in ("here", "there")]
+    start(plain, CLIENT, "line", "socat", *ends)
+    eventually(lambda: (place / "there").exists() and (place / "here").exists(), "there is a line")
+    loop = f"while :; do socat FILE:{place}/there,raw,echo=0 EXEC:{stdio(plain)}; done"
+    start(plain, SERVER, "loop", "sh", "-c", loop)
+    time.sleep(12)  # the server waits for longer than for a handshake
+    end = client(plain, f"socat - FILE:{place}/here,raw,echo=0")
+    end.says("authenticated")
+    carries(plain, 2 << 20)
+    assert end.stop() == 0
+    end = client(plain, f"socat - FILE:{place}/here,raw,echo=0")
+    end.says("authenticated", seconds=200)
+    plain.answers()
+
+
+def test_a_command_that_ends_at_once_is_run_again_less_and_less(plain: Bench) -> None:
+    end = client(plain, "echo no such place >&2; exit 9")
+    end.says("reconnecting in", times=4, seconds=60)
+    assert "--via: no such place" in end.log()
+    end.says("--via: exit code 9")
+    waits = [float(line.split()[-2]) for line in lines(end, "reconnecting in")]
+    assert waits[0] < waits[1] < waits[2] < waits[3]
+    assert waits[3] > Backoff.UNANSWERED
+    assert end.stop() == 0
+
+
+def test_a_command_that_cannot_be_found_is_a_line(plain: Bench) -> None:
+    end = client(plain, "no-such-program-here")
+    end.says("reconnecting in")
+    assert lines(end, "--via: .*no-such-program-here: .*(not found|denied)")
+    end.says("--via: exit code 127")
+    assert end.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_command_that_says_nothing_is_ended_after_a_minute(plain: Bench, nap: str) -> None:
+    end = client(plain, f"sleep {nap}")
+    eventually(lambda: running(nap), "it runs")
+    end.says("no handshake within 60 s", seconds=75)
+    eventually(lambda: not running(nap), "it was ended")
+    assert end.stop() == 0
+
+
+def test_a_password_takes_longer_than_a_usual_handshake_may(plain: Bench) -> None:
+    serve(plain)
+    end = client(plain, f"sleep 12; exec {SOCAT}", "-s", TO_SERVER)
+    end.says("authenticated", seconds=40)
+    plain.answers()
+
+
+def test_a_flood_on_stderr_fills_nothing_and_holds_nothing_up(plain: Bench) -> None:
+    serve(plain)
+    end = client(plain, f"yes much ado >&2 & exec {SOCAT}", "-s", TO_SERVER)
+    end.says("authenticated")
+    carries(plain)
+    before = end.usage()[2]
+    time.sleep(3)
+    assert end.usage()[2] < before + 4096  # KiB
+    assert len(lines(end, "much ado")) < 100
+    assert end.stop() == 0
+    assert lines(end, r"--via: and \d+ more lines")
+    assert not running(MARK)
+
+
+def test_what_a_terminal_obeys_is_escaped_and_long_lines_are_cut(plain: Bench) -> None:
+    end = client(plain, r"printf 'a\033[31mb\r\n%%05000d\nc\377' 7 >&2")
+    end.says("reconnecting in")
+    assert "--via: a\\x1b[31mb\n" in end.log()
+    assert f"--via: {400 * '0'}\n" in end.log()
+    assert "--via: c\\xff\n" in end.log()
+
+
+def test_a_killed_command_is_run_again(plain: Bench) -> None:
+    serve(plain)
+    end = client(plain, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated")
+    for pid in running(MARK):
+        os.kill(pid, signal.SIGKILL)
+    end.says("authenticated", times=2)
+    assert "the peer closed the connection" in end.log()
+    carries(plain)
+
+
+@pytest.mark.slow
+def test_a_peer_that_vanishes_behind_a_command_is_noticed(plain: Bench) -> None:
+    """The command takes what it is given, and no kernel says that the peer does not."""
+    serve(plain)
+    end = client(plain, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated")
+    with plain.link_down(CLIENT):
+        end.says("peer timed out: last received 6", seconds=90)
+    end.says("authenticated", times=2, seconds=90)
+
+
+@pytest.mark.skipif(not OTHERS, reason="there is no other user in this namespace")
+def test_under_sudo_it_runs_as_the_user_who_called(plain: Bench) -> None:
+    agent = {"SUDO_UID": "1234", "SUDO_GID": "4321", "SSH_AUTH_SOCK": "/agent"}
+    end = plain.start(
+        CLIENT, "client", "-k", "secret", "--via", "exec >&2; id -u; id -g; echo $SSH_AUTH_SOCK",
+        environment=agent,
+    )  # fmt: skip
+    end.says("reconnecting in")
+    for line in ("1234", "4321", "/agent"):
+        assert f"--via: {line}\n" in end.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_of_a_command_survives_the_client(plain: Bench, nap: str, number: int) -> None:
+    """Not even what ignores SIGTERM, and what it has started."""
+    serve(plain)
+    stubborn = f"trap '' TERM; sleep {nap} & {SOCAT}; sleep {nap}"
+    end = client(plain, stubborn, "-s", TO_SERVER)
+    end.says("authenticated")
+    assert running(nap)
+    end.process.send_signal(number)
+    assert end.ended() == (0 if number == signal.SIGTERM else -number)
+    eventually(lambda: not running(nap), "all of it is gone", 3)
+
+
+def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
+    end = plain.start(
+        CLIENT, "client", "--via", "exec >&2; id -u; grep -e Cap -e NoNew /proc/self/status; env",
+        environment={"TTUN_PSK": "a secret of sixteen bytes"},
+    )  # fmt: skip
+    end.says("reconnecting in")
+    assert "a secret" not in end.log()
+    assert lines(end, "--via: (65534|0)$")
+    assert "--via: 0\n" not in end.log() or "cannot become" in end.log()
+    assert {line[-16:] for line in lines(end, "Cap(Eff|Prm|Inh|Amb)")} == {16 * "0"}
+    assert lines(end, "NoNewPrivs.*1$")
+
+
+def test_a_command_is_told_host_and_port(plain: Bench) -> None:
+    end = client(plain, "echo '%h %p 100%%' >&2", "-s", "[2001:db8::1]:9")
+    end.says("--via: 2001:db8::1 9 100%\n")
+
+
+def test_without_a_thread_a_dial_fails_and_leaves_no_command(
+    nap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        eventually(lambda: running(nap), "the command runs")
+        raise RuntimeError("can't start new thread")
+
+    keeper = Keeper()
+    dialer = via.Dialer(None, f"sleep {nap}", None, keeper)
+    keeper.start({})
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", start)
+        dialer.candidates(Flag())[0].dial(Flag())
+    eventually(lambda: not running(nap), "it was ended")
+    with dialer.candidates(Flag())[0].dial(Flag()):
+        eventually(lambda: running(nap), "the next one runs")
+    eventually(lambda: not running(nap), "it ended with its connection")
+    dialer.close()
+    keeper.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "server"),
+    [
+        ("%h", None),
+        ("%p", None),
+        ("%d", "h"),
+        ("50%", "h"),
+        ("x", "h;id"),
+        ("x", "-h"),
+        ("x", "$h"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(command: str, server: str | None) -> None:
+    with pytest.raises(UsageError, match="--via"):
+        via.Dialer(server, command, None, Keeper())
+
+
+class Terminal:
+    """A shell's terminal with a client in its foreground."""
+
+    def __init__(self, bench: Bench, command: str, *options: str) -> None:
+        self.shown = b""
+        words = [*PROGRAM, "client", "-k", "secret", "--via", command, *bench.options, *options]
+        words = bench.pair.command(CLIENT, words)
+        self.pid, self.terminal = pty.fork()  # killed with the namespace if the test fails
+        if self.pid == 0:
+            os.execvp(words[0], words)
+        os.set_blocking(self.terminal, False)
+
+    def says(self, text: str) -> None:
+        def read() -> bool:
+            with contextlib.suppress(OSError):  # nothing yet, or nothing more
+                self.shown += os.read(self.terminal, 65536)
+            return text.encode() in self.shown
+
+        eventually(read, f"{text!r} in {self.shown!r}")
+
+    def types(self, text: bytes) -> None:
+        os.write(self.terminal, text)
+
+    def code(self) -> int:
+        """Its exit code, once it has ended."""
+        status = eventually(lambda: os.waitpid(self.pid, os.WNOHANG)[0] and [0], "it ended", 10)
+        return status[0]
+
+
+ASK = (
+    "stty -echo </dev/tty; printf 'password? ' >/dev/tty; "
+    "read word </dev/tty; stty echo </dev/tty; "
+)
+
+
+def test_the_command_has_the_terminal_until_the_first_handshake(plain: Bench) -> None:
+    serve(plain)
+    shell = Terminal(plain, f'{ASK} [ "$word" = xyzzy ] && exec {SOCAT}', "-s", TO_SERVER)
+    shell.says("password? ")
+    assert os.tcgetpgrp(shell.terminal) != shell.pid
+    shell.types(b"xyzzy\n")
+    shell.says("authenticated")
+    eventually(lambda: os.tcgetpgrp(shell.terminal) == shell.pid, "it has the terminal back")
+    assert b"xyzzy" not in shell.shown
+    shell.types(b"\x03")
+    shell.says("SIGINT: stopping")
+    assert shell.code() == 0
+
+
+def test_a_command_that_fails_gives_the_terminal_back(plain: Bench) -> None:
+    shell = Terminal(plain, f"{ASK} exit 1")
+    for times in (1, 2):
+        eventually(lambda: os.tcgetpgrp(shell.terminal) != shell.pid, "it has the terminal")
+        shell.types(b"wrong\n")
+        eventually(lambda: os.tcgetpgrp(shell.terminal) == shell.pid, f"not any more ({times})")
+    shell.types(b"\x03")
+    assert shell.code() == 0
+
+
+def test_ctrl_c_at_the_prompt_ends_the_program(plain: Bench) -> None:
+    shell = Terminal(plain, f"{ASK} exec {SOCAT}", "-s", TO_SERVER)
+    shell.says("password? ")
+    shell.types(b"\x03")
+    shell.says("SIGINT: stopping")
+    assert shell.code() == 0
+
+
+def test_later_commands_have_no_terminal(plain: Bench) -> None:
+    """There a question would stop them, or take what is typed into a shell."""
+    serve(plain)
+    look = "(: </dev/tty) 2>/dev/null && echo terminal >&2 || echo none >&2"
+    shell = Terminal(plain, f"{look}; exec {SOCAT}", "-s", TO_SERVER)
+    shell.says("--via: terminal")
+    shell.says("authenticated")
+    for pid in running(MARK):
+        os.kill(pid, signal.SIGTERM)
+    shell.says("--via: none")
+    os.kill(shell.pid, signal.SIGTERM)
+    assert shell.code() == 0

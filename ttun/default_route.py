@@ -1,0 +1,167 @@
+"""The whole default route: every user's packets go through the tunnel, but for its own user's.
+
+ 1. A routing table of its own has a default route through the device. Where the device has no IPv6,
+    the table's IPv6 route is unreachable.
+ 2. Two kinds of rules, for IPv4 and IPv6, come before that of the main table:
+
+        20203:  lookup main suppress_prefixlength 0     the LAN: all but main's default route
+        20204:  uidrange 0-... lookup 203               all users but those that make the connection
+
+    The connection and the look-up of the server's name match none of the second kind: they go
+    outside, wherever that is at the moment. There is no host route that could become stale.
+ 3. The kernel removes the routes with the device, and rules without routes change nothing. remove()
+    removes the rules; that takes CAP_NET_ADMIN.
+
+With rp_filter=1 the kernel drops a packet that comes from where it would not send the answer. It
+looks that up as root, whose packets go into the tunnel: what the server sends would be dropped.
+
+Sources: ip-rule(8), linux/fib_rules.h, Documentation/networking/ip-sysctl.rst (rp_filter),
+net/ipv4/fib_frontend.c (__fib_validate_source).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ttun import netlink
+from ttun.errors import TtunError
+from ttun.netlink import Netlink, Request, attribute
+from ttun.privileges import MAX_ID
+from ttun.settings import Address, Network
+
+# A table's number has to fit a byte (netlink.ROUTE). protocol: who made a rule, for `ip rule`.
+TABLE = PROTOCOL = 203
+LAN, OTHERS = 20203, 20204  # priorities of the rules
+FRA_PRIORITY, FRA_SUPPRESS_LENGTH, FRA_UIDS, FRA_PROTOCOL = 6, 14, 20, 21  # linux/fib_rules.h
+TO_TABLE = 1  # FR_ACT_TO_TBL
+OUTSIDE = "203.0.113.1"  # RFC 5737: an address that is not on the LAN
+IPV4, IPV6 = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
+NOTHING = (errno.ENOENT, errno.ESRCH)
+NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # of a kernel without IPv6
+
+
+def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
+    """Route all packets but those of some users through a device. Raises TtunError."""
+    try:
+        with contextlib.closing(Netlink()) as link:
+            link.answers(netlink.new_route(index, IPV4, TABLE))
+            remove(index)  # what a killed run left
+            _order(link, netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
+            for network in (IPV4, IPV6):
+                for rule in _rules(network, users):
+                    _order(link, rule, NO_FAMILY if network == IPV6 else ())
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.EEXIST:
+            why = f"another tunnel has it (ip route show table {TABLE})"
+        raise TtunError(f"cannot take the default route: {why}") from None
+
+
+def remove(index: int) -> None:
+    """Remove the rules, unless another device than this has the default route. Raises OSError.
+
+    index: of the device; 0 for one that is gone.
+    """
+    with contextlib.closing(Netlink()) as link:
+        if not _devices(link) <= {index}:
+            return
+        for network in (IPV4, IPV6):
+            for priority in (OTHERS, LAN):
+                rule = Request(netlink.DEL_RULE, netlink.NLM_ACK, _rule(network, priority, 0))
+                while _order(link, rule, NOTHING + NO_FAMILY):
+                    pass
+        _, _, body = netlink.new_route(0, IPV6, TABLE)
+        _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
+
+
+def why_dropped(address: Address, outside: int, tunnel: int) -> str | None:
+    """Return why the kernel would drop what comes from an address, or None.
+
+    outside, tunnel: the devices that lead there, for the connection and for others.
+    """
+    if address.version == 6 or netlink.device_to(address, 0) != tunnel:
+        return None
+    try:
+        name = socket.if_indextoname(outside)
+    except OSError:
+        return None
+    if not is_strict(name):
+        return None
+    return (
+        f"rp_filter is 1 on {name}: answers from beyond the LAN would be dropped ({remedy(name)})"
+    )
+
+
+def is_strict(device: str) -> bool:
+    """Return whether rp_filter is 1 on a device."""
+    try:
+        # The larger one counts.
+        return (
+            max(
+                Path(f"/proc/sys/net/ipv4/conf/{each}/rp_filter")
+                .read_text(encoding="ascii")
+                .strip()
+                for each in ("all", device)
+            )
+            == "1"
+        )
+    except OSError:
+        return False
+
+
+def remedy(device: str) -> str:
+    """Return the command that has a device take such packets."""
+    return f"sysctl -w net/ipv4/conf/{device}/rp_filter=2"
+
+
+def _devices(link: Netlink) -> set[int]:
+    """Return the device that has the default route, if one has."""
+    table = netlink.ROUTE.pack(socket.AF_INET, 0, 0, 0, TABLE, 0, 0, 0, 0)
+    try:
+        found = link.answers(Request(netlink.GET_ROUTE, netlink.NLM_DUMP, table))
+    except OSError as error:
+        if error.errno in NOTHING:
+            return set()
+        raise
+    # Before Linux 4.20 the answer has all tables.
+    return set().union(*(netlink.next_hops(x) for x in found if x.fields and x.fields[4] == TABLE))
+
+
+def _order(link: Netlink, request: Request, ignored: tuple[int, ...]) -> bool:
+    """Have the kernel do something; return False where it failed for a reason that is ignored."""
+    try:
+        link.answers(request)
+    except OSError as error:
+        if error.errno not in ignored:
+            raise
+        return False
+    return True
+
+
+def _rules(network: Network, users: Iterable[int]) -> Iterator[Request]:
+    """Return the orders to make the rules of a family."""
+    flags = netlink.NLM_ACK | netlink.NLM_CREATE | netlink.NLM_EXCLUSIVE
+    lan = _rule(network, LAN, netlink.TABLE_MAIN)
+    lan += attribute(FRA_SUPPRESS_LENGTH, struct.pack("=I", 0))
+    yield Request(netlink.NEW_RULE, flags, lan)
+    first = 0
+    for user in [*sorted(users), MAX_ID + 1]:
+        if first < user:
+            others = attribute(FRA_UIDS, struct.pack("=2I", first, user - 1))
+            yield Request(netlink.NEW_RULE, flags, _rule(network, OTHERS, TABLE) + others)
+        first = max(first, user + 1)
+
+
+def _rule(network: Network, priority: int, table: int) -> bytes:
+    """Return a rule that looks a table up; table 0: any rule of that priority."""
+    # struct fib_rule_hdr is laid out as struct rtmsg is; the action is where the type is.
+    action = TO_TABLE if table else 0
+    body = netlink.ROUTE.pack(netlink.family(network), 0, 0, 0, table, 0, 0, action, 0)
+    body += attribute(FRA_PRIORITY, struct.pack("=I", priority))
+    return body + attribute(FRA_PROTOCOL, bytes([PROTOCOL]))
