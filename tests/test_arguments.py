@@ -63,6 +63,17 @@ HIDDEN = {  # what is typed, and what is seen of it; all of them fail, so no dev
     f"server --psk-fil {KEY}": f"server --******* {FIELDS}".replace("--*", "-**", 1),
     f"server -k {KEY} extra": f"server -k {FIELDS} *****",
     f"server -k {KEY} -mtu many": f"server -k {FIELDS} -mtu many",
+    f"client -s h --proxy {KEY} -m none": f"client -s h --proxy {FIELDS} -m none",
+    f"client -s h --proxy={KEY} -m none": f"client -s h --proxy={FIELDS} -m none",
+    f"client -s h --proxy http://a:{KEY}@h:1 -k{KEY} --proxy {KEY} -m none": (
+        f"client -s h --proxy {'*' * 13}{FIELDS} -k{FIELDS} --proxy {FIELDS} -m none"
+    ),
+    f"client -s h -proxy {KEY}": f"client -s h -***** {FIELDS}",
+    f"client -s h --prox {KEY}": f"client -s h --**** {FIELDS}".replace("--*", "-**", 1),
+    f"client -s h --prox={KEY}": f"client -s h --prox={FIELDS}",
+    f"server --proxy {KEY}": f"server -****** {FIELDS}",
+    f"doctor --proxy {KEY}": f"doctor -****** {FIELDS}",
+    f"tox --proxy {KEY} -x": f"tox -****** {FIELDS} -*",
     f"-k {KEY} server": f"-* {FIELDS} server",
     f"doctor -k {KEY}": f"doctor -* {FIELDS}",
     f"tox -s {KEY} -x": f"tox -s {FIELDS} -*",
@@ -146,6 +157,13 @@ WRONG = [  # command lines with a key where none belongs
     ["client", "-k", KEY, "-s", "h:1", "extra" + KEY],
     ["client", "-k", KEY, "-s", "h:1", "-server", KEY],
     ["client", "-k", KEY],
+    ["client", "-k", "k", "-s", "h:1", "--proxy", KEY],
+    ["client", "-k", "k", "-s", "h:1", "--proxy", f"http://u:{KEY}"],
+    ["client", "-k", "k", "-s", "h:1", "--proxy", f"http://u:{KEY}@h"],
+    ["client", "-k", "k", "-s", "h:1", f"--proxy=socks4://u:{KEY}@h:1"],
+    ["client", "-k", "k", "-s", "h:1", "-proxy", KEY],
+    ["client", "-k", "k", "-s", "h:1", f"-proxy={KEY}"],
+    ["server", "--proxy", KEY],
     ["-k", KEY, "server"],
     ["--version=" + KEY],
     [KEY],
@@ -224,8 +242,8 @@ def test_the_options_of_go_ttun_stay_with_one_dash_and_values_may_be_joined() ->
     assert parsed(["server", "-psk-file", "x"])["psk_file"] == ["x"]
     assert parsed(["server", "-mtu", "1400", "-wire=x1"])["wire"] == "x1"
     joined = parsed(["server", f"-k{KEY}", "-l:5", "-maegis-256"])
-    assert (joined["psk"], joined["listen"], joined["cipher"]) == (KEY, ":5", "aegis-256")
-    assert parsed(["client", "-sh:1", "-k=-x"])["server"] == "h:1"
+    assert (joined["psk"], joined["listen"], joined["cipher"]) == (KEY, [":5"], "aegis-256")
+    assert parsed(["client", "-sh:1", "-k=-x"])["server"] == ["h:1"]
 
 
 @pytest.mark.parametrize(

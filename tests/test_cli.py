@@ -158,7 +158,7 @@ def test_options_of_the_original_and_their_long_forms() -> None:
 @pytest.mark.parametrize("key", ["-k", "--psk", "-", "-l", "=", "a=b", "-mtu", "--x"])
 def test_a_key_may_look_like_an_option(key: str) -> None:
     assert parsed("server", "-k", key, "-l", ":5")["psk"] == key
-    assert parsed("server", "-k", key, "-l", ":5")["listen"] == ":5"
+    assert parsed("server", "-k", key, "-l", ":5")["listen"] == [":5"]
 
 
 def test_version_and_help() -> None:

@@ -267,13 +267,15 @@ wait(2)
 hooks.close()
 """
     secrets = {"TTUN_PSK": "secret-psk", "TUNTOX_SHARED_SECRET": "secret-tox"}
-    for locale in ("C.UTF-8", "C"):
+    for locale, proxy in (("C.UTF-8", "http://me:secret-proxy@gw:1"), ("C", "http://gw:1")):
+        secrets["TTUN_PROXY"] = proxy
         said.unlink(missing_ok=True)
         ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": locale}
         done = run(program, said, **ascii_only, **secrets)
         assert "Traceback" not in done.stderr
         text = said.read_text(encoding="utf-8")
         assert "secret-" not in text
+        assert ("TTUN_PROXY=http://gw:1\n" in text) == (locale == "C"), "this one has no password"
         assert "TTUN_PEER=café\\n\\xff\\ud800\\x00\n" in text
         assert "TTUN_CIPHER=\n" in text
 

@@ -1,7 +1,8 @@
-"""The client: connect, run a session, reconnect, until stopped."""
+"""The client: connect to its servers in turn, run a session, reconnect, until stopped."""
 
 from __future__ import annotations
 
+import collections
 import errno
 import ipaddress
 import logging
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import default_route, handshake, name_servers, netlink, privileges, tcp
+from ttun import default_route, handshake, name_servers, netlink, privileges, proxy, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.peer import Peer
@@ -24,7 +25,7 @@ from ttun.settings import (
     Limits,
     Network,
     Settings,
-    check_type,
+    several,
 )
 from ttun.transport import Candidate, Dialer
 
@@ -35,16 +36,29 @@ log = logging.getLogger("ttun")
 WAITED = 1.0
 
 
-def dialer(server: str, mptcp: bool | None, control: str, nodes: Path | None = None) -> Dialer:
+def dialer(
+    server: str,
+    mptcp: bool | None,
+    control: str,
+    nodes: Path | None = None,
+    *,
+    through: str | None = None,
+    bind: str | None = None,
+) -> Dialer:
     """Return the Dialer for a server address of any kind. Raises TtunError.
 
-    mptcp, control: see tcp.Dialer. nodes: a file with bootstrap nodes of the Tox network.
+    mptcp, control, bind: see tcp.Dialer. nodes: a file with bootstrap nodes of the Tox network.
+    through: the URL of a proxy.
     """
     if server.strip().lower().startswith("tox:"):
+        if through is not None or bind is not None:
+            raise UsageError(f"--proxy, {proxy.VARIABLE} and --bind do not work with tox:")
         from ttun.tox.transport import Dialer as ToxDialer
 
         return ToxDialer(server, nodes)
-    return tcp.Dialer(server, mptcp, control)
+    if through is not None:
+        return proxy.Dialer(server, through, mptcp, control, bind)
+    return tcp.Dialer(server, mptcp, control, bind)
 
 
 class Backoff:
@@ -117,7 +131,9 @@ class Client(Endpoint):
         self,
         key: bytes,
         *,
-        server: str | Dialer,
+        server: str | Dialer | Sequence[str | Dialer],
+        proxy: str | None = None,
+        bind: str | None = None,
         cipher: str | None = Settings.cipher,
         wire: str = Settings.wire,
         mtu: int = Settings.mtu,
@@ -136,41 +152,52 @@ class Client(Endpoint):
     ) -> None:
         """key: the pre-shared key, any bytes. For options of both ends, see Settings.
 
-        server: HOST:PORT, tox:ID, or another Dialer. For callbacks and errors, see Endpoint.
+        server: HOST:PORT, tox:ID, another Dialer, or several of these, tried in turn. proxy:
+        its URL. bind: an address of this machine or %DEVICE. For callbacks and errors, see
+        Endpoint.
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
             buffers, device, addresses, routes, limits, default_route, users,
         )  # fmt: skip
         super().__init__([key], settings, on_connected, on_disconnected)
-        check_type("server", server, str, Dialer)
-        if isinstance(server, str):
-            server = dialer(server, mptcp, congestion_control)
-        self._dialer = server
-        server.outside = default_route
+        self._dialers = collections.deque[Dialer]()
+        for each in several("server", server, str, Dialer):
+            if isinstance(each, str):
+                each = dialer(each, mptcp, congestion_control, through=proxy, bind=bind)  # noqa: PLW2901
+            each.outside = default_route
+            self._dialers.append(each)
+        self._dialer = self._dialers[0]
         self._known: Sequence[str] = ()  # server addresses that routes could match
         self._best: str | None = None  # candidate of the last session
 
     def _prepare(self) -> None:
-        """Resolve the server before adding routes, which may capture the DNS query."""
+        """Resolve the servers before adding routes, which may capture the DNS query."""
         if self._settings.default_route:
             privileges.check()
         elif not self._settings.routes:
             return
         backoff = Backoff()
         while not self._stop.is_set():
-            try:
-                self._known = self._dialer.look_up(self._stop)
+            known: list[str] = []
+            failures = []
+            for each in self._dialers:
+                try:
+                    known += each.look_up(self._stop)
+                except InterruptedError:
+                    raise
+                except OSError as error:
+                    failures.append(error)
+            if len(failures) < len(self._dialers):
+                self._known = known
                 return
-            except InterruptedError:
-                raise
-            except OSError as error:
-                if self._settings.default_route and name_servers.are_outside():
-                    log.info("cannot resolve %s", error)  # works behind the rules too
-                    return
-                wait = backoff.after_failure(time.monotonic())
-                log.warning("cannot resolve %s; retrying in %.1f s", error, wait)
-                self._stop.wait(wait)
+            if self._settings.default_route and name_servers.are_outside():
+                log.info("cannot resolve %s", failures[0])  # works behind the rules too
+                return
+            wait = backoff.after_failure(time.monotonic())
+            what = "; ".join(map(str, failures))
+            log.warning("cannot resolve %s; retrying in %.1f s", what, wait)
+            self._stop.wait(wait)
         raise InterruptedError
 
     @property
@@ -184,10 +211,12 @@ class Client(Endpoint):
             raise reasons[0]
 
     def _begin(self) -> None:
-        self._dialer.start()
+        for each in self._dialers:
+            each.start()
 
     def _close(self) -> None:
-        self._dialer.close()
+        for each in self._dialers:
+            each.close()
 
     def _run(self) -> None:
         backoff = Backoff()
@@ -244,12 +273,27 @@ class Client(Endpoint):
         return None
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
-        """Try each address until one authenticates.
+        """Try each server in turn, from the last one on, until one authenticates.
 
         Return that peer, or None and the seconds to wait.
         """
         self._watch_connection(None)
-        waits, failures = [], []
+        waits: list[float] = []
+        for _ in self._dialers:
+            self._dialer = self._dialers[0]
+            peer = self._try(backoff, waits)
+            if peer is not None or self._stop.is_set():
+                return peer, 0.0
+            self._dialers.rotate(-1)
+        usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
+        return None, min(waits, default=usual)
+
+    def _try(self, backoff: Backoff, waits: list[float]) -> Peer | None:
+        """Dial each address of a server and shake hands, until one has proved the key.
+
+        Returns that peer, or None; adds to waits how many seconds may be waited.
+        """
+        failures = []
         try:
             found = self._dialer.candidates(self._stop)
             for candidate in sorted(found, key=lambda each: each.name != self._best):
@@ -267,11 +311,11 @@ class Client(Endpoint):
                 peer, silence = self._shake_hands(sock, candidate)
                 if peer is not None:
                     self._best = candidate.name
-                    return peer, 0.0
+                    return peer
                 if silence is not None:
                     waits.append(backoff.after_silence(silence))
         except InterruptedError:
-            return None, 0.0
+            return None
         except LACKS as error:
             failures.append(error)
         if failures and not self._stop.is_set():
@@ -283,8 +327,7 @@ class Client(Endpoint):
             self._attempt_failed(why)
         if any(map(is_lack, failures)):
             waits.append(LACK_MOST)
-        usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
-        return None, min(waits, default=usual)
+        return None
 
     def _dial(self, candidate: Candidate) -> socket.socket:
         if candidate.address is not None and (why := self._why_not(candidate.address)):
@@ -294,7 +337,10 @@ class Client(Endpoint):
     def _shake_hands(
         self, sock: socket.socket, candidate: Candidate
     ) -> tuple[Peer | None, float | None]:
-        """Run the handshake; return as _connect() does."""
+        """Run the handshake.
+
+        Return the peer, or None and the seconds of silence, None if it answered.
+        """
         began = time.monotonic()
         steps = handshake.client(self._ks[0], self._terms)
         patience = self._dialer.patience

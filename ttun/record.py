@@ -129,7 +129,7 @@ class Record:
             "role": role,
             "device": device,
             "peer": self.peer,
-            "transport": self.transport,
+            "transport": self.transport.partition(" ")[0],  # without the proxy
             "wire": self.wire,
             "cipher": self.cipher,
             "local4": str(ours.ipv4),

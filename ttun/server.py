@@ -25,6 +25,7 @@ from ttun.settings import (
     Network,
     Settings,
     check_type,
+    several,
 )
 from ttun.transport import Listener
 from ttun.x1 import AnsweredNonces
@@ -53,7 +54,7 @@ class Server(Endpoint):
         self,
         key: bytes | Sequence[bytes],
         *,
-        listen: str | Listener = DEFAULT_LISTEN,
+        listen: str | Sequence[str] | Listener = DEFAULT_LISTEN,
         takeover: bool = False,
         cipher: str | None = Settings.cipher,
         wire: str = Settings.wire,
@@ -73,8 +74,8 @@ class Server(Endpoint):
 
         For options of both ends, see Settings.
 
-        listen: HOST:PORT, :PORT, or another Listener. takeover: a new client replaces the
-        connected one instead of waiting. For callbacks and errors, see Endpoint.
+        listen: HOST:PORT, :PORT, several of these, or another Listener. takeover: a new client
+        replaces the connected one instead of waiting. For callbacks and errors, see Endpoint.
         """
         settings = Settings(
             cipher, wire, mtu, mptcp, offload, congestion_control,
@@ -83,9 +84,9 @@ class Server(Endpoint):
         check_type("the key", key, bytes, Sequence)
         keys = [key] if isinstance(key, bytes) else key
         super().__init__(keys, settings, on_connected, on_disconnected)
-        check_type("listen", listen, str, Listener)
+        several("listen", listen, str, Listener)
         check_type("takeover", takeover, bool)
-        if isinstance(listen, str):
+        if not isinstance(listen, Listener):
             listen = tcp.Listener(listen, mptcp, congestion_control)
         self._listener = listen
         self._takeover = takeover

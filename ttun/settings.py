@@ -180,6 +180,16 @@ def parse_network(text: str) -> Network:
         raise UsageError(f"--route {text}: {error}") from None
 
 
+def several(name: str, value: Any, *kinds: type) -> Sequence[Any]:
+    """Return the values of an option that takes one or several. Raises UsageError."""
+    found = value if isinstance(value, (list, tuple)) else [value]
+    if not found:
+        raise UsageError(f"{name} is empty")
+    for each in found:
+        check_type(name, each, *kinds)
+    return found
+
+
 def check_type(name: str, value: Any, *kinds: type) -> None:
     """Raise UsageError, without showing the value, if it has none of these types."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

@@ -14,13 +14,15 @@ import select
 import socket
 from collections.abc import Sequence
 from functools import partial
+from typing import Callable
 
 from ttun import congestion, resolver, transport
 from ttun.address import Address, parse_host_port
+from ttun.binding import Binding
 from ttun.errors import TtunError, reason
 from ttun.flag import Flag
 from ttun.resolver import Resolver, SocketAddress, Target
-from ttun.settings import DEFAULT_PORT
+from ttun.settings import DEFAULT_PORT, several
 from ttun.transport import Arrival, Candidate
 
 log = logging.getLogger("ttun")
@@ -110,31 +112,40 @@ def dial(address: Address, mptcp: bool | None, stop: Flag) -> socket.socket:
 
 
 def connect(
-    target: Target, mptcp: bool | None, stop: Flag, control: str = congestion.AUTO
+    target: Target,
+    mptcp: bool | None,
+    stop: Flag,
+    control: str = congestion.AUTO,
+    binding: Binding | None = None,
 ) -> socket.socket:
     """Return a non-blocking socket connected to an address. control: see congestion.start().
 
-    Raises OSError that names the address, InterruptedError when stop was set.
+    binding: what to bind the socket to first. Raises OSError that names the address,
+    InterruptedError when stop was set.
     """
     try:
-        return _connect(target, mptcp is True, stop, control)
+        return _connect(target, mptcp is True, stop, control, binding)
     except InterruptedError:
         raise
     except OSError as error:
         raise named(show(target.sockaddr), error) from None
 
 
-def named(what: str, error: OSError) -> OSError:
+def named(what: str, error: Exception) -> OSError:
     """Return an error with a prefixed text and the same errno, for errors.is_lack()."""
     renamed = OSError(f"{what}: {reason(error)}")
-    renamed.errno = error.errno
+    renamed.errno = getattr(error, "errno", None)
     return renamed
 
 
-def _connect(target: Target, mptcp: bool, stop: Flag, control: str) -> socket.socket:
+def _connect(
+    target: Target, mptcp: bool, stop: Flag, control: str, binding: Binding | None
+) -> socket.socket:
     sock = _open(target.family, mptcp, control, quietly=False)
     try:
         sock.setblocking(False)
+        if binding is not None:
+            binding.apply(sock)
         error = sock.connect_ex(target.sockaddr)
         if error == errno.EINPROGRESS:
             error = _await_connection(sock, stop)
@@ -227,43 +238,55 @@ def network(address: str) -> str:
 class Dialer(transport.Dialer):
     """Connect to the addresses of a host name."""
 
-    def __init__(self, server: str, mptcp: bool | None, control: str) -> None:
-        """server: HOST:PORT. mptcp: use Multipath TCP. control: congestion control.
+    def __init__(
+        self, server: str, mptcp: bool | None, control: str, bind: str | None = None
+    ) -> None:
+        """server: HOST:PORT. mptcp: use Multipath TCP. control: of congestion. bind: see Binding.
 
         Raises UsageError.
         """
         address = parse_address(server, listening=False)
         self.name, self._host = str(address), address.host
         self._mptcp, self._control = mptcp, control
+        self._binding = None if bind is None else Binding(bind)
         self._resolver = Resolver(*address)
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the addresses of the name."""
-        try:
-            self._resolver.first(stop)
-        except InterruptedError:
-            raise
-        except OSError as error:
-            raise named(self._host, error) from None
-        return [target.sockaddr[0] for target in self._resolver.known]
+        return [address for _, address in self._found(self._resolver.first, stop) if address]
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return a candidate for each address."""
+        return [
+            Candidate(show(target.sockaddr), address, partial(self._dial, target))
+            for target, address in self._found(
+                partial(self._resolver.targets, outside=self.outside), stop
+            )
+        ]
+
+    def _found(
+        self, find: Callable[[Flag], list[Target]], stop: Flag
+    ) -> list[tuple[Target, str | None]]:
+        """Resolve the name; return the targets, each with the address for Candidate."""
         try:
-            found = self._resolver.targets(stop, self.outside)
+            found = find(stop)
         except InterruptedError:
             raise
         except OSError as error:
             raise named(self._host, error) from None
+        binding, family = self._binding, ""
+        if binding is not None and binding.family is not None:
+            found = [target for target in found if target.family == binding.family]
+            family = "IPv4 " if binding.family == socket.AF_INET else "IPv6 "
         if not found:
-            raise OSError(f"{self._host} has no address")
-        return [
-            Candidate(show(target.sockaddr), target.sockaddr[0], partial(self._dial, target))
-            for target in found
-        ]
+            why = f" ({binding})" if family else ""
+            raise OSError(f"{self._host} has no {family}address{why}")
+        # No route catches a connection that is bound to a device.
+        is_free = binding is not None and binding.device is not None
+        return [(target, None if is_free else target.sockaddr[0]) for target in found]
 
     def _dial(self, target: Target, stop: Flag) -> socket.socket:
-        return connect(target, self._mptcp, stop, self._control)
+        return connect(target, self._mptcp, stop, self._control, self._binding)
 
     def kind(self, sock: socket.socket) -> str:
         """Return "tcp" or "mptcp"."""
@@ -271,37 +294,56 @@ class Dialer(transport.Dialer):
 
 
 class Listener(transport.Listener):
-    """Accept connections at one local address, or all."""
+    """Accept connections at some local addresses, or all."""
 
-    def __init__(self, listen: str, mptcp: bool | None, control: str) -> None:
-        """listen: HOST:PORT or :PORT. mptcp, control: see listen(). Raises UsageError."""
-        self._address = parse_address(listen, listening=True)
-        self.name = str(self._address)
+    def __init__(self, listen: str | Sequence[str], mptcp: bool | None, control: str) -> None:
+        """listen: HOST:PORT or :PORT, or several. mptcp, control: see listen().
+
+        Raises UsageError.
+        """
+        wanted = (parse_address(each, listening=True) for each in several("listen", listen, str))
+        self._addresses = list(dict.fromkeys(wanted))
+        self.name = ", ".join(map(str, self._addresses))
         self._mptcp, self._control = mptcp, control
-        self._listening: socket.socket | None = None
+        self._listening: dict[int, socket.socket] = {}  # by descriptor
+        self._ready: select.epoll | None = None  # one descriptor for all of them
 
     def open(self, stop: Flag) -> None:
-        """Open the port."""
-        self._listening = listen(self._address, self._mptcp, stop, self._control)
-        sockaddr = self._listening.getsockname()
-        kinds = "tcp and mptcp" if self._listening.proto == IPPROTO_MPTCP else "tcp"
-        self.name, self.port = f"{show(sockaddr)} ({kinds})", sockaddr[1]
+        """Open the ports."""
+        names = []
+        try:
+            self._ready = select.epoll()
+        except OSError as error:
+            raise TtunError(f"cannot listen on {self.name}: {reason(error)}") from None
+        for address in self._addresses:
+            sock = listen(address, self._mptcp, stop, self._control)
+            self._listening[sock.fileno()] = sock
+            self._ready.register(sock, select.EPOLLIN)
+            sockaddr = sock.getsockname()
+            kinds = "tcp and mptcp" if sock.proto == IPPROTO_MPTCP else "tcp"
+            names.append(f"{show(sockaddr)} ({kinds})")
+            self.port = self.port or sockaddr[1]
+        self.name = ", ".join(names)
 
     def fileno(self) -> int:
-        """Return the listening socket's descriptor."""
-        assert self._listening is not None
-        return self._listening.fileno()
+        """Return a descriptor that is readable when one of the sockets is."""
+        assert self._ready is not None
+        return self._ready.fileno()
 
     def accept(self) -> Arrival:
         """Return the next connection. Raises OSError."""
-        assert self._listening is not None
-        sock, sockaddr = self._listening.accept()
-        return Arrival(sock, show(sockaddr), network(sockaddr[0]))
+        assert self._ready is not None
+        for descriptor, _ in self._ready.poll(0, 1):
+            sock, sockaddr = self._listening[descriptor].accept()
+            return Arrival(sock, show(sockaddr), network(sockaddr[0]))
+        raise BlockingIOError
 
     def close(self) -> None:
-        """Close the port."""
-        if self._listening is not None:
-            self._listening.close()
+        """Close the ports."""
+        if self._ready is not None:
+            self._ready.close()
+        for sock in self._listening.values():
+            sock.close()
 
     def kind(self, sock: socket.socket) -> str:
         """Return "tcp" or "mptcp"."""

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ttun import proxy
 from ttun.commands import key
 from ttun.errors import TtunError, is_lack, printable
 from ttun.privileges import User
@@ -44,6 +45,7 @@ RETRY, RETRY_MOST = 0.5, 8.0  # seconds until starting a command is retried, fir
 MOST_WAITING = 16  # sessions
 MOST_LEFT = 16  # commands with processes in the background
 SECRETS = (key.VARIABLE, "TUNTOX_SHARED_SECRET")  # variables that commands do not get
+PROXY = proxy.VARIABLE.encode()
 
 Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
 
@@ -252,6 +254,8 @@ def _environment(facts: Facts) -> dict[bytes, bytes]:
     environment = dict(os.environb)
     for name in SECRETS:
         environment.pop(name.encode(), None)
+    if b"@" in environment.get(PROXY, b""):  # a password is in it
+        del environment[PROXY]
     for name, value in facts.items():
         environment[f"TTUN_{name.upper()}".encode()] = printable(value or "").encode()
     return environment

@@ -61,9 +61,10 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
     where.add_argument(
         "-l",
         "--listen",
-        default=f":{DEFAULT_PORT}",
+        action="append",
         metavar="ADDRESS",
-        help="listen on :PORT (IPv4 and IPv6), 0.0.0.0:PORT or [::]:PORT (default: %(default)s)",
+        help="listen on :PORT (IPv4 and IPv6), 0.0.0.0:PORT or [::]:PORT; repeatable "
+        f"(default: :{DEFAULT_PORT})",
     )
     where.add_argument(
         "--stdio", action="store_true", help="serve one peer on stdin and stdout instead, then end"
@@ -90,14 +91,24 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
     client.add_argument(
         "-s",
         "--server",
+        action="append",
         metavar="HOST:PORT",
         help=f"the server: name, IPv4 or [IPv6] address (default port: {DEFAULT_PORT}); or tox:ID, "
-        "or tox:NAME from ~/.config/ttun/hosts",
+        "or tox:NAME from ~/.config/ttun/hosts; repeatable: the next after a failure",
     )
     client.add_argument(
         "--via",
         metavar="COMMAND",
         help="connect through this command's stdin and stdout; %%h and %%p: host and port of -s",
+    )
+    client.add_argument(
+        "--proxy",
+        metavar="URL",
+        help="connect through http://[USER:PASSWORD@]HOST:PORT or socks5://... (default: "
+        "TTUN_PROXY in the environment)",
+    )
+    client.add_argument(
+        "--bind", metavar="ADDRESS", help="connect from this address, or from device %%NAME"
     )
     client.add_argument(
         "-rekey",

@@ -16,11 +16,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import default_route, privileges, tcp
+from ttun import default_route, privileges, proxy, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
@@ -28,7 +28,7 @@ from ttun.errors import TtunError, UsageError
 from ttun.process import log_writer
 from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
-from ttun.server import Server
+from ttun.server import DEFAULT_LISTEN, Server
 from ttun.settings import CLIENT, DEFAULT, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def server(options: argparse.Namespace) -> int:
     keys = key.find_all(options.psk, options.psk_file)
     if options.stdio and not keys:
         raise _no_key()
-    listen: str | Listener = options.listen
-    where = None if options.tox or options.stdio else _our_address(options.listen)
+    addresses: Sequence[str] = options.listen or [DEFAULT_LISTEN]
+    listen: Sequence[str] | Listener = addresses
+    where = None if options.tox or options.stdio else " -s ".join(map(_our_address, addresses))
     if options.stdio:
         listen = stdio.Listener()
     elif options.tox:
@@ -86,10 +87,17 @@ def client(options: argparse.Namespace) -> int:
         raise _no_key()
     keeper = Keeper()
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
+    servers: list[Dialer] = []
     if options.via is not None:
-        server: Dialer = via.Dialer(options.server, options.via, options.user, keeper)
+        if options.proxy is not None or options.bind is not None or len(options.server or ()) > 1:
+            raise UsageError("--via: not with --proxy, --bind or a second -s")
+        server = options.server[0] if options.server else None
+        servers.append(via.Dialer(server, options.via, options.user, keeper))
     elif options.server is not None:
-        server = dialer(options.server, options.mptcp, options.congestion_control, nodes)
+        through = os.environ.get(proxy.VARIABLE) or None if options.proxy is None else options.proxy
+        for each in dict.fromkeys(options.server):
+            args = each, options.mptcp, options.congestion_control, nodes
+            servers.append(dialer(*args, through=through, bind=options.bind))
     else:
         raise UsageError("the following arguments are required: -s/--server")
     limits = Limits(seconds=options.rekey)
@@ -106,7 +114,7 @@ def client(options: argparse.Namespace) -> int:
         users.append(keeper.via.user.uid)
     end = Client(
         psk,
-        server=server,
+        server=servers,
         limits=limits,
         default_route=whole,
         users=users,

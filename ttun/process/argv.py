@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ttun.errors import printable
 
-SECRETS = ("-k", "--psk")  # options whose value is a key
+SECRETS = ("-k", "--psk", "--proxy")  # options whose value is a key, or may have a password
 LIKE = 3  # letters after one dash from which on they are an abbreviated option
 NOT_SHOWN = "not shown: it may be a key"
 
