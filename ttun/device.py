@@ -232,7 +232,10 @@ def _permitted() -> Iterator[None]:
 
 
 def _is_taken(name: str) -> bool:
-    return name in (other for _, other in socket.if_nameindex())
+    try:
+        return socket.if_nametoindex(name) > 0  # an ioctl: netlink may be blocked
+    except OSError:
+        return False
 
 
 def _why_not_attached(error: OSError) -> str:
