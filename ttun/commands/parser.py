@@ -32,9 +32,9 @@ examples:
 
 ttun COMMAND -h lists the options of a command."""
 EPILOG = """\
-The key is taken from -k, else --psk-file, else the environment variable
-TTUN_PSK, else /etc/ttun/psk. @FILE stands for the options in FILE, one a line,
-with # comments and quotes as in a shell. Options of Go ttun may begin with one dash: -mtu."""
+The key is taken from -k, else --psk-file, else TTUN_PSK in the environment,
+else /etc/ttun/psk. @FILE: options from a file, one a line, with # comments.
+Options of Go ttun may begin with one dash: -mtu."""
 
 
 def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Parser:
@@ -93,19 +93,19 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
         "--server",
         action="append",
         metavar="HOST:PORT",
-        help=f"the server: name, IPv4 or [IPv6] address (default port: {DEFAULT_PORT}); or tox:ID, "
-        "or tox:NAME from ~/.config/ttun/hosts; repeatable: the next after a failure",
+        help=f"the server (default port: {DEFAULT_PORT}), tox:ID or tox:NAME (repeatable: the next "
+        "after a failure)",
     )
     client.add_argument(
         "--via",
         metavar="COMMAND",
-        help="connect through this command's stdin and stdout; %%h and %%p: host and port of -s",
+        help="connect through this command (%%h, %%p: from -s)",
     )
     client.add_argument(
         "--proxy",
         metavar="URL",
         help="connect through http://[USER:PASSWORD@]HOST:PORT or socks5://... (default: "
-        "TTUN_PROXY in the environment)",
+        "TTUN_PROXY)",
     )
     client.add_argument(
         "--bind", metavar="ADDRESS", help="connect from this address, or from device %%NAME"
@@ -116,7 +116,7 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
         type=float,
         default=Settings.limits.seconds,
         metavar="SECONDS",
-        help="protocol x1: change keys after this time, or 64 GiB (default: %(default).0f)",
+        help="x1: new keys after this time (default: %(default).0f)",
     )
     server.takes_files = client.takes_files = True
     for end, ours, peers in ((server, SERVER, CLIENT), (client, CLIENT, SERVER)):
@@ -181,26 +181,21 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="file with the pre-shared key, mode 0600"
-        + (
-            " (repeatable: up to four keys, any of which a client may have)"
-            if ours is SERVER
-            else ""
-        ),
+        help="file with the key, mode 0600" + (" (repeatable)" if ours is SERVER else ""),
     )
     command.add_argument(
         "-m",
         "--cipher",
         metavar="CIPHER",
-        help="use only this cipher: aegis-256, aes-256-gcm or chacha20-poly1305 (default: the "
-        "fastest that both ends have; with Go ttun chacha20-poly1305)",
+        help="use only this cipher: aegis-256, aes-256-gcm or chacha20-poly1305 (default: the best "
+        "of both)",
     )
     command.add_argument(
         "-wire",
         "--wire",
         default=Settings.wire,
         metavar="|".join(WIRES),
-        help="use only protocol v1 (Go ttun) or x1 (default: auto, x1 if the peer has it)",
+        help="use only protocol v1 (Go ttun) or x1 (default: auto)",
     )
     command.add_argument(
         "-mtu",
@@ -227,21 +222,19 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         const=True,
         default=Settings.offload,
         metavar="true|false",
-        help="GSO and GRO at the device; with false, raw sockets and captures see single packets "
-        "(default: true)",
+        help="use GSO and GRO at the device (default: true)",
     )
     command.add_argument(
         "--congestion-control",
         default=Settings.congestion_control,
         metavar="NAME",
-        help="congestion control, such as bbr; system: unchanged (default: auto, bbr if the RTT is "
-        "1 ms or more)",
+        help="such as bbr; system: unchanged (default: auto)",
     )
     command.add_argument(
         "--buffers",
         default=Settings.buffers,
         metavar="|".join(BUFFERS),
-        help="small: less memory, lower throughput, for routers with 64 MB (default: %(default)s)",
+        help="small: less memory and throughput (default: %(default)s)",
     )
     command.add_argument(
         "--dev", default=Settings.device, metavar="NAME", help="name of the device (default: ttunN)"
@@ -258,11 +251,10 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         action="append",
         default=[],
         metavar="NET/LENGTH",
-        help="route this network into the tunnel (repeatable); client: 'default' for all traffic "
-        "except the LAN's",
+        help="network to route into the tunnel (repeatable)"
+        + ("" if ours is SERVER else "; default: all traffic except the LAN's"),
     )
-    facts = ", with TTUN_DEVICE, TTUN_PEER, ... in the environment"
-    for name, when in (("up", f"connects{facts}"), ("down", "disconnects")):
+    for name, when in (("up", "connects"), ("down", "disconnects")):
         command.add_argument(
             f"--{name}", metavar="COMMAND", help=f"shell command to run when the peer {when}"
         )
@@ -284,13 +276,13 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
     command.add_argument(
         "--hook-user",
         metavar="NAME",
-        help="run --up and --down as this user, such as root (default: the user of --user)",
+        help="run --up and --down as this user (default: as --user)",
     )
     command.add_argument(
         "-user",
         "--user",
         metavar="NAME",
-        help="switch to this user after opening the device and port (default: ttun, else nobody)",
+        help="drop privileges to this user (default: ttun, else nobody)",
     )
 
 
