@@ -21,11 +21,8 @@ from press import press
 
 PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
 
-# What most starts of the program do not need.
-RARE = (
-    *("tox/*", "commands/doctor*.py", "commands/finding.py", "commands/path_mtu.py"),
-    *("commands/via.py", "commands/stdio.py", "process/keeper_process.py"),
-)
+# What the tunnel itself does not need: read once when the program starts, or never.
+RARE = ("tox/*", "commands/[!_]*", "process/[!_]*")
 
 
 class BuildPython(build_py):  # type: ignore[misc]
