@@ -218,6 +218,12 @@ SUGGESTED = {
     "server -mtu1400": "unknown option (not shown: it may be a key; did you mean --mtu?)",
     "server --take-over": "unknown option (not shown: it may be a key; did you mean --takeover?)",
     "server -s h": "unknown option -s;",
+    "server -listen :5": "unknown option -listen (did you mean --listen?)",
+    "server -listen=:5 -m none": "unknown option -listen (did you mean --listen?)",
+    "server -listen:5": "unknown option (not shown: it may be a key; did you mean --listen?)",
+    "server -lis :5": "unknown option -lis (did you mean --listen?)",
+    "client -server h": "unknown option -server (did you mean --server?)",
+    "client -cipher=x -s h": "unknown option -cipher (did you mean --cipher?)",
     "client -s h -listen :5": "unknown option (not shown: it may be a key); see",
     "clinet -s h": "unknown command (choose from server, client, demo, bench, show, genkey, "
     "doctor, tox; did you mean client?)",
