@@ -53,8 +53,8 @@ state ready
 echo "client=$(systemctl show -P ActiveState ttun-client@home)"
 echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
 echo "typo=$(systemctl show -P ActiveState ttun-server@typo) $(systemctl show -P NRestarts ttun-server@typo)"
-echo "said=$(journalctl -bq -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=ttun-server@typo.service PRIORITY=3 | cut -c 1-12)"
-echo "stamps=$(journalctl -bq -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=$unit.service PRIORITY=6 | grep -c '^20..[/-]')"
+echo "said=$(journalctl -b -q -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=ttun-server@typo.service PRIORITY=3 | cut -c 1-12)"
+echo "stamps=$(journalctl -b -q -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=$unit.service PRIORITY=6 | grep -c '^20..[/-]')"
 echo "asked=$(setpriv --reuid=nobody --regid=nogroup --groups=adm /usr/local/bin/ttun show | grep -c server)"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
