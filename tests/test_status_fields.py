@@ -134,7 +134,7 @@ def test_a_client_that_cannot_connect_says_why_and_how_often(plain: Bench) -> No
     client.says("cannot connect to", times=2)
     found = client.status()
     assert found["failed_attempts"] >= 2 and 0 <= found["last_failure_ago"] < 60
-    assert found["last_failure"].endswith("192.0.2.1:20203: Connection refused")
+    assert found["last_failure"] == "Connection refused"
     text = plain.run(SERVER, *PROGRAM, "show")
     assert re.search(
         r"\n  not connected\n  failed attempts: \d+, the last [\d.]+ s ago: .*Connection refused\n"

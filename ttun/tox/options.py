@@ -96,7 +96,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "-W", "-P", dest="pipe", metavar="HOST:PORT", type=_checked(parse_target),
-        help="forward stdin and stdout to HOST:PORT, for ssh's ProxyCommand",
+        help="forward stdin and stdout to HOST:PORT (ProxyCommand)",
     )  # fmt: skip
     add(
         "-D", dest="socks", metavar="[BIND:]PORT", action="append", default=[], nargs="?",
@@ -130,7 +130,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add(
         "-b", dest="nodes", metavar="FILE", type=Path,
         help="bootstrap nodes, in the format of nodes.tox.chat/json (default: "
-        "/etc/tuntox/nodes.json, else a built-in list)",
+        "/etc/tuntox/nodes.json, else built in)",
     )  # fmt: skip
     add(
         "-d", dest="debug", action="count", default=0,
