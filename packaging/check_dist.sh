@@ -34,5 +34,5 @@ print(ttun.__doc__)'
 cmp "$work/help.source" "$work/help.wheel"
 
 # shellcheck disable=SC2086 # TESTS: words for pytest; all tests if it is empty
-"$python" -m pytest -q -n 2 -m 'not hosts and not slow' ${TESTS:-}
+"$python" -m pytest -q -n 4 -m 'not hosts and not slow' ${TESTS:-}
 echo 'the sdist and its wheel are complete'

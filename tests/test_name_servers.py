@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import struct
@@ -84,6 +85,11 @@ def test_what_cannot_be_a_name_has_no_address(name: str) -> None:
     assert name_servers.look_up(name, ["127.0.0.1"]) == []
 
 
+# Addresses of this process: other tests run beside it.
+NETWORK = f"127.{64 + (os.getpid() >> 8 & 63)}.{os.getpid() & 0xFF}"
+BOTH = [f"{NETWORK}.1", f"{NETWORK}.2"]
+
+
 class Server:
     """Sends the responses that it is given to each query, on a loopback address."""
 
@@ -94,12 +100,14 @@ class Server:
         self.junk: list[bytes] = []
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.sock.bind((address, 53))
-        threading.Thread(target=self.serve, daemon=True).start()
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
 
     def serve(self) -> None:
         while True:
             asked, client = self.sock.recvfrom(512)
             if not asked:
+                self.sock.close()
                 return
             self.asked += 1
             for junk in self.junk:
@@ -112,16 +120,14 @@ class Server:
 @pytest.fixture
 def servers() -> Iterator[list[Server]]:
     try:
-        made = [Server(f"127.53.0.{n}") for n in (1, 2)]
+        made = [Server(address) for address in BOTH]
     except PermissionError:
         pytest.skip("port 53 needs root")
     yield made
     for each in made:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"", each.sock.getsockname())
-
-
-BOTH = ["127.53.0.1", "127.53.0.2"]
+        each.thread.join(5)
 
 
 def test_both_types_are_asked_for_and_one_server_is_enough(servers: list[Server]) -> None:
