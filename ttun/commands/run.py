@@ -103,15 +103,17 @@ def client(options: argparse.Namespace) -> int:
     limits = Limits(seconds=options.rekey)
     user = privileges.find_user(options.user)
     whole = DEFAULT in options.route
-    if whole and user is not None and user.name in ("nobody", "root"):
+    users = [user.uid if user else os.geteuid()]
+    shared = {user.name} & {"nobody", "root"} if user else set()
+    if keeper.via is not None and keeper.via.user is not None:
+        users.append(keeper.via.user.uid)
+        shared |= {keeper.via.user.name} - {user.name if user else ""}
+    for name in sorted(shared) if whole else ():
         log.warning(
             "packets of all programs of user %s stay outside the tunnel "
             "(a user of ttun's own: useradd --system ttun)",
-            user.name,
+            name,
         )
-    users = [user.uid if user else os.geteuid()]
-    if keeper.via is not None and keeper.via.user is not None:
-        users.append(keeper.via.user.uid)
     end = Client(
         psk,
         server=servers,
