@@ -7,6 +7,7 @@ tests have a /run of their own, so tunnels that run on this machine and the test
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import impostor
 import pytest
 import toxlab
 import tunnel
+from machine import running
 
 from ttun.errors import TtunError
 from ttun.lab import netns
@@ -132,3 +134,21 @@ def plain(pair: netns.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
 def place() -> Iterator[impostor.Place]:
     """A directory for status sockets that only the programs of one test know."""
     yield from impostor.place()
+
+
+@pytest.fixture
+def nap() -> Iterator[str]:
+    """How long to sleep, in a way that no other process does; who still sleeps is killed."""
+    seconds = f"1{random.randrange(10**8):08}.5"
+    yield seconds
+    for pid in running(seconds):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def said() -> Iterator[Path]:
+    """A file for commands to write to, as whoever an end is by then: in the tests' own /run."""
+    place = "/run" if os.access("/run", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place) as directory:
+        os.chmod(directory, 0o777)
+        yield Path(directory, "said")

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kept import NO_ROOT, paths, runs_for_all
 from machine import IS_NOBODY_HERE
 from name_server import NameServer, resolv_conf
 from outside import (
@@ -34,7 +35,6 @@ from outside import (
     FarHosts,
     others_sending,
 )
-from test_hook_user import NO_ROOT, paths, runs_for_all
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, End, Program, bench, eventually
 
 from ttun import default_route
@@ -516,6 +516,23 @@ def stub(far: Bench, tmp_path: Path) -> Iterator[NameServer]:
     made.close()
 
 
+def by_name(far: Bench) -> tuple[End, End]:
+    """A server, and a client that has found it by its name."""
+    server = far.server("-l", f"{FAR}:20203")
+    client = far.client(*DEFAULT, to=NAME)
+    connected(far, client)
+    return server, client
+
+
+def follows(far: Bench, client: End, server: End, upstream: NameServer) -> None:
+    """The name gets another address, and the client finds the server there."""
+    upstream.address = OTHER_FAR
+    server.stop()
+    far.server("-l", f"{OTHER_FAR}:20203")
+    connected(far, client, 2)
+    assert "last addresses" not in client.log()
+
+
 def test_a_local_name_server_is_passed_over_for_its_upstream(far: Bench, stub: NameServer) -> None:
     """Its own queries would go into the tunnel: here it is silent from then on."""
     upstream = NameServer(far)
@@ -525,16 +542,10 @@ def test_a_local_name_server_is_passed_over_for_its_upstream(far: Bench, stub: N
     try:
         text = f"# 192.0.2.77 is dead\nnameserver 192.0.2.77\nnameserver {NAME_SERVER}\n"
         place.write_text(text)
-        server = far.server("-l", f"{FAR}:20203")
-        client = far.client(*DEFAULT, to=NAME)
-        connected(far, client)
+        server, client = by_name(far)
         assert upstream.asked
         stub.silent = True
-        upstream.address = OTHER_FAR
-        server.stop()
-        server = far.server("-l", f"{OTHER_FAR}:20203")
-        connected(far, client, 2)
-        assert "last addresses" not in client.log()
+        follows(far, client, server, upstream)
     finally:
         upstream.close()
 
@@ -633,13 +644,7 @@ def test_a_real_local_name_server_is_passed_over_too(far: Bench, real_stub: None
     upstream = NameServer(far)
     upstream.address = FAR
     try:
-        server = far.server("-l", f"{FAR}:20203")
-        client = far.client(*DEFAULT, to=NAME)
-        connected(far, client)
-        upstream.address = OTHER_FAR
-        server.stop()
-        server = far.server("-l", f"{OTHER_FAR}:20203")
-        connected(far, client, 2)
-        assert "last addresses" not in client.log()
+        server, client = by_name(far)
+        follows(far, client, server, upstream)
     finally:
         upstream.close()

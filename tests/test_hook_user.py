@@ -5,46 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kept import as_root, descriptors, is_gone, keeper_of, other_users
-from machine import threads
-from test_hooks import running
+from kept import NO_ROOT, as_root, descriptors, is_gone, keeper_of, other_users, paths, runs_for_all
+from machine import running, threads
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, TUNNEL4, Bench, Program, children, eventually
 
 from ttun import privileges
 from ttun.process import keeper as module
 
 ENVIRONMENT = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}  # all but the first by some shell
-
-
-@pytest.fixture
-def said() -> Iterator[Path]:
-    """A file for commands to write to, as whoever they run as."""
-    place = "/run" if os.access("/run", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        os.chmod(directory, 0o777)
-        yield Path(directory, "said")
-
-
-@pytest.fixture
-def nap() -> Iterator[str]:
-    """How long to sleep, in a way that no other process does; who still sleeps is killed."""
-    seconds = f"2{random.randrange(10**8):08}.5"
-    yield seconds
-    for pid in running(seconds):
-        os.kill(pid, signal.SIGKILL)
 
 
 END_TO_END = pytest.mark.parametrize("bench", ["x1"], indirect=True)
@@ -190,10 +168,6 @@ def test_hooks_can_be_those_of_another_user_with_its_groups(bench: Bench, said: 
     assert server.stop() == 0
 
 
-NO_ROOT = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
-           "--inh-caps", "-all,+net_admin", "--ambient-caps", "+net_admin"]  # fmt: skip
-
-
 @other_users
 @as_root
 def test_who_cannot_become_the_user_of_hooks_says_so_and_does_not_start() -> None:
@@ -202,21 +176,6 @@ def test_who_cannot_become_the_user_of_hooks_says_so_and_does_not_start() -> Non
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "cannot run --up and --down as root: " in done.stderr
-
-
-def runs_for_all(python: str) -> bool:
-    """Whether a Python can be started by a user that is not root: root's own cannot."""
-    start = (
-        "import subprocess, sys, cffi, nacl; subprocess.run([sys.executable, '-c', ''], check=True)"
-    )
-    done = subprocess.run(
-        [*NO_ROOT, python, "-c", start], capture_output=True, env=paths(), check=False
-    )
-    return done.returncode == 0
-
-
-def paths() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
 
 
 @pytest.mark.hosts

@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import running
 from tunnel import CLIENT, ROOT, SERVER, TUNNEL4, Bench, eventually
 
 from ttun.commands import hooks
 from ttun.commands.hooks import Hooks
 
 END_TO_END = pytest.mark.parametrize("bench", ["x1"], indirect=True)
-
-
-def running(argument: str) -> list[int]:
-    """The processes that have an argument on their command line, zombies not."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if argument.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            pass  # it is gone by now
-    return found
-
-
-@pytest.fixture
-def nap() -> Iterator[str]:
-    """How long to sleep, in a way that no other process does; who still sleeps is killed."""
-    seconds = f"1{random.randrange(10**8):08}.5"
-    yield seconds
-    for pid in running(seconds):
-        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
@@ -53,15 +29,6 @@ def says(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 def facts(peer: str, **more: str) -> dict[str, str | None]:
     return {"peer": peer, **more}
-
-
-@pytest.fixture
-def said() -> Iterator[Path]:
-    """A file for commands to write to, as whoever an end is by then: in the tests' own /run."""
-    place = "/run" if os.access("/run", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        os.chmod(directory, 0o777)
-        yield Path(directory, "said")
 
 
 @pytest.mark.hosts

@@ -7,12 +7,10 @@ import functools
 import importlib
 import os
 import pwd
-import random
 import re
 import resource
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from pathlib import Path
 import kept
 import pytest
 from kept import as_root, descriptors, dialled, is_gone, other_users, process, received
-from test_hooks import running
+from machine import running
 from tunnel import eventually
 
 from ttun import privileges
@@ -35,24 +33,6 @@ from ttun.process.process_group import becoming
 def keeper() -> Iterator[Keeper]:
     with kept.made() as made:
         yield made
-
-
-@pytest.fixture
-def said() -> Iterator[Path]:
-    """A file for commands to write to, as whoever they run as."""
-    place = "/run" if os.access("/run", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        os.chmod(directory, 0o777)
-        yield Path(directory, "said")
-
-
-@pytest.fixture
-def nap() -> Iterator[str]:
-    """How long to sleep, in a way that no other process does; who still sleeps is killed."""
-    seconds = f"2{random.randrange(10**8):08}.5"
-    yield seconds
-    for pid in running(seconds):
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_command_of_root_cannot_be_had_without_being_root(keeper: Keeper) -> None:

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +27,6 @@ from ttun.process.keeper import Keeper, parse, via
 def keeper() -> Iterator[Keeper]:
     with kept.made() as made:
         yield made
-
-
-@pytest.fixture
-def said() -> Iterator[Path]:
-    """A file for commands to write to, as whoever they run as."""
-    place = "/run" if os.access("/run", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        os.chmod(directory, 0o777)
-        yield Path(directory, "said")
 
 
 def test_messages_are_checked_by_their_form() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from machine import opened, threads
+from machine import IS_NOBODY_HERE, opened, threads
 from tunnel import CLIENT, PROGRAM, ROOT, Bench, Program
 
 from ttun.lab import netns
@@ -23,7 +23,10 @@ COMPLETE = [
     "route add fd00:9::/64 dev tun5",
 ]
 
-pytestmark = pytest.mark.hosts
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace"),
+]
 
 
 class Prepared:

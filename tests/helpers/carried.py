@@ -70,18 +70,6 @@ def carries(bench: Bench, size: int = SIZE) -> None:
         assert result["whole"]
 
 
-def running(argument: str) -> list[int]:
-    """The processes that have an argument on their command line, zombies not."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if argument.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            pass  # it is gone by now
-    return found
-
-
 def lines(end: Program, pattern: str) -> list[str]:
     """The lines of a log in which a pattern is found."""
     return [line for line in end.log().splitlines() if re.search(pattern, line)]

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from machine import IS_NOBODY_HERE
-from tunnel import children, eventually
+from tunnel import ROOT, children, eventually
 
 from ttun.errors import TtunError
 from ttun.process.keeper import Keeper
 
 other_users = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+
+NO_ROOT = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
+           "--inh-caps", "-all,+net_admin", "--ambient-caps", "+net_admin"]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -83,3 +88,18 @@ def dialled(made: Keeper, host: str = "", port: str = "") -> bytes:
     os.close(stderr)
     with sock:
         return received(sock)
+
+
+def runs_for_all(python: str) -> bool:
+    """Whether a Python can be started by a user that is not root: root's own cannot."""
+    start = (
+        "import subprocess, sys, cffi, nacl; subprocess.run([sys.executable, '-c', ''], check=True)"
+    )
+    done = subprocess.run(
+        [*NO_ROOT, python, "-c", start], capture_output=True, env=paths(), check=False
+    )
+    return done.returncode == 0
+
+
+def paths() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}

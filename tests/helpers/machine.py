@@ -42,6 +42,18 @@ class Clock:
         return time.monotonic() + self.ahead
 
 
+def running(argument: str) -> list[int]:
+    """The processes that have an argument on their command line, zombies not."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            pass  # it is gone by now
+    return found
+
+
 @contextlib.contextmanager
 def names(directory: Path, **hosts: list[str]) -> Iterator[None]:
     """Give hosts addresses, in place of this machine's /etc/hosts, where only the tests see it."""
