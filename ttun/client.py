@@ -240,7 +240,7 @@ class Client(Endpoint):
             if why := self._why_dead():
                 log.info("reconnecting now: %s", why)
                 return
-            self._turn(left)
+            self._pending.turn(left)
 
     def _why_dead(self) -> str | None:
         assert self._watch is not None
@@ -360,7 +360,7 @@ class Client(Endpoint):
                         answered_after is None or answered_after > WAITED
                     )
                     return None, time.monotonic() - began if waited else None
-                peer = self._turn()
+                peer = self._pending.turn()
                 if peer is not None:
                     return replace(peer, name=self._dialer.name), None
         except BaseException as error:  # or it would go on beside the next attempt

@@ -27,7 +27,7 @@ from ttun.device import Device
 from ttun.device_state import some
 from ttun.device_watch import DeviceWatch
 from ttun.errors import LACKS, TtunError, UsageError, reason
-from ttun.flag import SLICE, Flag
+from ttun.flag import Flag
 from ttun.handshake import agreeable, psk_key
 from ttun.mptcp import Watch
 from ttun.peer import Peer
@@ -337,8 +337,8 @@ class Endpoint(abc.ABC):
             except OSError as error:
                 log.warning("cannot remove the rules of the default route: %s", reason(error))
 
-    def _look(self) -> None:
-        """Check the device, about every second. Raises TtunError if it was removed."""
+    def _look(self) -> float:
+        """Check the device; return the seconds to the next check. Raises TtunError: no device."""
         watch, device = self._watch, self._device
         assert watch is not None and device is not None
         watch.look(time.monotonic())
@@ -347,11 +347,7 @@ class Endpoint(abc.ABC):
             raise TtunError(f"TUN device lost (was {device.name} removed?)")
         if watch.fileno() >= 0:  # each time, as an error unregisters it
             self._pending.watch(watch.fileno(), select.POLLIN)
-
-    def _turn(self, seconds: float = SLICE) -> Peer | None:
-        """Wait for events and handle them: see Pending.turn()."""
-        assert self._watch is not None
-        return self._pending.turn(min(seconds, max(0.0, self._watch.due - time.monotonic())))
+        return watch.due - time.monotonic()
 
     def _watch_connection(self, sock: socket.socket | None) -> None:
         """Set the connection that _why_dead() judges; None resets it."""
@@ -420,7 +416,7 @@ class Endpoint(abc.ABC):
                     session.end(why)
                     break
                 try:
-                    peer = self._turn()
+                    peer = self._pending.turn()
                 except LACKS as error:  # affects new connections only
                     if not lacking:
                         log.warning("not accepting connections: %s", reason(error))
