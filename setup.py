@@ -21,8 +21,9 @@ from press import press
 
 PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
 
-# What the tunnel itself does not need: read once when the program starts, or never.
-RARE = ("tox/*", "commands/[!_]*", "process/[!_]*")
+# What is read once when the program starts, or never.
+INNER = ("commands", "network", "process", "watch")
+RARE = ("tox/*", *(f"{package}/[!_]*" for package in INNER))
 
 
 class BuildPython(build_py):  # type: ignore[misc]
@@ -61,7 +62,7 @@ class BuildPython(build_py):  # type: ignore[misc]
                 archive.writestr(zipfile.ZipInfo(str(name)), path.read_bytes())
                 path.unlink()
         (package / "tox").rmdir()
-        for init, where in (("", "/"), ("commands", "/../"), ("process", "/../")):
+        for init, where in (("", "/"), *((each, "/../") for each in INNER)):
             with (package / init / "__init__.py").open("a", encoding="utf-8") as file:
                 file.write(f'\n__path__.append(__path__[0] + "{where}rare.zip/{init}")\n')
 

@@ -44,7 +44,7 @@ MODULES = {
     "ttun/control.py": ("test_times", "test_control", "test_rekey"),
     "ttun/commands/key.py": ("test_key", "test_cli"),
     "ttun/privileges.py": ("test_privileges", "test_doctor"),
-    "ttun/routes.py": ("test_routes", "test_device_watch", "test_resolver"),
+    "ttun/network/routes.py": ("test_routes", "test_device_watch", "test_resolver"),
     "ttun/mptcp.py": ("test_multipath", "test_vanished", "test_roaming"),
     "csrc/session.c": ("test_wipe", "test_pump", "test_control", "test_rekey"),
     "csrc/segment.c": OFFLOAD,

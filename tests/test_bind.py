@@ -226,7 +226,7 @@ def test_the_next_server_is_dialled_when_one_fails_and_the_first_again_after_the
     ]
     assert places == sorted(places)
     assert "reconnecting" not in log, "a round is whole before there is a wait"
-    assert client.status()["peer"] == "192.0.2.1:3"
+    eventually(lambda: client.status()["peer"] == "192.0.2.1:3", "its session is recorded")
     right.stop()
     wrong.stop()
     # It begins with the last one, and goes round.

@@ -37,10 +37,10 @@ from outside import (
 )
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, End, Program, eventually
 
-from ttun import default_route
 from ttun.lab import netns
 from ttun.lab.netns import LinkEnd
-from ttun.netlink import Message, Netlink, Request
+from ttun.network import default_route
+from ttun.network.netlink import Message, Netlink, Request
 
 pytestmark = [
     pytest.mark.hosts,

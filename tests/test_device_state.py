@@ -15,11 +15,12 @@ import pytest
 from tunnel import SERVER, eventually
 from watched import Watched, flood
 
-from ttun import device_watch, netlink
 from ttun.lab import netns
 from ttun.lab.netns import Hosts
+from ttun.network import netlink
 from ttun.settings import SERVER as USUAL
 from ttun.settings import Addresses
+from ttun.watch import device_watch
 
 pytestmark = pytest.mark.hosts
 
@@ -321,7 +322,7 @@ def test_large_tables_do_not_hold_it_up(host: str) -> None:
 
 WITHOUT = """
 import logging, os, resource, socket, sys, time
-from ttun import device_watch
+from ttun.watch import device_watch
 from ttun.device import Device
 from ttun.settings import SERVER
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ttun import name_servers
-from ttun.name_servers import AAAA, A, parse, query
+from ttun.network import name_servers
+from ttun.network.name_servers import AAAA, A, parse, query
 
 NAME = "vpn.example"
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import pytest
 from tunnel import SERVER, in_namespace
 
-from ttun import netlink
-from ttun.device_state import address_of
 from ttun.lab import netns
 from ttun.lab.netns import Hosts
-from ttun.netlink import Message, Netlink, Request
+from ttun.network import netlink
+from ttun.network.netlink import Message, Netlink, Request
+from ttun.watch.device_state import address_of
 
 
 def test_what_is_cut_off_or_made_up_is_left_out() -> None:

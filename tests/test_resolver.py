@@ -16,9 +16,9 @@ from machine import names
 from name_server import NAME_SERVER, NameServer, resolv_conf
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
-from ttun import resolver
 from ttun.flag import Flag
-from ttun.resolver import Resolver
+from ttun.network import resolver
+from ttun.network.resolver import Resolver
 
 FULL = ["--route", "0.0.0.0/1", "--route", "128.0.0.0/1"]
 NAME = "vpn.example"

@@ -18,9 +18,10 @@ import pytest
 from tunnel import CLIENT, ROOT, SERVER, SERVER_ADDRESS, Bench, eventually
 from watched import Watched
 
-from ttun import roaming, tcp
+from ttun import tcp
 from ttun.address import Address
 from ttun.lab import netns
+from ttun.watch import roaming
 
 pytestmark = pytest.mark.hosts
 
@@ -242,7 +243,7 @@ def test_multipath_tcp_lives_while_one_of_its_paths_does(plain: Bench) -> None:
 
 SLEEPS = """
 import mmap, struct, sys
-from ttun import roaming
+from ttun.watch import roaming
 file = open(sys.argv[1], "r+b")
 clock = mmap.mmap(file.fileno(), 16)
 def look(set_ahead, slept):

@@ -9,8 +9,8 @@ import errno
 import ipaddress
 import socket
 
-from ttun import resolver
 from ttun.errors import UsageError, reason
+from ttun.network import resolver
 
 WHY = {
     errno.EADDRNOTAVAIL: "not an address of this machine",

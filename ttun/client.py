@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ttun import default_route, handshake, name_servers, netlink, privileges, proxy, tcp
+from ttun import handshake, privileges, proxy, tcp
 from ttun.endpoint import LACK_MOST, Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
+from ttun.network import default_route, name_servers, netlink
 from ttun.peer import Peer
 from ttun.settings import (
     CLIENT,

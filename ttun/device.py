@@ -24,9 +24,10 @@ from typing import Any
 
 import pytun
 
-from ttun import netlink, privileges, routes
+from ttun import privileges
 from ttun._codec import lib
 from ttun.errors import TtunError
+from ttun.network import netlink, routes
 from ttun.settings import MIN_IPV6_MTU, NORMAL, Addresses, Network, Settings
 
 log = logging.getLogger("ttun")

@@ -22,20 +22,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Callable, ClassVar, TypeVar
 
-from ttun import congestion, default_route, privileges
+from ttun import congestion, privileges
 from ttun.device import Device
-from ttun.device_state import some
-from ttun.device_watch import DeviceWatch
 from ttun.errors import LACKS, TtunError, UsageError, reason
 from ttun.flag import Flag
 from ttun.handshake import agreeable, psk_key
 from ttun.mptcp import Watch
+from ttun.network import default_route
 from ttun.peer import Peer
 from ttun.pending import Pending
 from ttun.record import MOST_CHARACTERS, Record, Status, carried, in_tunnel, lost
 from ttun.session import Session
 from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, check_type
 from ttun.version import __version__
+from ttun.watch.device_state import some
+from ttun.watch.device_watch import DeviceWatch
 
 log = logging.getLogger("ttun")
 

@@ -30,7 +30,7 @@ from ttun.address import Address, parse_host_port
 from ttun.conversation import Conversation
 from ttun.errors import ProtocolError, UsageError, printable
 from ttun.flag import Flag
-from ttun.resolver import Target
+from ttun.network.resolver import Target
 from ttun.transport import Candidate
 
 VARIABLE = "TTUN_PROXY"

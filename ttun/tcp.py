@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Callable
 
-from ttun import congestion, resolver, transport
+from ttun import congestion, transport
 from ttun.address import Address, parse_host_port
 from ttun.binding import Binding
 from ttun.errors import TtunError, reason
 from ttun.flag import Flag
-from ttun.resolver import Resolver, SocketAddress, Target
+from ttun.network import resolver
+from ttun.network.resolver import Resolver, SocketAddress, Target
 from ttun.settings import DEFAULT_PORT, several
 from ttun.transport import Arrival, Candidate
 

@@ -19,10 +19,10 @@ from tunnel import enter_namespace, eventually
 
 from ttun import privileges
 from ttun.device import Device
-from ttun.device_watch import DeviceWatch
 from ttun.lab import netns
 from ttun.settings import SERVER, Addresses
 from ttun.settings import parse_network as parse
+from ttun.watch.device_watch import DeviceWatch
 
 log = logging.getLogger("ttun")
 

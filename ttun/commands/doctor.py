@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ttun import default_route, privileges, tox
+from ttun import privileges, tox
 from ttun._codec import ffi
 from ttun.address import Address
 from ttun.commands.doctor_connection import (
@@ -40,6 +40,7 @@ from ttun.commands.doctor_connection import (
 )
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import TtunError
+from ttun.network import default_route
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 

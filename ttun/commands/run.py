@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import default_route, privileges, proxy, tcp
+from ttun import privileges, proxy, tcp
 from ttun.client import Client, dialer
 from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
 from ttun.errors import TtunError, UsageError
+from ttun.network import default_route
 from ttun.process import log_writer
 from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable, NamedTuple
 
-from ttun import default_route, netlink
 from ttun.device import Device
-from ttun.netlink import Message, Request, new_address, new_route
+from ttun.network import default_route, netlink
+from ttun.network.netlink import Message, Request, new_address, new_route
 from ttun.settings import MIN_IPV6_MTU, Address, Interface, Network
 
 IFF_UP = 0x1  # linux/if.h

@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Callable
 
-from ttun import netlink
-from ttun.device_state import Seen, Wanted, address_of, is_up, route_key
-from ttun.netlink import Message, Netlink, Request
+from ttun.network import netlink
+from ttun.network.netlink import Message, Netlink, Request
+from ttun.watch.device_state import Seen, Wanted, address_of, is_up, route_key
 
 BUDGET = 8  # datagrams per call
 SETTLE = 0.2  # seconds from a change to the reading: changes come in groups

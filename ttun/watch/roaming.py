@@ -16,7 +16,7 @@ import socket
 import time
 
 from ttun import mptcp, tcp
-from ttun.device_state import Seen
+from ttun.watch.device_state import Seen
 
 CONFIRM = 0.4  # seconds that an address must be missing: DHCP may remove and re-add it
 SLEPT = 3.0  # seconds of suspend that cause a reconnect

@@ -27,10 +27,10 @@ import socket
 import threading
 from typing import Any, Callable, NamedTuple, Union
 
-from ttun import name_servers
 from ttun._codec import lib
 from ttun.errors import reason
 from ttun.flag import Flag
+from ttun.network import name_servers
 
 log = logging.getLogger("ttun")
 

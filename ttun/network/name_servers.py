@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ttun import netlink
+from ttun.network import netlink
 
 RESOLV_CONF, HOSTS = Path("/etc/resolv.conf"), Path("/etc/hosts")
 UPSTREAM = (  # of systemd-resolved, NetworkManager's dnsmasq, dnsmasq with resolvconf

@@ -29,9 +29,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ttun import netlink
 from ttun.errors import TtunError
-from ttun.netlink import Netlink, Request, attribute
+from ttun.network import netlink
+from ttun.network.netlink import Netlink, Request, attribute
 from ttun.privileges import MAX_ID
 from ttun.settings import Address, Network
 

@@ -19,9 +19,9 @@ import time
 from functools import partial
 
 from ttun.device import Device
-from ttun.device_state import Lack, Seen, Wanted, describe, key
-from ttun.roaming import LocalAddress, Sleep
-from ttun.state_reader import StateReader
+from ttun.watch.device_state import Lack, Seen, Wanted, describe, key
+from ttun.watch.roaming import LocalAddress, Sleep
+from ttun.watch.state_reader import StateReader
 
 log = logging.getLogger("ttun")
 

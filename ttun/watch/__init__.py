@@ -1,0 +1,1 @@
+"""Watch the device and the local addresses, which others may change during a session."""
