@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Callable
 
 from ttun import handshake, privileges, proxy, tcp
-from ttun.endpoint import LACK_MOST, Endpoint
+from ttun.endpoint import Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
+from ttun.lifecycle import LACK_MOST
 from ttun.network import default_route, name_servers, netlink
 from ttun.peer import Peer
 from ttun.settings import (
