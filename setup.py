@@ -19,7 +19,7 @@ sys.path.append("packaging")
 from compact import compact
 from press import press
 
-PUBLIC = {"client", "endpoint", "errors", "record", "server"}  # keep help(ttun.Server)
+PUBLIC = {"client", "endpoint", "errors", "lifecycle", "record", "server"}  # keep help(ttun.Server)
 
 # What is read once when the program starts, or never.
 INNER = ("commands", "network", "process", "watch")

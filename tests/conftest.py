@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import impostor
+import outside
 import pytest
 import toxlab
 import tunnel
@@ -128,6 +129,12 @@ def bench(
 def plain(pair: netns.Hosts, tmp_path: Path) -> Iterator[tunnel.Bench]:
     """The same once, where offload at the device makes no difference."""
     yield from tunnel.bench(pair, tmp_path, "x1", [])
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[tunnel.Bench]:
+    """Two hosts of which the server's is the client's router, with the Internet behind it."""
+    yield from outside.far(tmp_path)
 
 
 @pytest.fixture

@@ -7,17 +7,16 @@ import ipaddress
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import impostor
 import pytest
+from doctor_report import changed, report
 from impostor import Place
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, in_namespace
 
-from ttun import congestion, sodium, tox
-from ttun.commands import doctor, doctor_connection, path_mtu
+from ttun import sodium, tox
+from ttun.commands import doctor
 from ttun.commands.doctor import FAIL, OK, SKIP, WARN, Route
 from ttun.lab import netns
 
@@ -26,52 +25,6 @@ HIDE_NODE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && 
 FALSE_NODE = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/net/tun && exec "$@"',
               "sh"]  # fmt: skip
 NO_RIGHT = ["setpriv", "--bounding-set", "-net_admin"]
-
-
-class Report:
-    """What the program said on a host, by subject."""
-
-    def __init__(self, pair: netns.Hosts, host: str, *arguments: str, prefix: list[str]) -> None:
-        done = subprocess.run(
-            pair.command(host, [*prefix, *PROGRAM, "doctor", *arguments]),
-            capture_output=True, text=True, timeout=120, check=False,
-            env={**os.environ, **netns.environment()},
-        )  # fmt: skip
-        assert done.stderr == ""
-        assert max(map(len, done.stdout.splitlines())) <= 80 and "\033" not in done.stdout
-        self.code, self.text = done.returncode, done.stdout
-        self.blocks: dict[str, tuple[str, str]] = {}
-        subject = ""
-        for line in self.text.splitlines():
-            if line.startswith(" " * 21):
-                mark, found = self.blocks[subject]
-                is_item = line[21:].startswith(("effect: ", "fix: "))
-                joint = "\n" if is_item else " "  # else it is the rest of a wrapped line
-                self.blocks[subject] = mark, f"{found}{joint}{line.strip()}"
-            elif line[:5].strip() in (OK, WARN, FAIL, SKIP):
-                subject = line[6:20].strip()
-                assert subject not in self.blocks
-                self.blocks[subject] = line[:5].strip(), line[21:]
-
-    def __getitem__(self, subject: str) -> tuple[str, str]:
-        return self.blocks[subject]
-
-
-def report(
-    pair: netns.Hosts, *arguments: str, host: str = CLIENT, prefix: list[str] | None = None
-) -> Report:
-    return Report(pair, host, *arguments, prefix=prefix or [])
-
-
-@contextmanager
-def changed(
-    pair: netns.Hosts, do: list[str], undo: list[str], host: str = CLIENT
-) -> Iterator[None]:
-    subprocess.run(pair.command(host, do), check=True, capture_output=True)
-    try:
-        yield
-    finally:
-        subprocess.run(pair.command(host, undo), check=True, capture_output=True)
 
 
 @hosts_only
@@ -215,66 +168,6 @@ def test_an_answer_that_claims_the_device_of_another_hides_no_conflict(
     assert mark == WARN and "in use on vclient" in text
 
 
-@hosts_only
-@pytest.mark.parametrize("peer", ["192.0.2.1", "[2001:db8::1]"])
-def test_a_peer_that_answers_and_how_large_a_packet_gets_there(bench: Bench, peer: str) -> None:
-    bench.server()
-    found = report(bench.pair, peer)
-    assert found.code == 0
-    assert found["server"] == (OK, f"{peer}:20203 accepts connections")
-    assert found["path MTU"] == (OK, "1500 bytes")
-    with changed(bench.pair, ["ip", "link", "set", "vclient", "mtu", "1400"],
-                 ["ip", "link", "set", "vclient", "mtu", "1500"]):  # fmt: skip
-        assert report(bench.pair, peer)["path MTU"] == (OK, "1400 bytes")
-
-
-@hosts_only
-@pytest.mark.nft
-def test_a_path_that_drops_large_packets_silently(pair: netns.Hosts) -> None:
-    table = "add table ip hole; add chain ip hole in { type filter hook input priority 0; };"
-    rules = f"{table} add rule ip hole in ip length > 1300 drop"
-    with changed(pair, ["nft", rules], ["nft", "delete table ip hole"], host=SERVER):
-        mark, text = report(pair, "192.0.2.1")["path MTU"]
-    assert mark == WARN
-    passes = int(text.split()[0])
-    assert 1300 - path_mtu.STEP <= passes <= 1300
-    assert "larger packets, up to 1500, are silently dropped" in text
-    assert "fix: sysctl net.ipv4.tcp_mtu_probing=1" in text
-
-
-@hosts_only
-def test_a_route_with_a_smaller_mtu_is_found(pair: netns.Hosts) -> None:
-    route = ["ip", "route", "add", "192.0.2.1/32", "dev", "vclient", "mtu", "1380"]
-    with changed(pair, route, ["ip", "route", "del", "192.0.2.1/32"]):
-        assert report(pair, "192.0.2.1")["path MTU"] == (OK, "1380 bytes")
-
-
-@hosts_only
-@pytest.mark.nft
-def test_a_peer_without_a_server_and_one_that_is_silent(pair: netns.Hosts) -> None:
-    found = report(pair, "192.0.2.1:9")
-    assert found.code == 1
-    assert found["server"][0] == FAIL
-    assert "192.0.2.1:9: Connection refused" in found["server"][1]
-    assert "A tunnel cannot reach this server" in found.text.splitlines()[-1]
-    hook = "type filter hook input priority 0; policy drop;"
-    rules = f"add table ip hole; add chain ip hole in {{ {hook} }}"
-    with changed(pair, ["nft", rules], ["nft", "delete table ip hole"], host=SERVER):
-        found = report(pair, "192.0.2.1")
-    assert "timed out" in found["server"][1]
-    assert found["path MTU"] == (
-        SKIP, "1500 bytes according to the kernel; the server answers no probe"
-    )  # fmt: skip
-
-
-@hosts_only
-def test_a_name_that_nobody_has(pair: netns.Hosts) -> None:
-    found = report(pair, "nobody.invalid")
-    assert found.code == 1
-    assert found["server"][1].startswith("nobody.invalid: ")
-    assert found["path MTU"][0] == SKIP
-
-
 def test_without_a_package_it_says_which_and_looks_at_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,52 +250,3 @@ def test_the_most_specific_network_around_is_named() -> None:
     routes = [Route(ipaddress.ip_network(text), "eth0") for text in ("10.0.0.0/8", "10.1.0.0/16")]
     assert "inside 10.1.0.0/16" in doctor.look_at_addresses("x", wanted, routes).found
     assert doctor.look_at_addresses("x", wanted, []).mark == OK
-
-
-@pytest.mark.parametrize(
-    ("rtt", "wmem", "rmem", "mark", "found"),
-    [
-        (0.1, 4 << 20, 6 << 20, WARN, "168 Mbit/s at 100.0 ms (tcp_wmem: 4194304)"),
-        (0.04, 4 << 20, 6 << 20, OK, "419 Mbit/s at 40.0 ms"),
-        (0.1, 64 << 20, 128 << 10, WARN, "5 Mbit/s at 100.0 ms (tcp_rmem: 131072)"),
-        (0.00001, 4 << 20, 6 << 20, OK, "at 0.0 ms"),
-    ],
-)
-def test_buffers_that_limit_a_long_path_are_named_with_larger_ones(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    rtt: float,
-    wmem: int,
-    rmem: int,
-    mark: str,
-    found: str,
-) -> None:
-    monkeypatch.setattr(doctor_connection, "SYSCTL", tmp_path)
-    for name, most in (("tcp_wmem", wmem), ("tcp_rmem", rmem)):
-        (tmp_path / name).write_text(f"4096\t16384\t{most}\n")
-    finding = doctor_connection.look_at_buffers(rtt)
-    assert finding.mark == mark and found in finding.found
-    if mark == WARN:
-        needed = int(finding.fix.split('"')[1].split()[2])
-        (tmp_path / finding.found.partition("(")[2].partition(":")[0]).write_text(
-            f"4096 16384 {needed}"
-        )
-        assert doctor_connection.look_at_buffers(rtt).mark == OK, "the fix mends it"
-
-
-def test_a_machine_whose_list_forbids_bbr_is_told_what_to_add(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(doctor_connection, "SYSCTL", tmp_path)
-    (tmp_path / "tcp_congestion_control").write_text("cubic\n")
-    (tmp_path / "tcp_allowed_congestion_control").write_text("reno cubic\n")
-    finding = doctor_connection.look_at_congestion_control()
-    assert finding.mark == WARN and finding.effect.startswith("cubic treats each lost segment")
-    if "root only" in finding.found:
-        assert finding.fix == 'sysctl net.ipv4.tcp_allowed_congestion_control="reno cubic bbr"'
-
-
-def test_a_kernel_without_bbr_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(congestion, "FAR", "nosuch")
-    finding = doctor_connection.look_at_congestion_control()
-    assert finding.mark == WARN and "kmod-tcp-bbr" in finding.fix

@@ -35,7 +35,12 @@ def test_a_wait_for_something_else_ends_with_that_with_its_time_or_with_the_flag
 
 def test_whatever_it_waits_for_a_thread_shows_that_it_lives() -> None:
     flag, beats = Flag(), []
-    flag.on_beat = lambda: beats.append(time.monotonic())
+
+    def beat() -> float:
+        beats.append(time.monotonic())
+        return 60.0
+
+    flag.on_beat = beat
     readable, writable = os.pipe()
     try:
         assert not flag.wait(1.2)
@@ -44,3 +49,15 @@ def test_whatever_it_waits_for_a_thread_shows_that_it_lives() -> None:
     finally:
         os.close(readable)
         os.close(writable)
+
+
+def test_a_beat_comes_sooner_if_the_last_one_asked_for_that() -> None:
+    flag, beats = Flag(), []
+
+    def beat() -> float:
+        beats.append(time.monotonic())
+        return 0.01
+
+    flag.on_beat = beat
+    assert not flag.wait(2)
+    assert len(beats) > 10, "not one a second"

@@ -104,7 +104,7 @@ def test_a_command_has_the_terminal_until_its_end() -> None:
 
 
 def test_after_the_first_session_a_command_has_no_terminal() -> None:
-    with terminal("read it < /dev/tty; echo $it; echo -; cat", "once") as made:
+    with terminal("read it < /dev/tty; printf '%s\\n-\\n' \"$it\"; cat", "once") as made:
         time.sleep(0.5)
         made.types("hunter2\n")
         assert "came b'hunter2\\n" in made.says("then ours True")

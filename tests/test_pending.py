@@ -36,7 +36,8 @@ class Harness:
         ours = terms(wire="x1" if silent else "auto")
         self.listener = tcp.Listener("127.0.0.1:0", None, "system")
         self.listener.open(Flag())
-        self.pending = Pending(Flag())
+        self.stop = Flag()
+        self.pending = Pending(self.stop)
         self.pending.listen(
             Host(
                 self.listener,
@@ -249,6 +250,15 @@ def test_a_client_that_is_let_in_a_moment_before_the_next_session_waits_on(
     harness.turns()
     client.settimeout(5)
     assert len(client.recv(16)) == 16
+
+
+def test_a_turn_lasts_no_longer_than_the_last_beat_asked_for(harness: Harness) -> None:
+    """A change of the device that a turn notices at its begin is read soon, not a second later."""
+    harness.stop.on_beat = lambda: 0.01
+    began = time.monotonic()
+    for _ in range(20):
+        harness.pending.turn()
+    assert time.monotonic() - began < 10, "twenty turns of a second"
 
 
 def test_a_handshake_that_lacks_memory_is_over(harness: Harness) -> None:

@@ -1,7 +1,7 @@
 """A connection whose local address is removed is detected as dead, without false positives. System
 suspends are detected.
 
-Tests DeviceWatch alone; test_device_watch.py tests complete endpoints.
+Tests DeviceWatch alone; test_local_address.py tests complete endpoints.
 """
 
 from __future__ import annotations

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
-import select
-import struct
-import subprocess
-import termios
-import time
 
 import pytest
 from impostor import Place, line
+from screen import uncolored, written
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, eventually
 
 from ttun.commands import answer, show
@@ -178,28 +171,11 @@ def test_no_key_and_no_password_is_in_the_status(plain: Bench) -> None:
         assert key not in said and "another key" not in said
 
 
-def screen(place: Place, columns: int, rows: int, seconds: float = 12) -> list[str]:
+def screen(place: Place, columns: int, rows: int) -> list[str]:
     """The lines of the second picture of ``ttun show --watch`` on a terminal."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-    environment = {k: v for k, v in place.environment.items() if k not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [*PROGRAM, "show", "--watch"], stdout=theirs, env={**environment, "TERM": "xterm"}
-    )
-    os.close(theirs)
-    data = b""
-    try:
-        end = time.monotonic() + 5 * seconds
-        while data.count(show.CLEAR.encode()) < 3 and time.monotonic() < end:
-            if select.select([ours], [], [], 1)[0]:
-                with contextlib.suppress(OSError):
-                    data += os.read(ours, 65536)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-    picture = data.decode().split(show.CLEAR)[2]
-    return [re.sub(r"\x1b\[[\d;]*m", "", text) for text in picture.rstrip("\r\n").split("\r\n")]
+    own = {name: place.environment[name] for name in ("XDG_RUNTIME_DIR", "LC_ALL")}
+    pictures = written([*PROGRAM, "show", "--watch"], columns, rows, until=2, **own)
+    return uncolored(pictures.split(show.CLEAR)[2]).rstrip("\n").split("\n")
 
 
 def cells(text: str) -> int:
@@ -227,5 +203,5 @@ def test_watch_fits_the_screen_whatever_a_tunnel_says(
     if count > 1 or rows > 24:
         assert len(picture) < rows
     assert any("uplink" in text for text in picture)
-    piped = place.watch(seconds=3)
+    piped = place.watch("uplink", 2 * count)
     assert max(map(cells, piped.splitlines())) <= 80

@@ -39,8 +39,9 @@ class Dial:
         self._thread = threading.Thread(target=self._run, args=(dialer,), daemon=True)
         self._thread.start()
 
-    def _beat(self) -> None:
+    def _beat(self) -> float:
         self.beats += 1
+        return 60.0
 
     def _run(self, dialer: Dialer) -> None:
         began = time.monotonic()

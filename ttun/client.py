@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Callable
 
 from ttun import handshake, privileges, proxy, tcp
-from ttun.endpoint import LACK_MOST, Endpoint
+from ttun.endpoint import Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
+from ttun.lifecycle import LACK_MOST
 from ttun.network import default_route, name_servers, netlink
 from ttun.peer import Peer
 from ttun.settings import (
@@ -241,7 +242,7 @@ class Client(Endpoint):
             if why := self._why_dead():
                 log.info("reconnecting now: %s", why)
                 return
-            self._turn(left)
+            self._pending.turn(left)
 
     def _why_dead(self) -> str | None:
         assert self._watch is not None
@@ -361,7 +362,7 @@ class Client(Endpoint):
                         answered_after is None or answered_after > WAITED
                     )
                     return None, time.monotonic() - began if waited else None
-                peer = self._turn()
+                peer = self._pending.turn()
                 if peer is not None:
                     return replace(peer, name=self._dialer.name), None
         except BaseException as error:  # or it would go on beside the next attempt

@@ -16,7 +16,8 @@ class Flag:
 
     It takes no lock, so a signal handler may set it at any time. The thread that it stops also
     records its heartbeats here, as every wait of that thread includes this flag. on_beat: called
-    by that thread about every second, during any wait; it may raise.
+    by that thread about every second, during any wait; it may raise. It returns the seconds after
+    which it is to be called again, if that is sooner.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class Flag:
         self._readable, self._writable = socket.socketpair()
         self._set = False
         self._beat_at = time.monotonic()
-        self.on_beat: Callable[[], None] | None = None
+        self.on_beat: Callable[[], float] | None = None
 
     def fileno(self) -> int:
         """Return the descriptor to poll. Do not read from it."""
@@ -62,23 +63,23 @@ class Flag:
         waiting = select.poll()
         for descriptor, events in ((self.fileno(), select.POLLIN), *others):
             waiting.register(descriptor, events)
-        left = SLICE
+        left = 1.0
         while not self._set and left > 0:
-            self.beat()
+            pause = self.beat()
             if end is not None:
-                left = max(0.0, min(SLICE, end - time.monotonic()))
-            ready = {descriptor for descriptor, _ in waiting.poll(left * 1000)}
+                left = max(0.0, end - time.monotonic())
+                pause = min(pause, left)
+            ready = {descriptor for descriptor, _ in waiting.poll(pause * 1000)}
             # A forked child shares the descriptors: readable there means set by the parent.
             self._set = self.fileno() in ready or self._set
             if ready - {self.fileno()}:
                 return True
         return False
 
-    def beat(self) -> None:
-        """Record a heartbeat of the thread that this flag stops."""
+    def beat(self) -> float:
+        """Record a heartbeat of the thread that this flag stops; return the seconds to the next."""
         self._beat_at = time.monotonic()
-        if self.on_beat is not None:
-            self.on_beat()
+        return SLICE if self.on_beat is None else max(0.0, min(SLICE, self.on_beat()))
 
     def quiet_for(self) -> float:
         """Return the seconds since the last heartbeat."""

@@ -141,7 +141,7 @@ class Pending:
 
         Return an authenticated peer, or None.
         """
-        self._stop.beat()
+        seconds = min(seconds, self._stop.beat())
         now = time.monotonic()
         for peer in [peer for peer in self._half_open.values() if peer.deadline <= now]:
             self._drop(peer, peer.explain(f"timed out after {now - peer.since:.0f} s"))
@@ -149,7 +149,7 @@ class Pending:
         if self._resume_at is not None and now >= self._resume_at:
             self._resume()
         first = min((peer.deadline for peer in self._half_open.values()), default=now + seconds)
-        wait = max(0.0, min(first - now, seconds, SLICE))
+        wait = max(0.0, min(first - now, seconds))
         listener = None if self._host is None else self._host.listener.fileno()
         accept = False
         for descriptor, what in self._poll.poll(wait * 1000):

@@ -149,7 +149,7 @@ class Server(Endpoint):
         """Return the next authenticated peer, or None when stop was set."""
         peer, self._successor = self._successor, None
         while peer is None and not self._stop.is_set():
-            peer = self._turn()
+            peer = self._pending.turn()
         return peer
 
     def _new_peer(self, session: Session, peer: Peer) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -95,15 +96,23 @@ class Place:
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout, done.stderr
 
-    def watch(self, seconds: float) -> str:
-        """What ``ttun show --watch`` prints in so many seconds, on stdout and stderr."""
-        command = ["timeout", "--signal=INT", str(seconds), *PROGRAM, "show", "--watch"]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-            encoding="utf-8", timeout=PATIENCE + seconds, env=self.environment,
+    def watch(self, text: str, times: int) -> str:
+        """What ``ttun show --watch`` prints until it has printed a text that many times."""
+        process = subprocess.Popen(
+            [*PROGRAM, "show", "--watch"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding="utf-8", env=self.environment,
         )  # fmt: skip
-        assert "Traceback" not in done.stdout
-        return done.stdout
+        timer = threading.Timer(2 * PATIENCE, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        out = ""
+        while out.count(text) < times and (shown := process.stdout.readline()):
+            out += shown
+        process.send_signal(signal.SIGINT)
+        out += process.communicate()[0]
+        timer.cancel()
+        assert process.returncode == 0 and "Traceback" not in out
+        return out
 
     def close(self) -> None:
         self.over.set()

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -13,17 +15,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from tunnel import CLIENT, SERVER, Bench
+from name_server import NAME_SERVER
+from tunnel import CLIENT, SERVER, Bench, End, bench, eventually
 
 from ttun.lab import netns
 
 # Behind the server's host, which is the client's router.
-FAR, OTHER_FAR, NAME_SERVER, INTERNET = (f"203.0.113.{n}" for n in (1, 2, 53, 99))
+FAR, OTHER_FAR, INTERNET = (f"203.0.113.{n}" for n in (1, 2, 99))
 INTERNET6 = "2001:db8:99::1"
 SECOND_LINK = {SERVER: "198.51.100.1", CLIENT: "198.51.100.2"}
 TTUN_USER = 4711
+NAME = "vpn.example"  # of the server
+DEFAULT = ("--route", "default", "--user", str(TTUN_USER))
 USERS = (0, 65534, 4242)  # of the programs that send
 EVERY = 0.04  # seconds
 LAN = [ipaddress.ip_network(x) for x in ("192.0.2.0/24", "198.51.100.0/24", "2001:db8::/64")]
@@ -192,3 +198,37 @@ def others_sending(bench: Bench) -> Iterator[None]:
 EVERYWHERE = {(INTERNET, False), (INTERNET6, False), (netns.IPV4[SERVER], True),
               (netns.IPV6[SERVER], True)}  # fmt: skip
 LAN_ONLY = {(netns.IPV4[SERVER], True), (netns.IPV6[SERVER], True)}
+
+
+def far(directory: Path) -> Iterator[Bench]:
+    """The fixture."""
+    with FarHosts() as pair:
+        yield from bench(pair, directory, "x1", [])
+    for place in ("dnsmasq", "resolvconf", "systemd"):  # in the tests' own /run
+        shutil.rmtree(f"/run/{place}", ignore_errors=True)
+
+
+def hosts(far: Bench) -> FarHosts:
+    assert isinstance(far.pair, FarHosts)
+    return far.pair
+
+
+def reaches(far: Bench, address: str = INTERNET) -> bool:
+    """Whether root's packets get to the Internet and back, whichever way."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        return far.ping(CLIENT, address) == 1
+    return False
+
+
+def connected(far: Bench, client: End, times: int = 1) -> None:
+    client.says("authenticated", times, seconds=60)
+    eventually(lambda: reaches(far), "the Internet through the tunnel")
+
+
+def leaves_by(far: Bench, user: int) -> str:
+    """The device that a user's packets to the Internet leave through."""
+    shown = netns.ip(
+        "-n", far.pair.names[CLIENT], "-json", "route", "get", INTERNET, "uid", str(user)
+    )
+    found: str = json.loads(shown)[0]["dev"]
+    return found

@@ -14,24 +14,31 @@ import termios
 import time
 from collections.abc import Sequence
 
+from ttun.commands import show
+
+CLEAR = show.CLEAR.encode()
 PLAIN = {
     name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
 }
 
 
 def written(
-    command: Sequence[str], columns: int, rows: int = 24, seconds: float = 60, **environment: str
+    command: Sequence[str], columns: int, rows: int = 24, until: int = 0, **environment: str
 ) -> str:
-    """Run a command on a terminal until it ends, or so long; return all that it wrote."""
+    """Run a command on a terminal; return all that it wrote.
+
+    until: to the end of so many pictures, where a command clears the screen before each.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
     process = subprocess.Popen(
         command, env={**PLAIN, "TERM": "xterm", **environment}, stdin=theirs, stdout=theirs
     )
     os.close(theirs)
-    data, deadline = b"", time.monotonic() + seconds
+    data, deadline = b"", time.monotonic() + 60
     with contextlib.suppress(OSError):  # EIO: it has ended
-        while select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while not until or data.count(CLEAR) <= until:
+            assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], data
             data += os.read(ours, 65536)
     process.terminate()
     process.wait(10)

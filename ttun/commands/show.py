@@ -20,9 +20,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from ttun.commands import query, runtime
+from ttun.commands import prometheus, query, runtime
 from ttun.commands.answer import Tunnel
 from ttun.commands.terminal import colored, height, is_terminal, width, wrapped
 from ttun.errors import TtunError, printable
@@ -42,13 +41,6 @@ MOST_LINES = 10  # about what was skipped
 LAST_RESORT = 10  # seconds
 OWN_NETNS = Path("/proc/self/ns/net")
 NAMED_NETNS = Path("/run/netns")  # ip-netns(8)
-COUNTERS = {  # of Prometheus: name, help, the field of Counters
-    "ttun_sent_bytes_total": ("Uplink bytes, from the device to the peer", "uplink_bytes"),
-    "ttun_sent_packets_total": ("Uplink packets", "uplink_packets"),
-    "ttun_received_bytes_total": ("Downlink bytes, from the peer to the device", "downlink_bytes"),
-    "ttun_received_packets_total": ("Downlink packets", "downlink_packets"),
-    **{f"ttun_{name}_packets_total": (f"Dropped: {w}", name) for name, w in DROPPED.items()},
-}
 
 
 class NoTunnel(TtunError):
@@ -72,7 +64,10 @@ def run(device: str | None, how: str) -> int:
     if how == "json":
         print(json.dumps(tunnels, indent=1))
     elif how == "prometheus":
-        print("\n".join(prometheus(tunnels)))
+        labels = prometheus.labels(tunnels, _elsewhere(tunnels))
+        left_out = [t for t, label in zip(tunnels, labels) if not label]
+        _tell([f"skipped process {_pid(t)}: same labels as another tunnel" for t in left_out])
+        print("\n".join(prometheus.lines(tunnels, labels)))
     else:
         print("\n\n".join("\n".join(_shown(lines)) for lines in describe_all(tunnels)))
     return 0
@@ -227,71 +222,6 @@ def _shown(lines: list[str], *, fit: bool = False) -> list[str]:
     return shown
 
 
-def prometheus(tunnels: list[Tunnel]) -> list[str]:
-    """Return the lines of the text format (prometheus.io, exposition formats)."""
-    lines = []
-    labels = _labels(tunnels)
-
-    def metric(name: str, kind: str, text: str, values: list[Any]) -> None:
-        lines.extend([f"# HELP {name} {text}.", f"# TYPE {name} {kind}"])
-        for label, value in zip(labels, values):
-            if label and value is not None:
-                lines.append(f"{name}{{{label}}} {value:.16g}")
-
-    for name, (text, field) in COUNTERS.items():
-        metric(name, "counter", text, [t["totals"][field] for t in tunnels])
-    for name, kind, text, field in (
-        ("ttun_sessions_total", "counter", "Sessions, the current one included", "sessions"),
-        ("ttun_round_trip_seconds", "gauge", "Last measured round-trip time", "round_trip"),
-        (
-            "ttun_retransmitted_ratio",
-            "gauge",
-            "Share of retransmitted segments",
-            "retransmitted",
-        ),
-        ("ttun_uptime_seconds", "gauge", "Time since the start", "uptime"),
-        ("ttun_failed_attempts", "gauge", "Failed since the last session", "failed_attempts"),
-        ("ttun_silence_seconds", "gauge", "Time since data was last received", "silent_for"),
-    ):
-        metric(name, kind, text, [t[field] for t in tunnels])
-    connected = [int(t["peer"] is not None) for t in tunnels]
-    metric("ttun_connected", "gauge", "Whether a peer is connected", connected)
-    return lines
-
-
-def _labels(tunnels: list[Tunnel]) -> list[str]:
-    """Return the labels of each tunnel, all different; "" for one that has none of its own.
-
-    Labels survive a restart: device and role, and the network namespace if it is another one. The
-    process is added only if another tunnel has the same labels, which is unusual. root's tunnels
-    come first: no other user can forge one.
-    """
-    names = _netns_names()
-    ours = _inode(OWN_NETNS)
-    taken: dict[str, Tunnel] = {}
-    for tunnel in sorted(tunnels, key=lambda t: (t["uid"] != 0, _pid(t))):
-        pairs = {"device": tunnel["device"] or "", "role": tunnel["role"]}
-        if tunnel["netns"] not in (None, ours):
-            pairs["netns"] = _netns(tunnel, names)
-        if _text_of(pairs) in taken:
-            pairs["pid"] = str(_pid(tunnel))
-        taken.setdefault(_text_of(pairs), tunnel)
-    own = {id(tunnel): text for text, tunnel in taken.items()}
-    left_out = [t for t in tunnels if id(t) not in own]
-    _tell([f"skipped process {_pid(t)}: same labels as another tunnel" for t in left_out])
-    return [own.get(id(tunnel), "") for tunnel in tunnels]
-
-
-def _text_of(pairs: dict[str, str]) -> str:
-    """Return labels with their values in quotes, escaped for the format and for a terminal."""
-    return ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs.items())
-
-
-def _escaped(value: str) -> str:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\""})
-    return r"\n".join(printable(line).translate(escapes) for line in value.split("\n"))
-
-
 def _pid(tunnel: Tunnel) -> int:
     return tunnel["pid"] or 0
 
@@ -300,6 +230,12 @@ def _netns(tunnel: Tunnel, names: dict[int, str]) -> str:
     """Return a network namespace's name, or its number, or "" if it is unknown."""
     number = tunnel["netns"]
     return "" if number is None else names.get(number, str(number))
+
+
+def _elsewhere(tunnels: list[Tunnel]) -> list[str]:
+    """Return the network namespace of each tunnel; "" for this one, or an unknown one."""
+    names, ours = _netns_names(), _inode(OWN_NETNS)
+    return ["" if tunnel["netns"] == ours else _netns(tunnel, names) for tunnel in tunnels]
 
 
 def _netns_names() -> dict[int, str]:

@@ -24,16 +24,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import logging
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ttun.errors import TtunError
+from ttun.errors import TtunError, reason
 from ttun.network import netlink
 from ttun.network.netlink import Netlink, Request, attribute
-from ttun.privileges import MAX_ID
+from ttun.privileges import MAX_ID, NET_ADMIN, has
 from ttun.settings import Address, Network
+
+log = logging.getLogger("ttun")
 
 # A table's number has to fit a byte (netlink.ROUTE). protocol: who made a rule, for `ip rule`.
 TABLE = PROTOCOL = 203
@@ -78,6 +81,15 @@ def remove(index: int) -> None:
                     pass
         _, _, body = netlink.new_route(0, IPV6, TABLE)
         _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
+
+
+def release(index: int) -> None:
+    """Remove the rules if this process may; without privileges somebody else has to."""
+    if has(NET_ADMIN):
+        try:
+            remove(index)
+        except OSError as error:
+            log.warning("cannot remove the rules of the default route: %s", reason(error))
 
 
 def why_dropped(address: Address, outside: int, tunnel: int) -> str | None:

@@ -6,8 +6,8 @@
     restored automatically.
  3. A connection whose local address was removed is dead: ``lost_local`` says so (roaming.py).
 
-The endpoint's thread calls look() when the descriptor is readable, when ``due`` has passed, and
-once a second. No call blocks.
+The endpoint's thread calls look() when the descriptor is readable, when ``due`` has passed (which
+a call may change), and once a second. No call blocks.
 """
 
 from __future__ import annotations
