@@ -42,11 +42,11 @@ SETTLED = 0.02  # seconds: a screen that changes sooner than that is not drawn
 LONGEST = 600  # seconds that a command may run
 LOAD = "sleep 2; {0} flood 10.1.1.1 5001 1 6; sleep 2; {0} drain 10.1.1.1 5001 1 9"
 WIDTH, HEIGHT, MARGIN = 7.83, 19, 14  # of a character, of a line, around everything: pixels
-STYLES = {"1": "bold", "31": "red", "32": "green", "33": "yellow"}  # by SGR parameter
+STYLES = {"1": "bold", "31": "red", "32": "green", "35": "magenta"}  # by SGR parameter
 STYLE = """
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   fill: #d6dde6; white-space: pre } .typed { fill: #7ee2a8 } .typed, .bold { font-weight: 600 }
-.red { fill: #ff8f87 } .green { fill: #7ee2a8 } .yellow { fill: #f0c869 }
+.red { fill: #ff8f87 } .green { fill: #7ee2a8 } .magenta { fill: #e0a8ff }
 .past { visibility: hidden }
 @keyframes wait { from, to { visibility: hidden } }
 @keyframes show { from, to { visibility: visible } }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -16,10 +17,11 @@ from tunnel import CLIENT, ROOT, SERVER, Bench
 
 import ttun
 from ttun.cipher import CIPHERS
+from ttun.commands import answer
 from ttun.settings import MAX_MTU
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
-AS_SERVER, IN_ASYNCIO, OVER_A_SOCKETPAIR = PROGRAMS
+AS_SERVER, IN_ASYNCIO, OVER_A_SOCKETPAIR, AS_JSON = PROGRAMS
 MYPY = shutil.which("mypy", path=str(Path(sys.executable).parent))
 
 
@@ -55,6 +57,16 @@ def test_a_server_and_a_client_in_asyncio(plain: Bench) -> None:
 def test_over_a_socketpair(plain: Bench) -> None:
     said = plain.run(SERVER, sys.executable, "-c", OVER_A_SOCKETPAIR)
     assert said == "connected to the client over a socket\n"
+
+
+def test_its_status_as_json_is_that_of_ttun_show() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AS_JSON], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    status = json.loads(done.stdout)
+    assert status.keys() == answer.FIELDS.keys() - {"format", "pid", "netns"}
+    assert status["role"] == "server" and status["peer"] is None
+    assert status["totals"]["uplink_bytes"] == 0, "an object, as the page of the status has it"
 
 
 @pytest.mark.hosts

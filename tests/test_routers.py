@@ -1,5 +1,5 @@
 """What docs/routers.md advises, as written there: the nftables rules lower the MSS both ways, two
-LANs reach each other, and the packages of Python are enough.
+LANs reach each other, behind the firewall of the page too, and the packages of Python are enough.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from ttun.lab import netns, traffic
 from ttun.lab.netns import LinkEnd, Namespaces
 
 DOC = (ROOT / "docs" / "routers.md").read_text()
-RULES = re.search(r"```nft\n(.*?)```", DOC, re.DOTALL)[1]
+FIREWALL, RULES = re.findall(r"```nft\n(.*?)```", DOC, re.DOTALL)
+ALSO_TO_THE_ROUTER, MASQUERADE = re.findall(r"^\| .* \| to .*?: `(.*)` \|$", DOC, re.MULTILINE)
 SYSCTL = re.search(r"```sysctl\n(.*?)```", DOC, re.DOTALL)[1]
 SITES = re.findall(
     r"^# .* on the (\w+), whose LAN is (\S+)\.0/24\nOPTIONS=(.*)$", DOC, re.MULTILINE
@@ -143,21 +145,82 @@ def forward_as_written() -> None:
         Path("/proc/sys", *name.split(".")).write_text(value)
 
 
-@pytest.mark.hosts
-def test_two_lans_reach_each_other_as_the_page_says(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def two_lans(directory: Path) -> Iterator[TwoLans]:
+    """Both routers, with the options of the page."""
     with TwoLans() as hosts, contextlib.ExitStack() as running:
         for role, _, options in SITES:
             here = options.replace("vpn.example.net", SERVER_ADDRESS).split()
             command = [role, "-k", "secret", *here]
-            end = End(hosts, f"router_{role}", command, tmp_path / f"{role}.log")
+            end = End(hosts, f"router_{role}", command, directory / f"{role}.log")
             running.callback(end.kill)
-        for (role, _, _), (_, other, _) in zip(SITES, reversed(SITES)):
-            lan = hosts.names[f"lan_{role}"]
+        yield hosts
 
-            def answered(lan: str = lan, address: str = f"{other}.2") -> bool:
-                return in_namespace(lan, lambda: traffic.ping(address, 1, 0)) != [None]
 
-            eventually(answered, f"a ping from the LAN of the {role} to the other one")
+def answers(host: str, address: str) -> bool:
+    return in_namespace(host, lambda: traffic.ping(address, 1, 0)) != [None]
+
+
+def reach_each_other(hosts: TwoLans) -> None:
+    for (role, _, _), (_, other, _) in zip(SITES, reversed(SITES)):
+        lan, there = hosts.names[f"lan_{role}"], f"{other}.2"
+        eventually(lambda: answers(lan, there), f"a ping from the LAN of the {role}")  # noqa: B023
+
+
+@pytest.mark.hosts
+def test_two_lans_reach_each_other_as_the_page_says(tmp_path: Path) -> None:
+    with two_lans(tmp_path) as hosts:
+        reach_each_other(hosts)
+
+
+def connects(host: str, address: str) -> bool:
+    """Whether a program on a host gets through to port 5005 of an address."""
+
+    def connect() -> bool:
+        with contextlib.suppress(TimeoutError), socket.create_connection((address, 5005), 2):
+            return True
+        return False
+
+    return in_namespace(host, connect)
+
+
+@pytest.mark.hosts
+@pytest.mark.nft
+def test_behind_the_firewall_of_the_page_the_lans_are_joined_and_the_router_is_not_open(
+    tmp_path: Path,
+) -> None:
+    (own, other) = [lan for _, lan, _ in SITES]
+    with two_lans(tmp_path) as hosts:
+        router, far_router = (hosts.names[f"router_{role}"] for role, _, _ in SITES)
+        near, far = (hosts.names[f"lan_{role}"] for role, _, _ in SITES)
+
+        def firewall(host: str, rules: str) -> None:
+            load = ["ip", "netns", "exec", host, "nft", "-f", "-"]
+            subprocess.run(load, input=rules, text=True, check=True)
+
+        for host in (router, far_router):
+            firewall(host, FIREWALL + RULES)
+        reach_each_other(hosts)
+        listeners = [
+            in_namespace(host, lambda: socket.create_server(("", 5005)))
+            for host in (router, near, far)
+        ]
+        try:
+            assert connects(near, f"{own}.1"), "from its own LAN"
+            assert connects(far, f"{own}.2"), "from the other LAN to a host in this one"
+            assert not connects(far, f"{own}.1"), "from the other LAN to the router itself"
+            assert not connects(far_router, SERVER_ADDRESS), "from outside"
+            wider = FIREWALL.replace("tcp dport 22 ", f"{ALSO_TO_THE_ROUTER}\n tcp dport 22 ", 1)
+            firewall(router, wider)
+            assert connects(far, f"{own}.1"), "once the line of the page is there"
+            assert not connects(far_router, SERVER_ADDRESS)
+            netns.ip("-n", far_router, "route", "del", f"{own}.0/24", "dev", "ttun0")
+            assert not connects(near, f"{other}.2"), "the other end has no route back"
+            firewall(router, FIREWALL.rstrip().rstrip("}") + MASQUERADE + "\n}\n")
+            assert connects(near, f"{other}.2")
+        finally:
+            for listener in listeners:
+                listener.close()
 
 
 WITHOUT_CTYPES = """

@@ -110,8 +110,8 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
 ) -> None:
     """As another user, with CAP_NET_ADMIN alone, and the key where systemd puts it.
 
-    The key's file shows a group's right, as it does where systemd gives the service its own by an
-    access control list. Capabilities belong to a thread: every one of them is looked at, with a
+    The key's file shows a group's permission, as it does where systemd gives the service access by
+    an access control list. Capabilities belong to a thread: every one of them is looked at, with a
     session and without. directory: what systemd makes of RuntimeDirectory=, as the units have it
     and as earlier ones had.
     """

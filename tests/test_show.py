@@ -175,7 +175,7 @@ def test_a_terminal_wraps_what_is_wider_and_colors_states(place: Place) -> None:
     place.answer("a.sock", line(peer=peer, missing=missing))
     place.answer("b.sock", line(peer=None, device="ttun1"))
     text = on_a_terminal(place)
-    for state in ("\033[32m  connected\033[0m: ", "\033[33m  not connected\033[0m\n",
+    for state in ("\033[32m  connected\033[0m: ", "\033[35m  not connected\033[0m\n",
                   "\033[31m  device\033[0m: route 203.0.0.0/24 missing"):  # fmt: skip
         assert state in text
     lines = uncolored(text).splitlines()

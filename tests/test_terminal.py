@@ -49,6 +49,17 @@ def test_help_shows_the_form_of_an_option_that_users_type() -> None:
     assert not any(line.startswith("  -mtu") for line in lines), "accepted, and not advertised"
 
 
+def test_an_error_is_one_line_and_a_terminal_gets_it_broken_between_words() -> None:
+    command = [*PROGRAM, "server", "-k", "a key", "--dev", "a b"]
+    piped = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False).stderr
+    assert piped.count("\n") == 1
+    assert len(piped) > 160
+    shown = written(["sh", "-c", 'exec "$@" 2>&1', "sh", *command], 80)
+    assert [line[-1:].isspace() for line in shown.splitlines()] == [False] * 3
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split() == piped.split()
+
+
 def can_wrap(line: str) -> bool:
     """Return whether a line is neither one long word nor has a path, which may be long."""
     return len(line.split()) > 1 and "/" not in line

@@ -123,7 +123,7 @@ def test_what_was_asked_for_waits_for_a_server_that_starts_afresh(server: Server
 
 
 def test_what_comes_before_toxcore_tells_of_the_server_is_heard(server: Server) -> None:
-    """Its HELLO: else this client takes it for the original, and the end of its input ends all."""
+    """Its HELLO: else this client takes it for Tuntox, and the end of its input ends all."""
     (friend,) = on_loop(server.client.loop, server.client.loop.tox.friends)
     hello = server.mux.control.popleft()
     on_loop(server.client.loop, lambda: server.client.on_event(FriendPacket(friend, hello)))

@@ -71,7 +71,7 @@ def test_secrets_that_others_can_read_are_not_used(names: Path) -> None:
 
 
 def test_the_names_of_tuntox_come_behind_ours(names: Path, tmp_path: Path) -> None:
-    """Also where there are none of ours. Its file is that of its script tokssh."""
+    """Also where ttun has none. The file is that of Tuntox's script tokssh."""
     other = KEY + "00000000" + "F578"
     address = bytes.fromhex(other)
     theirs = tmp_path / "home" / ".tuntox" / "hosts"

@@ -33,7 +33,7 @@ def test_without_anything_it_is_a_server_as_tuntox_is() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [  # of the original's README and FAQ
+    [  # of Tuntox's README and FAQ
         "",
         "-C /path/to/the/config/directory/",
         "-z",

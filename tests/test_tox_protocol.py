@@ -58,7 +58,7 @@ def carry(source: Multiplexer, target: Multiplexer) -> list[Event]:
 
 
 def pair() -> tuple[Multiplexer, Multiplexer]:
-    """A client and a server of ours that know each other."""
+    """A ttun client and a ttun server that have exchanged their HELLO."""
     client, server = mux(server=False), mux(server=True, first_id=7000)
     carry(client, server)
     carry(server, client)
@@ -295,7 +295,7 @@ def test_the_original_has_a_bounded_buffer() -> None:
 
 
 def test_a_forward_id_twice_opens_two_tunnels_one_after_the_other() -> None:
-    """The original client uses the id of a -L again for its next connection."""
+    """Tuntox's client uses the id of a -L again for its next connection."""
     server = mux(server=True)
     original(server)
     request = pack(REQUESTTUNNEL, 22, b"\0\0\0\1host")

@@ -134,8 +134,7 @@ def _describe(error: OSError) -> str:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    with contextlib.suppress(OSError):
-        print(f"ttun: {printable(message)}", file=sys.stderr)
+    standard_streams.tell(f"ttun: {printable(message)}")
     return code
 
 

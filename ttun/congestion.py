@@ -131,7 +131,7 @@ class Choice:
             log.warning("cannot use congestion control %s (see ttun doctor)", why)
         self._lacking = why
         if (stats := tcp_stats(sock)) is not None:
-            rtt = "" if stats.min_rtt is None else f", round trip {1000 * stats.min_rtt:.1f} ms"
+            rtt = "" if stats.min_rtt is None else f", round trip {1000 * stats.min_rtt:.2f} ms"
             log.info("congestion control %s%s", stats.control, rtt)
 
 

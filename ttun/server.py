@@ -126,7 +126,7 @@ class Server(Endpoint):
                 self._authenticated(peer, "; another client can take over")
                 self._carry(peer)
                 continue
-            others = "" if self._listener.single else "; other clients wait until it disconnects"
+            others = "" if self._listener.single else "; other clients wait"
             self._authenticated(peer, others)
             self._pending.hold()
             try:

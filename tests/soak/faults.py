@@ -1,20 +1,18 @@
-"""A host of faults: a tunnel under traffic, and one thing after another that goes wrong.
+"""Fault injection: a tunnel under traffic meets one fault after another.
 
     python tests/soak/faults.py SECONDS SEED WIRE        make faults SECONDS=600 SEED=1 WIRE=x1
 
-1. Both ends run on two hosts, with checked datagrams both ways all the while.
-2. Faults come in an order, and with durations, that the seed decides: all kinds, then all again.
-3. After each repair the tunnel has to be back within 20 s and the time that it takes to notice.
-   That is the length of an outage once more, as TCP doubles the time between its attempts, or 40 s
-   where a peer has vanished.
-4. No datagram may arrive changed; a transfer after each fault has to arrive whole.
-5. An end that lived through it has as many descriptors and threads as before, and no more memory.
-6. In the end each host has one device, and when both ends have stopped, none.
+1. Both ends run on two hosts, with checked datagrams in both directions throughout.
+2. The seed determines the order and duration of the faults: all kinds, then all again.
+3. After each repair the tunnel must be back within 20 s plus the detection time: the length of the
+   outage (TCP doubles the time between two retransmissions), or 40 s where a peer has vanished.
+4. No datagram may arrive modified. A transfer after each fault must arrive intact.
+5. An end that survives has as many descriptors and threads as before, and no more memory.
+6. At the end each host has one device, and once both ends have stopped, none.
 
-There is no netem here, so loss and resets are rules of nftables, and corruption is one that
-rewrites a byte of the payload on its way in: on a veth pair no checksum of TCP stands in its way,
-so what refuses it is the tag of the frame. The clock that jumps is that of both ends alone:
-clock.c.
+netem is not needed: loss and resets are nftables rules, and corruption is a rule that rewrites a
+byte of the payload on input. A veth pair does not verify TCP checksums, so the tag of the frame
+has to detect it. Clock jumps affect both ends only (clock.c).
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ from ttun.lab import netns
 BACK = (
     20.0  # seconds after the repair; up to 5 are usual, as a client waits up to 4 before it dials
 )
-VANISHED = 40.0  # seconds until both ends know that the other one is gone
+VANISHED = 40.0  # seconds until both ends have detected that the other one vanished
 GROWTH = 8192  # KiB of memory that an end may gain
 FLOOD = [sys.executable, str(ROOT / "tests/helpers/flood.py")]
 
@@ -94,7 +92,7 @@ class Datagrams:
 
 
 class World:
-    """Both ends, what goes wrong with them, and what has to hold all the while."""
+    """Both ends, the faults, and the checks."""
 
     def __init__(self, bench: Bench, seed: int) -> None:
         self.bench = bench
@@ -161,7 +159,7 @@ class World:
         return 0
 
     def clock_jump(self) -> float:
-        """The wall clocks of both ends are set, by a day or by years; sessions go on meanwhile."""
+        """Set the wall clocks of both ends by a day or by years, during a session."""
         self.set_clock(self.rng.choice([-(10**8), -86400, 0, 86400, 10**8]))
         self.reset()  # a session ends and begins at that time
         return 0
@@ -178,7 +176,7 @@ class World:
         return pause
 
     def full_disk(self) -> float:
-        """Of the logs; a session ends and begins meanwhile, so that there is something to log."""
+        """Fill the disk of the logs. A session ends and begins meanwhile, to log something."""
         filler = self.bench.directory / "filler"
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(1000)) == 1000:
@@ -190,7 +188,7 @@ class World:
         return 0
 
     def memory_pressure(self) -> float:
-        """Both ends may have what they have and little more, while a session ends and begins."""
+        """Limit both ends to little more memory than they have, while a session ends and begins."""
         group = make_memory_group()
         if group is None:
             return 0
@@ -216,7 +214,7 @@ class World:
         return 0
 
     def storm(self) -> float:
-        """A crowd of connections, and the session ends in the middle of it."""
+        """Open many connections; the session ends meanwhile."""
         storm = self.bench.pair.start(
             CLIENT,
             [*FLOOD, "hold", SERVER_ADDRESS, "20203", "300", "200", "0.0.0.0"],
@@ -231,7 +229,7 @@ class World:
         return 0
 
     def address_change(self) -> float:
-        """The client's host gets another address, and the old connection is worth nothing."""
+        """Give the client's host another address: the old connection is dead."""
         name = self.bench.pair.names[CLIENT]
         shown = netns.ip("-n", name, "-4", "-o", "address", "show", "dev", "vclient")
         new = "192.0.2.2" if "192.0.2.3/" in shown else "192.0.2.3"
@@ -244,7 +242,7 @@ class World:
 
     @contextlib.contextmanager
     def rule(self, rule: str, host: str = SERVER) -> Iterator[None]:
-        """A rule of nftables for what comes in on a host, for a while."""
+        """Apply an nftables rule to the input of a host for some time."""
         table = f"table inet faults{self.rng.randrange(10**9)}"
         chain = "{ type filter hook input priority 0; }"
         script = f"add {table}; add chain {table[6:]} in {chain}; add rule {table[6:]} in {rule}"
@@ -255,7 +253,7 @@ class World:
             self.bench.run(host, "nft", f"delete {table}")
 
     def await_back(self, fault: str, since: float, notice: float) -> None:
-        """Wait until pings go both ways; no longer than they may take."""
+        """Wait until pings are answered in both directions, within the limit."""
         for host in (CLIENT, SERVER):
             left = since + BACK + notice - time.monotonic()
             try:
@@ -269,7 +267,7 @@ class World:
         self.slowest[fault] = max(took, self.slowest.get(fault, 0))
 
     def check(self) -> None:
-        """Assert all that has to hold when the tunnel is back."""
+        """Check what must hold once the tunnel is back."""
         assert sum(flow.wrong for flow in self.traffic) == 0, "a datagram arrived changed"
         size = str(self.rng.randrange(1 << 20))
         assert self.bench.traffic(CLIENT, "send", TUNNEL4[SERVER], "5001", size)["whole"]
@@ -285,7 +283,7 @@ class World:
             assert grown < GROWTH, f"{host}: {grown} KiB more memory"
 
     def run(self, seconds: float, patient: bool) -> None:
-        """Let things go wrong for so long. patient: also what takes 40 s to be noticed."""
+        """Inject faults for so long. patient: also those that take 40 s to detect."""
         kinds: list[Callable[[], float]] = [
             self.kill, self.link_down, self.total_loss, self.corruption, self.reset,
             self.clock_jump, self.stop_and_continue, self.full_disk, self.memory_pressure,
@@ -305,7 +303,7 @@ class World:
                 self.done += 1
 
     def close(self) -> None:
-        """End the traffic and both ends, and look for what they left."""
+        """Stop the traffic and both ends, and check what they left behind."""
         for flow in self.traffic:
             flow.close()
         for end in self.ends.values():
@@ -317,7 +315,7 @@ class World:
             assert "internal error" not in end.log()
 
     def report(self) -> str:
-        """What happened, for a person."""
+        """Return what happened, for a reader."""
         arrived = sum(flow.arrived for flow in self.traffic)
         for end in self.bench.ends:
             for reason in re.findall(r"disconnected after \d+ s: (.*?);", end.log()):
@@ -332,7 +330,7 @@ class World:
 
 
 def make_memory_group() -> Path | None:
-    """Return a memory control group of our own (cgroups v1), or None where there is none."""
+    """Return a new memory control group (cgroups v1), or None if that is not possible."""
     group = Path(f"/sys/fs/cgroup/memory/ttun-faults-{os.getpid()}")
     try:
         group.mkdir()
@@ -342,7 +340,7 @@ def make_memory_group() -> Path | None:
 
 
 def removed(group: Path) -> bool:
-    """Remove a control group; whether that went, as a killed process takes a moment to leave it."""
+    """Try to remove a control group; return whether that worked: a killed process leaves late."""
     with contextlib.suppress(OSError):
         group.rmdir()
         return True
@@ -350,7 +348,7 @@ def removed(group: Path) -> bool:
 
 
 def faults(seconds: float, seed: int, wire: str) -> str:
-    """Run them and return the report. AssertionError says what did not hold."""
+    """Run the faults and return the report. Raises AssertionError with what did not hold."""
     if not shutil.which("nft"):
         raise SystemExit("faults need nft: apt install nftables")
     with tempfile.TemporaryDirectory(prefix="ttun-faults-") as name, netns.Hosts() as pair:

@@ -1,14 +1,14 @@
-"""Connections through Tox, opened and dropped at random, and what they leave behind.
+"""Random connections through Tox, and checks for leaks.
 
     python tests/soak/toxsoak.py SECONDS SEED        make soak SECONDS=1200 SEED=1
 
-1. Both ends run on two hosts. Eight programs connect again and again: through a forward, to a
-   port where nobody listens, through SOCKS5. The seed decides how each goes: a whole echo, a cut,
-   a reset, a slow reader, a conversation given up half-way; and what the target does: echo, stall,
-   reset.
-2. No byte that comes back may be a wrong one.
-3. Descriptors, threads and memory of both ends are shown once a minute.
-4. In the end both have as many descriptors and threads as before, no tunnel and no connection, and
+1. Both ends run on two hosts. Eight programs connect repeatedly: through a forward, to a closed
+   port, through SOCKS5. The seed determines how each connection ends (a complete echo, a truncated
+   one, a reset, a slow reader, an abandoned negotiation) and what the target does (echo, stall,
+   reset).
+2. Every byte that comes back must be correct.
+3. Print descriptors, threads and memory of both ends once a minute.
+4. At the end both have as many descriptors and threads as before, no tunnel and no connection, and
    no more memory than after the first tenth of the time.
 """
 

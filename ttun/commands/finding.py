@@ -12,7 +12,7 @@ WARN = "warn"  # a tunnel runs, with a limitation
 FAIL = "FAIL"  # no tunnel runs
 SKIP = "skip"  # could not be checked
 UNREACHED = "no tunnel to this server"  # an effect
-COLORS = {OK: "green", WARN: "yellow", FAIL: "red", SKIP: "bold"}
+COLORS = {OK: "green", WARN: "magenta", FAIL: "red", SKIP: "bold"}
 
 
 @dataclass(frozen=True)

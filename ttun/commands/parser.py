@@ -27,7 +27,7 @@ from ttun.version import __version__
 
 EXAMPLES = """\
 examples:
-  sudo ttun server                  print the client's command, wait for it
+  sudo ttun server                  print the client's command and wait
   sudo ttun client -k KEY -s HOST   connect; then ping 10.1.1.1
 
 ttun COMMAND -h lists the options of a command."""
@@ -154,7 +154,7 @@ def build_parser(extend: Callable[[Parser, Parser], None] | None = None) -> Pars
         help="server to check: does it answer, and the path MTU",
     )
     # Its options are tuntox's own, in a parser of its own: see run_tox.
-    add_command(commands, "tox", "forward ports through the Tox network, as tuntox does")
+    add_command(commands, "tox", "forward ports through the Tox network, as Tuntox does")
     return parser
 
 
@@ -187,8 +187,8 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         "-m",
         "--cipher",
         metavar="CIPHER",
-        help="use only this cipher: aegis-256, aes-256-gcm or chacha20-poly1305 (default: the best "
-        "of both)",
+        help="use only this cipher: aegis-256, aes-256-gcm or chacha20-poly1305 (default: best of "
+        "both)",
     )
     command.add_argument(
         "-wire",
@@ -228,7 +228,7 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         "--congestion-control",
         default=Settings.congestion_control,
         metavar="NAME",
-        help="such as bbr; system: unchanged (default: auto)",
+        help="congestion control, such as bbr; system: the system's (default: auto)",
     )
     command.add_argument(
         "--buffers",
@@ -251,8 +251,9 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
         action="append",
         default=[],
         metavar="NET/LENGTH",
-        help="network to route into the tunnel (repeatable)"
-        + ("" if ours is SERVER else "; default: all traffic except the LAN's"),
+        help="network to route into the tunnel"
+        + ("" if ours is SERVER else ", or default: all but the LAN")
+        + " (repeatable)",
     )
     for name, when in (("up", "connects"), ("down", "disconnects")):
         command.add_argument(
@@ -276,7 +277,7 @@ def _tunnel_options(command: Parser, ours: Addresses, peers: Addresses) -> None:
     command.add_argument(
         "--hook-user",
         metavar="NAME",
-        help="run --up and --down as this user (default: as --user)",
+        help="run --up and --down as this user (default: --user)",
     )
     command.add_argument(
         "-user",

@@ -25,6 +25,7 @@ from ttun.commands import prometheus, query, runtime
 from ttun.commands.answer import Tunnel
 from ttun.commands.terminal import colored, height, is_terminal, width, wrapped
 from ttun.errors import TtunError, printable
+from ttun.process import standard_streams
 from ttun.record import DROPPED, size
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -32,10 +33,10 @@ GRAPH_WIDTH = 60  # samples, one a second
 CLEAR = "\033[H\033[J"
 COLORS = {
     "  connected": "green",
-    "  not connected": "yellow",
+    "  not connected": "magenta",
     "  device": "red",
-    "  dropped": "yellow",
-    "  failed attempts": "yellow",
+    "  dropped": "magenta",
+    "  failed attempts": "magenta",
 }
 MOST_LINES = 10  # about what was skipped
 LAST_RESORT = 10  # seconds
@@ -123,7 +124,7 @@ def _last_resort(message: str) -> Iterator[None]:
 def _tell(lines: list[str]) -> None:
     more = len(lines) - MOST_LINES
     for line in lines[:MOST_LINES] + ([f"and {more} more"] if more > 0 else []):
-        print(f"ttun: {line}", file=sys.stderr)
+        standard_streams.tell(f"ttun: {line}")
 
 
 def describe_all(tunnels: list[Tunnel]) -> list[list[str]]:
@@ -302,7 +303,7 @@ def _screen(tunnels: list[Tunnel], rates: list[_Rates]) -> list[str]:
     for tunnel, text, rate in zip(tunnels, described, rates):
         peer = tunnel["peer"]
         head = wrapped(f"{text[0]}, {printable(peer) if peer else 'not connected'}", 0, cut=True)[0]
-        color = "red" if tunnel["missing"] else "green" if peer else "yellow"
+        color = "red" if tunnel["missing"] else "green" if peer else "magenta"
         lines += [colored(head, color), "".join(rate.lines(columns // 2))]
     if len(lines) > room:
         shown = max(0, (room - 1) // 2)

@@ -11,7 +11,8 @@ import sys
 import textwrap
 
 WIDE = "\u1100"  # from here on characters may take two columns (UAX #11)
-COLORS = {"red": 31, "green": 32, "yellow": 33, "bold": 1}  # parameters of SGR
+# Parameters of SGR. No yellow: it cannot be read on white.
+COLORS = {"red": 31, "green": 32, "magenta": 35, "bold": 1}
 
 
 def width() -> int:

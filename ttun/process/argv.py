@@ -7,7 +7,6 @@ KEY``. So errors name options and not values.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import re
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ttun.errors import printable
+from ttun.process import standard_streams
 
 SECRETS = ("-k", "--psk", "--proxy")  # options whose value is a key, or may have a password
 LIKE = 3  # letters after one dash from which on they are an abbreviated option
@@ -58,8 +58,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and where help is, and exit with code 2."""
         message = re.sub("ignored explicit argument .*", "takes no value", message, flags=re.DOTALL)
-        with contextlib.suppress(OSError):
-            print(f"{self.prog}: {printable(message)}; see {self.prog} -h", file=sys.stderr)
+        standard_streams.tell(f"{self.prog}: {printable(message)}; see {self.prog} -h")
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import sys
+import textwrap
 
 
 def open_missing() -> None:
@@ -46,6 +47,15 @@ def open_nowhere(number: int) -> None:
         os.dup2(ours, number)
         os.close(ours)
     os.set_inheritable(number, True)
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr; a terminal gets it broken between words. Ignore what stderr lacks."""
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            columns = os.get_terminal_size(2).columns or 80
+            line = textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+        print(line, file=sys.stderr)
 
 
 def forget_unwritten() -> None:

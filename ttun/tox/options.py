@@ -144,7 +144,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "-U", dest="user", metavar="USER",
         help="switch to this user after opening the local ports (default: no change)",
     )  # fmt: skip
-    add("-V", action="version", version=f"ttun {__version__}")
+    add("-V", action="version", version=f"ttun {__version__}", help="show the version and exit")
     return parser
 
 
