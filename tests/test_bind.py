@@ -53,6 +53,7 @@ def change(bench: Bench, what: str, address: str) -> None:
         ("[2001:db8::7]", socket.AF_INET6, None),
         ("fe80::1%eth0", socket.AF_INET6, None),
         ("%eth1", None, b"eth1"),
+        ("%\udcff", None, b"\xff"),
     ],
 )
 def test_an_address_leaves_one_family_and_a_device_both(

@@ -110,6 +110,8 @@ def test_too_many_given_sockets_stay_the_callers() -> None:
         ("routes", ["192.0.2.0/24"], "a route must be IPv4Network or IPv6Network, not str"),
         ("limits", 60, "limits must be Limits, not int"),
         ("limits", ttun.Limits(seconds=121), "must be above 0 and at most 120 seconds"),
+        ("limits", ttun.Limits("60"), "a limit must be int or float, not str"),  # type: ignore[arg-type]
+        ("limits", ttun.Limits(bytes=0), "a limit of 0 bytes must be above 0"),
         ("listen", 20203, "listen must be str or Listener, not int"),
         ("takeover", None, "takeover must be bool, not NoneType"),
         ("on_connected", "echo", "a callback must be callable, not str"),

@@ -17,7 +17,7 @@ import pytest
 from impostor import Place, line, made
 from tunnel import eventually, libc
 
-from ttun.commands import answer, prometheus, show
+from ttun.commands import answer, prometheus, query, runtime, show
 from ttun.commands.answer import Malformed, parse
 from ttun.errors import printable
 
@@ -233,6 +233,23 @@ def test_one_full_directory_does_not_hide_another(place: Place) -> None:
 
     err = eventually(found, "the other one", 120)
     assert err.count("\n") <= 12 and "more than 1024 entries" in err
+
+
+def test_neither_many_directories_nor_many_sockets_hide_another(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pause stands for a directory with many entries, and for a busy machine."""
+    looked, connected = runtime.entries, runtime.connect
+    monkeypatch.setattr(runtime, "entries", lambda *each: time.sleep(0.05) or looked(*each))
+    monkeypatch.setattr(runtime, "connect", lambda *each: time.sleep(0.01) or connected(*each))
+    for number in range(100):
+        (place.directory / str(number)).mkdir()
+        for other in range(10):
+            (place.directory / str(number) / f"{other}.sock").touch()
+    place.answer("ttun7.1.sock", line(device="ttun7"))
+    answers = query.ask([place.directory])
+    assert [tunnel["device"] for tunnel in answers.tunnels] == ["ttun7"]
+    assert f"directories in {place.directory}: too many entries" in answers.skipped[0]
 
 
 def test_what_is_no_socket_is_not_opened_and_no_link_is_followed(place: Place) -> None:

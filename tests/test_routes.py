@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -198,3 +199,28 @@ def test_bytes_that_are_no_device_name_are_one_line_and_exit_code_2(name: bytes)
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1 and b"is not a valid device name" in done.stderr
+
+
+@pytest.mark.hosts
+def test_a_device_of_any_name_is_no_trouble(plain: Bench) -> None:
+    """Kernel tables show names as they are: bytes that are no UTF-8, or a blank to Python."""
+    host = plain.pair.names[SERVER]
+    names = [os.fsdecode(each) for each in (b"a\x1cb", b"c\xe2\x80\x83d", b"\xff\x1b[1m")]
+    for number, name in enumerate(names):
+        netns.ip("-n", host, "tuntap", "add", "dev", name, "mode", "tun")
+        netns.ip("-n", host, "link", "set", name, "up")
+        netns.ip("-n", host, "address", "add", f"203.0.113.{number}/24", "dev", name)
+        netns.ip("-n", host, "route", "add", "10.1.1.3/32", "dev", name, "metric", str(number))
+    try:
+        server = plain.server("--dev", "tün0")
+        plain.client("--dev", "tün0")
+        plain.answers()
+        assert r"10.1.1.0/30 is also routed through \xff\x1b[1m" in server.log()
+        assert "\x1b" not in server.log()
+        assert server.status()["device"] == "tün0"
+        report = plain.run(SERVER, *PROGRAM, "doctor")
+        assert r"\xff\x1b[1m" in report and "\x1b" not in report
+        server.stop()
+    finally:
+        for name in names:
+            netns.ip("-n", host, "tuntap", "del", "dev", name, "mode", "tun")

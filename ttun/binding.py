@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 
 from ttun.errors import UsageError, reason
@@ -25,7 +26,7 @@ class Binding:
     def __init__(self, text: str) -> None:
         """Read ADDRESS or %DEVICE. Raises UsageError."""
         self._text = text
-        self.device = text[1:].encode() if text.startswith("%") else None
+        self.device = os.fsencode(text[1:]) if text.startswith("%") else None
         self.family: int | None = None
         if self.device is None:
             self._host = text[1:-1] if text.startswith("[") and text.endswith("]") else text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import os
 import threading
 import time
 from typing import Callable, ClassVar, TypeVar
@@ -36,6 +37,7 @@ class Lifecycle(abc.ABC):
         except OSError as error:
             raise TtunError(f"cannot start: {error.strerror}") from None
         self._taken: dict[str, list[int]] = {}  # step of the life cycle: the thread that took it
+        self._process = os.getpid()  # that took the last step
         self._is_open = False
         self._runner: int | None = None  # its thread
         self._error: TtunError | None = None
@@ -85,7 +87,12 @@ class Lifecycle(abc.ABC):
         self.stop()
 
     def stop(self) -> None:
-        """Stop the session and the endpoint; return when both have ended, within a second."""
+        """Stop the session and the endpoint; return when both have ended, within a second.
+
+        No effect in a forked child: the tunnel is its parent's.
+        """
+        if self._process != os.getpid():
+            return
         self._stop.set()
         if self._take("open") or (self._is_open and self._take("start")):
             self._finish()  # not running: no thread does it
@@ -95,8 +102,10 @@ class Lifecycle(abc.ABC):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the endpoint to stop, at most timeout seconds; return whether it has.
 
-        Raises TtunError if it stopped because of an error.
+        Raises TtunError if it stopped because of an error, or in a callback without a timeout.
         """
+        if timeout is None and self._runner == threading.get_ident():
+            raise TtunError("wait() in a callback would wait for itself")
         over = self._over.wait(timeout)
         if over and self._error is not None:
             raise self._error
@@ -156,7 +165,10 @@ class Lifecycle(abc.ABC):
     def _take(self, step: str) -> bool:
         """Return whether this call is the first to take a step; atomic without a lock."""
         mine = [threading.get_ident()]
-        return self._taken.setdefault(step, mine) is mine
+        if self._taken.setdefault(step, mine) is not mine:
+            return False
+        self._process = os.getpid()
+        return True
 
     def _depends_on_this_thread(self) -> bool:
         """Return whether waiting here for the endpoint to stop would deadlock.

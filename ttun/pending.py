@@ -159,6 +159,8 @@ class Pending:
                 keys = self._advance(self._half_open[descriptor], what)
                 if keys is not None:
                     return keys
+            elif descriptor == self._stop.fileno():
+                self._stop.set()  # by another process, with which a fork shares it
             elif what & GONE:
                 self.unwatch(descriptor)  # report it once; its owner checks it
         if accept and not self._stop.is_set():

@@ -26,6 +26,13 @@ MAX_KEYS = 4  # of a server: a stranger's first frame is tried with each
 MAX_KEY_LIFE = 120.0  # seconds; a server ends an x1 session after twice as much
 
 
+def check_type(name: str, value: Any, *kinds: type) -> None:
+    """Raise UsageError, without showing the value, if it has none of these types."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UsageError(f"{name} must be {wanted}, not {type(value).__name__}")
+
+
 @dataclass(frozen=True)
 class Limits:
     """When to rekey, counted from the first packet under a key: whichever comes first."""
@@ -65,6 +72,13 @@ class Addresses:
     ipv6: ipaddress.IPv6Interface
     peer4: ipaddress.IPv4Address | None = None
     peer6: ipaddress.IPv6Address | None = None
+
+    def __post_init__(self) -> None:
+        """Check the types. Raises UsageError."""
+        check_type("ipv4", self.ipv4, ipaddress.IPv4Interface)
+        check_type("ipv6", self.ipv6, ipaddress.IPv6Interface)
+        check_type("peer4", self.peer4, ipaddress.IPv4Address, type(None))
+        check_type("peer6", self.peer6, ipaddress.IPv6Address, type(None))
 
     @classmethod
     def parse(
@@ -154,6 +168,10 @@ class Settings:
             raise UsageError(f"MTU {self.mtu} is out of range ({MIN_MTU} to {MAX_MTU})")
         if self.buffers not in BUFFERS:
             raise UsageError(f"unknown buffers {self.buffers!r}: choose {' or '.join(BUFFERS)}")
+        for limit in (self.limits.seconds, self.limits.bytes):
+            check_type("a limit", limit, int, float)
+        if not self.limits.bytes > 0:
+            raise UsageError(f"a limit of {self.limits.bytes} bytes must be above 0")
         if not 0 < self.limits.seconds <= MAX_KEY_LIFE:
             most = f"must be above 0 and at most {MAX_KEY_LIFE:.0f} seconds"
             raise UsageError(f"--rekey {self.limits.seconds:g}: {most}")
@@ -188,13 +206,6 @@ def several(name: str, value: Any, *kinds: type) -> Sequence[Any]:
     for each in found:
         check_type(name, each, *kinds)
     return found
-
-
-def check_type(name: str, value: Any, *kinds: type) -> None:
-    """Raise UsageError, without showing the value, if it has none of these types."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise UsageError(f"{name} must be {wanted}, not {type(value).__name__}")
 
 
 def check_device_name(name: str) -> None:

@@ -41,6 +41,7 @@ from ttun.commands.doctor_connection import (
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import TtunError
 from ttun.network import default_route
+from ttun.network.routes import table
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -297,8 +298,7 @@ class Route:
 def ipv4_routes() -> list[Route]:
     """Return the routes in /proc/net/route, and the addresses: a /32 has no route there."""
     routes = []
-    for line in _lines("/proc/net/route")[1:]:
-        words = line.split()
+    for words in table("/proc/net/route")[1:]:
         to, mask = (
             socket.inet_ntoa(int(word, 16).to_bytes(4, sys.byteorder))
             for word in (words[1], words[7])
@@ -316,7 +316,7 @@ def _ipv4_addresses() -> list[Route]:
     routes = []
     for at in range(0, size, IFREQ_SIZE):
         one = found[at : at + IFREQ_SIZE].tobytes()
-        name = one[:16].partition(b"\0")[0].decode(errors="replace")
+        name = os.fsdecode(one[:16].partition(b"\0")[0])
         routes.append(Route(ipaddress.IPv4Network(one[20:24]), name))
     return routes
 
@@ -324,19 +324,11 @@ def _ipv4_addresses() -> list[Route]:
 def ipv6_routes() -> list[Route]:
     """Return the routes in /proc/net/ipv6_route, without the kernel's own reject routes on lo."""
     routes = []
-    for line in _lines("/proc/net/ipv6_route"):
-        words = line.split()
+    for words in table("/proc/net/ipv6_route"):
         network = ipaddress.IPv6Network((bytes.fromhex(words[0]), int(words[1], 16)))
         if words[-1] != "lo":
             routes.append(Route(network, words[-1]))
     return routes
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []  # no IPv6 in this kernel
 
 
 def own_devices(routes: Iterable[Route]) -> set[str]:
@@ -357,7 +349,7 @@ def own_devices(routes: Iterable[Route]) -> set[str]:
 def _has_no_link(device: str) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         try:
-            found = fcntl.ioctl(control, SIOCGIFHWADDR, struct.pack("40s", device.encode()))
+            found = fcntl.ioctl(control, SIOCGIFHWADDR, struct.pack("40s", os.fsencode(device)))
         except OSError:  # it has just been removed
             return False
     return int.from_bytes(found[16:18], sys.byteorder) == ARPHRD_NONE

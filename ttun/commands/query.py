@@ -31,6 +31,7 @@ from ttun.errors import is_lack, printable
 DEADLINE = 2.0  # seconds for all sockets together
 AGAIN = 0.05  # seconds until a socket that could not be queried is retried
 MOST_AT_ONCE = 512  # sockets
+BATCH = 32  # started before answers are read again
 MOST_SOCKETS = 2048  # in all directories together
 MOST_BYTES = 65536  # of an answer
 UCRED = struct.Struct("iII")  # struct ucred
@@ -88,11 +89,14 @@ class _Round:
         queue = deque(self._collect(directories))
         why = late = f"no answer within {self._seconds:g} s"
         while queue or self._active:
+            before = len(queue)
             why = self._start(queue) or late
             left = self._end - time.monotonic()
             if left <= 0:
                 break
-            for key, _ in self._selector.select(min(left, AGAIN) if queue else left):
+            if queue:
+                left = min(left, AGAIN) if len(queue) == before else 0
+            for key, _ in self._selector.select(left):
                 if time.monotonic() < self._end:  # checking a long answer takes milliseconds
                     self._read(key.data)
         for asked in list(self._active.values()):
@@ -112,9 +116,15 @@ class _Round:
 
     def _collect(self, directories: Iterable[Path]) -> list[_Candidate]:
         lists = []
+        until = self._end - self._seconds / 2
         for base in directories:
             sockets, inner = self._look_into(base)
-            lists += [sockets, *(self._look_into(base, name)[0] for name in inner)]
+            lists.append(sockets)
+            while inner and time.monotonic() < until:
+                lists.append(self._look_into(base, inner.pop(0))[0])
+            if inner:
+                lacking = f"{len(inner)} directories in {printable(str(base))}"
+                self._skip(lacking, "too many entries")
         by_turns = itertools.chain.from_iterable(itertools.zip_longest(*lists))
         found = [candidate for candidate in by_turns if candidate is not None]
         if len(found) > MOST_SOCKETS:
@@ -140,8 +150,8 @@ class _Round:
         ], directories
 
     def _start(self, queue: deque[_Candidate]) -> str:
-        """Connect to the candidates; return what is lacking to query them all, if anything."""
-        for _ in range(len(queue)):
+        """Connect to some candidates; return what is lacking to query them, if anything."""
+        for _ in range(min(len(queue), BATCH)):
             if len(self._active) >= MOST_AT_ONCE or time.monotonic() > self._end:
                 break
             candidate = queue.popleft()

@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 from pathlib import Path
 
 from ttun._codec import ffi
-from ttun.errors import TtunError
+from ttun.errors import TtunError, printable
 from ttun.settings import Address, Network
 
 SIOCADDRT = 0x890B  # linux/sockios.h
@@ -76,7 +77,7 @@ def _add_ipv6(network: Network, device: str) -> None:
 def clash(network: Network, device: str) -> str | None:
     """Return another device with a route to a network of this one, at least as specific."""
     length, other = _longest_other(network[-1], device)
-    return other if length >= network.prefixlen else None
+    return printable(other) if length >= network.prefixlen else None
 
 
 def _longest_other(target: Address, device: str) -> tuple[int, str]:
@@ -85,8 +86,7 @@ def _longest_other(target: Address, device: str) -> tuple[int, str]:
     """
     lengths = [(-1, "")]
     if target.version == 4:
-        for line in _table("/proc/net/route")[1:]:
-            fields = line.split()
+        for fields in table("/proc/net/route")[1:]:
             # Hexadecimal, in host byte order.
             network, mask = (
                 ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
@@ -95,16 +95,18 @@ def _longest_other(target: Address, device: str) -> tuple[int, str]:
             if fields[0] != device and target in route:
                 lengths.append((route.prefixlen, fields[0]))
     else:
-        for line in _table("/proc/net/ipv6_route"):
-            fields = line.split()
+        for fields in table("/proc/net/ipv6_route"):
             net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
             if fields[9] not in (device, "lo") and target in net6:
                 lengths.append((net6.prefixlen, fields[9]))
     return max(lengths)
 
 
-def _table(path: str) -> list[str]:
+def table(path: str) -> list[list[str]]:
+    """Return the words in each line of a table of the kernel's; none if it has no such table."""
     try:
-        return Path(path).read_text(encoding="ascii").splitlines()
+        lines = Path(path).read_bytes().splitlines()
     except OSError:
         return []
+    # As bytes: a device's name may have any of them, and str has more kinds of blanks.
+    return [[os.fsdecode(word) for word in line.split()] for line in lines]
