@@ -80,6 +80,7 @@ class Endpoint(abc.ABC):
         self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
+        self.on_device: Callable[[str], object] = len  # called with its name, before it has packets
         try:
             self._stop, self._over = Flag(), Flag()
         except OSError as error:
@@ -122,6 +123,7 @@ class Endpoint(abc.ABC):
                 queue=self._buffers.queue,
             )  # fmt: skip
             self._device_name_shown = self._device.name
+            self.on_device(self._device.name)
             if given.default_route:
                 self._device.default_route = True
                 default_route.add(self._device.index, self._device.has_ipv6, self._users)
@@ -130,6 +132,8 @@ class Endpoint(abc.ABC):
                     self._device.name,
                     ", ".join(map(str, self._users)),
                 )
+                for line in default_route.exceptions(self._device.index, self._users):
+                    log.warning("%s", line)
             self._watch = DeviceWatch(self._device)
             self._terms = replace(self._terms, features=self._device.offload >> 1)
             self._open()
