@@ -10,6 +10,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import resolved
 from kept import NO_ROOT, paths, runs_for_all
 from machine import IS_NOBODY_HERE
 from name_server import NameServer, resolv_conf
@@ -33,6 +35,7 @@ from outside import (
     TTUN_USER,
     Capture,
     FarHosts,
+    others,
     others_sending,
 )
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, End, Program, bench, eventually
@@ -90,16 +93,23 @@ def stopped(client: End) -> float:
 def test_from_start_to_stop_only_the_tunnel_its_queries_and_the_lan_leave(
     far: Bench, tmp_path: Path
 ) -> None:
-    """With another gateway, another address of the server, and without a link for a while."""
+    """With another gateway, another address of the server, and 30 s without a link.
+
+    Others send from the line of the log that names the default route until SIGTERM, and while
+    --down runs; the capture is longer.
+    """
     server = far.server()
     asked = NameServer(far)
     asked.address = FAR
-    with resolv_conf(tmp_path, NAME_SERVER), Capture(far) as capture, others_sending(far):
-        started = time.monotonic()
-        eventually(lambda: capture.others(started) == EVERYWHERE, "others are heard outside")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resolv_conf(tmp_path, NAME_SERVER))
+        capture = stack.enter_context(Capture(far))
+        senders = stack.enter_context(others(far))
+        before = time.monotonic()
         client = far.client(*DEFAULT, *SLOW_DOWN, to=NAME)
-        client.says("capabilities")
-        begin = time.monotonic()
+        client.says("default route: ttun0 for all but the LAN and user")
+        for each in senders:
+            each.send_signal(signal.SIGUSR1)
         connected(far, client)
         queries = asked.asked
 
@@ -117,7 +127,7 @@ def test_from_start_to_stop_only_the_tunnel_its_queries_and_the_lan_leave(
         connected(far, client, 3)
 
         netns.ip("-n", far.pair.names[CLIENT], "link", "set", "wclient", "down")
-        time.sleep(20)  # the session ends meanwhile
+        time.sleep(30)  # the session ends meanwhile
         netns.ip("-n", far.pair.names[CLIENT], "link", "set", "wclient", "up")
         hosts(far).set_gateway(SECOND_LINK[SERVER])
         eventually(lambda: reaches(far), "the Internet again", 60)
@@ -126,10 +136,17 @@ def test_from_start_to_stop_only_the_tunnel_its_queries_and_the_lan_leave(
         time.sleep(2)  # between two sessions
         server = far.server("-l", f"{OTHER_FAR}:20203")
         eventually(lambda: reaches(far), "the Internet again", 60)
-        end = stopped(client)
-        assert capture.leaked(begin, end) == []
-        assert capture.others(begin) >= LAN_ONLY
-        eventually(lambda: capture.others(end) >= EVERYWHERE - LAN_ONLY, "the network is back")
+        assert capture.others(before) == LAN_ONLY
+        client.process.send_signal(signal.SIGTERM)
+        time.sleep(0.9)
+        assert client.process.poll() is None, "--down runs"
+        for each in senders:
+            each.kill()
+        assert client.ended() == 0
+        assert capture.leaked(before) == []
+        with others_sending(far):
+            now = time.monotonic()
+            eventually(lambda: capture.others(now) >= EVERYWHERE - LAN_ONLY, "the network is back")
     asked.close()
     assert hosts(far).rules() == []
 
@@ -600,11 +617,9 @@ def test_a_name_that_only_a_local_name_server_knows_is_waited_for(
     connected(far, client)
 
 
-RESOLVED = next(filter(os.path.exists, [os.environ.get("TTUN_TEST_RESOLVED", ""),
-                                        "/usr/lib/systemd/systemd-resolved"]), "")  # fmt: skip
 REAL = {  # a real server, the file in which it has its upstream servers, its own address
     "dnsmasq": (shutil.which("dnsmasq"), "/run/dnsmasq/resolv.conf", "127.0.0.1"),
-    "resolved": (RESOLVED, "/run/systemd/resolve/resolv.conf", "127.0.0.53"),
+    "resolved": (resolved.PROGRAM, "/run/systemd/resolve/resolv.conf", "127.0.0.53"),
 }
 
 
@@ -617,23 +632,22 @@ def real_stub(request: pytest.FixtureRequest, far: Bench, tmp_path: Path) -> Ite
     directory = Path(upstream).parent
     directory.mkdir(parents=True)
     command = [program]
+    stack = contextlib.ExitStack()
     if request.param == "dnsmasq":
         Path(upstream).write_text(f"nameserver {NAME_SERVER}\n")
         command += ["--keep-in-foreground", f"--listen-address={address}", "--bind-interfaces",
                     "--conf-file=/dev/null", f"--resolv-file={upstream}", "--pid-file",
                     "--cache-size=0", "--user=root"]  # fmt: skip
     else:
-        try:
-            entry = pwd.getpwnam("systemd-resolve")
-        except KeyError:
-            pytest.skip("no user systemd-resolve here")
+        stack.enter_context(resolved.user(tmp_path))
+        entry = pwd.getpwnam(resolved.USER)
         os.chown(directory, entry.pw_uid, entry.pw_gid)
         extra = Path("/run/systemd/resolved.conf.d/test.conf")
         extra.parent.mkdir()
         extra.write_text(f"[Resolve]\nDNS={NAME_SERVER}\nFallbackDNS=\nCache=no\nDNSSEC=no\n")
     process = far.pair.start(CLIENT, command, stderr=subprocess.DEVNULL)
     try:
-        with resolv_conf(tmp_path, address):
+        with stack, resolv_conf(tmp_path, address):
             yield
     finally:
         process.kill()
