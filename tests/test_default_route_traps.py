@@ -15,8 +15,8 @@ from kept import is_gone, keeper_of
 from machine import IS_NOBODY_HERE
 from name_server import NAME_SERVER, NameServer, resolv_conf
 from outside import FAR, INTERNET6, Capture, others_sending
-from test_default_route import DEFAULT, NAME, connected, far, hosts
-from tunnel import CLIENT, Bench, End
+from test_default_route import DEFAULT, NAME, connected, far, hosts, reaches
+from tunnel import CLIENT, Bench, End, eventually
 
 from ttun import default_route, name_servers, resolver
 from ttun.flag import Flag
@@ -26,7 +26,7 @@ from ttun.resolver import Resolver
 pytestmark = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 on_hosts = pytest.mark.hosts
 __all__ = ["far"]  # the fixture
-NOT_THROUGH = "not through the tunnel: another rule or a longer route comes first"
+NOT_THROUGH = ": another rule or route comes first"
 
 
 def ip(far: Bench, *lines: str) -> str:
@@ -163,6 +163,35 @@ def test_a_prepared_device_has_the_default_route_again_after_each_end(
     finally:
         far.close()
         ip(far, "link delete tun5")
+
+
+@on_hosts
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rules_that_a_dead_keeper_leaves_are_named_and_harmless(far: Bench, number: int) -> None:
+    """Killed, or stopped until after the end: then it removes them late."""
+    far.server("--takeover")
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    rules = hosts(far).rules()
+    pid = keeper_of(client.process.pid)
+    os.kill(pid, number)
+    client.process.terminate()
+    assert client.ended(45) == 0
+    says = (
+        "ended: killed by signal 9 (its rules" if number == signal.SIGKILL else "did not end within"
+    )
+    assert f"the keeper process {says}" in client.log()
+    assert hosts(far).rules() == rules
+    assert reaches(far), "the machine has its network"
+    if number == signal.SIGSTOP:
+        os.kill(pid, signal.SIGCONT)
+        eventually(lambda: hosts(far).rules() == [], "it has removed them")
+        return
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    assert hosts(far).rules() == rules
+    assert client.stop() == 0
+    assert hosts(far).rules() == []
 
 
 # ---- names ----

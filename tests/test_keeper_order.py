@@ -46,7 +46,7 @@ def test_after_kill_9_up_runs_after_the_old_down(plain: Bench, said: Path) -> No
     again.says("authenticated", seconds=40)
     eventually(lambda: said.read_text() == "up\nbegin\nend\nup\n", "the order")
     assert is_gone(old)
-    assert again.log().count("waiting for the keeper process of the ttun before to end") == 1
+    assert again.log().count("waiting for the keeper process of a killed ttun") == 1
 
 
 @pytest.mark.hosts

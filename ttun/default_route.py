@@ -106,9 +106,9 @@ def exceptions(index: int, users: Sequence[int]) -> Iterator[str]:
         with contextlib.suppress(OSError):
             if way not in (0, index):
                 yield (
-                    f"IPv{address.version} packets leave through {socket.if_indextoname(way)}, not "
-                    f"through the tunnel: another rule or a longer route comes first (ip "
-                    f"-{address.version} rule; ip route get {address} uid {other})"
+                    f"IPv{address.version} packets leave through {socket.if_indextoname(way)}: "
+                    f"another rule or route comes first (ip -{address.version} rule; "
+                    f"ip route get {address} uid {other})"
                 )
 
 

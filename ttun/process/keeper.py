@@ -48,7 +48,6 @@ log = logging.getLogger("ttun")
 
 START, DIAL, AT_END = 30.0, 10.0, 30  # seconds
 MOST = 4096  # bytes of a message
-PEER = struct.Struct("=3i")  # struct ucred, see SO_PEERCRED in unix(7): process, user, group
 LOST = "the keeper process ended"
 KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -160,11 +159,10 @@ class Keeper:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as earlier:
                 earlier.setblocking(False)
                 earlier.connect(name)
-                _, user, _ = PEER.unpack(
-                    earlier.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
-                )
+                peer = earlier.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                _, user, _ = struct.unpack("3i", peer)  # struct ucred
                 if user in (0, os.geteuid()):  # else anybody's
-                    log.info("waiting for the keeper process of the ttun before to end")
+                    log.info("waiting for the keeper process of a killed ttun")
                     watch = select.poll()
                     watch.register(earlier, 0)  # for its end
                     watch.poll(1000 * (AT_END + 1))
@@ -272,7 +270,10 @@ class Keeper:
             sock.close()
         if self._process is not None:
             try:
-                self._process.wait(AT_END + 1)
+                code = self._process.wait(AT_END + 1)
+                if code and self._is_ready:
+                    how = process_group.how_it_ended(code)
+                    log.warning("%s: %s (its rules and status socket may be left)", LOST, how)
             except subprocess.TimeoutExpired:
                 log.warning("the keeper process did not end within %d s", AT_END)
 
