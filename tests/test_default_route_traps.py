@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from carried import needs_socat
 from kept import is_gone, keeper_of
 from machine import IS_NOBODY_HERE
 from name_server import NAME_SERVER, NameServer, resolv_conf
@@ -267,3 +268,20 @@ def test_when_the_c_library_fails_its_servers_are_asked_directly(
     with pytest.raises(OSError, match="temporary failure"):
         Resolver("known", 1).targets(Flag())
     assert len(broken) == 2
+
+
+@on_hosts
+@needs_socat
+def test_a_command_that_has_to_ask_a_local_name_server_is_warned_of(
+    far: Bench, tmp_path: Path
+) -> None:
+    """By address it connects; a name server elsewhere is no reason to warn."""
+    far.server()
+    command = ("client", "-k", "secret", *DEFAULT, "--via", f"socat - TCP:{FAR}:20203")
+    said = "--via cannot look names up while there is no session: the name server 127.0.0.53"
+    for server, warns in (("127.0.0.53", True), (NAME_SERVER, False)):
+        with resolv_conf(tmp_path, server):
+            client = far.start(CLIENT, *command)
+            connected(far, client)
+            assert (said in client.log()) == warns
+            assert client.stop() == 0

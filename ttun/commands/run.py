@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import congestion, default_route, privileges, proxy, tcp
+from ttun import congestion, default_route, name_servers, privileges, proxy, tcp
 from ttun.client import Client, dialer, is_tox
 from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
@@ -126,6 +126,12 @@ def client(options: argparse.Namespace) -> int:
             "packets of all programs of user %s stay outside the tunnel "
             "(a user of ttun's own: useradd --system ttun)",
             name,
+        )
+    if whole and keeper.via is not None and (local := name_servers.local()):
+        log.warning(
+            "--via cannot look names up while there is no session: the name server %s sends its "
+            "queries through the tunnel (use addresses)",
+            local,
         )
     end = Client(
         psk,
