@@ -18,6 +18,7 @@ from ttun.binding import Binding
 from ttun.errors import TtunError, UsageError
 from ttun.flag import Flag
 from ttun.lab import netns
+from ttun.lab.netns import LinkEnd
 
 hosts = pytest.mark.hosts
 SERVER6 = netns.IPV6[SERVER]
@@ -185,6 +186,33 @@ def test_a_device_that_comes_late_is_a_line_and_the_client_waits_for_it(plain: B
         netns.ip("-n", name, "link", "set", "late0", "name", "vclient", "up")
         address = f"{netns.IPV6[CLIENT]}/64"
         netns.ip("-n", name, "address", "replace", address, "dev", "vclient", "nodad")
+
+
+@hosts
+def test_a_device_that_goes_away_and_returns_is_used_again(plain: Bench) -> None:
+    server, name = plain.server("--takeover"), plain.pair.names[CLIENT]
+
+    def link() -> None:
+        plain.pair.link(
+            LinkEnd(SERVER, "wserver", ["198.51.100.1/24"]),
+            LinkEnd(CLIENT, "wclient", ["198.51.100.2/24"]),
+        )
+
+    link()
+    client = plain.client("--bind", "%wclient", to="198.51.100.1")
+    try:
+        for times in (1, 2):
+            client.says("authenticated", times, seconds=60)
+            plain.answers()
+            netns.ip("-n", name, "link", "delete", "wclient")
+            client.says("--bind %wclient: no such device", times)
+            link()
+        client.says("authenticated", 3, seconds=60)
+        plain.answers()
+        assert server.log().count("peer 198.51.100.2:") >= 3
+        assert client.stop() == 0
+    finally:
+        netns.ip("-n", name, "link", "delete", "wclient")
 
 
 @hosts

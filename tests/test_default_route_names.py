@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import resolved
 from machine import IS_NOBODY_HERE
 from name_server import NameServer, resolv_conf
 from outside import (
@@ -126,11 +128,9 @@ def test_a_name_that_only_a_local_name_server_knows_is_waited_for(
     connected(far, client)
 
 
-RESOLVED = next(filter(os.path.exists, [os.environ.get("TTUN_TEST_RESOLVED", ""),
-                                        "/usr/lib/systemd/systemd-resolved"]), "")  # fmt: skip
 REAL = {  # a real server, the file in which it has its upstream servers, its own address
     "dnsmasq": (shutil.which("dnsmasq"), "/run/dnsmasq/resolv.conf", "127.0.0.1"),
-    "resolved": (RESOLVED, "/run/systemd/resolve/resolv.conf", "127.0.0.53"),
+    "resolved": (resolved.PROGRAM, "/run/systemd/resolve/resolv.conf", "127.0.0.53"),
 }
 
 
@@ -143,23 +143,22 @@ def real_stub(request: pytest.FixtureRequest, far: Bench, tmp_path: Path) -> Ite
     directory = Path(upstream).parent
     directory.mkdir(parents=True)
     command = [program]
+    stack = contextlib.ExitStack()
     if request.param == "dnsmasq":
         Path(upstream).write_text(f"nameserver {NAME_SERVER}\n")
         command += ["--keep-in-foreground", f"--listen-address={address}", "--bind-interfaces",
                     "--conf-file=/dev/null", f"--resolv-file={upstream}", "--pid-file",
                     "--cache-size=0", "--user=root"]  # fmt: skip
     else:
-        try:
-            entry = pwd.getpwnam("systemd-resolve")
-        except KeyError:
-            pytest.skip("no user systemd-resolve here")
+        stack.enter_context(resolved.user(tmp_path))
+        entry = pwd.getpwnam(resolved.USER)
         os.chown(directory, entry.pw_uid, entry.pw_gid)
         extra = Path("/run/systemd/resolved.conf.d/test.conf")
         extra.parent.mkdir()
         extra.write_text(f"[Resolve]\nDNS={NAME_SERVER}\nFallbackDNS=\nCache=no\nDNSSEC=no\n")
     process = far.pair.start(CLIENT, command, stderr=subprocess.DEVNULL)
     try:
-        with resolv_conf(tmp_path, address):
+        with stack, resolv_conf(tmp_path, address):
             yield
     finally:
         process.kill()

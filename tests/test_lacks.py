@@ -3,69 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lacks import lives, no_descriptors, no_threads
 from machine import IS_NOBODY_HERE
 from peer import Peer
 from strangers import connect
-from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, End, eventually
+from tunnel import CLIENT, PROGRAM, SERVER, SERVER_ADDRESS, Bench, eventually
 
 from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 
 SOON = 20.0  # seconds; at most 5 are usual
-
-
-@contextlib.contextmanager
-def lacking(end: End, kind: str, limit: int) -> Iterator[None]:
-    """Lower a limit of a running program temporarily, as its own user."""
-    pid = str(end.process.pid)
-    status = (Path("/proc") / pid / "status").read_text()
-    uid, gid = (re.search(rf"{which}:\s+(\d+)", status)[1] for which in ("Uid", "Gid"))  # type: ignore[index]
-    who = ["setpriv", "--reuid", uid, "--regid", gid, "--clear-groups"] if os.getuid() == 0 else []
-    who = [] if uid == "0" else who
-
-    def prlimit(soft: str) -> None:
-        subprocess.run([*who, "prlimit", "--pid", pid, f"--{kind}={soft}:"], check=True)
-
-    before = subprocess.run(
-        [*who, "prlimit", "--pid", pid, f"--{kind}", "-o", "SOFT", "--noheadings"],
-        check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    prlimit(str(limit))
-    try:
-        yield
-    finally:
-        if end.process.poll() is None:
-            prlimit(before)
-
-
-def no_descriptors(end: End, more: int = 0) -> contextlib.AbstractContextManager[None]:
-    """Allow so many more descriptors: the limit is on their numbers (getrlimit(2))."""
-    assert end.status(), "it has started"
-    end.usage()  # waits until that of the question is closed
-    taken = {int(name) for name in os.listdir(f"/proc/{end.process.pid}/fd")}
-    free = (number for number in itertools.count() if number not in taken)
-    return lacking(end, "nofile", next(itertools.islice(free, more, None)))
-
-
-def no_threads(end: End) -> contextlib.AbstractContextManager[None]:
-    """RLIMIT_NPROC counts the user's threads on the whole machine: one exists already."""
-    assert end.status(), "it has started, and has become its own user"
-    return lacking(end, "nproc", 1)
-
-
-def lives(end: End) -> bool:
-    return end.process.poll() is None and "internal error" not in end.log()
 
 
 @pytest.mark.parametrize("more", [0, 1, 2])

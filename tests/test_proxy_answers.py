@@ -30,11 +30,15 @@ GOOD = {
     "http with bare line ends": ("http", None, b"HTTP/1.1 201 fine\nA: b\n\n"),
     "http with mixed line ends": ("http", None, b"HTTP/1.1 299 fine\nA: b\n\r\n"),
     "http after interim ones": ("http", None, b"HTTP/1.1 100 Go\r\n\r\n" * 2 + OK + b"\r\n"),
+    # RFC 9110, section 9.3.6: neither has a meaning in an answer to CONNECT that is 2xx.
+    "http with a length": ("http", None, OK + b"Content-Length: 5\r\n\r\n"),
+    "http in chunks": ("http", None, b"HTTP/1.1 204 No\r\nTransfer-Encoding: chunked\r\n\r\n"),
     "socks5": ("socks5", None, b"\5\0" + b"\5\0\0\1" + bytes(6)),
     "socks5 without a password after all": ("socks5", LOGIN, b"\5\0" + b"\5\0\0\1" + bytes(6)),
     "socks5 with a password": ("socks5", LOGIN, b"\5\2" + b"\1\0" + b"\5\0\0\1" + bytes(6)),
     "socks5 bound to ipv6": ("socks5", None, b"\5\0" + b"\5\0\0\4" + bytes(18)),
     "socks5 bound to a name": ("socks5", None, b"\5\0" + b"\5\0\0\3\4name\0\0"),
+    "socks5 bound to a long name": ("socks5", None, b"\5\0" + b"\5\0\0\3\xff" + bytes(257)),
     "socks5 bound to no name": ("socks5", None, b"\5\0" + b"\5\0\0\3\0\0\0"),
 }  # fmt: skip
 KINDS: dict[str, Callable[..., Steps]] = {"http": proxy.http, "socks5": proxy.socks5}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import toxlab
+from machine import IS_NOBODY_HERE
 from toxlab import CLIENT, SERVER, Lab, Program
 from tunnel import PROGRAM, eventually
 
@@ -28,14 +30,17 @@ ECHO, TO_ECHO = 7001, 2001
 ALONE = ("-t", "0")
 
 
-def tunnel(lab: Lab, directory: Path) -> tuple[Program, Program, str]:
-    """Both ends of a tunnel: ``server --tox`` and its client; the server's address."""
+def tunnel(lab: Lab, directory: Path, *more: str) -> tuple[Program, Program, str]:
+    """Both ends of a tunnel: ``server --tox`` and its client; the server's address.
+
+    more: options of the client.
+    """
     options = ("-k", "key", "--tox-nodes", str(lab.nodes))
     home = ("--tox-dir", str(directory / "identity"))
     server = lab.start(SERVER, *PROGRAM, "server", "--tox", *home, *options)
     found = re.search("listening on (tox:[0-9A-F]{76})", server.says("listening on tox:"))
     assert found
-    client = lab.start(CLIENT, *PROGRAM, "client", "-s", found[1], *options)
+    client = lab.start(CLIENT, *PROGRAM, "client", "-s", found[1], *options, *more)
     return server, client, found[1]
 
 
@@ -178,3 +183,37 @@ def test_behind_nat_without_udp(behind_nat: tuple[Lab, Lab]) -> None:
     assert ping(lab, 5) == 5
     for program in lab.programs:
         assert "over UDP" not in program.log()
+
+
+@pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+@pytest.mark.skipif(bool(toxlab.no_nat()), reason=toxlab.no_nat())
+def test_tox_stays_outside_of_the_default_route(tmp_path: Path) -> None:
+    """toxcore opens its sockets as the user whose packets stay outside, also after an outage."""
+    user, node = "4711", "203.0.113.1"
+    with Lab(tmp_path, tag="d", nat=True) as lab:
+        server, client, _ = tunnel(lab, tmp_path, "--route", "default", "--user", user)
+        client.says("authenticated", seconds=120)
+        assert ping(lab, 3) == 3
+        for uid, device in ((user, f"to-{toxlab.NAT[CLIENT]}"), ("0", "ttun0")):
+            way = lab.run(CLIENT, "ip", "-json", "route", "get", node, "uid", uid)
+            assert json.loads(way)[0]["dev"] == device
+        inodes = {fields[9]: fields[7] for fields in map(str.split, sockets(client))}
+        toxcores = {inodes[each] for each in opened(client) if each in inodes}
+        assert toxcores == {user}
+        assert server.stop() == 0
+        client.says("disconnected", seconds=60)
+        assert client.stop() == 0
+        assert "203" not in lab.run(CLIENT, "ip", "rule")
+
+
+def sockets(program: Program) -> list[str]:
+    found = []
+    for table in ("udp", "udp6", "tcp", "tcp6"):
+        text = Path(f"/proc/{program.process.pid}/net/{table}").read_text()
+        found += text.splitlines()[1:]
+    return found
+
+
+def opened(program: Program) -> list[str]:
+    links = [os.readlink(each) for each in Path(f"/proc/{program.process.pid}/fd").iterdir()]
+    return [each[8:-1] for each in links if each.startswith("socket:")]

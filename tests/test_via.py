@@ -238,7 +238,10 @@ def test_nothing_of_a_command_survives_the_client(plain: Bench, nap: str, number
 def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
     end = plain.start(
         CLIENT, "client", "--via", "exec >&2; id -u; grep -e Cap -e NoNew /proc/self/status; env",
-        environment={"TTUN_PSK": "a secret of sixteen bytes"},
+        environment={
+            "TTUN_PSK": "a secret of sixteen bytes",
+            "TTUN_PROXY": "http://me:a secret@192.0.2.9:1",  # which --via ignores
+        },
     )  # fmt: skip
     end.says("reconnecting in")
     assert "a secret" not in end.log()
@@ -246,6 +249,43 @@ def test_it_runs_unprivileged_and_without_secrets(plain: Bench) -> None:
     assert "--via: 0\n" not in end.log() or "cannot switch to user" in end.log()
     assert {line[-16:] for line in lines(end, "Cap(Eff|Prm|Inh|Amb)")} == {16 * "0"}
     assert lines(end, "NoNewPrivs.*1$")
+
+
+@pytest.mark.skipif(not shutil.which("setsid"), reason="apt install util-linux")
+def test_a_command_that_leaves_its_group_ends_with_its_standard_input(
+    plain: Bench, nap: str
+) -> None:
+    """After a fork and setsid nobody finds it: it has to read the end."""
+    serve(plain)
+    end = client(plain, f"setsid -f {SOCAT}; exec sleep {nap}", "-s", TO_SERVER)
+    for times in (1, 2):
+        end.says("authenticated", times)
+        plain.answers()
+        for pid in running(nap):
+            os.kill(pid, signal.SIGKILL)
+        for pid in running(MARK)[:1] if times == 1 else []:
+            os.kill(pid, signal.SIGKILL)
+    plain.answers()
+    assert end.stop() == 0
+    eventually(lambda: not running(MARK) and not running(nap), "nothing is left")
+
+
+@pytest.mark.parametrize("command", ["true", ":", "exec >&-; exit 0", "exec <&- >&-; sleep 1"])
+def test_a_command_that_has_nothing_to_say_is_run_again(plain: Bench, command: str) -> None:
+    end = client(plain, command)
+    end.says("before the server answered", times=2, seconds=60)
+    assert end.log().count("reconnecting in") >= 1
+    assert end.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_command_that_closes_its_output_alone_is_given_up(plain: Bench, nap: str) -> None:
+    """It still has the connection, as its input: only the silence tells."""
+    end = client(plain, f"exec >&-; exec sleep {nap}")
+    eventually(lambda: running(nap), "it runs")
+    end.says("timed out after 60 s", seconds=75)
+    eventually(lambda: not running(nap), "it was ended")
+    assert end.stop() == 0
 
 
 def test_a_command_is_told_host_and_port(plain: Bench) -> None:

@@ -38,6 +38,11 @@ log = logging.getLogger("ttun")
 WAITED = 1.0
 
 
+def is_tox(server: str) -> bool:
+    """Return whether a server's address is one of the Tox network."""
+    return server.strip().lower().startswith("tox:")
+
+
 def dialer(
     server: str,
     mptcp: bool | None,
@@ -52,7 +57,7 @@ def dialer(
     mptcp, control, bind: see tcp.Dialer. nodes: a file with bootstrap nodes of the Tox network.
     through: the URL of a proxy.
     """
-    if server.strip().lower().startswith("tox:"):
+    if is_tox(server):
         if through is not None or bind is not None:
             raise UsageError(f"--proxy, {proxy.VARIABLE} and --bind do not work with tox:")
         from ttun.tox.transport import Dialer as ToxDialer

@@ -70,6 +70,7 @@ class Endpoint(Lifecycle):
         self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
+        self.on_device: Callable[[str], object] = len  # called with its name, before it has packets
         super().__init__()
         self._device: Device | None = None
         self._device_name_shown: str | None = None
@@ -151,6 +152,7 @@ class Endpoint(Lifecycle):
             queue=self._buffers.queue,
         )  # fmt: skip
         self._device_name_shown = self._device.name
+        self.on_device(self._device.name)
         if given.default_route:
             self._device.default_route = True
             default_route.add(self._device.index, self._device.has_ipv6, self._users)
@@ -159,6 +161,8 @@ class Endpoint(Lifecycle):
                 self._device.name,
                 ", ".join(map(str, self._users)),
             )
+            for line in default_route.exceptions(self._device.index, self._users):
+                log.warning("%s", line)
         self._watch = DeviceWatch(self._device)
         self._terms = replace(self._terms, features=self._device.offload >> 1)
         self._open()

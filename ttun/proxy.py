@@ -143,7 +143,7 @@ def socks5(server: Address, login: Login) -> Steps:
     if version != VERSION:
         raise ProtocolError("not a SOCKS5 proxy")
     if method == NO_METHOD:
-        why = "it accepts no user and password" if login else "it requires USER:PASSWORD@"
+        why = "it accepts no user and password" if login else "it requires USER:PASSWORD@ or GSSAPI"
         raise ProtocolError(f"refused: no acceptable authentication method ({why})")
     if method not in methods:
         raise ProtocolError(f"not a SOCKS5 proxy: authentication method {method}")

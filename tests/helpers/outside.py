@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -39,7 +40,8 @@ SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
 
 SEND = f"""
-import os, socket, sys, time
+import os, signal, socket, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(*[int(sys.argv[1])] * 3)
@@ -51,6 +53,7 @@ for family, address in targets:  # a socket that knew its way before
     sock.connect((address, 9))
     old.append(sock)
 print("ready", flush=True)
+signal.sigwait([signal.SIGUSR1])
 while True:
     for (family, address), before in zip(targets, old):
         for connected in (True, False):
@@ -172,8 +175,11 @@ class Capture:
 
 
 @contextlib.contextmanager
-def others_sending(bench: Bench) -> Iterator[None]:
-    """Have programs of some users send to the Internet and to the LAN, over IPv4 and IPv6."""
+def others(bench: Bench) -> Iterator[list[subprocess.Popen[str]]]:
+    """Programs of some users that send to the Internet and to the LAN, over IPv4 and IPv6.
+
+    Each begins on SIGUSR1, also on sockets that it had connected before.
+    """
     targets = f"{INTERNET},{netns.IPV4[SERVER]}", f"{INTERNET6},{netns.IPV6[SERVER]}"
     running = [
         bench.pair.start(
@@ -186,13 +192,22 @@ def others_sending(bench: Bench) -> Iterator[None]:
         for each in running:
             assert each.stdout is not None
             assert each.stdout.readline() == "ready\n"
-        yield
+        yield running
     finally:
         for each in running:
             each.kill()
             each.wait()
             assert each.stdout is not None
             each.stdout.close()
+
+
+@contextlib.contextmanager
+def others_sending(bench: Bench) -> Iterator[None]:
+    """Have them send from the beginning on."""
+    with others(bench) as running:
+        for each in running:
+            each.send_signal(signal.SIGUSR1)
+        yield
 
 
 EVERYWHERE = {(INTERNET, False), (INTERNET6, False), (netns.IPV4[SERVER], True),

@@ -20,17 +20,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttun import privileges, proxy, tcp
-from ttun.client import Client, dialer
+from ttun import congestion, privileges, proxy, tcp
+from ttun.client import Client, dialer, is_tox
 from ttun.commands import key, notify, show, status, stdio, via
 from ttun.commands.hooks import Hooks
 from ttun.errors import TtunError, UsageError
-from ttun.network import default_route
+from ttun.network import default_route, name_servers
 from ttun.process import log_writer
 from ttun.process.keeper import Keeper
 from ttun.process.signals import ENDING, Signals
 from ttun.server import DEFAULT_LISTEN, Server
-from ttun.settings import CLIENT, DEFAULT, SERVER, Addresses, Limits, parse_network
+from ttun.settings import CLIENT, DEFAULT, MAX_KEY_LIFE, SERVER, Addresses, Limits, parse_network
 
 if TYPE_CHECKING:
     from ttun.endpoint import Endpoint
@@ -43,8 +43,12 @@ def server(options: argparse.Namespace) -> int:
     """``ttun server``."""
     if DEFAULT in options.route:
         raise UsageError(f"--route {DEFAULT} is for the client")
-    if options.stdio and options.tox:
-        raise UsageError("--stdio and --tox: a server has its peers in one place")
+    if options.stdio:
+        _refuse(options, "with --stdio", "tox", "takeover", "mptcp")
+    if options.tox:
+        _refuse(options, "with --tox", "listen", "mptcp", "congestion_control")
+    else:
+        _refuse(options, "without --tox", "tox_dir", "tox_nodes")
     keys = key.find_all(options.psk, options.psk_file)
     if options.stdio and not keys:
         raise _no_key()
@@ -89,14 +93,23 @@ def client(options: argparse.Namespace) -> int:
     keeper = Keeper()
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
     servers: list[Dialer] = []
+    given = options.server or []
+    tox = options.via is None and [*map(is_tox, given)]
+    if not tox or not any(tox):
+        _refuse(options, "without -s tox:ID", "tox_nodes")
+    elif all(tox):
+        _refuse(options, "with -s tox:ID", "mptcp", "congestion_control")
+    if options.wire == "v1":
+        _refuse(options, "with --wire v1", "rekey")
     if options.via is not None:
-        if options.proxy is not None or options.bind is not None or len(options.server or ()) > 1:
-            raise UsageError("--via: not with --proxy, --bind or a second -s")
-        server = options.server[0] if options.server else None
+        _refuse(options, "with --via", "proxy", "bind", "mptcp", "congestion_control")
+        if len(given) > 1:
+            raise UsageError("--via takes one -s")
+        server = given[0] if given else None
         servers.append(via.Dialer(server, options.via, options.user, keeper))
-    elif options.server is not None:
+    elif given:
         through = os.environ.get(proxy.VARIABLE) or None if options.proxy is None else options.proxy
-        for each in dict.fromkeys(options.server):
+        for each in dict.fromkeys(given):
             args = each, options.mptcp, options.congestion_control, nodes
             servers.append(dialer(*args, through=through, bind=options.bind))
     else:
@@ -115,6 +128,12 @@ def client(options: argparse.Namespace) -> int:
             "(a user of ttun's own: useradd --system ttun)",
             name,
         )
+    if whole and keeper.via is not None and (local := name_servers.local()):
+        log.warning(
+            "--via cannot look names up while there is no session: the name server %s sends its "
+            "queries through the tunnel (use addresses)",
+            local,
+        )
     end = Client(
         psk,
         server=servers,
@@ -124,6 +143,14 @@ def client(options: argparse.Namespace) -> int:
         **_tunnel_options(options, CLIENT),
     )
     return _run(end, [psk], options, keeper)
+
+
+def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
+    """Raise UsageError for an option that has no effect. why: "with --other", for the message."""
+    usual = (None, False, congestion.AUTO, str(key.DEFAULT_FILE.parent), MAX_KEY_LIFE)
+    for name in names:
+        if getattr(options, name) not in usual:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {why} (leave it out)")
 
 
 def _no_key() -> UsageError:
@@ -171,7 +198,9 @@ def _our_address(listen: str) -> str:
 
 def _hooks(options: argparse.Namespace, keeper: Keeper) -> Hooks | Keeper:
     """Return what runs --up and --down: the keeper for --hook-user, else this process."""
-    if options.hook_user is None or not (options.up or options.down):
+    if not (options.up or options.down):
+        _refuse(options, "without --up or --down", "hook_user")
+    if options.hook_user is None:
         return Hooks(options.up, options.down)
     user = privileges.find_user(options.hook_user)
     assert user is not None
@@ -206,6 +235,7 @@ def _run(
             keeper.background()
         hooks.up(endpoint.facts())
 
+    endpoint.on_device = keeper.hold
     endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     for each in keys:

@@ -49,6 +49,8 @@ class Dialer(transport.Dialer):
 
         server: HOST:PORT, what %h and %p of the command stand for. user: the value of --user.
         """
+        if not command.strip():
+            raise UsageError("--via: the command is empty")
         address = None if server is None else tcp.parse_address(server, listening=False)
         self.name = "command" if address is None else str(address)
         self._address = ("", "") if address is None else (address.host, str(address.port))

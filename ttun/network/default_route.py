@@ -24,10 +24,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import itertools
 import logging
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ttun.errors import TtunError, reason
@@ -44,6 +45,7 @@ LAN, OTHERS = 20203, 20204  # priorities of the rules
 FRA_PRIORITY, FRA_SUPPRESS_LENGTH, FRA_UIDS, FRA_PROTOCOL = 6, 14, 20, 21  # linux/fib_rules.h
 TO_TABLE = 1  # FR_ACT_TO_TBL
 OUTSIDE = "203.0.113.1"  # RFC 5737: an address that is not on the LAN
+ELSEWHERE = (OUTSIDE, "2001:db8:ffff::1")  # RFC 3849
 IPV4, IPV6 = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
 NOTHING = (errno.ENOENT, errno.ESRCH)
 NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # of a kernel without IPv6
@@ -53,8 +55,9 @@ def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
     """Route all packets but those of some users through a device. Raises TtunError."""
     try:
         with contextlib.closing(Netlink()) as link:
-            link.answers(netlink.new_route(index, IPV4, TABLE))
-            remove(index)  # what a killed run left
+            if _devices(link) != {index}:  # a prepared device keeps it
+                link.answers(netlink.new_route(index, IPV4, TABLE))
+            _clear(link, index)  # what a killed run left
             _order(link, netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
             for network in (IPV4, IPV6):
                 for rule in _rules(network, users):
@@ -72,15 +75,9 @@ def remove(index: int) -> None:
     index: of the device; 0 for one that is gone.
     """
     with contextlib.closing(Netlink()) as link:
-        if not _devices(link) <= {index}:
-            return
-        for network in (IPV4, IPV6):
-            for priority in (OTHERS, LAN):
-                rule = Request(netlink.DEL_RULE, netlink.NLM_ACK, _rule(network, priority, 0))
-                while _order(link, rule, NOTHING + NO_FAMILY):
-                    pass
-        _, _, body = netlink.new_route(0, IPV6, TABLE)
-        _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
+        if _devices(link) <= {index}:
+            _clear(link, index)
+            _remove_route(link, index, IPV4)
 
 
 def release(index: int) -> None:
@@ -108,6 +105,23 @@ def why_dropped(address: Address, outside: int, tunnel: int) -> str | None:
     return (
         f"rp_filter is 1 on {name}: answers from beyond the LAN would be dropped ({remedy(name)})"
     )
+
+
+def exceptions(index: int, users: Sequence[int]) -> Iterator[str]:
+    """Return a line for each family whose packets something else sends outside.
+
+    index: of the tunnel's device.
+    """
+    other = next(user for user in itertools.count() if user not in users)
+    for address in map(ipaddress.ip_address, ELSEWHERE):
+        way = netlink.device_to(address, other)
+        with contextlib.suppress(OSError):
+            if way not in (0, index):
+                yield (
+                    f"IPv{address.version} packets leave through {socket.if_indextoname(way)}: "
+                    f"another rule or route comes first (ip -{address.version} rule; "
+                    f"ip route get {address} uid {other})"
+                )
 
 
 def is_strict(device: str) -> bool:
@@ -143,6 +157,22 @@ def _devices(link: Netlink) -> set[int]:
         raise
     # Before Linux 4.20 the answer has all tables.
     return set().union(*(netlink.next_hops(x) for x in found if x.fields and x.fields[4] == TABLE))
+
+
+def _clear(link: Netlink, index: int) -> None:
+    """Remove the rules, and the routes of IPv6."""
+    for network in (IPV4, IPV6):
+        for priority in (OTHERS, LAN):
+            rule = Request(netlink.DEL_RULE, netlink.NLM_ACK, _rule(network, priority, 0))
+            while _order(link, rule, NOTHING + NO_FAMILY):
+                pass
+    for each in {0, index}:
+        _remove_route(link, each, IPV6)
+
+
+def _remove_route(link: Netlink, index: int, network: Network) -> None:
+    _, _, body = netlink.new_route(index, network, TABLE)
+    _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
 
 
 def _order(link: Netlink, request: Request, ignored: tuple[int, ...]) -> bool:

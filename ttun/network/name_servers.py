@@ -48,8 +48,13 @@ DATAGRAM_MAX = 4096
 
 def local() -> str | None:
     """Return the name server in use if it is on this machine."""
-    found = [*_servers(RESOLV_CONF)] or ["127.0.0.1"]
+    found = [*in_use()] or ["127.0.0.1"]
     return found[0] if all(map(_is_here, found)) else None
+
+
+def in_use() -> Iterator[str]:
+    """Return the servers that the C library asks."""
+    return _servers(RESOLV_CONF)
 
 
 def upstream() -> list[str]:

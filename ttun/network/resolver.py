@@ -119,8 +119,8 @@ class Resolver:
         local = name_servers.local()
         if local and not name_servers.is_in_hosts(host):
             if servers := name_servers.upstream():
-                if found := name_servers.look_up(host, servers)[:MOST]:
-                    return [target for each in found for target in numeric(each, port)]
+                if found := _ask(servers, host, port):
+                    return found
             elif not self._told:
                 self._told = True
                 log.warning(
@@ -129,7 +129,20 @@ class Resolver:
                     local,
                     host,
                 )
-        return _getaddrinfo(host, port, flags)
+        try:
+            return _getaddrinfo(host, port, flags)
+        except OSError:
+            # The C library may have had a daemon ask (nscd, nss-resolve): through the tunnel.
+            if not local:
+                with contextlib.suppress(OSError):
+                    if found := _ask([*name_servers.in_use()], host, port):
+                        return found
+            raise
+
+
+def _ask(servers: list[str], host: str, port: int) -> list[Target]:
+    found = name_servers.look_up(host, servers)[:MOST]
+    return [target for each in found for target in numeric(each, port)]
 
 
 def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:

@@ -32,6 +32,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -143,8 +144,30 @@ class Keeper:
         self.at_end: list[Callable[[], object]] = []
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._held: socket.socket | None = None
         self._is_ready = False
         self._number = 0  # of a dial
+
+    def hold(self, device: str) -> None:
+        """Be the only keeper of an open device: wait for that of a killed program to end.
+
+        AT_END at most. A keeper has the name as long as it runs, in its network namespace.
+        """
+        name = f"\0ttun-keeper-{device}"
+        with contextlib.suppress(OSError):
+            self._held = socket.socket(socket.AF_UNIX)
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as earlier:
+                earlier.setblocking(False)
+                earlier.connect(name)
+                peer = earlier.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                _, user, _ = struct.unpack("3i", peer)  # struct ucred
+                if user in (0, os.geteuid()):  # else anybody's
+                    log.info("waiting for the keeper process of a killed ttun")
+                    watch = select.poll()
+                    watch.register(earlier, 0)  # for its end
+                    watch.poll(1000 * (AT_END + 1))
+            self._held.bind(name)
+            self._held.listen()
 
     def start(self, facts: Facts, entry: tuple[str, int] | None = None) -> None:
         """Start the process, if anything needs it, and wait until it is ready. Raises TtunError.
@@ -153,13 +176,16 @@ class Keeper:
         and the directory that it is in (a descriptor), to be removed at the end. Call it while
         there is no thread, before privileges are dropped.
         """
-        if not (self.hooks or self.via or self.at_end):
-            return
+        with self._held or contextlib.nullcontext() as held:
+            if self.hooks or self.via or self.at_end:
+                self._make_ready(facts, entry, [held.fileno()] if held else [])
+
+    def _make_ready(self, facts: Facts, entry: tuple[str, int] | None, passed: list[int]) -> None:
         fixed = {name: value or "" for name, value in facts.items() if name not in SESSION}
-        at_end, passed = [*self.at_end], []
+        at_end = [*self.at_end]
         if entry is not None:
             at_end.insert(0, functools.partial(os.unlink, entry[0], dir_fd=entry[1]))
-            passed = [entry[1]]
+            passed.append(entry[1])
         plan = pickle.dumps(Plan(self.hooks, fixed, self.via, at_end))
         try:
             self._start(plan, passed)
@@ -244,7 +270,10 @@ class Keeper:
             sock.close()
         if self._process is not None:
             try:
-                self._process.wait(AT_END + 1)
+                code = self._process.wait(AT_END + 1)
+                if code and self._is_ready:
+                    how = process_group.how_it_ended(code)
+                    log.warning("%s: %s (its rules and status socket may be left)", LOST, how)
             except subprocess.TimeoutExpired:
                 log.warning("the keeper process did not end within %d s", AT_END)
 

@@ -1,0 +1,287 @@
+"""The whole default route on machines that are not as usual: policies of others, one family alone,
+a prepared device, no name server, a daemon that asks name servers for the C library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from carried import needs_socat
+from kept import is_gone, keeper_of
+from machine import IS_NOBODY_HERE
+from name_server import NAME_SERVER, NameServer, resolv_conf
+from outside import FAR, INTERNET6, Capture, others_sending
+from test_default_route import DEFAULT, NAME, connected, far, hosts, reaches
+from tunnel import CLIENT, Bench, End, eventually
+
+from ttun.flag import Flag
+from ttun.lab import netns
+from ttun.network import default_route, name_servers, resolver
+from ttun.network.resolver import Resolver
+
+pytestmark = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
+on_hosts = pytest.mark.hosts
+__all__ = ["far"]  # the fixture
+NOT_THROUGH = ": another rule or route comes first"
+
+
+def ip(far: Bench, *lines: str) -> str:
+    return "".join(netns.ip("-n", far.pair.names[CLIENT], *line.split()) for line in lines)
+
+
+# ---- rules of others ----
+
+
+@on_hosts
+def test_rules_of_others_are_left_alone(far: Bench) -> None:
+    """Of the same priorities, and of our number at another one."""
+    theirs = [
+        "rule add pref 20203 from 198.51.100.77 lookup 100",
+        "rule add pref 20204 uidrange 7-7 lookup 100",
+        "rule add pref 20205 from 198.51.100.78 lookup 203",
+        "rule add pref 20206 from 198.51.100.79 lookup 100 protocol 203",
+    ]
+    ip(far, *theirs)
+    before = hosts(far).rules()
+    assert len(before) == 4
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    assert set(before) < set(hosts(far).rules())
+    assert NOT_THROUGH not in client.log()
+    assert client.stop() == 0
+    assert hosts(far).rules() == before
+
+
+@on_hosts
+@pytest.mark.parametrize("what", ["rule", "route"])
+def test_what_sends_packets_outside_all_the_same_is_named(far: Bench, what: str) -> None:
+    lines = {
+        "rule": ["rule add pref 10000 lookup 100", "route add default via 192.0.2.1 table 100"],
+        "route": ["route add 128.0.0.0/1 via 192.0.2.1"],
+    }
+    ip(far, *lines[what])
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    client.says("authenticated")
+    said = [line for line in client.log().splitlines() if NOT_THROUGH in line]
+    assert len(said) == 1, "IPv6 goes through it"
+    assert "IPv4 packets leave through vclient" in said[0]
+    command = said[0].rpartition("; ip ")[2].rstrip(")")
+    assert "dev vclient" in ip(far, command)
+
+
+@on_hosts
+@pytest.mark.parametrize(
+    ("users", "ranges"),
+    [
+        ([0, 2**32 - 2], [(1, 2**32 - 3)]),
+        ([2**32 - 2], [(0, 2**32 - 3)]),
+        ([0], [(1, 2**32 - 2)]),
+        ([1, 0, 1, 2], [(3, 2**32 - 2)]),
+    ],
+)
+def test_users_at_either_end_of_the_range_stay_outside(
+    far: Bench, users: list[int], ranges: list[tuple[int, int]]
+) -> None:
+    index = far.on(CLIENT, lambda: socket.if_nametoindex("vclient"))
+    far.on(CLIENT, lambda: default_route.add(index, True, users))
+    shown = [line for line in hosts(far).rules() if "uidrange" in line]
+    assert len(shown) == 2 * len(ranges)
+    for first, last in ranges:
+        assert sum(f"uidrange {first}-{last} " in line for line in shown) == 2
+    far.on(CLIENT, lambda: default_route.remove(index))
+    assert hosts(far).rules() == []
+    for family in ("-4", "-6"):
+        assert ip(far, f"{family} route show table all").count("table 203") == 0
+
+
+@on_hosts
+def test_an_outer_network_of_ipv6_alone(far: Bench) -> None:
+    """What others send over IPv4 gets an address of the tunnel's and goes through it."""
+    far.server()
+    with Capture(far) as capture, others_sending(far):
+        ip(far, "-4 address flush dev vclient")
+        client = far.client(*DEFAULT, to=f"[{INTERNET6}]:20203")
+        client.says("capabilities")
+        begin = time.monotonic()
+        connected(far, client)
+        time.sleep(1)
+        left = [each for each in capture.leaked(begin) if each.port != 20203]
+        assert left == []
+        assert client.stop() == 0
+
+
+# ---- a prepared device ----
+
+
+@on_hosts
+def test_a_prepared_device_has_the_default_route_again_after_each_end(
+    far: Bench, said: Path
+) -> None:
+    """It keeps its routes. And the keeper of a killed program does not take the rules of the next
+    one away."""
+    ip(far, "tuntap add dev tun5 mode tun")
+    try:
+        far.server("--takeover")
+
+        def start() -> End:
+            down = ("--hook-user", "root", "--down", f"sleep 2; echo down >> {said}")
+            return far.client(*DEFAULT, *down, "--dev", "tun5", to=FAR)
+
+        client = start()
+        connected(far, client)
+        rules = hosts(far).rules()
+        assert len(rules) == 6
+        assert client.stop() == 0
+        assert hosts(far).rules() == []
+        assert "203" not in ip(far, "-4 route show table all dev tun5")
+
+        client = start()
+        connected(far, client)
+        pid = keeper_of(client.process.pid)
+        said.unlink()
+        client.kill()
+        client = start()  # at once: the keeper of the one before still runs --down
+        connected(far, client)
+        assert said.read_text() == "down\n"
+        assert is_gone(pid)
+        assert hosts(far).rules() == rules
+        assert "waiting for the keeper process" in client.log()
+
+        os.kill(keeper_of(client.process.pid), signal.SIGKILL)
+        client.kill()
+        assert hosts(far).rules() == rules, "nobody removed them"
+        client = start()
+        connected(far, client)
+        assert hosts(far).rules() == rules
+        assert client.stop() == 0
+    finally:
+        far.close()
+        ip(far, "link delete tun5")
+
+
+@on_hosts
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rules_that_a_dead_keeper_leaves_are_named_and_harmless(far: Bench, number: int) -> None:
+    """Killed, or stopped until after the end: then it removes them late."""
+    far.server("--takeover")
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    rules = hosts(far).rules()
+    pid = keeper_of(client.process.pid)
+    os.kill(pid, number)
+    client.process.terminate()
+    assert client.ended(45) == 0
+    says = (
+        "ended: killed by signal 9 (its rules" if number == signal.SIGKILL else "did not end within"
+    )
+    assert f"the keeper process {says}" in client.log()
+    assert hosts(far).rules() == rules
+    assert reaches(far), "the machine has its network"
+    if number == signal.SIGSTOP:
+        os.kill(pid, signal.SIGCONT)
+        eventually(lambda: hosts(far).rules() == [], "it has removed them")
+        return
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    assert hosts(far).rules() == rules
+    assert client.stop() == 0
+    assert hosts(far).rules() == []
+
+
+# ---- names ----
+
+
+@on_hosts
+def test_without_a_name_server_in_resolv_conf_the_one_on_this_machine_is_asked(
+    far: Bench, tmp_path: Path
+) -> None:
+    """As the C library does it; until that knows the name no rule is made."""
+    with resolv_conf(tmp_path, "", "# nothing: "):
+        server = far.server()
+        client = far.client(*DEFAULT, to=NAME)
+        client.says("cannot resolve", times=2, seconds=60)
+        assert hosts(far).rules() == []
+        made = NameServer(far, CLIENT, "127.0.0.1")
+        made.address = FAR
+        try:
+            connected(far, client)
+            made.silent = True
+            server.stop()
+            far.server()
+            client.says("authenticated", 2, seconds=60)
+        finally:
+            made.close()
+        assert "the name server 127.0.0.1 sends its queries through the tunnel" in client.log()
+
+
+@pytest.mark.parametrize("what", ["empty", "comment", "dangling", "missing", "directory"])
+def test_what_names_no_server_stands_for_the_one_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "resolv.conf"
+    if what == "dangling":
+        path.symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    elif what == "directory":
+        path.mkdir()
+    elif what != "missing":
+        path.write_text({"empty": "", "comment": "# nameserver 192.0.2.1\nsearch a\n"}[what])
+    monkeypatch.setattr(name_servers, "RESOLV_CONF", path)
+    monkeypatch.setattr(name_servers, "UPSTREAM", (tmp_path / "none",))
+    assert name_servers.local() == "127.0.0.1"
+    assert not name_servers.are_outside()
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The C library has a daemon ask, which fails; what is then asked directly."""
+    asked: list[list[str]] = []
+
+    def getaddrinfo(host: str, port: int, flags: int) -> list[resolver.Target]:
+        raise socket.gaierror(socket.EAI_AGAIN, "later")
+
+    def look_up(name: str, servers: list[str]) -> list[str]:
+        asked.append(servers)
+        return ["192.0.2.9"] if name == "known" else []
+
+    monkeypatch.setattr(resolver, "_getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(resolver, "numeric", lambda host, port, _=0: host[:1] == "1" and [host])
+    monkeypatch.setattr(name_servers, "look_up", look_up)
+    monkeypatch.setattr(name_servers, "in_use", lambda: iter([NAME_SERVER]))
+    monkeypatch.setattr(name_servers, "local", lambda: None)
+    yield asked
+
+
+def test_when_the_c_library_fails_its_servers_are_asked_directly(
+    broken: list[list[str]],
+) -> None:
+    assert Resolver("known", 1).targets(Flag(), outside=True) == ["192.0.2.9"]
+    assert broken == [[NAME_SERVER]]
+    with pytest.raises(OSError, match="temporary failure"):
+        Resolver("unknown", 1).targets(Flag(), outside=True)
+    with pytest.raises(OSError, match="temporary failure"):
+        Resolver("known", 1).targets(Flag())
+    assert len(broken) == 2
+
+
+@on_hosts
+@needs_socat
+def test_a_command_that_has_to_ask_a_local_name_server_is_warned_of(
+    far: Bench, tmp_path: Path
+) -> None:
+    """By address it connects; a name server elsewhere is no reason to warn."""
+    far.server()
+    command = ("client", "-k", "secret", *DEFAULT, "--via", f"socat - TCP:{FAR}:20203")
+    said = "--via cannot look names up while there is no session: the name server 127.0.0.53"
+    for server, warns in (("127.0.0.53", True), (NAME_SERVER, False)):
+        with resolv_conf(tmp_path, server):
+            client = far.start(CLIENT, *command)
+            connected(far, client)
+            assert (said in client.log()) == warns
+            assert client.stop() == 0

@@ -1,0 +1,115 @@
+"""The keeper of a program comes after that of one that was killed: --up after the old --down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import kept
+import pytest
+from kept import as_root, is_gone, keeper_of, other_users, process
+from tunnel import SERVER, Bench, eventually
+
+from ttun.process import keeper as module
+from ttun.process.keeper import Keeper
+
+DEVICE = f"test{os.getpid()}"
+NAME = f"\0ttun-keeper-{DEVICE}"
+
+
+@pytest.fixture
+def keeper() -> Iterator[Keeper]:
+    with kept.made() as made:
+        yield made
+
+
+def is_held() -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(NAME) == 0
+
+
+@pytest.mark.hosts
+def test_after_kill_9_up_runs_after_the_old_down(plain: Bench, said: Path) -> None:
+    options = ("--hook-user", "root", "--up", f"echo up >> {said}",
+               "--down", f"echo begin >> {said}; sleep 3; echo end >> {said}")  # fmt: skip
+    server = plain.server(*options)
+    plain.client().says("authenticated")
+    eventually(said.exists, "--up ran")
+    old = keeper_of(server.process.pid)
+    server.kill()
+    again = plain.server(*options)
+    again.says("authenticated", seconds=40)
+    eventually(lambda: said.read_text() == "up\nbegin\nend\nup\n", "the order")
+    assert is_gone(old)
+    assert again.log().count("waiting for the keeper process of a killed ttun") == 1
+
+
+@pytest.mark.hosts
+def test_a_start_that_waits_can_be_ended(plain: Bench, said: Path) -> None:
+    down = f"rm {said}; sleep 4"
+    server = plain.server("--hook-user", "root", "--up", f"touch {said}", "--down", down)
+    plain.client()
+    eventually(said.exists, "--up ran")
+    server.kill()
+    eventually(lambda: not said.exists(), "--down runs")
+    again = plain.start(SERVER, "server", "-k", "secret")
+    again.says("waiting for the keeper process")
+    started = time.monotonic()
+    assert again.stop() == 0
+    assert time.monotonic() - started < 2
+
+
+def test_a_name_is_free_again_when_its_keeper_has_ended(keeper: Keeper) -> None:
+    keeper.at_end.append(os.getpid)
+    keeper.hold(DEVICE)
+    keeper.start({})
+    assert is_held()
+    with kept.made() as second:
+        waited = threading.Thread(target=second.hold, args=[DEVICE])
+        waited.start()
+        time.sleep(0.3)
+        assert waited.is_alive()
+        keeper.close()
+        waited.join(10)
+        assert not waited.is_alive()
+        assert is_held()
+        second.start({})  # which needs no process
+        assert not is_held()
+
+
+def test_a_keeper_that_does_not_end_is_waited_for_no_longer_than_it_may_take(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper.at_end.append(os.getpid)
+    keeper.hold(DEVICE)
+    keeper.start({})
+    os.kill(process(keeper), signal.SIGSTOP)
+    monkeypatch.setattr(module, "AT_END", 0)
+    with kept.made() as second:
+        started = time.monotonic()
+        second.hold(DEVICE)
+        assert 0.9 < time.monotonic() - started < 10
+        second.at_end.append(os.getpid)
+        second.start({})
+    os.kill(process(keeper), signal.SIGCONT)
+
+
+@as_root
+@other_users
+def test_a_name_that_another_user_has_taken_holds_nobody_up(keeper: Keeper) -> None:
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(NAME)
+        os.seteuid(65534)  # of the moment when it listens
+        try:
+            taken.listen(0)
+        finally:
+            os.seteuid(0)
+        for _ in range(3):  # then there is no room for another connection
+            started = time.monotonic()
+            keeper.hold(DEVICE)
+            assert time.monotonic() - started < 5
