@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -118,6 +119,39 @@ def test_an_error_on_the_command_line_is_an_error_for_the_journal(plain: Bench) 
     end = Journal(plain, SERVER, "server", "--lisen", ":1").end
     assert end.ended() == 2
     end.says("<3>ttun server: ")
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("is_there", [True, False])
+def test_under_procd_the_log_goes_to_syslog_if_there_is_one(
+    plain: Bench, tmp_path: Path, is_there: bool
+) -> None:
+    """The init script of OpenWrt asks for that: procd takes each line of stderr for an error."""
+    nodes = "null zero urandom random net/tun"
+    script = f"""
+        mount -t tmpfs none /mnt; mkdir /mnt/net
+        for node in {nodes}; do touch /mnt/$node; mount --bind /dev/$node /mnt/$node; done
+        ln -s {tmp_path}/socket /mnt/log; mount --rbind /mnt /dev
+        exec "$@"
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        if is_there:
+            syslog.bind(f"{tmp_path}/socket")
+        done = subprocess.run(
+            plain.pair.command(CLIENT, ["unshare", "--mount", "sh", "-ec", script, "sh", *PROGRAM,
+                                        "client", "-k", "x", "-s", "192.0.2.1", "--dev", "lo"]),
+            env={**os.environ, **netns.environment(TTUN_LOG="syslog")},
+            capture_output=True, text=True, check=False, timeout=20,
+        )  # fmt: skip
+        assert done.returncode == 1
+        if not is_there:
+            assert "weak key: " in done.stderr and "ttun: device lo" in done.stderr
+            return
+        assert done.stderr == ""
+        syslog.settimeout(5)
+        for priority, text in ((28, "weak key: "), (30, "ttun "), (27, "ttun: device lo ")):
+            line = syslog.recv(1000).decode()
+            assert re.match(rf"<{priority}>\w{{3}} [ \d]\d [\d:]{{8}} ttun\[\d+\]: {text}", line)
 
 
 @pytest.mark.hosts

@@ -234,37 +234,85 @@ def test_what_the_init_script_asks_of_procd(shell: list[str]) -> None:
         "set command /etc/init.d/ttun run_tunnel office /usr/bin/ttun client --psk-file "
         "/etc/ttun/office.psk -s vpn.example.net --dev ttun7",
         "set file /etc/ttun/office.psk",
-        "set respawn 3600 5 0", "set stdout 1", "set stderr 1", "close", "trigger ttun",
+        "set respawn 3600 5 0", "set term_timeout 15", "set env TTUN_LOG=syslog",
+        "set stdout 1", "set stderr 1", "close", "trigger ttun",
     ]  # fmt: skip
 
 
 RUN = """
 ubus() { echo "ubus $*"; }
-. "$0"; run_tunnel office "$@"
+. "$0"; RUNNING=run.; run_tunnel office "$@"
 """
+INIT = str(ROOT / "packaging" / "openwrt" / "ttun.init")
+SLOW = "trap 'sleep 0.5; echo clean; exit 0' TERM; echo up; while :; do sleep 0.1; done"
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_bad_usage_is_not_retried_by_procd_and_signals_reach_the_tunnel(shell: list[str]) -> None:
+def test_bad_usage_is_not_retried_by_procd_and_signals_reach_the_tunnel(
+    shell: list[str], tmp_path: Path
+) -> None:
     """The instance is deleted, which stops the respawning; after any other code it stays."""
     if not shutil.which(shell[0]):
         pytest.skip(f"{shell[0]} is not installed")
-    init = str(ROOT / "packaging" / "openwrt" / "ttun.init")
     for code, says in ((0, ""), (1, ""), (2, DELETED)):
         done = subprocess.run(
-            [*shell, "-c", RUN, init, "sh", "-c", f"exit {code}"],
-            capture_output=True, text=True, check=False, timeout=30,
+            [*shell, "-c", RUN, INIT, "sh", "-c", f"exit {code}"],
+            capture_output=True, text=True, check=False, timeout=30, cwd=tmp_path,
         )  # fmt: skip
         assert (done.returncode, done.stdout, done.stderr) == (code, says, "")
-    slow = "trap 'sleep 0.5; echo clean; exit 0' TERM; echo up; while :; do sleep 0.1; done"
-    with subprocess.Popen(
-        [*shell, "-c", RUN, init, "sh", "-c", slow], stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [*shell, "-c", RUN, INIT, "sh", "-c", SLOW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.terminate()
         assert process.communicate(timeout=20)[0] == "clean\n"
         assert process.returncode == 0, "it has waited for the tunnel to end in order"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shell", SHELLS[1:])
+def test_other_commands_of_the_init_script_do_not_wait_for_a_tunnel(
+    shell: list[str], tmp_path: Path
+) -> None:
+    """rc.common locks them against each other, on descriptor 1000, for as long as a script runs."""
+    if not (shutil.which(shell[0]) and shutil.which("flock")):
+        pytest.skip(f"{shell[0]} or flock is not installed")
+    command = [*shell, "-c", f"exec 1000> lock; flock 1000; {RUN}", INIT, "sh", "-c", SLOW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        stop = subprocess.run(["flock", "-w", "5", tmp_path / "lock", "true"], check=False)
+        process.terminate()
+        process.communicate(timeout=20)
+        assert stop.returncode == 0
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_what_a_killed_run_of_the_init_script_left_ends_before_the_next_one(
+    shell: list[str], tmp_path: Path
+) -> None:
+    """procd watches the script alone: else its tunnel would keep the device for ever."""
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    command = [*shell, "-c", RUN, INIT, "sh", "-c", SLOW, "sh", "/etc/ttun/office.psk"]
+    with (tmp_path / "log").open("w") as log:
+
+        def run() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(command, stdout=log, cwd=tmp_path)
+
+        def says(text: str) -> None:
+            eventually(lambda: (tmp_path / "log").read_text() == text, text)
+
+        first = run()
+        says("up\n")
+        eventually((tmp_path / "run.office.pid").read_text, "its number")
+        first.kill()
+        first.wait()
+        second = run()
+        says("up\nclean\nup\n")
+        second.terminate()
+        assert second.wait(20) == 0
+        says("up\nclean\nup\nclean\n")
 
 
 DELETED = 'ubus call service delete {"name":"ttun","instance":"office"}\n'

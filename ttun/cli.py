@@ -28,6 +28,7 @@ except ModuleNotFoundError:  # not part of a wheel
 
 log = logging.getLogger("ttun")
 
+LOG = "TTUN_LOG"  # "syslog": log there, each line with its priority; procd's init script sets it
 # What write(2) fails with when a stream accepts no more data.
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
 
@@ -97,6 +98,11 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     end_while_starting(options.run)
     threading.excepthook = _log_failed_thread
     log.setLevel(getattr(options, "log_level", None) or logging.INFO)
+    if os.environ.get(LOG) == "syslog":
+        from ttun.tox import daemon
+
+        with contextlib.suppress(OSError):  # there is none
+            log_writer.move(daemon.Syslog(), "%(message)s")
     try:
         return int(COMMANDS[options.run](options))
     except UsageError as error:

@@ -114,10 +114,15 @@ class Sent(NamedTuple):
 
 
 class Capture:
-    """Context manager: all IP packets that leave the client's host on its links."""
+    """Context manager: all IP packets that leave the client's host, or another, on its links.
 
-    def __init__(self, bench: Bench) -> None:
-        self.sock = bench.on(CLIENT, self.opened)
+    device: how the names of its links end.
+    """
+
+    def __init__(self, host: Bench | socket.socket, device: str = CLIENT) -> None:
+        is_open = isinstance(host, socket.socket)
+        self.sock = host if is_open else host.on(CLIENT, self.opened)
+        self.device = device
         self.sent: list[Sent] = []
         self.over = False
         self.thread = threading.Thread(target=self.take)
@@ -142,7 +147,7 @@ class Capture:
         while not self.over:
             with contextlib.suppress(TimeoutError):
                 packet, (device, protocol, kind, *_) = self.sock.recvfrom(65536)
-                if kind == PACKET_OUTGOING and device.endswith(CLIENT):
+                if kind == PACKET_OUTGOING and device.endswith(self.device):
                     self.note(time.monotonic(), device, protocol, packet)
 
     def note(self, at: float, device: str, protocol: int, packet: bytes) -> None:

@@ -1,6 +1,7 @@
 """Running in the background: fork, PID file, syslog.
 
-Sources: daemon(7), syslog(3); RFC 3164 for the priority in front of a message.
+Sources: daemon(7), syslog(3); RFC 3164 for the priority and the time in front of a message. Where
+there is no time, logd of OpenWrt can take the beginning of the message for one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 from ttun.errors import TtunError
@@ -72,7 +74,8 @@ class Syslog:
     def encode(self, text: str, level: int) -> bytes:
         """Return the datagram for a line."""
         priority = LOG_DAEMON | log_writer.SEVERITIES.get(level, 6)
-        return f"<{priority}>ttun[{os.getpid()}]: {text}\0".encode("utf-8", "backslashreplace")
+        head = f"<{priority}>{time.strftime('%b %e %T')} ttun[{os.getpid()}]: "
+        return f"{head}{text}\0".encode("utf-8", "backslashreplace")
 
     def write(self, data: bytes) -> int:
         """Send a datagram; reconnect if the daemon was restarted. Raises OSError."""
