@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually
+from tunnel import run_program as run
 
 import ttun
 from ttun import cli, sodium
@@ -19,16 +20,6 @@ from ttun.cipher import CIPHERS
 from ttun.cli import build_parser, main
 from ttun.commands.parser import join_values
 from ttun.errors import TtunError
-
-
-def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:
-    """Run the program to its end: exit code, stdout, stderr."""
-    clean = {name: value for name, value in os.environ.items() if name != "TTUN_PSK"}
-    done = subprocess.run(
-        [*(prefix or []), *PROGRAM, *arguments], env={**clean, **env},
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
 
 
 def parsed(*arguments: str) -> dict[str, object]:

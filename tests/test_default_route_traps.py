@@ -15,8 +15,17 @@ from carried import needs_socat
 from kept import is_gone, keeper_of
 from machine import IS_NOBODY_HERE
 from name_server import NAME_SERVER, NameServer, resolv_conf
-from outside import FAR, INTERNET6, Capture, others_sending
-from test_default_route import DEFAULT, NAME, connected, far, hosts, reaches
+from outside import (
+    DEFAULT,
+    FAR,
+    INTERNET6,
+    NAME,
+    Capture,
+    connected,
+    hosts,
+    others_sending,
+    reaches,
+)
 from tunnel import CLIENT, Bench, End, eventually
 
 from ttun.flag import Flag
@@ -26,7 +35,6 @@ from ttun.network.resolver import Resolver
 
 pytestmark = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 on_hosts = pytest.mark.hosts
-__all__ = ["far"]  # the fixture
 NOT_THROUGH = ": another rule or route comes first"
 
 

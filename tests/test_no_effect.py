@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from test_cli import run
+from tunnel import run_program as run
 
 TOX = f"client -k x -s tox:{'A' * 76}"
 VIA = "client -k x --via cat"

@@ -10,16 +10,16 @@ import pytest
 import resolved
 from machine import IS_NOBODY_HERE
 from name_server import NAME_SERVER, NameServer, resolv_conf
-from outside import FAR, TTUN_USER
-from test_default_route import PAGE, connected, far
-from tunnel import CLIENT, SERVER, Bench, End, eventually
+from outside import FAR, TTUN_USER, connected
+from tunnel import CLIENT, ROOT, SERVER, Bench, End, eventually
 
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace"),
     pytest.mark.skipif(bool(resolved.why_not()), reason=resolved.why_not()),
 ]
-__all__ = ["far"]  # the fixture
+
+PAGE = ROOT / "docs/default-route.md"
 INSIDE, OUTSIDE = "198.51.100.10", "198.51.100.20"  # what each name server says
 
 

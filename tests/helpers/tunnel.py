@@ -103,6 +103,18 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
     return results[0]
 
 
+def run_program(
+    *arguments: str, prefix: list[str] | None = None, **env: str
+) -> tuple[int, str, str]:
+    """Run the program to its end: exit code, stdout, stderr."""
+    clean = {name: value for name, value in os.environ.items() if name != "TTUN_PSK"}
+    done = subprocess.run(
+        [*(prefix or []), *PROGRAM, *arguments], env={**clean, **env},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
 class Program:
     """A running program, and what it says on stderr."""
 
