@@ -51,8 +51,10 @@ MODULES = {
     "ttun/handshake.py": Tests(
         ("test_handshake", "test_x1", "test_pending"), ("test_stranger", "test_wrong_setups")
     ),
-    "ttun/peer.py": Tests(("test_pending",), ("test_keys",)),
-    "ttun/pending.py": Tests(("test_pending",), ("test_waiting", "test_stranger", "test_peers")),
+    "ttun/peer.py": Tests(("test_pending", "test_pending_turns"), ("test_keys",)),
+    "ttun/pending.py": Tests(
+        ("test_pending", "test_pending_turns"), ("test_waiting", "test_stranger", "test_peers")
+    ),
     "ttun/x1.py": Tests(("test_x1", "test_handshake", "test_rekey"), ("test_stranger",)),
     "ttun/control.py": Tests(("test_times", "test_control", "test_rekey")),
     "ttun/commands/key.py": Tests(("test_key",), ("test_keys", "test_cli")),

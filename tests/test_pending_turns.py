@@ -1,0 +1,170 @@
+"""Pending handshakes: what a turn of the loop does and how long it takes, and what a server that
+accepts x1 only does with strangers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from peer import X1Peer
+from pending_rig import Harness, is_open
+from shaking import K, marked_nonce, terms
+
+from ttun import handshake, pending
+from ttun.cipher import TO_SERVER
+from ttun.flag import Flag
+from ttun.peer import HalfOpen
+from ttun.pending import Pending
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness()
+    yield made
+    made.close()
+
+
+def lasts(waiting: Pending, seconds: float = 0.3) -> bool:
+    """Whether a turn waits so long: there is nothing to do."""
+    began = time.monotonic()
+    waiting.turn(seconds)
+    return time.monotonic() - began >= 0.8 * seconds
+
+
+def test_a_client_that_has_sent_its_nonce_only_waits() -> None:
+    waiting = Pending(Flag())
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(waiting):
+        waiting.add(ours, "peer", "tcp", handshake.client(K, terms()))
+        waiting.turn(0.3)
+        assert len(theirs.recv(100)) == 16
+        assert lasts(waiting)
+
+
+def test_a_descriptor_that_is_gone_is_reported_once() -> None:
+    waiting = Pending(Flag())
+    reading, writing = os.pipe()
+    waiting.watch(reading)
+    assert lasts(waiting)
+    os.close(writing)
+    assert not lasts(waiting, 10)
+    assert lasts(waiting)
+    waiting.close()
+    os.close(reading)
+
+
+def test_a_nonce_may_come_in_parts(harness: Harness) -> None:
+    client = harness.connect(bytes(15))
+    harness.turns()
+    client.sendall(bytes(1))
+    harness.turns()
+    client.settimeout(5)
+    assert len(client.recv(100)) == 16
+
+
+def test_a_turn_returns_the_peer_that_proved_the_key(harness: Harness) -> None:
+    client = X1Peer(harness.connect())
+    shaking = threading.Thread(target=client.shake, args=(0,))
+    shaking.start()
+    end, peer = time.monotonic() + 20, None
+    while peer is None and time.monotonic() < end:
+        peer = harness.pending.turn(0.05)
+    shaking.join()
+    assert peer is not None and peer.keys.wire == "x1"
+    with peer.sock:
+        assert is_open(client.sock) and not harness.pending._half_open
+
+
+def test_who_is_let_in_has_all_the_time_of_a_handshake(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it has waited."""
+    monkeypatch.setattr(pending, "HELD_TIMEOUT", 0.5)
+    harness.pending.hold()
+    client = harness.connect(bytes(16))
+    harness.turns(0.3)
+    harness.pending.release()
+    harness.turns(0.6)
+    assert is_open(client) or len(client.recv(16)) == 16
+    assert len(harness.pending._half_open) == 1
+
+
+def test_the_log_says_what_it_left_out_before_a_session_begins(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ttun")
+    for _ in range(40):
+        harness.connect().close()
+        harness.turns(0.01)
+    assert "more connected" not in caplog.text
+    harness.pending.hold()
+    assert "more connected" in caplog.text and "more handshakes failed" in caplog.text
+
+
+def test_without_proc_some_descriptors_are_taken_for_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_proc(_: str) -> list[str]:
+        raise OSError
+
+    monkeypatch.setattr(pending.os, "listdir", no_proc)
+    monkeypatch.setattr(pending.resource, "getrlimit", lambda _: (100, 100))
+    assert pending._descriptor_limit(0) == 100 - 24 - pending.RESERVE
+    monkeypatch.setattr(pending.resource, "getrlimit", lambda _: (20, 20))
+    assert pending._descriptor_limit(0) == 1
+
+
+# ---- a server that accepts x1 only ----
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
+    monkeypatch.setattr(pending, "UNRECOGNIZED_TIMEOUT", (0.5, 0.6))
+    made = Harness(silent=True)
+    yield made
+    made.close()
+
+
+def test_it_reads_what_a_stranger_sends_and_does_not_spin_at_its_end(silent: Harness) -> None:
+    stranger = silent.connect(bytes(100))
+    silent.turns()
+    stranger.shutdown(socket.SHUT_WR)
+    silent.turns()
+    assert lasts(silent.pending)
+    assert is_open(stranger)
+    silent.turns(0.6)
+    assert not is_open(stranger)
+
+
+def test_who_shows_the_key_may_wait_longer_than_strangers(silent: Harness) -> None:
+    silent.pending.hold()
+    client, stranger = silent.connect(marked_nonce(TO_SERVER)), silent.connect(bytes(16))
+    silent.turns(1)
+    assert is_open(client) and not is_open(stranger)
+    silent.pending.release()
+    silent.turns(1)
+    client.settimeout(5)
+    assert len(client.recv(16)) == 16
+    assert is_open(client), "a handshake takes longer, too"
+
+
+def test_who_showed_the_key_and_then_breaks_off_is_closed_at_once(silent: Harness) -> None:
+    client = silent.connect(marked_nonce(TO_SERVER))
+    silent.turns()
+    client.settimeout(5)
+    assert len(client.recv(16)) == 16
+    client.sendall(b"\0\x18" + bytes(24))
+    silent.turns()
+    assert not is_open(client)
+
+
+def test_in_an_overload_strangers_are_dropped_first_then_the_silent(silent: Harness) -> None:
+    def worth(**known: object) -> int:
+        with socket.socket() as sock:
+            return HalfOpen(sock, "x", "tcp", "x", 100.0, 110.0, **known).worth(105.0)  # type: ignore[arg-type]
+
+    order = [worth(unrecognized=True), worth(), worth(nonce=bytearray(b"1")), worth(knows_key=True)]
+    assert sorted({*order}) == order
