@@ -17,6 +17,7 @@ from tunnel import eventually
 from x1_rig import PACKET, rigged
 
 from ttun import control
+from ttun.settings import DEFAULT_LIMITS
 
 OFFLOAD = lib.TTUN_OFFLOAD_VNET | lib.TTUN_OFFLOAD_TCP | lib.TTUN_OFFLOAD_UDP
 VNET = struct.Struct("=BBHHHH")
@@ -152,6 +153,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide all timeouts by ten."""
     for name in ("PING_AFTER", "DEAD_AFTER", "LOST_AFTER", "LOOK_AT_CLOCK"):
         monkeypatch.setattr(control, name, getattr(control, name) / 10)
+
+
+def test_tcp_repeats_at_least_every_two_seconds_where_the_kernel_can() -> None:
+    """Else the first packet after an outage of 10 s would come 10 s later."""
+    with rigged() as rig, socket.socket() as sock:
+        try:
+            sock.getsockopt(socket.IPPROTO_TCP, 44)  # TCP_RTO_MAX_MS, linux/tcp.h
+        except OSError:
+            pytest.skip("Linux before 6.15")
+        agreement = rig.session.control._agreement
+        control.Control(rig.session._c, sock, agreement, DEFAULT_LIMITS)
+        assert sock.getsockopt(socket.IPPROTO_TCP, 44) == 2000
 
 
 def test_an_idle_peer_that_answers_pings_lives(impatient: None) -> None:

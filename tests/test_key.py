@@ -319,3 +319,20 @@ def test_keys_are_fresh_and_need_no_quotes() -> None:
     assert first != second
     assert len(first) == 64
     assert first.isalnum()
+
+
+def test_a_server_takes_all_files_up_to_four(places: Path) -> None:
+    files = [str(write(places / str(number), b"%d" % number)) for number in range(5)]
+    for many in range(1, 5):
+        assert key.find_all(None, files[:many]) == [b"%d" % number for number in range(many)]
+    with pytest.raises(UsageError, match="5 files are too many"):
+        key.find_all(None, files)
+    assert key.find_all("given", []) == [b"given"]
+    assert key.find_all(None, []) == []
+
+
+def test_less_than_sixteen_bytes_are_weak(caplog: pytest.LogCaptureFixture) -> None:
+    key.warn_if_short(bytes(16))
+    assert caplog.text == ""
+    key.warn_if_short(bytes(15))
+    assert "weak key: 15 bytes" in caplog.text

@@ -226,3 +226,13 @@ def test_the_usual_user_is_ttun_where_it_exists_else_nobody(
     assert privileges.find_user(None) == ("nobody", privileges.NOBODY, privileges.NOBODY)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert privileges.find_user(None) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not IS_NOBODY_HERE, reason="becomes another user")
+def test_only_another_user_can_be_become() -> None:
+    root, nobody = privileges.find_user("0"), privileges.find_user("nobody")
+    assert root is not None and nobody is not None
+    assert privileges.may_become(nobody) and not privileges.may_become(root)
+    with privileges.acting_as(nobody):
+        assert os.geteuid() == nobody.uid
+    assert (os.geteuid(), os.getegid()) == (0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from tunnel import CLIENT, PROGRAM, SERVER, Bench, eventually
@@ -74,6 +75,32 @@ def test_the_kernel_says_which_way_the_connection_would_go(
     why = plain.on(CLIENT, ask)
     said = f"--route {network} would route the tunnel's own connection to {peer} into the tunnel"
     assert why is None if not caught else str(why) == said
+
+
+CLASHES = [
+    ("192.0.2.0/24", "ttun0", "vclient"),
+    ("192.0.2.128/25", "ttun0", None),  # this one is longer
+    ("192.0.0.0/16", "ttun0", None),
+    ("192.0.2.0/24", "vclient", None),  # its own
+    ("10.1.1.0/30", "ttun0", None),
+    ("2001:db8::/64", "ttun0", "vclient"),
+    ("2001:db8::/64", "vclient", None),
+    ("2001:db8::/65", "ttun0", None),
+    ("fc11::/126", "ttun0", None),
+]
+
+
+@pytest.mark.hosts
+def test_a_network_of_another_device_is_a_clash(plain: Bench) -> None:
+    code = (
+        "import sys; from ttun.network.routes import clash;"
+        "from ttun.settings import parse_network;"
+        "asked = zip(sys.argv[1::2], sys.argv[2::2]);"
+        "print(*(clash(parse_network(network), device) for network, device in asked))"
+    )
+    asked = [word for network, device, _ in CLASHES for word in (network, device)]
+    found = plain.run(CLIENT, sys.executable, "-c", code, *asked).split()
+    assert found == [str(other) for _, _, other in CLASHES]
 
 
 @pytest.mark.hosts
