@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -134,6 +135,14 @@ def test_pages_use_the_terms_of_the_field(page: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_uses_the_terms_of_the_field(command: str) -> None:
     assert invented(COMMANDS[command].format_help()) == []
+
+
+@pytest.mark.parametrize("place", ["ttun", "packaging"])
+def test_messages_and_docstrings_use_the_terms_of_the_field(place: str) -> None:
+    for path in sorted(ROOT.glob(f"{place}/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                assert invented(node.value) == [], f"{path}:{node.lineno}"
 
 
 def invented(text: str) -> list[str]:
