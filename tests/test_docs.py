@@ -98,6 +98,17 @@ def test_flags_in_the_table_of_the_readme_have_the_defaults_that_it_says() -> No
                 assert told[1].startswith(given[1]), flag
 
 
+def test_no_two_pages_use_the_same_nftables_table() -> None:
+    """One recipe would delete the rules of the other."""
+    found = [
+        table
+        for page in PAGES
+        for table in set(re.findall(r"table[ =]\"?(ip6? \w+|inet \w+)", page.read_text("utf-8")))
+    ]
+    assert len(found) >= 4
+    assert len(found) == len(set(found)), found
+
+
 # What no manual of another tunnel would say, and the word for it.
 INVENTED = {
     r"two (ends )?of ours|(the|an) original\b(?! bytes)": "two ttun ends; Go ttun, Tuntox",
