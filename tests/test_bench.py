@@ -191,10 +191,19 @@ def test_a_tables_rows_are_names_and_a_missing_figure_is_a_dash() -> None:
               table.Group("a longer title", ["c"], {"two": ["5"]})]  # fmt: skip
     assert table.render(groups).splitlines() == [
         "     first             a longer title",
-        "          a       b                 c",
-        "one       1       2                 -",
-        "two       3       4                 5",
+        "          a       b         c",
+        "one       1       2         -",
+        "two       3       4         5",
     ]
+
+
+def test_columns_of_tables_below_each_other_line_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = {"one": ["1", "2"]}
+    titles = ("short", "quite a long title")
+    shown = table.render([table.Group(title, ["a", "b"], rows) for title in titles])
+    first, second = (block.splitlines()[1:] for block in shown.split("\n\n"))
+    assert first == second
 
 
 def test_what_a_target_cannot_have_is_a_dash() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_flags_in_the_table_of_the_readme_have_the_defaults_that_it_says() -> No
                 assert told[1].startswith(given[1]), flag
 
 
+def test_no_two_pages_use_the_same_nftables_table() -> None:
+    """One recipe would delete the rules of the other."""
+    found = [
+        table
+        for page in PAGES
+        for table in set(re.findall(r"table[ =]\"?(ip6? \w+|inet \w+)", page.read_text("utf-8")))
+    ]
+    assert len(found) >= 4
+    assert len(found) == len(set(found)), found
+
+
 # What no manual of another tunnel would say, and the word for it.
 INVENTED = {
     r"two (ends )?of ours|(the|an) original\b(?! bytes)": "two ttun ends; Go ttun, Tuntox",
@@ -134,6 +146,14 @@ def test_pages_use_the_terms_of_the_field(page: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_uses_the_terms_of_the_field(command: str) -> None:
     assert invented(COMMANDS[command].format_help()) == []
+
+
+@pytest.mark.parametrize("place", ["ttun", "packaging"])
+def test_messages_and_docstrings_use_the_terms_of_the_field(place: str) -> None:
+    for path in sorted(ROOT.glob(f"{place}/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                assert invented(node.value) == [], f"{path}:{node.lineno}"
 
 
 def invented(text: str) -> list[str]:

@@ -46,7 +46,7 @@ def run(size: int) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # the hosts are removed then too
     steps = _Steps(size)
     with steps.progress, tempfile.TemporaryDirectory() as directory:
-        steps.next("making two hosts on this machine, joined by a cable")
+        steps.next("creating two network namespaces joined by a veth pair")
         with Hosts() as pair:
             rows = _measure(pair, Path(directory), size, steps)
     failed = [row for row in rows if not row[2]]

@@ -52,10 +52,10 @@ def _block(group: Group, names: Sequence[str]) -> list[str]:
     """Return the lines of a group, all of the same length: title, heads, a line for each name."""
     rows = [group.heads, *(group.rows.get(name, [NONE] * len(group.heads)) for name in names)]
     widths = [max(CELL, *map(len, column)) for column in zip(*rows)]
-    missing = len(group.title) - sum(widths) - len(GAP) * (len(widths) - 1)
-    widths[0] += max(0, missing)
     lines = ["".join(f"{GAP}{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows]
-    return [f"{GAP + group.title:<{len(lines[0])}}", *lines]
+    lines.insert(0, GAP + group.title)  # if it is longer, the columns stay below its beginning
+    longest = max(map(len, lines[:2]))
+    return [line.ljust(longest) for line in lines]
 
 
 def _emphasized(lines: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ LOG_DAEMON = 3 << 3  # the facility
 
 
 def to_background() -> None:
-    """Continue in a process without a terminal; the original process exits with 0.
+    """Continue in a process without a terminal; the first process exits with 0.
 
     A fork does not keep threads, so none may have been started yet. Raises TtunError.
     """
