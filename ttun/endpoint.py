@@ -80,7 +80,9 @@ class Endpoint(abc.ABC):
         self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
-        self.on_device: Callable[[str], object] = len  # called with its name, before it has packets
+        self.on_device: Callable[[str], object] = (
+            len  # called with the device's name, before routes lead there
+        )
         try:
             self._stop, self._over = Flag(), Flag()
         except OSError as error:
