@@ -115,10 +115,13 @@ WAYS = {
     "via": ("--via", SOCAT, "-s", TO_SERVER),
     "proxy": (*PROXY, "-s", "192.0.2.1"),
     "keeper": ("--hook-user", "root", "--up", "true", "-s", "192.0.2.1"),
+    "default": ("--route", "default", "--user", "4711", "-s", "192.0.2.1"),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(each, marks=others if each == "default" else []) for each in WAYS]
+)
 def test_too_few_descriptors_at_the_start_are_one_line(plain: Bench, way: str) -> None:
     """From none to enough: it runs, or reports an error in one line. 24 are enough."""
     enough = plain.directory / "enough.log"

@@ -33,6 +33,7 @@ PAIRS = {
     f"{VIA} --bind %lo": "--bind has no effect with --via",
     f"{VIA} -mptcp": "--mptcp has no effect with --via",
     f"{VIA} -s a -s b": "--via takes one -s",
+    f"{TOX} --via cat": "--via takes one -s, which is no tox:ID",
     "client -k x --via=": "--via: the command is empty",
 }
 

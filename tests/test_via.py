@@ -30,6 +30,7 @@ from carried import (
     start,
     stdio,
 )
+from kept import keeper_of
 from machine import running
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, SERVER_ADDRESS, Bench, eventually
 
@@ -197,6 +198,24 @@ def test_a_killed_command_is_run_again(plain: Bench) -> None:
     end.says("authenticated", times=2)
     assert "the peer closed the connection" in end.log()
     carries(plain)
+
+
+@pytest.mark.parametrize("when", ["session", "pause"])
+def test_without_its_keeper_it_ends_with_its_connection(plain: Bench, when: str) -> None:
+    """Nobody could run the command again; a service manager can start the client again."""
+    if when == "session":
+        serve(plain)
+    end = client(plain, SOCAT, "-s", TO_SERVER)
+    end.says("authenticated" if when == "session" else "reconnecting in")
+    os.kill(keeper_of(end.process.pid), signal.SIGKILL)
+    if when == "session":
+        carries(plain, 1 << 20)
+        for pid in running(MARK):
+            os.kill(pid, signal.SIGKILL)
+    assert end.ended(30) == 1
+    last = end.log().splitlines()[-1]
+    assert last == "ttun: cannot start --via: the keeper process ended (restart ttun)"
+    assert not running(MARK)
 
 
 @pytest.mark.slow

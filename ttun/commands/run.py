@@ -103,8 +103,8 @@ def client(options: argparse.Namespace) -> int:
         _refuse(options, "with --wire v1", "rekey")
     if options.via is not None:
         _refuse(options, "with --via", "proxy", "bind", "mptcp", "congestion_control")
-        if len(given) > 1:
-            raise UsageError("--via takes one -s")
+        if len(given) > 1 or any(map(is_tox, given)):
+            raise UsageError("--via takes one -s, which is no tox:ID")
         server = given[0] if given else None
         servers.append(via.Dialer(server, options.via, options.user, keeper))
     elif given:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from ttun import privileges, tcp, transport
 from ttun.commands.stdio import Carrier
-from ttun.errors import UsageError, printable
+from ttun.errors import TtunError, UsageError, printable
 from ttun.flag import Flag
 from ttun.process import keeper
 from ttun.process.process_group import CHUNK, MOST_BYTES
@@ -86,6 +86,8 @@ class Dialer(transport.Dialer):
         over = Flag()
         try:
             sock, output = self._keeper.dial(*self._address)
+        except BrokenPipeError as error:  # for good: a service manager may start us again
+            raise TtunError(f"cannot start --via: {error.strerror} (restart ttun)") from None
         except OSError as error:
             raise tcp.named("cannot start --via", error) from None
         thread = threading.Thread(

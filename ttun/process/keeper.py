@@ -3,7 +3,8 @@
  1. Keeper.start(), before privileges are dropped, and only where something needs it: the program
     starts a fresh Python, as the memory of a fork may hold the pre-shared key.
  2. The keeper reads its Plan from the program, which is still privileged: commands, users, what to
-    do at the end. It takes no other command and no path.
+    do at the end. It takes no other command and no path. Before that, Keeper.hold() has waited for
+    the keeper of a killed program, if the device had one: --up comes after the last --down.
  3. The program drops its privileges. From then on the keeper takes requests alone, one message of
     a socketpair each: ``up``, ``down``, ``dial``, ``hangup``, ``background``, and facts. It checks
     each fact by its form and refuses everything else.
