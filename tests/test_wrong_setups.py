@@ -97,6 +97,27 @@ def test_addresses_that_another_device_has(bench: Bench) -> None:
 
 @pytest.mark.hosts
 @ONCE
+def test_the_address_of_the_other_end(bench: Bench) -> None:
+    server, client = bench.server("--local4", "10.1.1.2"), bench.client("--local6", "fc11::1")
+    for end, address, role, family in (
+        (server, "10.1.1.2", "client", 4),
+        (client, "fc11::1", "server", 6),
+    ):
+        told(
+            end.says("default address"),
+            rf"{address} is the default address of the {role} \(each end needs its own: "
+            rf"--local{family}\)",
+        )
+        assert end.log().count("default address") == 1
+    end = bench.start(SERVER, "server", "-k", "x", "--local4", "10.9.0.1", "--peer4", "10.9.0.1")
+    assert end.ended() == 2
+    told(end.log(), "invalid tunnel address: both ends have the same; see ttun server -h")
+    swapped = ("--local4", "10.1.1.2", "--peer4", "10.1.1.1", "-l", "20209")
+    assert "default address" not in bench.server(*swapped).log()
+
+
+@pytest.mark.hosts
+@ONCE
 @pytest.mark.parametrize("option", ["-l=20203", "-m=none", "--dev=lo", "--user=nobody-here"])
 def test_a_server_that_cannot_start_writes_no_key(
     bench: Bench, tmp_path: Path, option: str
