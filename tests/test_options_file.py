@@ -75,6 +75,18 @@ def test_one_with_a_key_is_not_for_others(tmp_path: Path, line: str, mode: int) 
     assert words("server", write(tmp_path / "o", f"{line}\n"))[0] == "server"
 
 
+def test_a_proxy_is_a_secret_only_with_a_password(tmp_path: Path) -> None:
+    for line in ("--proxy http://h:1", "--proxy=http://h:1"):
+        assert words("client", write(tmp_path / "o", line, 0o644))[0] == "client"
+        with pytest.raises(TtunError, match="is readable by other users"):
+            words("client", write(tmp_path / "o", line.replace("h:", "me:pw@h:"), 0o644))
+
+
+def test_one_of_another_editor_begins_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "o").write_bytes(b"\xef\xbb\xbf-m x\r\n")
+    assert words("server", f"@{tmp_path}/o") == ["server", "-m=x"]
+
+
 def test_one_without_a_key_others_may_read_but_not_write(tmp_path: Path) -> None:
     text = "--psk-file /etc/ttun/psk\n--listen :1\n-m x\n"
     assert len(words("server", write(tmp_path / "o", text, 0o644))) == 4
@@ -113,6 +125,9 @@ def test_what_is_wrong_in_it_is_one_line_and_no_key(tmp_path: Path) -> None:
             [*PROGRAM, "client", "-s", "h", file], capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stderr.count("\n"), "-key" in done.stderr) == (2, 1, False)
+    file = write(tmp_path / "o", "-k a-key\n@/etc/other-key\n")
+    done = subprocess.run([*PROGRAM, "client", file], capture_output=True, text=True, check=False)
+    assert "client: unexpected @FILE: a file of options cannot name another one; " in done.stderr
 
 
 @pytest.mark.hosts

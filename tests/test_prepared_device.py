@@ -134,15 +134,23 @@ def test_a_device_that_cannot_be_attached_to_is_an_error_that_says_why(
     again = bench.client("--dev", "tun5")
     assert again.ended() == 1
     assert "ttun: device tun5 is used by another program (choose another name)" in again.log()
-    prepared.ip("tuntap add dev tun6 mode tun user 1", "tuntap add dev tap5 mode tap")
+    prepared.ip(
+        "tuntap add dev tun6 mode tun user 1",
+        "tuntap add dev tap5 mode tap",
+        f"tuntap add dev tunm mode tun multi_queue user {UID}",
+    )
     try:
         for name, why in (
             ("tun6", "belongs to another user (sudo ip link delete tun6; sudo ip tuntap add"),
-            ("tap5", "already exists (choose another name)"),
+            (
+                "tap5",
+                "tap5 is not a plain TUN device: tap, multi_queue or other (choose another name",
+            ),
+            ("tunm", "tunm is not a plain TUN device"),
             ("tun7", "run with sudo, or prepare it: sudo ip tuntap add dev tun7 mode tun user"),
         ):
             user = prepared.client("--dev", name)
             assert user.ended() == 1
             assert user.log().count("\nttun: ") == 1 and why in user.log(), user.log()
     finally:
-        prepared.ip("link delete tun6", "link delete tap5")
+        prepared.ip("link delete tun6", "link delete tap5", "link delete tunm")

@@ -180,7 +180,10 @@ def test_without_ipv6_a_route_of_it_says_so(bench: Bench) -> None:
 def test_a_device_of_that_name_is_a_line(bench: Bench) -> None:
     end = bench.start(CLIENT, "client", "-k", "x", "-s", "192.0.2.1", "--dev", "lo")
     assert end.ended() == 1
-    assert "ttun: device lo already exists (choose another name)" in end.log()
+    assert (
+        "ttun: device lo is not a plain TUN device: tap, multi_queue or other (choose another name)"
+        in end.log()
+    )
 
 
 @pytest.mark.hosts

@@ -66,7 +66,7 @@ def test_another_cipher(bench: Bench) -> None:
     server, client = bench.server("-m", "aes-256-gcm"), bench.client("-m", "chacha20-poly1305")
     for end in (server, client):
         end.says("no common cipher: ours ")
-        told(end.log(), "no common cipher: ours .*, the peer's ")
+        told(end.log(), r"no common cipher: ours .*, the peer's .* \(use the same -m on both ends")
     client.stop()
     server.stop()
     server = bench.server("--wire", "v1", "-m", "aes-256-gcm")
@@ -93,6 +93,27 @@ def test_addresses_that_another_device_has(bench: Bench) -> None:
     told(second.log(), r"fc11::/126 is also routed through ttun0")
     third = bench.server("-l", ":20205", "--local4", "10.9.0.1", "--local6", "fd09::1/126")
     assert "also routed" not in third.log()
+
+
+@pytest.mark.hosts
+@ONCE
+def test_the_address_of_the_other_end(bench: Bench) -> None:
+    server, client = bench.server("--local4", "10.1.1.2"), bench.client("--local6", "fc11::1")
+    for end, address, role, family in (
+        (server, "10.1.1.2", "client", 4),
+        (client, "fc11::1", "server", 6),
+    ):
+        told(
+            end.says("default address"),
+            rf"{address} is the default address of the {role} \(each end needs its own: "
+            rf"--local{family}\)",
+        )
+        assert end.log().count("default address") == 1
+    end = bench.start(SERVER, "server", "-k", "x", "--local4", "10.9.0.1", "--peer4", "10.9.0.1")
+    assert end.ended() == 2
+    told(end.log(), "invalid tunnel address: both ends have the same; see ttun server -h")
+    swapped = ("--local4", "10.1.1.2", "--peer4", "10.1.1.1", "-l", "20209")
+    assert "default address" not in bench.server(*swapped).log()
 
 
 @pytest.mark.hosts

@@ -145,7 +145,10 @@ def test_no_common_cipher_is_told_on_both_sides() -> None:
 
     with pytest.raises(ProtocolError, match="ours chacha20-poly1305, the peer's aes-256-gcm"):
         against(handshake.client(K, terms("chacha20-poly1305")), server)
-    assert why == ["no common cipher: ours aes-256-gcm, the peer's chacha20-poly1305"]
+    assert why == [
+        "no common cipher: ours aes-256-gcm, the peer's chacha20-poly1305 "
+        "(use the same -m on both ends, or none)"
+    ]
 
 
 @pytest.mark.parametrize("role", ROLES)

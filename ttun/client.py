@@ -181,7 +181,7 @@ class Client(Endpoint):
     def _prepare(self) -> None:
         """Resolve the servers before adding routes, which may capture the DNS query."""
         if self._settings.default_route:
-            privileges.check()
+            privileges.check(what="the default route")
         elif not self._settings.routes:
             return
         backoff = Backoff()

@@ -245,7 +245,7 @@ def _why_not_attached(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "is used by another program (choose another name)"
     if error.errno == errno.EINVAL:
-        return "already exists (choose another name)"
+        return "is not a plain TUN device: tap, multi_queue or other (choose another name)"
     return f"exists, but not for us: {error.strerror or error}"
 
 

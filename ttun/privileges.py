@@ -52,10 +52,10 @@ def has(capability: int) -> bool:
     return bool(struct.unpack_from("=I", data, 12 * (capability // 32))[0] >> capability % 32 & 1)
 
 
-def check(more: str = "") -> None:
-    """Raise TtunError if this process may not create a network device. more: other ways."""
+def check(more: str = "", what: str = "a TUN device") -> None:
+    """Raise TtunError if this process may not configure the network. more: other ways."""
     if not has(NET_ADMIN):
-        raise TtunError(f"a TUN device requires root or CAP_NET_ADMIN (run with sudo{more})")
+        raise TtunError(f"{what} requires root or CAP_NET_ADMIN (run with sudo{more})")
 
 
 def forbid_dumps() -> None:

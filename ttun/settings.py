@@ -99,12 +99,15 @@ class Addresses:
                 raise ValueError("a zone is not allowed")
             ipv4 = _interface(ipaddress.IPv4Interface, local4, usual.ipv4, peer4 is not None)
             ipv6 = _interface(ipaddress.IPv6Interface, local6, usual.ipv6, peer6 is not None)
-            return cls(
+            found = cls(
                 ipv4,
                 ipv6,
                 None if peer4 is None else ipaddress.IPv4Address(peer4),
                 None if peer6 is None else ipaddress.IPv6Address(peer6),
             )
+            if ipv4.ip == found.peer4 or ipv6.ip == found.peer6:
+                raise ValueError("both ends have the same")
+            return found
         except ValueError as error:
             raise UsageError(f"invalid tunnel address: {error}") from None
 

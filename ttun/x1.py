@@ -138,7 +138,10 @@ def agree(sk: bytes, is_client: bool, pair: KeyPair, ours: bytes, theirs: bytes)
     mine, other = Offer.decode(ours), Offer.decode(theirs)
     common = _in(mine.ciphers & other.ciphers)
     if not common:
-        raise ProtocolError(f"no common cipher: ours {mine.names()}, the peer's {other.names()}")
+        raise ProtocolError(
+            f"no common cipher: ours {mine.names()}, the peer's {other.names()} "
+            "(use the same -m on both ends, or none)"
+        )
     client, server = (ours, theirs) if is_client else (theirs, ours)
     p = _exchange(pair, other.public, client + server, sk, b"ttun/x1 session")
     return Agreement(common[0], is_client, other.features, other.mtu, p)

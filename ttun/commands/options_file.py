@@ -7,6 +7,7 @@ bare word names such a file: in ``-k @x`` it is a key. The words of the file tak
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import shlex
@@ -45,7 +46,8 @@ def read(name: str, parser: Parser) -> list[str]:
     found: list[os.stat_result] = []
     path = Path(name)
     try:
-        text = os.fsdecode(files.read(path, MAX_SIZE, found.append))
+        read = files.read(path, MAX_SIZE, found.append)
+        text = os.fsdecode(read[3:] if read.startswith(codecs.BOM_UTF8) else read)
     except OSError as error:
         raise UsageError(f"cannot read the options in {name}: {error.strerror}") from None
     words: list[str] = []
@@ -72,8 +74,9 @@ def _words(line: str, where: str) -> Iterator[str]:
 
 
 def _has_key(words: Sequence[str], parser: Parser) -> bool:
-    """Return whether one of the words is, or ends with, the value of -k or --psk."""
-    return any(
-        words[index - 1 if first == 0 else index][: first or None].rstrip("=") in SECRETS
-        for index, first in find_secrets(words, parser)
-    )
+    """Return whether one of the words is, or ends with, a key or a URL with a password."""
+    for index, first in find_secrets(words, parser):
+        option = words[index - 1 if first == 0 else index][: first or None].rstrip("=")
+        if option in SECRETS and (option != "--proxy" or "@" in words[index]):
+            return True
+    return False

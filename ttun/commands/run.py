@@ -164,10 +164,21 @@ def _tunnel_options(options: argparse.Namespace, usual: Addresses) -> dict[str, 
     """Return the options of both ends as keywords of Server and Client."""
     names = ("cipher", "mtu", "mptcp", "offload", "wire", "buffers", "congestion_control")
     given = (options.local4, options.local6, options.peer4, options.peer6)
+    addresses = Addresses.parse(usual, *given)
+    role, others = ("client", CLIENT) if usual is SERVER else ("server", SERVER)
+    for mine, theirs, peer in (
+        (addresses.ipv4, others.ipv4, addresses.peer4),
+        (addresses.ipv6, others.ipv6, addresses.peer6),
+    ):
+        if peer is None and mine.ip == theirs.ip:
+            log.warning(
+                "%s is the default address of the %s (each end needs its own: --local%d)",
+                mine.ip, role, mine.version,
+            )  # fmt: skip
     return {
         **{name: getattr(options, name) for name in names},
         "device": options.dev,
-        "addresses": Addresses.parse(usual, *given),
+        "addresses": addresses,
         "routes": [parse_network(text) for text in options.route if text != DEFAULT],
     }
 

@@ -187,6 +187,8 @@ def _joins(argument: str, option: str, names: Iterable[str]) -> bool:
 
 def _why_unknown(argument: str, names: Iterable[str]) -> str:
     """Return what is wrong with an argument; show of it only what is in one of the names."""
+    if argument.startswith("@"):
+        return "unexpected @FILE: a file of options cannot name another one"
     if not argument.startswith("-"):
         return f"unexpected argument ({NOT_SHOWN})"
     typed = argument.partition("=")[0]
