@@ -163,6 +163,8 @@ class Endpoint(abc.ABC):
         thread = threading.Thread(target=self._main, name=f"ttun-{self.role}", daemon=True)
         try:
             self._begin()
+            assert self._device is not None
+            self._device.keep_from_children()
             thread.start()
         except BaseException as error:
             self._stop.set()
