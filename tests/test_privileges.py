@@ -226,3 +226,18 @@ def test_the_usual_user_is_ttun_where_it_exists_else_nobody(
     assert privileges.find_user(None) == ("nobody", privileges.NOBODY, privileges.NOBODY)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert privileges.find_user(None) is None
+
+
+def test_a_container_that_forbids_limits_is_no_trouble() -> None:
+    """Python reports EPERM of setrlimit(2) as a ValueError."""
+    program = """if True:
+        import ctypes, resource
+        from ttun import privileges
+        def forbidden(*_):
+            raise ValueError("not allowed to raise maximum limit")
+        resource.setrlimit = forbidden
+        privileges.forbid_dumps()
+        print(ctypes.CDLL(None).prctl(3))  # PR_GET_DUMPABLE
+    """
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert said.stdout == b"0\n"
