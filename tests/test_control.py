@@ -60,6 +60,28 @@ def test_a_ping_storm_gets_few_answers_and_packets_pass() -> None:
         rig.carries()
 
 
+def test_a_storm_of_any_control_frame_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    look = control.Control._look_at_clock
+    monkeypatch.setattr(
+        control.Control, "_look_at_clock", lambda *each: looks.append(1) or look(*each)
+    )
+    with rigged("server") as rig:
+        for kind in ("PONG", "REKEY"):
+            looks.clear()
+            started = time.monotonic()
+            while time.monotonic() < started + 1:
+                if kind == "PONG":
+                    rig.peer.send(PONG + bytes(8))
+                else:
+                    rig.peer.begin_rekey()
+                    rig.peer.switch()
+                    rig.peer.switched()
+            most = (time.monotonic() - started) / control.STORM_PAUSE
+            assert len(looks) < most + 3, kind
+        rig.carries()
+
+
 @pytest.mark.parametrize("first", [0, 6, 7, 0x10, 0x3F, 0x70, 0xFF])
 def test_unknown_types_are_ignored_and_counted(first: int) -> None:
     with rigged() as rig:

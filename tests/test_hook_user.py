@@ -20,6 +20,7 @@ from machine import running, threads
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, TUNNEL4, Bench, Program, children, eventually
 
 from ttun import privileges
+from ttun.lab import netns
 from ttun.process import keeper as module
 
 ENVIRONMENT = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}  # all but the first by some shell
@@ -62,6 +63,21 @@ def test_hooks_of_root_run_as_root_with_a_fixed_environment(bench: Bench, said: 
     pid = keeper_of(server.process.pid)
     assert server.stop() == 0
     assert is_gone(pid)
+
+
+@pytest.mark.hosts
+@END_TO_END
+def test_hooks_get_the_name_that_the_device_has_now(bench: Bench, said: Path) -> None:
+    server = bench.server(
+        "--hook-user", "root", "--up", f"echo up $TTUN_DEVICE >> {said}",
+        "--down", f"echo down $TTUN_DEVICE >> {said}",
+    )  # fmt: skip
+    client = bench.client()
+    eventually(lambda: said.exists() and "up ttun0\n" in said.read_text(), "--up ran")
+    netns.ip("-n", bench.pair.names[SERVER], "link", "set", "ttun0", "name", "other0")
+    client.stop()
+    eventually(lambda: "down other0\n" in said.read_text(), "--down ran")
+    server.stop()
 
 
 @pytest.mark.hosts

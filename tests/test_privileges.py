@@ -236,3 +236,18 @@ def test_only_another_user_can_be_become() -> None:
     with privileges.acting_as(nobody):
         assert os.geteuid() == nobody.uid
     assert (os.geteuid(), os.getegid()) == (0, 0)
+
+
+def test_a_container_that_forbids_limits_is_no_trouble() -> None:
+    """Python reports EPERM of setrlimit(2) as a ValueError."""
+    program = """if True:
+        import ctypes, resource
+        from ttun import privileges
+        def forbidden(*_):
+            raise ValueError("not allowed to raise maximum limit")
+        resource.setrlimit = forbidden
+        privileges.forbid_dumps()
+        print(ctypes.CDLL(None).prctl(3))  # PR_GET_DUMPABLE
+    """
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert said.stdout == b"0\n"

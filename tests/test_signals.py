@@ -19,6 +19,7 @@ from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, children, even
 from ttun.lab import netns
 
 ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+ENDING_LATER = [signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR2, signal.SIGXCPU]
 each_ending = pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
 
 HANG = """
@@ -189,7 +190,7 @@ def test_how_a_hook_ended_is_known_where_whoever_started_us_ignores_its_children
 
 
 @pytest.mark.hosts
-@each_ending
+@pytest.mark.parametrize("number", [*ENDING, *ENDING_LATER])
 def test_down_runs_when_a_signal_ends_it(plain: Bench, said: Path, number: signal.Signals) -> None:
     server = start(plain, [], "--down", f'echo "$TTUN_REASON" > {said}')
     plain.client()

@@ -218,6 +218,7 @@ class Client(Endpoint):
             raise reasons[0]
 
     def _begin(self) -> None:
+        super()._begin()
         for each in self._dialers:
             each.start()
 

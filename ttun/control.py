@@ -37,7 +37,7 @@ PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
 RETRANSMIT_WITHIN = 2000  # ms
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15; not for Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds
-STORM_PAUSE = 0.005  # seconds after each PING received: limits the CPU time of a flood
+STORM_PAUSE = 0.005  # seconds after each frame: limits the CPU time of a flood
 REKEY_TIMEOUT = 60.0  # seconds
 SIOCOUTQ = 0x5411  # linux/sockios.h
 PING_SIZE: int = lib.TTUN_PING_SIZE
@@ -94,6 +94,7 @@ class Control:
             while (taken := self._take()) >= 0:
                 if taken > 0:
                     self._receive(self._frame.type, bytes(ffi.buffer(self._frame.body)))
+                    time.sleep(STORM_PAUSE)
                 self._look_at_clock(time.monotonic())
         except ProtocolError as error:
             self.reason = str(error)
@@ -121,7 +122,6 @@ class Control:
     def _receive(self, kind: int, body: bytes) -> None:
         if kind == lib.TTUN_PING:
             self._post(lib.TTUN_PONG, body[:PING_SIZE])
-            time.sleep(STORM_PAUSE)
         elif kind == lib.TTUN_PONG:
             if body[:PING_SIZE] == self._ping:
                 self.rtt = time.monotonic() - self._pinged_at

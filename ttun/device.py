@@ -19,6 +19,7 @@ import os
 import select
 import socket
 import struct
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -198,6 +199,21 @@ class Device:
             with contextlib.suppress(OSError):
                 fcntl.ioctl(self._tun, TUNSETOFFLOAD, 0)
         self._tun.close()
+
+    def keep_from_children(self) -> None:
+        """Close it in each process that this one forks from now on, or they would keep it."""
+        _kept.add(self)
+
+
+_kept: weakref.WeakSet[Device] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for device in _kept:
+        device._tun.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _open(name: str, offload: bool) -> tuple[Any, int]:

@@ -167,6 +167,10 @@ class Endpoint(Lifecycle):
         self._terms = replace(self._terms, features=self._device.offload >> 1)
         self._open()
 
+    def _begin(self) -> None:
+        assert self._device is not None
+        self._device.keep_from_children()
+
     def _release(self) -> None:
         try:
             self._pending.close()

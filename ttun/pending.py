@@ -376,7 +376,7 @@ class Pending:
 
     def _forget(self, peer: HalfOpen) -> None:
         del self._half_open[peer.sock.fileno()]
-        self._poll.unregister(peer.sock)
+        self.unwatch(peer.sock.fileno())
         if peer.handshake is not None:
             peer.handshake.close()
 

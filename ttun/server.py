@@ -110,6 +110,7 @@ class Server(Endpoint):
         log.info("listening on %s", self._listener.name)
 
     def _begin(self) -> None:
+        super()._begin()
         self._listener.start()
 
     def _close(self) -> None:

@@ -344,6 +344,8 @@ class Listener(transport.Listener):
         if self._ready is not None:
             self._ready.close()
         for sock in self._listening.values():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # a forked child may hold a copy
             sock.close()
 
     def kind(self, sock: socket.socket) -> str:

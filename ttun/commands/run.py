@@ -28,7 +28,7 @@ from ttun.errors import TtunError, UsageError
 from ttun.network import default_route, name_servers
 from ttun.process import log_writer
 from ttun.process.keeper import Keeper
-from ttun.process.signals import ENDING, Signals
+from ttun.process.signals import ENDING, ENDING_LATER, Signals
 from ttun.server import DEFAULT_LISTEN, Server
 from ttun.settings import CLIENT, DEFAULT, MAX_KEY_LIFE, SERVER, Addresses, Limits, parse_network
 
@@ -261,7 +261,8 @@ def _run(
     whole = DEFAULT in options.route
     if whole:
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
-    signals = Signals(*ENDING, signal.SIGUSR1)  # from here on there is something to clean up
+    # From here on there is something to clean up.
+    signals = Signals(*ENDING, *ENDING_LATER, signal.SIGUSR1)
     device = str(endpoint.status().device)
     socket_of_status = status.StatusSocket(device, user, group)
     try:

@@ -72,6 +72,9 @@ class Servant:
         self._plan, self._control = plan, control
         self._hooks = plan.hooks() if plan.hooks else None
         self._session: Facts | None = None
+        self._index = 0
+        with contextlib.suppress(OSError):
+            self._index = socket.if_nametoindex(plan.facts.get("device", ""))
         self._noted = Summary("keeper: and %d more lines")
         self._dialled = Dialled(plan.via, self._say) if plan.via else None
 
@@ -131,10 +134,10 @@ class Servant:
         request, facts = parse(data)
         if request in ("up", "down") and self._hooks:
             if self._session is not None:
-                self._hooks.down({**self._session, **facts, **self._plan.facts})
+                self._hooks.down({**self._session, **facts, **self._fixed()})
             self._session = None
             if request == "up":
-                self._session = {**facts, **self._plan.facts}
+                self._session = {**facts, **self._fixed()}
                 self._hooks.up(self._session)
         elif request == "dial" and self._dialled:
             self._dial(self._dialled, **facts)
@@ -144,6 +147,12 @@ class Servant:
             self._dialled.background()
         else:
             raise ValueError(f"nothing to do for {request}")
+
+    def _fixed(self) -> Facts:
+        """Return the facts of the plan; the device may have been renamed."""
+        with contextlib.suppress(OSError):  # or removed
+            self._plan.facts["device"] = socket.if_indextoname(self._index)
+        return self._plan.facts
 
     def _dial(self, dialled: Dialled, number: str = "", host: str = "", port: str = "") -> None:
         with contextlib.ExitStack() as opened:

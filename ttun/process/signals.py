@@ -7,8 +7,8 @@
  3. While it runs, Signals: the main thread waits for signals and stops the tunnel in order.
  4. During exit they are ignored, so that a second signal does not replace exit code 0.
 
-SIGINT and SIGHUP stay ignored if they were ignored at the start, as nohup(1) and background jobs of
-shell scripts expect. SIGTERM is always handled. As process 1 of a container the main thread also
+What was ignored at the start stays so, as nohup(1) and background jobs of shell scripts expect;
+only SIGTERM is always handled. As process 1 of a container the main thread also
 reaps orphans (process_group.py). Sources: signal(7), nohup(1), pid_namespaces(7).
 """
 
@@ -26,6 +26,8 @@ from types import FrameType
 from ttun.process import program_name
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# They end a running tunnel in the same way: by default they would leave --down out.
+ENDING_LATER = (signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR2, signal.SIGXCPU)
 LONG_RUNNING = ("server", "client", "tox")  # commands that end with exit code 0 on a signal
 
 
@@ -121,9 +123,7 @@ class Signals:
 
 def _is_taken(number: int) -> bool:
     """Return whether to handle a signal; the others stay ignored."""
-    return number not in (signal.SIGINT, signal.SIGHUP) or (
-        signal.getsignal(number) != signal.SIG_IGN
-    )
+    return number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
 
 
 def _unblock() -> None:
