@@ -112,10 +112,13 @@ def test_stop_does_not_wait_for_a_forked_child(plain: Bench) -> None:
         """
         server = ttun.Server(b"secret")
         server.start()
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(writing, b"forked")
             time.sleep(30)
             os._exit(0)
+        os.read(reading, 6)
         started = time.monotonic()
         server.stop()
         took = time.monotonic() - started
