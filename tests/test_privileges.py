@@ -208,7 +208,9 @@ def test_a_user_is_a_name_or_a_number() -> None:
     nobody = pwd.getpwnam("nobody")
     assert privileges.find_user(str(nobody.pw_uid)) == privileges.find_user("nobody")
     assert privileges.find_user("987654") == ("987654", 987654, 987654)
-    for wrong in ("no.such.user", str(1 << 32), str(1 << 80), "-1", ""):
+    assert privileges.find_user(str((1 << 32) - 2)) is not None
+    # One more means "unchanged" to setresuid().
+    for wrong in ("no.such.user", str((1 << 32) - 1), str(1 << 32), str(1 << 80), "-1", ""):
         with pytest.raises(UsageError, match="no such user"):
             privileges.find_user(wrong)
 
@@ -251,3 +253,21 @@ def test_a_container_that_forbids_limits_is_no_trouble() -> None:
     """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert said.stdout == b"0\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to lose")
+@pytest.mark.parametrize("lost", [None, "net_admin", "sys_admin", "syslog", "block_suspend"])
+def test_the_capabilities_are_those_that_the_kernel_says(lost: str | None) -> None:
+    """Also those above 31, in the second word."""
+    program = """if True:
+        from pathlib import Path
+        from ttun import privileges
+        lines = Path("/proc/thread-self/status").read_text().splitlines()
+        effective = int(next(line for line in lines if line.startswith("CapEff"))[7:], 16)
+        for capability in range(41):
+            assert privileges.has(capability) == bool(effective >> capability & 1), capability
+        print(privileges.has(privileges.NET_ADMIN), privileges.has(privileges.SYS_ADMIN))
+    """
+    drop = [] if lost is None else ["setpriv", "--bounding-set", f"-{lost}"]
+    said = subprocess.run([*drop, sys.executable, "-c", program], capture_output=True, check=True)
+    assert said.stdout.decode() == f"{lost != 'net_admin'} {lost != 'sys_admin'}\n"
