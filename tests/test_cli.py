@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually
+from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually, run_program
 
 import ttun
 from ttun import cli, sodium
@@ -23,11 +23,13 @@ from ttun.errors import TtunError
 
 def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:
     """Run the program to its end: exit code, stdout, stderr."""
-    clean = {name: value for name, value in os.environ.items() if name != "TTUN_PSK"}
-    done = subprocess.run(
-        [*(prefix or []), *PROGRAM, *arguments], env={**clean, **env},
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+    if prefix or env:
+        done = subprocess.run(
+            [*(prefix or []), *PROGRAM, *arguments], env={**os.environ, **env},
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    else:
+        done = run_program(*arguments, timeout=30)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -249,7 +251,9 @@ def test_ttun_py_finds_its_venv_from_anywhere(bench: Bench) -> None:
 )
 def test_a_key_does_not_stay_in_the_process_list(bench: Bench, option: tuple[str, ...]) -> None:
     key = "the key of this very test"
-    server = bench.start(SERVER, "server", *(part.format(key) for part in option), "-l", ":5")
+    server = bench.start(
+        SERVER, "server", *(part.format(key) for part in option), "-l", ":5", environment={}
+    )
     server.says("listening")
     line = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     assert key.encode() not in line
