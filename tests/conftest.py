@@ -51,7 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"  # where nft is, for Debian's users too
     config.stash[WHY_NOT] = ""
     config.stash[NO_TOX] = toxlab.why_not()
-    os.environ.pop("XDG_RUNTIME_DIR", None)
+    for name in ("XDG_RUNTIME_DIR", "TTUN_PSK"):
+        os.environ.pop(name, None)
     # Whoever runs the tests in the background, or under nohup, has these ignored, and what is
     # ignored stays so in every program that a test starts.
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):

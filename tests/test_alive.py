@@ -128,6 +128,7 @@ def test_a_peer_that_stops_in_the_middle_of_each_step_keeps_nobody_out(bench: Be
         assert len(hello) == 26 + 62
         sock.sendall(hello[: size - 16])
     client = bench.client()
+    client.says("tun ttun0 up")
     client.says("authenticated", seconds=5)
     bench.answers()
     for sock in stopped:

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually
-from tunnel import run_program as run
+from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually, run_program
 
 import ttun
 from ttun import cli, sodium
@@ -20,6 +19,18 @@ from ttun.cipher import CIPHERS
 from ttun.cli import build_parser, main
 from ttun.commands.parser import join_values
 from ttun.errors import TtunError
+
+
+def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:
+    """Run the program to its end: exit code, stdout, stderr."""
+    if prefix or env:
+        done = subprocess.run(
+            [*(prefix or []), *PROGRAM, *arguments], env={**os.environ, **env},
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    else:
+        done = run_program(*arguments, timeout=30)
+    return done.returncode, done.stdout, done.stderr
 
 
 def parsed(*arguments: str) -> dict[str, object]:
@@ -240,7 +251,9 @@ def test_ttun_py_finds_its_venv_from_anywhere(bench: Bench) -> None:
 )
 def test_a_key_does_not_stay_in_the_process_list(bench: Bench, option: tuple[str, ...]) -> None:
     key = "the key of this very test"
-    server = bench.start(SERVER, "server", *(part.format(key) for part in option), "-l", ":5")
+    server = bench.start(
+        SERVER, "server", *(part.format(key) for part in option), "-l", ":5", environment={}
+    )
     server.says("listening")
     line = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     assert key.encode() not in line

@@ -105,8 +105,8 @@ def test_ipv6_that_an_mtu_or_a_setting_took_away_is_said(plain: Bench) -> None:
 def test_a_change_is_read_at_once(plain: Bench) -> None:
     """Also one of which the kernel sends a single message, while nothing else happens."""
     end = plain.server(*ROUTES)
-    fastest = 60.0
-    for _ in range(10):
+    fastest, tries = 60.0, 0
+    while fastest > 0.9 and (tries := tries + 1) <= 10:
         plain.run(SERVER, "ip", "route", "del", ROUTE4, "dev", "ttun0")
         began = time.monotonic()
         eventually(lambda: end.status()["missing"] == [f"route {ROUTE4} missing"], "it is read")

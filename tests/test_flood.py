@@ -116,8 +116,9 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
     relay = Relay(plain, delay) if delay else None
     times = []
     for _ in range(20):
-        started = time.monotonic()
         client = plain.client(to=relay.address if relay else SERVER_ADDRESS)
+        client.says("tun ttun0 up")
+        started = time.monotonic()
         client.says("authenticated", seconds=20)
         times.append(time.monotonic() - started)
         client.stop()

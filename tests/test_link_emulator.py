@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import select
 import socket
 import statistics
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tunnel import CLIENT, SERVER, eventually, in_namespace
 
 from ttun.errors import TtunError, UsageError
 from ttun.lab import link_emulator, netns
-from ttun.lab.demo import end, measured
+from ttun.lab.demo import end
 from ttun.lab.link_emulator import DOWN, UP, Link, LinkedHosts
 
 pytestmark = pytest.mark.hosts
@@ -25,9 +28,18 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 BODY = 1000  # bytes of a datagram; its frame has 42 more
 
 
+def traffic(pair: LinkedHosts, *arguments: str) -> Any:
+    """What the client's host measured; pytest shows why it could not."""
+    command = pair.command(CLIENT, netns.python("ttun.lab.traffic", *arguments))
+    done = subprocess.run(
+        command, env={**os.environ, **netns.environment()}, stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(done.stdout)
+
+
 def pings(pair: LinkedHosts, times: int) -> list[float]:
     """The round trips of those that were answered, in ms."""
-    found = measured(pair, "ping", ADDRESS, str(times))
+    found = traffic(pair, "ping", ADDRESS, str(times))
     return [seconds * 1000 for seconds in found if seconds is not None]
 
 
@@ -166,7 +178,7 @@ def test_a_cut_link_lets_nothing_through_until_it_is_joined() -> None:
 def test_bytes_stay_as_they_are_while_the_ring_goes_round() -> None:
     with LinkedHosts(Link(rate=900, rtt=2)) as pair, serving(pair, "ttun.lab.traffic"):
         for action in ("send", "receive"):
-            assert measured(pair, action, ADDRESS, "5001", str(100 << 20))["whole"]
+            assert traffic(pair, action, ADDRESS, "5001", str(100 << 20))["whole"]
 
 
 def test_a_full_ring_drops_and_goes_on() -> None:

@@ -136,7 +136,7 @@ def test_both_ends_run_with_it_and_ps_shows_its_name_only(bench: Bench, tmp_path
     server = bench.start(SERVER, "server", write(tmp_path / "s", "-k 'a secret'\n-l :20204\n"))
     server.says("listening on")
     file = write(tmp_path / "c", "-s 192.0.2.1:20204 # there\n-k 'a secret'\n")
-    client = bench.start(CLIENT, "client", file, *bench.options)
+    client = bench.start(CLIENT, "client", file, *bench.options, environment={})
     client.says("authenticated")
     bench.answers()
     line = Path(f"/proc/{client.process.pid}/cmdline").read_bytes()

@@ -190,9 +190,9 @@ def test_silence_is_over_after_ten_seconds_also_if_it_drips(bench: Bench) -> Non
     server = bench.server()
     started = time.monotonic()
     with connect(bench) as silent, connect(bench) as dripping:
-        while time.monotonic() - started < 9:
+        while time.monotonic() - started < 8.5:
             dripping.send(b"x")
-            time.sleep(1 / 4)
+            time.sleep(1)
         assert server.log().count("failed:") == 0
         assert "timed out after 10 s" in server.says("failed:", times=2, seconds=5)
         assert 9.5 < time.monotonic() - started < 12
@@ -202,7 +202,7 @@ def test_silence_is_over_after_ten_seconds_also_if_it_drips(bench: Bench) -> Non
 def test_silent_connections_do_not_keep_the_client_out(bench: Bench) -> None:
     bench.server()
     socks = [connect(bench) for _ in range(300)]
-    client_gets_in(bench, seconds=2)
+    client_gets_in(bench)
     for sock in socks:
         sock.close()
 

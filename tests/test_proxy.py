@@ -37,12 +37,12 @@ def hosts() -> Iterator[Chain]:
 @pytest.fixture(params=["x1", "v1"])
 def both(request: pytest.FixtureRequest, hosts: Chain, tmp_path: Path) -> Iterator[Bench]:
     """Two hosts between which there is a third one, and no route."""
-    yield from bench(hosts, tmp_path, request.param, [])  # type: ignore[arg-type]
+    yield from bench(hosts, tmp_path, request.param, [], forks=False)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def far(hosts: Chain, tmp_path: Path) -> Iterator[Bench]:
-    yield from bench(hosts, tmp_path, "x1", [])  # type: ignore[arg-type]
+    yield from bench(hosts, tmp_path, "x1", [], forks=False)  # type: ignore[arg-type]
 
 
 def show(far: Bench) -> str:

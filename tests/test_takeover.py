@@ -6,7 +6,7 @@ import time
 
 import pytest
 from peer import Peer
-from strangers import STRANGERS, arrive, connect
+from strangers import STRANGERS, arrive, client_gets_in, connect, vanished
 from tunnel import CLIENT, SERVER, TUNNEL4, Bench, End, eventually
 
 pytestmark = pytest.mark.hosts
@@ -103,21 +103,9 @@ def test_a_client_that_changed_networks_is_back_before_the_old_connection_is_dea
     """The first client vanishes; the same key from another address is accepted."""
     server, first = takeover_tunnel(plain)
     plain.answers()
-    drop = "add table inet cut; add chain inet cut in { type filter hook input priority 0; }; "
-    drop += "add rule inet cut in tcp dport 20203 ip saddr 192.0.2.2 drop"
-    plain.run(SERVER, "nft", drop)
-    plain.run(CLIENT, "ip", "address", "add", "192.0.2.77/24", "dev", "vclient")
-    try:
-        first.kill()
-        plain.run(CLIENT, "ip", "route", "replace", "192.0.2.1", "dev", "vclient",
-                  "src", "192.0.2.77")  # fmt: skip
-        plain.client().says("authenticated", seconds=5)
-        plain.answers(seconds=5)
+    with vanished(plain, first):
+        client_gets_in(plain)
         assert "192.0.2.77" in server.says("took over")
-    finally:
-        plain.run(SERVER, "nft", "delete table inet cut")
-        plain.run(CLIENT, "ip", "address", "delete", "192.0.2.77/24", "dev", "vclient")
-        plain.run(CLIENT, "ip", "route", "flush", "192.0.2.1")
 
 
 def test_it_stops_within_a_second_and_ends_with_its_device(plain: Bench) -> None:

@@ -10,14 +10,13 @@ import logging
 import os
 import random
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import toxlab
 from machine import IS_NOBODY_HERE
-from tunnel import PROGRAM
+from tunnel import run_program
 
 from ttun.errors import TtunError
 from ttun.tox import identity, instance, toxcore
@@ -117,7 +116,6 @@ def nodes(directory: Path) -> str:
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_identity_ends_the_start_and_stays_as_it_is(tmp_path: Path, kind: str) -> None:
-    started = []
     for mode in (0o600, 0o644):
         directory = tmp_path / oct(mode)
         directory.mkdir()
@@ -131,23 +129,15 @@ def test_a_damaged_identity_ends_the_start_and_stays_as_it_is(tmp_path: Path, ki
         ):
             if arguments[0] == "server":
                 arguments += ["--tox-nodes", nodes(tmp_path)]
-            program = subprocess.Popen(
-                [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            started.append((program, path, seen(path)))
-    try:
-        for program, path, before in started:
-            said, _ = program.communicate(timeout=30)
-            assert program.returncode == 1, said
+            before = seen(path)
+            done = run_program(*arguments, timeout=30)
+            said = done.stdout + done.stderr
+            assert done.returncode == 1, said
             assert said.startswith("ttun: cannot ") or "belongs to" in said
             assert str(path) in said
             assert said.count("\n") == 1, said
             assert seen(path) == before
-            assert os.listdir(path.parent) == [identity.SAVE]
-    finally:
-        for program, _, _ in started:
-            program.kill()
-            program.communicate()
+            assert os.listdir(directory) == [identity.SAVE]
 
 
 def test_each_bit_of_the_header_is_seen() -> None:
@@ -177,10 +167,9 @@ def test_an_identity_that_this_user_may_not_read_ends_the_start(tmp_path: Path) 
     tmp_path.chmod(0o700)
     (tmp_path / identity.SAVE).write_bytes(SAVED)
     before = seen(tmp_path / identity.SAVE)
-    done = subprocess.run(
-        [*PROGRAM, "tox", "-q", "-U", "nobody", "-b", nodes(tmp_path), "-C", str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
+    done = run_program(
+        "tox", "-q", "-U", "nobody", "-b", nodes(tmp_path), "-C", str(tmp_path), timeout=30
+    )
     assert done.returncode == 1
     assert done.stderr == f"ttun: cannot read {tmp_path / identity.SAVE}: Permission denied\n"
     assert seen(tmp_path / identity.SAVE) == before
@@ -229,10 +218,8 @@ def test_a_start_that_fails_leaves_the_process_id_of_another(tmp_path: Path) -> 
     (tmp_path / identity.SAVE).write_bytes(b"")
     pid_file = tmp_path / "pid"
     pid_file.write_text("1234567890\n")
-    done = subprocess.run(
-        [*PROGRAM, "tox", "-b", nodes(tmp_path), "-C", str(tmp_path), "-F", str(pid_file)],
-        capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
+    options = ["-b", nodes(tmp_path), "-C", str(tmp_path), "-F", str(pid_file)]
+    done = run_program("tox", *options, timeout=30)
     assert done.returncode == 1
     assert pid_file.read_text() == "1234567890\n"
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import forked
 from tunnel import CLIENT, PROGRAM
 
 from ttun.commands.doctor import FAIL, OK, SKIP, WARN
@@ -17,11 +18,15 @@ class Report:
     """What the program said on a host, by subject."""
 
     def __init__(self, pair: netns.Hosts, host: str, *arguments: str, prefix: list[str]) -> None:
-        done = subprocess.run(
-            pair.command(host, [*prefix, *PROGRAM, "doctor", *arguments]),
-            capture_output=True, text=True, timeout=120, check=False,
-            env={**os.environ, **netns.environment()},
-        )  # fmt: skip
+        if prefix or not forked.can(forked.TTUN):
+            done = subprocess.run(
+                pair.command(host, [*prefix, *PROGRAM, "doctor", *arguments]),
+                capture_output=True, text=True, timeout=120, check=False,
+                env={**os.environ, **netns.environment()},
+            )  # fmt: skip
+        else:
+            command = ["doctor", *arguments]
+            done = forked.run(forked.TTUN, command, namespace=pair.names[host])
         assert done.stderr == ""
         assert max(map(len, done.stdout.splitlines())) <= 80 and "\033" not in done.stdout
         self.code, self.text = done.returncode, done.stdout

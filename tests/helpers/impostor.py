@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
-from tunnel import PROGRAM
+from tunnel import PROGRAM, run_program
 
 import ttun
 from ttun.commands import status
@@ -87,12 +87,13 @@ class Place:
     def run(
         self, *options: str, limits: str = "", seconds: float = PATIENCE
     ) -> tuple[int, str, str]:
-        prefix = ["prlimit", limits] if limits else []
-        done = subprocess.run(
-            [*prefix, *PROGRAM, "show", *options], capture_output=True, check=False,
-            timeout=seconds, encoding="utf-8", errors="surrogateescape",
-            env=self.environment,
-        )  # fmt: skip
+        if limits:
+            done = subprocess.run(
+                ["prlimit", limits, *PROGRAM, "show", *options], capture_output=True, check=False,
+                timeout=seconds, encoding="utf-8", errors="surrogateescape", env=self.environment,
+            )  # fmt: skip
+        else:
+            done = run_program("show", *options, timeout=seconds, **self.environment)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout, done.stderr
 

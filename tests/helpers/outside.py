@@ -235,7 +235,7 @@ def hosts(far: Bench) -> FarHosts:
 
 def reaches(far: Bench, address: str = INTERNET) -> bool:
     """Whether root's packets get to the Internet and back, whichever way."""
-    with contextlib.suppress(subprocess.CalledProcessError):
+    with contextlib.suppress(OSError):
         return far.ping(CLIENT, address) == 1
     return False
 

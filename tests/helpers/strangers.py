@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 
 from peer import Peer, echo_request
-from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench
+from tunnel import CLIENT, SERVER, SERVER_ADDRESS, TUNNEL4, Bench, End
 
 PORT = 20203
 TO_SERVER = TUNNEL4[CLIENT], TUNNEL4[SERVER]
@@ -27,9 +29,28 @@ def listen(bench: Bench) -> socket.socket:
 def client_gets_in(bench: Bench, seconds: float = 5) -> None:
     """A valid client connects, is served, and disconnects."""
     client = bench.client()
+    client.says("tun ttun0 up")  # from here on it is the server's time, not the program's
     client.says("authenticated", seconds=seconds)
     bench.answers()
     client.stop()
+
+
+@contextlib.contextmanager
+def vanished(bench: Bench, client: End) -> Iterator[None]:
+    """The client's host says nothing more, and one with another address is in its place."""
+    drop = "add table inet cut; add chain inet cut in { type filter hook input priority 0; }; "
+    drop += "add rule inet cut in tcp dport 20203 ip saddr 192.0.2.2 drop"
+    bench.run(SERVER, "nft", drop)
+    bench.run(CLIENT, "ip", "address", "add", "192.0.2.77/24", "dev", "vclient")
+    try:
+        client.kill()
+        bench.run(CLIENT, "ip", "route", "replace", SERVER_ADDRESS, "dev", "vclient",
+                  "src", "192.0.2.77")  # fmt: skip
+        yield
+    finally:
+        bench.run(SERVER, "nft", "delete table inet cut")
+        bench.run(CLIENT, "ip", "address", "delete", "192.0.2.77/24", "dev", "vclient")
+        bench.run(CLIENT, "ip", "route", "flush", SERVER_ADDRESS)
 
 
 # Input from a peer without the key, and the log line about it.

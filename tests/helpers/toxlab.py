@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import forked
 import tunnel
 
 from ttun.lab import netns
@@ -237,7 +238,15 @@ class Lab:
 
     def tox(self, host: str, *options: str, **how: Any) -> Program:
         """Start ``ttun tox``."""
-        return self.start(host, *tunnel.PROGRAM, "tox", "-b", str(self.nodes), *options, **how)
+        arguments = ["tox", "-b", str(self.nodes), *options]
+        if how or not forked.can(forked.TTUN):
+            return self.start(host, *tunnel.PROGRAM, *arguments, **how)
+        log = self.directory / f"{len(self.programs)}.log"
+        with log.open("wb") as file:
+            name = self.names[host]
+            process = forked.start(forked.TTUN, arguments, file, namespace=name)
+        self.programs.append(Program(process, log))
+        return self.programs[-1]
 
     def serve(self, *options: str, **how: Any) -> tuple[Program, str]:
         """Start a server; return it and its Tox ID."""

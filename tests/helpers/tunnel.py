@@ -12,16 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import forked
 import pytest
 
 from ttun import cipher as ciphers
 from ttun.commands import query, runtime
 from ttun.lab import netns
 from ttun.lab.netns import CLIENT, SERVER, Hosts, Namespaces
+from ttun.lab.traffic import ping
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "ttun.py"
@@ -103,18 +105,6 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
     return results[0]
 
 
-def run_program(
-    *arguments: str, prefix: list[str] | None = None, **env: str
-) -> tuple[int, str, str]:
-    """Run the program to its end: exit code, stdout, stderr."""
-    clean = {name: value for name, value in os.environ.items() if name != "TTUN_PSK"}
-    done = subprocess.run(
-        [*(prefix or []), *PROGRAM, *arguments], env={**clean, **env},
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
 class Program:
     """A running program, and what it says on stderr."""
 
@@ -166,8 +156,21 @@ class Program:
         return counts[0], counts[1], memory
 
 
+def run_program(
+    *arguments: str, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ttun to its end."""
+    variables = {**os.environ, **environment}
+    if forked.can(forked.TTUN):
+        return forked.run(forked.TTUN, arguments, environment=variables, timeout=timeout)
+    return subprocess.run(
+        [*PROGRAM, *arguments], env=variables, capture_output=True, check=False, timeout=timeout,
+        encoding="utf-8", errors="surrogateescape",
+    )  # fmt: skip
+
+
 class End(Program):
-    """One end of a tunnel."""
+    """One end of a tunnel. With an environment of its own, even an empty one, it starts slowly."""
 
     patience = 5.0
 
@@ -180,11 +183,15 @@ class End(Program):
         environment: dict[str, str] | None = None,
     ) -> None:
         self.host = host
+        process: subprocess.Popen[str]
         with log.open("w") as file:
-            process = pair.start(
-                host, [*PROGRAM, *arguments], stdout=file, stderr=file,
-                environment=netns.environment(**(environment or {})),
-            )  # fmt: skip
+            if environment is None and forked.can(forked.TTUN):
+                process = forked.start(forked.TTUN, arguments, file, namespace=pair.names[host])
+            else:
+                process = pair.start(
+                    host, [*PROGRAM, *arguments], stdout=file, stderr=file,
+                    environment=netns.environment(**(environment or {})),
+                )  # fmt: skip
         super().__init__(process, log)
 
     def status(self) -> dict[str, Any]:
@@ -210,11 +217,14 @@ class Bench:
         self.pair, self.directory = pair, directory
         self.wire, self.cipher = wire, BEST[wire]
         self.options = options + (["--wire", "v1"] if wire == "v1" else [])
+        self.forks = True  # else each end is started as its users do
         self.ends: list[End] = []
         self.helpers: list[subprocess.Popen[str]] = []
 
     def start(self, host: str, *arguments: str, environment: dict[str, str] | None = None) -> End:
         log = self.directory / f"{len(self.ends)}.log"
+        if environment is None and not self.forks:
+            environment = {}
         end = End(self.pair, host, list(arguments), log, environment)
         self.ends.append(end)
         return end
@@ -236,6 +246,9 @@ class Bench:
 
     def run(self, host: str, *arguments: str, timeout: float = 120) -> str:
         """Run a command on a host to its end; what it printed."""
+        size = len(PROGRAM)
+        if [*arguments[:size]] == PROGRAM and forked.can(forked.TTUN):
+            return self.forked(forked.TTUN, host, arguments[size:], timeout)
         return subprocess.run(
             self.pair.command(host, arguments), env={**os.environ, **netns.environment()},
             capture_output=True, text=True, check=True, timeout=timeout,
@@ -243,30 +256,44 @@ class Bench:
 
     def traffic(self, host: str, *arguments: str, timeout: float = 120) -> Any:
         """What ttun.traffic measured."""
-        command = netns.python("ttun.lab.traffic", *arguments)
-        return json.loads(self.run(host, *command, timeout=timeout))
+        if not forked.can(forked.TRAFFIC):
+            command = netns.python(forked.TRAFFIC, *arguments)
+            return json.loads(self.run(host, *command, timeout=timeout))
+        return json.loads(self.forked(forked.TRAFFIC, host, arguments, timeout))
+
+    def forked(self, module: str, host: str, arguments: Sequence[str], timeout: float) -> str:
+        name = self.pair.names[host]
+        done = forked.run(module, arguments, namespace=name, timeout=timeout)
+        done.check_returncode()
+        return done.stdout
 
     def ping(self, host: str, address: str, times: int = 1, size: int = 56) -> int:
-        """How many of so many pings were answered. size: bytes of payload."""
-        results = self.traffic(host, "ping", address, str(times), str(size))
+        """How many of so many pings were answered. size: bytes of payload. Raises OSError."""
+        results = self.on(host, lambda: ping(address, times, 0.01, size))
         return sum(seconds is not None for seconds in results)
 
     def answers(self, host: str = CLIENT, seconds: float = 20) -> None:
         """Wait until the tunnel carries pings from a host to the other end."""
         address = TUNNEL4[OTHER[host]]
 
-        def ping() -> bool:
-            with contextlib.suppress(subprocess.CalledProcessError):  # no device yet
+        def answered() -> bool:
+            with contextlib.suppress(OSError):  # no device yet
                 return self.ping(host, address) == 1
             return False
 
-        eventually(ping, f"ping {address}", seconds)
+        eventually(answered, f"ping {address}", seconds)
 
     def helper(self, host: str, *arguments: str, says: str = "ready") -> subprocess.Popen[str]:
         """Start a program and wait for the first line that it says."""
-        process = self.pair.start(
-            host, arguments, environment=netns.environment(), stdout=subprocess.PIPE
-        )
+        process: subprocess.Popen[str]
+        *python, module = netns.python(forked.TRAFFIC)
+        if list(arguments[:3]) == [*python, module] and forked.can(module):
+            name = self.pair.names[host]
+            process = forked.start(module, arguments[3:], None, namespace=name)
+        else:
+            process = self.pair.start(
+                host, arguments, environment=netns.environment(), stdout=subprocess.PIPE
+            )
         self.helpers.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == f"{says}\n"
@@ -308,9 +335,12 @@ class Bench:
             helper.stdout.close()
 
 
-def bench(pair: Hosts, directory: Path, wire: str, options: list[str]) -> Iterator[Bench]:
+def bench(
+    pair: Hosts, directory: Path, wire: str, options: list[str], *, forks: bool = True
+) -> Iterator[Bench]:
     """The fixture. wire: between two ttun ends. options: of every server and client."""
     made = Bench(pair, directory, wire, options)
+    made.forks = forks
     try:
         yield made
     except BaseException:

@@ -6,7 +6,7 @@ loss.
 the sockets that this program opens.
 
 Unlike those of traffic.py, streams end after a fixed time: the receiver counts what arrives within
-that time from the first byte on, and discards what is still in buffers and queues. Pings are sent
+that time after the first bytes, and discards what is still in buffers and queues. Pings are sent
 at a fixed rate, whether or not the previous one was answered, so that a stall shows as many slow
 pings and not as one. Each measurement is one TCP connection::
 
@@ -117,14 +117,16 @@ def streams(
 
 
 def _count(sock: socket.socket, seconds: float) -> tuple[int, int]:
-    """Receive for a fixed time from the first byte on; return bytes, and nanoseconds.
+    """Receive for a fixed time from the first bytes on; return how many followed, and nanoseconds.
 
-    Raises OSError if the peer disconnects or sends nothing for PATIENCE.
+    The first ones may have waited for this process, and came before that time. Raises OSError if
+    the peer disconnects or sends nothing for PATIENCE.
     """
     buffer = bytearray(1 << 20)
-    size = sock.recv_into(buffer)
-    started = time.monotonic()
-    while size and (left := started + seconds - time.monotonic()) > 0:
+    if not sock.recv_into(buffer):
+        raise ConnectionError("the sender disconnected")
+    size, started = 0, time.monotonic()
+    while (left := started + seconds - time.monotonic()) > 0:
         sock.settimeout(left)
         try:
             got = sock.recv_into(buffer)
