@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pictures
 import pytest
+from impostor import Place, line
 from pictures import Screen, Span
 from tunnel import ROOT
 
@@ -106,3 +107,25 @@ def test_the_chart_of_the_docs_has_the_figures_of_their_table() -> None:
     texts = [each.replace(",", "") for each in labels(ROOT / "docs/performance.svg")]
     drawn = [float(each) for each in texts if re.fullmatch(r"[\d.]+", each)]
     assert drawn == pytest.approx(expected, abs=0.051)
+
+
+def words_of(name: str) -> str:
+    root = ElementTree.parse(ROOT / "docs" / f"{name}.svg").getroot()
+    texts = root.iter("{http://www.w3.org/2000/svg}text")
+    return "\n".join(" ".join(text.itertext()) for text in texts)
+
+
+def test_the_pictures_of_the_readme_show_what_the_program_writes_today(place: Place) -> None:
+    """Each label of the text of ttun show that the picture has a figure for; each row of demo."""
+    place.answer("a.sock", line(peer="192.0.2.1:1", congestion_control="bbr", mtu=1280, uptime=1.0,
+                                transport="tcp", wire="x1", cipher="c", round_trip=0.1,
+                                connected_for=1.0, silent_for=1.0))  # fmt: skip
+    shown = words_of("watch")
+    for label in re.findall(r"^  ([a-z ]+):", place.show()[0], re.M):
+        assert f"{label}: " in shown, label
+    demo = words_of("demo")
+    for text in re.findall(r'steps\.next\("(.*)"\)', (ROOT / "ttun/lab/demo.py").read_text()):
+        assert text in demo
+    for host in ("server", "client"):
+        assert f"ok {host} stopped cleanly exit code 0" in " ".join(demo.split())
+    assert "One TCP stream: " in demo
