@@ -237,6 +237,7 @@ def test_a_laptop_goes_through_the_proxy_of_a_hotel_and_back_to_what_it_was(tmp_
         only_through_the_tunnel(world, "laptop", {(6, EDGE, 3128), (17, EDGE, 53)})
         client.process.send_signal(signal.SIGINT)
         assert client.ended() == 0
+        assert len(undo) == 2
         for number, block in enumerate(undo):
             laptop.run(block)
             assert f"nameserver {EDGE}" in laptop.run("cat /etc/resolv.conf"), number
