@@ -57,6 +57,8 @@ class Endpoint(abc.ABC):
 
     role: ClassVar[str]
     addresses: ClassVar[Addresses]  # the defaults of this side
+    on_connected: Callable[[str], object] | None = None  # a subclass may define them as methods
+    on_disconnected: Callable[[str, str], object] | None = None
 
     def __init__(
         self,
@@ -78,8 +80,8 @@ class Endpoint(abc.ABC):
         self._users = settings.users or (os.geteuid(),)
         self._buffers = BUFFERS[settings.buffers]
         self._congestion = congestion.Choice(settings.congestion_control)
-        self.on_connected = on_connected
-        self.on_disconnected = on_disconnected
+        self.on_connected = on_connected or self.on_connected
+        self.on_disconnected = on_disconnected or self.on_disconnected
         try:
             self._stop, self._over = Flag(), Flag()
         except OSError as error:
