@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,21 @@ def test_too_many_given_sockets_stay_the_callers() -> None:
     for ours, theirs in pairs:
         ours.close()
         theirs.close()
+
+
+def test_what_is_no_plain_socket_is_refused_and_stays_the_callers() -> None:
+    """It once ended the server, or the session: the codec bypasses what Python wraps."""
+    ours, theirs = socket.socketpair()
+    wrapped = ssl.create_default_context().wrap_socket(
+        ours, do_handshake_on_connect=False, server_hostname="x"
+    )
+    for wrong, says in ((wrapped, "must not be a TLS one"), ("x", "must be socket, not str")):
+        for take in (ttun.GivenSocket, lambda sock: ttun.GivenSockets().give(sock, "x")):
+            with pytest.raises(ttun.UsageError, match=says):
+                take(wrong)  # type: ignore[arg-type]
+    assert wrapped.fileno() >= 0
+    wrapped.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize(

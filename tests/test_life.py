@@ -390,3 +390,27 @@ def test_a_callback_that_waits_for_the_end_is_refused(plain: Bench) -> None:
     )
     assert "wait() in a callback would wait for itself" in printed
     assert "stopped" in printed
+
+
+def test_callbacks_may_be_methods_of_a_subclass(plain: Bench) -> None:
+    plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        class Server(ttun.Server):
+            def on_connected(self, peer):
+                self.stop()
+                raise KeyError("after all")
+
+            def on_disconnected(self, peer, reason):
+                print("left:", reason)
+
+        server = Server(b"secret")
+        server.start()
+        print("stopped:", server.wait(20))
+        """,
+    )
+    assert "callback failed: KeyError" in printed
+    assert "left: stopped" in printed
+    assert "stopped: True" in printed

@@ -47,6 +47,8 @@ class Endpoint(Lifecycle):
     """
 
     addresses: ClassVar[Addresses]  # the defaults of this side
+    on_connected: Callable[[str], object] | None = None  # a subclass may define them as methods
+    on_disconnected: Callable[[str, str], object] | None = None
 
     def __init__(
         self,
@@ -68,8 +70,8 @@ class Endpoint(Lifecycle):
         self._users = settings.users or (os.geteuid(),)
         self._buffers = BUFFERS[settings.buffers]
         self._congestion = congestion.Choice(settings.congestion_control)
-        self.on_connected = on_connected
-        self.on_disconnected = on_disconnected
+        self.on_connected = on_connected or self.on_connected
+        self.on_disconnected = on_disconnected or self.on_disconnected
         self.on_device: Callable[[str], object] = len  # called with its name, before it has packets
         super().__init__()
         self._device: Device | None = None

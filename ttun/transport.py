@@ -13,8 +13,9 @@ import socket
 from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
-from ttun.errors import TtunError
+from ttun.errors import TtunError, UsageError
 from ttun.flag import Flag
+from ttun.settings import check_type
 
 
 class Candidate(NamedTuple):
@@ -94,13 +95,21 @@ class Listener(abc.ABC):
         """Return the actual protocol of a connection, e.g. "tcp"."""
 
 
+def _checked(sock: socket.socket) -> socket.socket:
+    """Return a socket, or raise UsageError if it is none, or one of ssl."""
+    check_type("the socket", sock, socket.socket)
+    if hasattr(sock, "unwrap"):
+        raise UsageError("the socket must not be a TLS one (give an end of a socketpair)")
+    return sock
+
+
 class GivenSocket(Dialer):
     """A client's only connection, made by the program. The client ends with it."""
 
     def __init__(self, sock: socket.socket, name: str = "the given socket") -> None:
-        """Take ownership of a connected stream socket. name: for messages."""
+        """Take ownership of a connected stream socket. name: for messages. Raises UsageError."""
         self.name = name
-        self._sock: socket.socket | None = sock
+        self._sock: socket.socket | None = _checked(sock)
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return the only candidate. Raises TtunError after its connection has ended."""
@@ -138,8 +147,10 @@ class GivenSockets(Listener):
     def give(self, sock: socket.socket, name: str, source: str | None = None) -> bool:
         """Pass a connected stream socket to the server. name, source: see Arrival.
 
-        Return False if the queue is full or closed: the caller then keeps the socket.
+        Return False if the queue is full or closed: the caller then keeps the socket. Raises
+        UsageError for another kind of socket.
         """
+        _checked(sock)
         if len(self._waiting) >= self.MOST:
             return False
         arrival = Arrival(sock, name, source or name)

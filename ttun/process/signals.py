@@ -7,8 +7,8 @@
  3. While it runs, Signals: the main thread waits for signals and stops the tunnel in order.
  4. During exit they are ignored, so that a second signal does not replace exit code 0.
 
-What was ignored at the start stays so, as nohup(1) and background jobs of shell scripts expect;
-only SIGTERM is always handled. As process 1 of a container the main thread also
+A signal that was ignored at the start stays ignored, as nohup(1) and background jobs of shell
+scripts expect, except SIGTERM. As process 1 of a container the main thread also
 reaps orphans (process_group.py). Sources: signal(7), nohup(1), pid_namespaces(7).
 """
 
@@ -26,7 +26,7 @@ from types import FrameType
 from ttun.process import program_name
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# They end a running tunnel in the same way: by default they would leave --down out.
+# They stop a running tunnel in the same way: their default action would skip --down.
 ENDING_LATER = (signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR2, signal.SIGXCPU)
 LONG_RUNNING = ("server", "client", "tox")  # commands that end with exit code 0 on a signal
 
