@@ -78,7 +78,7 @@ def test_from_start_to_stop_only_the_tunnel_its_queries_and_the_lan_leave(
         capture = stack.enter_context(Capture(far))
         senders = stack.enter_context(others(far))
         before = time.monotonic()
-        client = far.client(*DEFAULT, *SLOW_DOWN, to=NAME)
+        client = far.client(*DEFAULT, "--down", "sleep 3", to=NAME)
         client.says("default route: ttun0 for all but the LAN and user")
         for each in senders:
             each.send_signal(signal.SIGUSR1)

@@ -139,7 +139,7 @@ def test_a_prepared_device_has_the_default_route_again_after_each_end(
         far.server("--takeover")
 
         def start() -> End:
-            down = ("--hook-user", "root", "--down", f"sleep 2; echo down >> {said}")
+            down = ("--hook-user", "root", "--down", f"echo down >> {said}")
             return far.client(*DEFAULT, *down, "--dev", "tun5", to=FAR)
 
         client = start()
@@ -154,13 +154,15 @@ def test_a_prepared_device_has_the_default_route_again_after_each_end(
         connected(far, client)
         pid = keeper_of(client.process.pid)
         said.unlink()
+        os.kill(pid, signal.SIGSTOP)
         client.kill()
-        client = start()  # at once: the keeper of the one before still runs --down
+        client = start()  # before the keeper of the one before runs --down
+        client.says("waiting for the keeper process")
+        os.kill(pid, signal.SIGCONT)
         connected(far, client)
         assert said.read_text() == "down\n"
         assert is_gone(pid)
         assert hosts(far).rules() == rules
-        assert "waiting for the keeper process" in client.log()
 
         os.kill(keeper_of(client.process.pid), signal.SIGKILL)
         client.kill()

@@ -241,7 +241,9 @@ def test_the_environment_names_a_proxy_and_hooks_do_not_see_its_password(
         eventually(said.exists, "the hook runs")
         eventually(said.read_text, "it says something")
         assert said.read_text() == f"proxy: , peer: {NAME}:20203\n"
-        assert is_nowhere(PASSWORD, client, repr(client.status()))
+        environment = Path(f"/proc/{client.process.pid}/environ").read_bytes()
+        assert b"TTUN_PROXY=****" in environment
+        assert is_nowhere(PASSWORD, client, repr(client.status()), repr(environment))
 
 
 @pytest.mark.parametrize("given", ["--proxy", proxy.VARIABLE])

@@ -120,6 +120,8 @@ def _hide_secrets(arguments: Sequence[str], parser: Parser) -> None:
         else:
             places = find_secrets(arguments, parser)
         key.hide(sys.argv[1:], ((index - added, first) for index, first in places))
+        if arguments[:1] in (["server"], ["client"], ["tox"]):  # others start ttun again
+            key.hide_environment()
 
 
 def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:

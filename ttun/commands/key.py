@@ -19,6 +19,8 @@ log = logging.getLogger("ttun")
 
 DEFAULT_FILE = Path("/etc/ttun/psk")
 VARIABLE = "TTUN_PSK"
+# All variables that may have a secret.
+SECRETS = (b"TTUN_PSK", b"TUNTOX_SHARED_SECRET", b"TTUN_PROXY", b"ALL_PROXY", b"all_proxy")
 MAX_SIZE = 65536  # bytes of a key file; a larger file is not one
 SHORT = 16  # bytes; a shorter key gets a warning
 
@@ -112,6 +114,16 @@ def hide(arguments: Sequence[str], places: Iterable[tuple[int, int]]) -> None:
 
     old, new = (b"".join(each + b"\0" for each in both) for both in (before, after))
     lib.ttun_replace_arguments(old, new, len(old))
+
+
+def hide_environment() -> None:
+    """Overwrite secrets in the environment, as /proc shows it; os.environ keeps them."""
+    from ttun._codec import lib
+
+    for name in SECRETS:
+        if value := os.environb.get(name):
+            old, new = (b"%b=%b\0" % (name, each) for each in (value, b"*" * len(value)))
+            lib.ttun_replace_arguments(old, new, len(old))
 
 
 def _not_empty(key: bytes, source: str) -> bytes:
