@@ -60,7 +60,7 @@ MODULES = {
     "ttun/commands/key.py": Tests(("test_key",), ("test_keys", "test_cli")),
     "ttun/privileges.py": Tests(("test_privileges",), ("test_doctor", "test_environments")),
     "ttun/network/routes.py": Tests(("test_routes",), ("test_device_watch", "test_resolver")),
-    "ttun/mptcp.py": Tests(("test_vanished",), ("test_multipath", "test_roaming")),
+    "ttun/mptcp.py": Tests(("test_mptcp", "test_vanished"), ("test_multipath", "test_roaming")),
     "csrc/session.c": Tests(("test_wipe", "test_pump", "test_control", "test_rekey")),
     "csrc/segment.c": OFFLOAD,
     "csrc/coalesce.c": OFFLOAD,

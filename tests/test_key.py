@@ -284,7 +284,12 @@ def test_an_empty_key_is_refused(places: Path, content: bytes) -> None:
 
 def test_a_key_is_made_once_and_kept_private(places: Path) -> None:
     path = places / "new" / "psk"
-    made = key.create(path)
+    before = os.umask(0)
+    try:
+        made = key.create(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
     assert len(bytes.fromhex(made.decode())) == 32
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert key.create(path) == made, "a key that is there is not replaced"

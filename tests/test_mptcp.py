@@ -94,4 +94,4 @@ def test_the_kernel_is_asked_every_five_seconds_and_the_peer_is_gone_after_tcps_
     assert watch.look(now := 120.0) is None
     heard[0] = tcp.USER_TIMEOUT
     gone = watch.look(now := 130.0)
-    assert gone == ("peer timed out: last received 30 s ago" if tells else None)
+    assert gone == ("peer timed out: last received 35 s ago" if tells else None)

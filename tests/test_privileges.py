@@ -225,7 +225,7 @@ def test_the_usual_user_is_ttun_where_it_exists_else_nobody(
     del users["ttun"]
     assert privileges.find_user(None) == ("nobody", 65534, 65534)
     users.clear()
-    assert privileges.find_user(None) == ("nobody", privileges.NOBODY, privileges.NOBODY)
+    assert privileges.find_user(None) == ("nobody", 65534, 65534), "the kernel's overflow user"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert privileges.find_user(None) is None
 
@@ -235,6 +235,7 @@ def test_only_another_user_can_be_become() -> None:
     root, nobody = privileges.find_user("0"), privileges.find_user("nobody")
     assert root is not None and nobody is not None
     assert privileges.may_become(nobody) and not privileges.may_become(root)
+    assert privileges.can_be(nobody) and privileges.can_be(root)
     with privileges.acting_as(nobody):
         assert os.geteuid() == nobody.uid
     assert (os.geteuid(), os.getegid()) == (0, 0)

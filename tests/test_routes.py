@@ -77,6 +77,21 @@ def test_the_kernel_says_which_way_the_connection_would_go(
     assert why is None if not caught else str(why) == said
 
 
+@pytest.mark.hosts
+def test_a_route_is_as_ip_route_makes_it(plain: Bench) -> None:
+    networks = {"-4": "203.0.113.0/24", "-6": "2001:db8:f::/48"}
+    server = plain.server(*(word for each in networks.values() for word in ("--route", each)))
+    server.says("listening")
+    for family, network in networks.items():
+        shown = []
+        for _ in range(2):
+            (found,) = json.loads(plain.run(SERVER, "ip", "-j", family, "route", "show", network))
+            shown.append({**found, "protocol": None})
+            plain.run(SERVER, "ip", family, "route", "del", network, "dev", "ttun0")
+            plain.run(SERVER, "ip", family, "route", "add", network, "dev", "ttun0")
+        assert shown[0] == shown[1]
+
+
 CLASHES = [
     ("192.0.2.0/24", "ttun0", "vclient"),
     ("192.0.2.128/25", "ttun0", None),  # this one is longer
