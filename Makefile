@@ -164,7 +164,7 @@ check-services: $(VENV)/.built
 	packaging/check_services.sh
 
 pictures: $(VENV)/.built
-	PYTHONPATH=.:tests/helpers $(BIN)/python -B packaging/pictures.py
+	PYTHONPATH=.:tests/helpers $(BIN)/python -B docs/pictures.py
 
 faults: $(VENV)/.built
 	PYTHONPATH=.:tests/helpers $(BIN)/python -B tests/soak/faults.py $(SECONDS) $(SEED) $(WIRE)

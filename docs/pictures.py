@@ -1,6 +1,6 @@
 """``make pictures``: record what a terminal shows, and draw it as SVG for the README. As root.
 
-    PYTHONPATH=. python packaging/pictures.py COLUMNS FILE.svg COMMAND...
+    PYTHONPATH=. python docs/pictures.py COLUMNS FILE.svg COMMAND...
 
 draws any other command in the same way, as wide as that.
 
