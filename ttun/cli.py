@@ -101,8 +101,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     if os.environ.get(LOG) == "syslog":
         from ttun.tox import daemon
 
-        with contextlib.suppress(OSError):  # there is none
-            log_writer.move(daemon.Syslog(), "%(message)s")
+        with contextlib.suppress(TtunError):  # there is none
+            daemon.log_to_syslog()
     try:
         return int(COMMANDS[options.run](options))
     except UsageError as error:
