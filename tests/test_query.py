@@ -17,7 +17,7 @@ import pytest
 from impostor import Place, line, made
 from tunnel import eventually, libc
 
-from ttun.commands import answer, prometheus, show
+from ttun.commands import answer, prometheus, query, runtime, show
 from ttun.commands.answer import Malformed, parse
 from ttun.errors import printable
 
@@ -233,6 +233,24 @@ def test_one_full_directory_does_not_hide_another(place: Place) -> None:
 
     err = eventually(found, "the other one", 120)
     assert err.count("\n") <= 12 and "more than 1024 entries" in err
+
+
+def test_an_answer_is_read_while_a_full_directory_takes_all_the_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a slow machine: the time is over before each socket was connected to."""
+    for number in range(200):
+        place.listen(f"{number}.sock", inner="hostile")
+    place.answer("ttun7.1.sock", line(device="ttun7"), inner="true")
+    connect = runtime.connect
+
+    def slow(sock: socket.socket, directory: int, name: str) -> int:
+        time.sleep(0.05)
+        return connect(sock, directory, name)
+
+    monkeypatch.setattr(runtime, "connect", slow)
+    found = query.ask([place.directory], 5)
+    assert [tunnel["device"] for tunnel in found.tunnels] == ["ttun7"]
 
 
 def test_what_is_no_socket_is_not_opened_and_no_link_is_followed(place: Place) -> None:

@@ -31,6 +31,7 @@ from ttun.errors import is_lack, printable
 DEADLINE = 2.0  # seconds for all sockets together
 AGAIN = 0.05  # seconds until a socket that could not be queried is retried
 MOST_AT_ONCE = 512  # sockets
+BATCH = 16  # sockets that are connected to before answers are read
 MOST_SOCKETS = 2048  # in all directories together
 MOST_BYTES = 65536  # of an answer
 UCRED = struct.Struct("iII")  # struct ucred
@@ -92,14 +93,18 @@ class _Round:
             left = self._end - time.monotonic()
             if left <= 0:
                 break
-            for key, _ in self._selector.select(min(left, AGAIN) if queue else left):
-                if time.monotonic() < self._end:  # checking a long answer takes milliseconds
-                    self._read(key.data)
+            self._receive(min(left, AGAIN) if queue else left)
         for asked in list(self._active.values()):
             self._end_with(asked, late)
         for candidate in queue:
             self._skip(str(candidate), why)
         return self._answers
+
+    def _receive(self, seconds: float) -> None:
+        """Read what comes within so many seconds."""
+        for key, _ in self._selector.select(seconds):
+            if time.monotonic() < self._end:  # checking a long answer takes milliseconds
+                self._read(key.data)
 
     def _skip(self, name: str, why: str) -> None:
         self._answers.skipped.append(f"skipped {name}: {why}")
@@ -141,7 +146,9 @@ class _Round:
 
     def _start(self, queue: deque[_Candidate]) -> str:
         """Connect to the candidates; return what is lacking to query them all, if anything."""
-        for _ in range(len(queue)):
+        for number in range(1, len(queue) + 1):
+            if number % BATCH == 0:  # a full directory must not hide the answer of another
+                self._receive(0)
             if len(self._active) >= MOST_AT_ONCE or time.monotonic() > self._end:
                 break
             candidate = queue.popleft()
