@@ -34,24 +34,38 @@ from typing import NamedTuple
 
 from sanitize import PARTS, ROOT
 
-OFFLOAD = ("test_offload", "test_whole", "test_kernel_segments", "test_control", "test_odd_packets")
-# Tests that touch a module, the quick ones first.
+
+class Tests(NamedTuple):
+    """Those that touch a module: quick ones run first, in one process; slow ones, which wait much,
+    side by side.
+    """
+
+    quick: tuple[str, ...]
+    slow: tuple[str, ...] = ()
+
+
+OFFLOAD = Tests(
+    ("test_offload", "test_whole", "test_control"), ("test_kernel_segments", "test_odd_packets")
+)
 MODULES = {
-    "ttun/handshake.py": ("test_handshake", "test_x1", "test_pending", "test_stranger"),
-    "ttun/peer.py": ("test_pending",),
-    "ttun/pending.py": ("test_pending", "test_waiting", "test_peers", "test_stranger"),
-    "ttun/x1.py": ("test_x1", "test_handshake", "test_rekey", "test_stranger"),
-    "ttun/control.py": ("test_times", "test_control", "test_rekey"),
-    "ttun/commands/key.py": ("test_key", "test_cli"),
-    "ttun/privileges.py": ("test_privileges", "test_doctor"),
-    "ttun/network/routes.py": ("test_routes", "test_device_watch", "test_resolver"),
-    "ttun/mptcp.py": ("test_multipath", "test_vanished", "test_roaming"),
-    "csrc/session.c": ("test_wipe", "test_pump", "test_control", "test_rekey"),
+    "ttun/handshake.py": Tests(
+        ("test_handshake", "test_x1", "test_pending"), ("test_stranger", "test_wrong_setups")
+    ),
+    "ttun/peer.py": Tests(("test_pending",), ("test_keys",)),
+    "ttun/pending.py": Tests(("test_pending",), ("test_waiting", "test_stranger", "test_peers")),
+    "ttun/x1.py": Tests(("test_x1", "test_handshake", "test_rekey"), ("test_stranger",)),
+    "ttun/control.py": Tests(("test_times", "test_control", "test_rekey")),
+    "ttun/commands/key.py": Tests(("test_key",), ("test_keys", "test_cli")),
+    "ttun/privileges.py": Tests(("test_privileges",), ("test_doctor", "test_environments")),
+    "ttun/network/routes.py": Tests(("test_routes",), ("test_device_watch", "test_resolver")),
+    "ttun/mptcp.py": Tests(("test_vanished",), ("test_multipath", "test_roaming")),
+    "csrc/session.c": Tests(("test_wipe", "test_pump", "test_control", "test_rekey")),
     "csrc/segment.c": OFFLOAD,
     "csrc/coalesce.c": OFFLOAD,
-    "csrc/codel.c": ("test_codel",),
+    "csrc/codel.c": Tests(("test_codel",)),
 }
-PATIENCE = 240  # seconds: the tests of one module take less
+SIDE_BY_SIDE = 4
+PATIENCE = 4.0  # times what the tests take as they are: those that take longer hang
 SWAPS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
     "in": "not in", "not in": "in", "is": "is not", "is not": "is",
@@ -233,6 +247,7 @@ class Tree:
 
     def __init__(self, home: Path) -> None:
         self.home, self.stale = home, False
+        self.patience = 0.0  # seconds
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         for part in PARTS:
@@ -263,18 +278,24 @@ class Tree:
             path.write_text(text)
             self.stale = in_c  # usually, the next one is in C and builds anyway
 
-    def tests_fail(self, names: tuple[str, ...]) -> bool:
+    def tests_fail(self, tests: Tests) -> bool:
         """Whether one of these does, or hangs."""
+        end = time.monotonic() + self.patience
+        return self._fails(tests.quick, end) or (
+            bool(tests.slow) and self._fails(tests.slow, end, "-n", str(SIDE_BY_SIDE))
+        )
+
+    def _fails(self, names: tuple[str, ...], end: float, *options: str) -> bool:
         tests = [f"tests/{name}.py" for name in names]
         process = subprocess.Popen(
             [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-             "-m", "not slow", *tests],
+             "-m", "not slow", *options, *tests],
             cwd=self.home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             # Compiled files are told apart by seconds and size: a mutant may have those of another.
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, start_new_session=True,
         )  # fmt: skip
         try:
-            return process.wait(PATIENCE) != 0
+            return process.wait(end - time.monotonic()) != 0
         except subprocess.TimeoutExpired:
             return True
         finally:
@@ -312,8 +333,10 @@ def main(seed: int, each: int, workers: int, chosen: list[str]) -> int:
         try:
             if tree.stale:
                 tree.build()
+            began, tree.patience = time.monotonic(), 1800.0
             if tree.tests_fail(MODULES[path]):
                 sys.exit(f"{path}: its tests fail as it is")
+            tree.patience = 60 + PATIENCE * (time.monotonic() - began)
             for mutant in samples[path]:
                 noticed = judge(tree, mutant)
                 if noticed is None:

@@ -11,7 +11,7 @@ from shaking import K, against, drive, terms
 
 from ttun import handshake
 from ttun.cipher import CIPHERS, Cipher, CipherState
-from ttun.errors import ProtocolError
+from ttun.errors import ProtocolError, UsageError
 
 V1 = handshake.Terms("v1")
 V1_CIPHERS = ["chacha20-poly1305", "aes-256-gcm"]
@@ -40,6 +40,32 @@ def test_both_of_ours_agree() -> None:
     mine = handshake.client(K, V1)
     keys = against(mine, lambda sock: drive(handshake.server(K, V1), sock) and None)
     assert keys.wire == "v1"
+
+
+def test_the_log_tells_which_keys_are_forward_secret() -> None:
+    for wire, said in (
+        ("v1", "protocol v1, chacha20-poly1305"),
+        ("x1", "protocol x1, aes-256-gcm, forward secrecy"),
+    ):
+        mine = handshake.agreeable(wire, None if wire == "v1" else "aes-256-gcm", 1280)
+        peer = handshake.server(K, mine)
+        keys = against(
+            handshake.client(K, mine), lambda sock, peer=peer: drive(peer, sock) and None
+        )
+        assert (keys.wire, keys.describe()) == (wire, said)
+
+
+@pytest.mark.parametrize(
+    ("wire", "name", "needs_x1"),
+    [("auto", "aes-256-gcm", False), ("x1", None, False), ("v1", None, False),
+     ("auto", "aegis-256", True), ("x1", "aegis-256", True)],
+)  # fmt: skip
+def test_a_cipher_that_v1_lacks_requires_x1(wire: str, name: str, needs_x1: bool) -> None:
+    agreed = handshake.agreeable(wire, name, 1280)
+    assert agreed.wire == ("x1" if needs_x1 else wire)
+    assert ("aegis-256 requires x1" in agreed.needs_x1) == needs_x1
+    with pytest.raises(UsageError, match=r"v1 does not support aegis-256 \(remove --wire v1\)"):
+        handshake.agreeable("v1", "aegis-256", 1280)
 
 
 @pytest.mark.parametrize(

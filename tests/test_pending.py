@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import socket
 import struct
@@ -373,3 +374,40 @@ def test_the_limit_on_descriptors_bounds_pending_handshakes() -> None:
             assert 1 <= pending._descriptor_limit(0) <= most
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("heard", "ending", "said"),
+    [
+        (b"", "close", "{}, before the server answered (does a ttun server listen there?)"),
+        (bytes(16), "close",
+         "{} (probably a different pre-shared key, or with v1 a different cipher)"),
+        (b"", "silence",
+         "{} (no answer: different pre-shared key, or the server has another client)"),
+        (bytes(16), "silence", "{}"),
+    ],
+)  # fmt: skip
+def test_a_client_is_told_the_probable_cause(heard: bytes, ending: str, said: str) -> None:
+    whys: list[str] = []
+    waiting = Pending(Flag())
+    waiting.on_failure = whys.append
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(waiting):
+        attempt = waiting.add(ours, "peer", "tcp", handshake.client(K, terms()), 0.3)
+        theirs.sendall(heard)
+        while waiting.is_pending(attempt):
+            waiting.turn(0.1)
+            if ending == "close":
+                theirs.shutdown(socket.SHUT_WR)
+    why = {"close": "connection closed during the handshake", "silence": "timed out after 0 s"}
+    assert whys == ["handshake with peer failed: " + said.format(why[ending])]
+
+
+def test_a_server_guesses_no_cause(harness: Harness) -> None:
+    whys: list[str] = []
+    harness.pending.on_failure = whys.append
+    harness.connect(bytes(16)).shutdown(socket.SHUT_WR)
+    harness.turns()
+    assert [why.partition(" failed: ")[2] for why in whys] == [
+        "connection closed during the handshake"
+    ]

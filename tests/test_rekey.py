@@ -55,6 +55,20 @@ def test_our_client_goes_on_with_fresh_keys(monkeypatch: pytest.MonkeyPatch) -> 
             eventually(lambda n=number: rig.session.control.rekeys == n + 1, "it has gone on")
 
 
+def test_our_client_rekeys_when_it_is_due_not_at_the_next_check_of_the_timers() -> None:
+    """The timers are checked each second; an interval of 0.1 s is kept all the same."""
+    with rigged("client", Limits(seconds=0.1)) as rig:
+        began = time.monotonic()
+        for number in range(3):
+            rig.carries()
+            rig.peer.answer_rekey(rig.peer.receive_control(REKEY))
+            rig.peer.switched()
+            rig.peer.switch()
+            eventually(lambda n=number: rig.session.control.rekeys == n + 1, "it has gone on")
+        took = time.monotonic() - began
+    assert 0.2 < took < control.LOOK_AT_CLOCK * 2, "three checks of the timers take longer"
+
+
 def test_without_packets_no_key_is_changed() -> None:
     with rigged("client", AT_ONCE) as rig:
         rig.peer.send(PING + bytes(8))

@@ -9,15 +9,10 @@ import time
 
 import pytest
 from peer import X1Peer
-from shaking import K, marked_nonce, terms
 from strangers import connect
 from tunnel import CLIENT, Bench
 
-from ttun import handshake, x1
-from ttun.cipher import TO_CLIENT, TO_SERVER
-from ttun.errors import UnrecognizedError
 from ttun.tcp import network
-from ttun.x1 import AnsweredNonces
 
 SIZES = [0, 1, 15, 16, 17, 18, 100, 100_000]
 
@@ -84,40 +79,6 @@ def test_a_recorded_mark_gets_no_answer_and_a_client_still_gets_in(plain: Bench)
         client = plain.client("--wire", "x1")
         client.says("authenticated")
     assert "different pre-shared key" in server.log()
-
-
-def test_a_mark_is_answered_once() -> None:
-    answered = AnsweredNonces(100)
-    nonce = marked_nonce(TO_SERVER)
-    steps = handshake.server(K, terms(wire="x1"), answered)
-    next(steps)
-    assert len(steps.send(nonce)[0]) == 16
-    steps = handshake.server(K, terms(wire="x1"), answered)
-    next(steps)
-    with pytest.raises(UnrecognizedError):
-        steps.send(nonce)
-    # If v1 is accepted too, the answer is a nonce without a mark, as for anyone.
-    steps = handshake.server(K, terms(), answered)
-    next(steps)
-    answer = steps.send(nonce)[0]
-    assert not x1.is_marked(K, TO_CLIENT, answer)
-
-
-def test_of_the_nonces_answered_the_oldest_are_forgotten_first() -> None:
-    answered = AnsweredNonces(10)
-    nonces = [marked_nonce(TO_SERVER) for _ in range(25)]
-    for number, nonce in enumerate(nonces):
-        assert nonce not in answered
-        answered.add(nonce)
-        assert [n for n in nonces if n in answered] == nonces[max(0, number - 9) : number + 1]
-
-
-def test_part_of_two_nonces_is_not_taken_for_one() -> None:
-    answered = AnsweredNonces(10)
-    answered.add(bytes(range(16)))
-    answered.add(bytes(range(100, 116)))
-    assert bytes(range(4, 8)) + bytes(range(100, 104)) + bytes(8) not in answered
-    assert bytes(range(8)) + b"whatever" in answered
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from peer import AEADS, BITS, MAGIC, Direction, Peer, X1Peer, blake2s
 from shaking import LOW_ORDER, OURS, ROLES, K, against, drive, marked_nonce, terms
 
 from ttun import handshake, x1
-from ttun.cipher import CIPHERS, CipherState
-from ttun.errors import ProtocolError
+from ttun.cipher import CIPHERS, TO_CLIENT, TO_SERVER, CipherState
+from ttun.errors import ProtocolError, UnrecognizedError
 from ttun.handshake import Keys, Terms
 from ttun.sodium import KeyPair, Secret, blake2b
+from ttun.x1 import AnsweredNonces
 
 
 def x1_against(role: str, peer: Callable[[X1Peer], None], ours: Terms | None = None) -> Keys:
@@ -187,6 +188,42 @@ def test_a_replayed_mark_gets_no_further_than_its_nonce() -> None:
     steps.send((24).to_bytes(2, "big"))
     with pytest.raises(ProtocolError, match="authentication failed"):
         steps.send(os.urandom(24))
+
+
+def test_a_mark_is_answered_once() -> None:
+    answered = AnsweredNonces(100)
+    nonce = marked_nonce(TO_SERVER)
+    steps = handshake.server(K, terms(wire="x1"), answered)
+    next(steps)
+    assert len(steps.send(nonce)[0]) == 16
+    steps = handshake.server(K, terms(wire="x1"), answered)
+    next(steps)
+    with pytest.raises(UnrecognizedError):
+        steps.send(nonce)
+    # If v1 is accepted too, the answer is a nonce without a mark, as for anyone.
+    steps = handshake.server(K, terms(), answered)
+    next(steps)
+    answer = steps.send(nonce)[0]
+    assert not x1.is_marked(K, TO_CLIENT, answer)
+
+
+def test_of_the_nonces_answered_the_oldest_are_forgotten_first() -> None:
+    answered = AnsweredNonces(10)
+    nonces = [marked_nonce(TO_SERVER) for _ in range(25)]
+    for number, nonce in enumerate(nonces):
+        assert nonce not in answered
+        answered.add(nonce)
+        assert [n for n in nonces if n in answered] == nonces[max(0, number - 9) : number + 1]
+
+
+def test_part_of_two_nonces_is_not_taken_for_one() -> None:
+    answered = AnsweredNonces(10)
+    answered.add(bytes(range(16)))
+    answered.add(bytes(range(100, 116)))
+    assert bytes(range(4, 8)) + bytes(range(100, 104)) + bytes(8) not in answered
+    assert bytes(range(8)) + b"whatever" in answered
+    answered.add(bytes([107]) * 16)  # also found a byte earlier, in the end of the one before
+    assert bytes([107]) * 16 in answered
 
 
 @pytest.mark.parametrize("role", ROLES)
