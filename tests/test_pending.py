@@ -13,59 +13,19 @@ from collections.abc import Iterator
 import pytest
 from machine import Clock
 from peer import X1Peer
+from pending_rig import Harness, is_open
 from shaking import K, marked_nonce, shake, terms
 from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
-from ttun import handshake, pending, tcp
+from ttun import handshake, pending
 from ttun.cipher import TO_SERVER
 from ttun.flag import Flag
-from ttun.peer import SILENT_AFTER, HalfOpen, Host, Peer
+from ttun.peer import SILENT_AFTER, HalfOpen, Peer
 from ttun.pending import Pending
-from ttun.x1 import AnsweredNonces
 
 FEW = 4
-
-
-class Harness:
-    """Pending handshakes with a low limit, and a real listener."""
-
-    def __init__(self, silent: bool = False) -> None:
-        self.answered = AnsweredNonces(100)
-        ours = terms(wire="x1" if silent else "auto")
-        self.listener = tcp.Listener("127.0.0.1:0", None, "system")
-        self.listener.open(Flag())
-        self.stop = Flag()
-        self.pending = Pending(self.stop)
-        self.pending.listen(
-            Host(
-                self.listener,
-                lambda: handshake.server(K, ours, self.answered),
-                lambda nonce: handshake.knows_key(K, ours, nonce, self.answered),
-                silent,
-            )
-        )
-        self.socks: list[socket.socket] = []
-
-    def connect(self, data: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.listener.port), 5, (source, 0))
-        self.socks.append(sock)
-        if data:
-            sock.sendall(data)
-        return sock
-
-    def turns(self, seconds: float = 0.05) -> None:
-        """Run the event loop for so long."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self.pending.turn(0.01)
-
-    def close(self) -> None:
-        self.pending.close()
-        self.listener.close()
-        for sock in self.socks:
-            sock.close()
 
 
 @pytest.fixture
@@ -77,16 +37,6 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     made = Harness()
     yield made
     made.close()
-
-
-def is_open(sock: socket.socket) -> bool:
-    sock.setblocking(False)
-    try:
-        return sock.recv(100) != b""
-    except BlockingIOError:
-        return True
-    except ConnectionError:
-        return False
 
 
 def test_who_can_be_read_is_served_before_another_is_accepted(harness: Harness) -> None:
