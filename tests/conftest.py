@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,19 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ["PYTEST_DEBUG_TEMPROOT"]  # this user may not write there
         config.stash[WHY_NOT] = str(error)
     capture.resume_global_capture()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Let the first worker compile the tests; the others wait for that, and find them compiled."""
+    made = Path(os.environ.get("PYTHONPYCACHEPREFIX", "/nowhere"), "tests-are-compiled")
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    deadline = time.monotonic() + 60
+    while made.parent.exists() and not (is_first or made.exists() or time.monotonic() > deadline):
+        time.sleep(0.05)
+    yield
+    if is_first and made.parent.exists():
+        made.touch()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -252,6 +252,24 @@ def test_neither_many_directories_nor_many_sockets_hide_another(
     assert f"directories in {place.directory}: too many entries" in answers.skipped[0]
 
 
+def test_an_answer_is_read_while_a_full_directory_takes_all_the_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a slow machine: the time is over before each socket was connected to."""
+    for number in range(200):
+        place.listen(f"{number}.sock", inner="hostile")
+    place.answer("ttun7.1.sock", line(device="ttun7"), inner="true")
+    connect = runtime.connect
+
+    def slow(sock: socket.socket, directory: int, name: str) -> int:
+        time.sleep(0.05)
+        return connect(sock, directory, name)
+
+    monkeypatch.setattr(runtime, "connect", slow)
+    found = query.ask([place.directory], 5)
+    assert [tunnel["device"] for tunnel in found.tunnels] == ["ttun7"]
+
+
 def test_what_is_no_socket_is_not_opened_and_no_link_is_followed(place: Place) -> None:
     other = place.directory.parent / "other"
     listener = place.listen(str(other))

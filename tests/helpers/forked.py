@@ -157,6 +157,7 @@ def enter(namespace: str) -> None:
 
 def main(descriptor: int, module: str) -> int | None:
     """Fork for each request, until the tests end; return the exit code of such a program."""
+    del sys.path[0]  # where this file is
     program = importlib.import_module(module)
     for each in LOADED[module]:
         importlib.import_module(each)

@@ -1,4 +1,4 @@
-"""Pending handshakes, with a real listener."""
+"""Pending handshakes with a real listener, whose event loop a test runs itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ttun.x1 import AnsweredNonces
 
 
 class Harness:
-    """Pending handshakes with a low limit, and a real listener."""
+    """Pending handshakes and a real listener."""
 
     def __init__(self, silent: bool = False) -> None:
         self.answered = AnsweredNonces(100)
