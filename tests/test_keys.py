@@ -82,6 +82,15 @@ def test_five_keys_are_too_many_and_one_file_that_is_bad_is_named(tmp_path: Path
     assert (code, f"key file {tmp_path}/b is readable by other users" in said) == (1, True)
 
 
+@pytest.mark.hosts
+def test_a_client_says_that_it_uses_the_last_of_several_files(plain: Bench, tmp_path: Path) -> None:
+    options = files(tmp_path, "one", "two")
+    server(plain, *options[2:])
+    end = client(plain, *options)
+    end.says("authenticated")
+    assert "a client has one key: only the last --psk-file is used" in end.log()
+
+
 def test_the_library_takes_one_key_or_up_to_four() -> None:
     ttun.Server(b"one")
     ttun.Server([b"one", b"two"])

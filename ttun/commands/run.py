@@ -90,6 +90,8 @@ def client(options: argparse.Namespace) -> int:
     psk = key.find(options.psk, options.psk_file[-1] if options.psk_file else None)
     if psk is None:
         raise _no_key()
+    if len(options.psk_file) > 1:
+        log.warning("a client has one key: only the last --psk-file is used")
     keeper = Keeper()
     nodes = Path(options.tox_nodes) if options.tox_nodes else None
     servers: list[Dialer] = []
