@@ -189,6 +189,19 @@ def test_tcp_repeats_at_least_every_two_seconds_where_the_kernel_can() -> None:
         assert sock.getsockopt(socket.IPPROTO_TCP, 44) == 2000
 
 
+def test_the_silence_of_the_peer_is_told_in_seconds() -> None:
+    with rigged() as rig:
+        for _ in range(5):
+            before = time.monotonic()
+            rig.carries_down()
+            after = time.monotonic()
+            time.sleep(0.3)
+            least = time.monotonic() - after
+            silence = rig.session.silence()
+            most = time.monotonic() - before
+            assert least - 0.05 <= silence <= most + 0.05
+
+
 def test_an_idle_peer_that_answers_pings_lives(impatient: None) -> None:
     with rigged() as rig:
         deadline = time.monotonic() + 2.5 * control.DEAD_AFTER

@@ -67,6 +67,17 @@ def test_a_nonce_may_come_in_parts(harness: Harness) -> None:
     assert len(client.recv(100)) == 16
 
 
+def test_a_nonce_that_comes_in_parts_shows_the_key_as_well(harness: Harness) -> None:
+    harness.pending.hold()
+    nonce = marked_nonce(TO_SERVER)
+    client = harness.connect(nonce[:15])
+    harness.turns()
+    client.sendall(nonce[15:])
+    harness.turns()
+    assert [peer.knows_key for peer in harness.pending._half_open.values()] == [True]
+    assert lasts(harness.pending)
+
+
 def test_a_turn_returns_the_peer_that_proved_the_key(harness: Harness) -> None:
     client = X1Peer(harness.connect())
     shaking = threading.Thread(target=client.shake, args=(0,))
