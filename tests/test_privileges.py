@@ -238,6 +238,7 @@ def test_only_another_user_can_be_become() -> None:
     assert privileges.can_be(nobody) and privileges.can_be(root)
     with privileges.acting_as(nobody):
         assert os.geteuid() == nobody.uid
+        assert not privileges.may_become(privileges.User("another", 1234, 1234))
     assert (os.geteuid(), os.getegid()) == (0, 0)
 
 
@@ -257,7 +258,7 @@ def test_a_container_that_forbids_limits_is_no_trouble() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to lose")
-@pytest.mark.parametrize("lost", [None, "net_admin", "sys_admin", "syslog", "block_suspend"])
+@pytest.mark.parametrize("lost", [None, "net_admin", "sys_admin", "mac_override", "block_suspend"])
 def test_the_capabilities_are_those_that_the_kernel_says(lost: str | None) -> None:
     """Also those above 31, in the second word."""
     program = """if True:
@@ -274,3 +275,22 @@ def test_the_capabilities_are_those_that_the_kernel_says(lost: str | None) -> No
     has_net, has_sys = said.stdout.decode().split()
     assert lost != "net_admin" or has_net == "False"
     assert lost != "sys_admin" or has_sys == "False"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not IS_NOBODY_HERE, reason="becomes another user")
+@pytest.mark.parametrize(("uid", "gid"), [(65534, 0), (0, 65534), (65534, 65534), (1234, 1234)])
+def test_who_has_the_user_or_the_group_alone_has_to_change_the_other(uid: int, gid: int) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            privileges._become(privileges.User("nobody", 65534, 65534))
+            os._exit(os.getresgid() == os.getresuid() == (65534,) * 3)
+        except OSError:
+            os._exit(2)
+        finally:
+            os._exit(3)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (1 if uid in (0, gid) and uid != 1234 else 2)
