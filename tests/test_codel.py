@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import threading
 from collections.abc import Iterator
-from math import inf, sqrt
+from math import inf, isqrt, sqrt
+from typing import Any, NamedTuple
 
 import pytest
 from ttun._codec import ffi, lib
@@ -13,6 +15,7 @@ from tunnel import CLIENT, OTHER, SERVER, TUNNEL4, Bench
 
 TARGET, INTERVAL = 2000, 100_000  # microseconds
 STEP = 100
+MOST = 10_000  # counted drops
 SMALL, LARGE = 256, 257  # bytes: small packets are never dropped
 
 
@@ -84,6 +87,69 @@ def test_soon_after_it_goes_on_where_it_was(rest: int, resumed: bool) -> None:
     first, second = codel.drops(TARGET, 3 * INTERVAL)[:2]
     count = before - 2 if resumed else 1
     assert second - first == pytest.approx(INTERVAL / sqrt(count), rel=0.05, abs=2 * STEP)
+
+
+# ---- the control law, to the microsecond: a state, a time, and what it becomes ----
+
+
+class State(NamedTuple):
+    """struct ttun_codel of csrc/codel.h."""
+
+    above: int = 0
+    next: int = 0
+    count: int = 0
+    dropping: bool = False
+    due: bool = False
+
+
+LAYOUT = struct.Struct("@QQI??2x")
+
+
+def watched(now: int, **state: Any) -> State:
+    """The state after a look at `now`, with a delay above the target."""
+    codel = ffi.new("struct ttun_codel *")
+    memory = ffi.buffer(codel)
+    assert len(memory) == LAYOUT.size
+    memory[:] = LAYOUT.pack(*State(**state))
+    pace = ffi.new("struct ttun_codel_pace *", {"target": TARGET, "interval": INTERVAL})
+    lib.ttun_codel_watch(codel, now, TARGET, pace)
+    return State(*LAYOUT.unpack(memory))
+
+
+def test_each_gap_is_the_interval_by_the_root_of_the_count() -> None:
+    for count in range(1, MOST + 1):
+        state = {"above": 1, "next": 5000, "count": count - 1, "dropping": True}
+        after = watched(5000, **state)
+        assert after.due and after.count == count
+        assert after.next == 5000 + INTERVAL * 16 // isqrt(256 * count)
+    after = watched(5000, above=1, next=5000, count=MOST, dropping=True)
+    assert after.count == MOST, "no more than a drop in a millisecond"
+
+
+def test_a_drop_is_due_at_its_time_and_not_a_microsecond_earlier() -> None:
+    assert watched(700).above == 700 + INTERVAL
+    assert [watched(now, above=500).due for now in (499, 500)] == [False, True]
+    dropping = {"above": 1, "count": 1, "dropping": True, "next": 900}
+    assert [watched(now, **dropping).due for now in (899, 900)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("count", "rest", "resumes"),
+    [
+        (10, 16 * INTERVAL - 1, 8),
+        (10, 16 * INTERVAL, 1),
+        (4, 0, 2),
+        (3, 0, 1),
+        (2, 0, 1),
+        (1, 0, 1),
+    ],
+)
+def test_an_episode_resumes_near_the_rate_of_the_last_for_sixteen_intervals(
+    count: int, rest: int, resumes: int
+) -> None:
+    after = watched(1000 + rest, above=1, count=count, next=1000)
+    assert (after.due, after.dropping, after.count) == (True, True, resumes)
+    assert after.next == 1000 + rest + INTERVAL * 16 // isqrt(256 * resumes)
 
 
 def test_a_small_packet_is_spared_and_the_next_large_one_is_not() -> None:
