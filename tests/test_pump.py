@@ -7,6 +7,7 @@ end of the connection is the independent peer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -21,6 +22,7 @@ from peer import Peer
 from socket_device import RunningSession, SocketDevice
 from ttun._codec import lib
 
+from ttun import session
 from ttun.cipher import CIPHERS, CipherState
 from ttun.handshake import Keys, session_key
 from ttun.session import Session
@@ -111,6 +113,12 @@ def test_known_answers_arrive_in_pieces_of_every_size(answers: dict, piece: int)
         assert rig.receive() == packet
     writer.join()
     assert rig.ended() == "the peer closed the connection"
+
+
+def test_a_close_that_the_sender_notices_first_is_the_same_reason() -> None:
+    """A race between two threads decides which of them is told."""
+    assert session._reason(lib.TTUN_END_SOCKET, errno.EPIPE) == "the peer closed the connection"
+    assert session._reason(lib.TTUN_END_SOCKET, errno.ETIMEDOUT) == "Connection timed out"
 
 
 def test_the_uplink_goes_on_while_the_downlink_is_full(rig: Rig) -> None:

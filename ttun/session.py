@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -21,6 +22,8 @@ from ttun.control import NAMES, Control
 from ttun.device import Device
 from ttun.handshake import Keys
 from ttun.settings import DEFAULT_LIMITS, NORMAL, Buffers, Limits
+
+CLOSED = "the peer closed the connection"
 
 FEW_CORES = 2  # up to so many, use `direct` of csrc/session.h
 
@@ -186,11 +189,12 @@ def _reason(reason: int, detail: int) -> str:
     """Return the text of a ttun_reason."""
     reasons = {
         lib.TTUN_END_STOPPED: "stopped",
-        lib.TTUN_END_CLOSED: "the peer closed the connection",
+        lib.TTUN_END_CLOSED: CLOSED,
         lib.TTUN_END_TRUNCATED: f"connection closed {detail} bytes into a frame",
         lib.TTUN_END_LENGTH: f"the peer sent a frame of length {detail}, shorter than the tag",
         lib.TTUN_END_TAG: f"a frame of length {detail} failed authentication",
-        lib.TTUN_END_SOCKET: os.strerror(detail),
+        # A sender may notice the close before the receiver does.
+        lib.TTUN_END_SOCKET: CLOSED if detail == errno.EPIPE else os.strerror(detail),
         lib.TTUN_END_DEVICE: f"TUN device failed: {os.strerror(detail)}",
         lib.TTUN_END_NONCES: "the session ran out of nonces",
         lib.TTUN_END_CONTROL: f"the peer sent an unexpected {NAMES.get(detail)} frame",
