@@ -67,6 +67,14 @@ def children(pid: int) -> dict[int, str]:
     return found
 
 
+def has_thread(pid: int, name: str) -> bool:
+    """Whether a process has a thread of that name."""
+    with contextlib.suppress(OSError):  # one has just ended
+        found = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
+        return f"{name}\n" in found
+    return False
+
+
 def cover_run() -> None:
     """Give this process, and what it starts, an empty /run; nobody else sees what is in it."""
     if libc.unshare(CLONE_NEWNS) != 0:
@@ -240,8 +248,10 @@ class Bench:
     def tunnel(self, *options: str) -> tuple[End, End]:
         """A server and a client with a session."""
         server, client = self.server(*options), self.client(*options)
-        client.says("authenticated")
-        server.says("authenticated")
+        for end in (client, server):
+            end.says("authenticated")
+            # What comes from the device until this thread runs is dropped.
+            eventually(lambda end=end: has_thread(end.process.pid, "ttun-up-seal"), "a session")
         return server, client
 
     def run(self, host: str, *arguments: str, timeout: float = 120) -> str:
