@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
@@ -34,9 +33,7 @@ def test_the_recipe_of_the_page_sends_all_queries_through_the_tunnel_while_a_pee
     near.address, beyond.address = OUTSIDE, INSIDE
 
     def found() -> str:
-        """What the name server of resolv.conf, resolved itself, says."""
-        shown = resolved.control(far, "query", "-4", "--cache=no", "inner.example") or ""
-        return "".join(re.findall(r"inner\.example: (\S+)", shown))
+        return resolved.query(far, "inner.example")
 
     def start() -> End:
         text = PAGE.read_text().partition("systemd-resolved (`")[2].partition("\n\n")[2]
@@ -47,9 +44,13 @@ def test_the_recipe_of_the_page_sends_all_queries_through_the_tunnel_while_a_pee
         return far.start(CLIENT, *words, "--user", str(TTUN_USER))
 
     try:
-        with resolved.running(far, tmp_path), resolv_conf(tmp_path, resolved.STUB):
+        with resolv_conf(tmp_path, resolved.STUB), resolved.running(far, tmp_path):
             assert resolved.control(far, "dns", "vclient", NAME_SERVER) is not None
-            assert found() == OUTSIDE
+            try:
+                eventually(lambda: found() == OUTSIDE, "it finds a name without ttun")
+            except AssertionError:  # nothing here that ttun could have broken
+                said = resolved.state(far, "inner.example", tmp_path)
+                pytest.skip(f"systemd-resolved finds nothing on this machine: {said}")
             client = start()
             connected(far, client)
             eventually(lambda: found() == INSIDE, "the name server behind the tunnel")
@@ -62,13 +63,13 @@ def test_the_recipe_of_the_page_sends_all_queries_through_the_tunnel_while_a_pee
             connected(far, client, 2)
             eventually(lambda: found() == INSIDE, "again")
             assert client.stop() == 0
-            assert found() == OUTSIDE
+            eventually(lambda: found() == OUTSIDE, "the one before")
             assert "exit code" not in client.log()
             client = start()
             connected(far, client)
             eventually(lambda: found() == INSIDE, "again")
             client.kill()
-            eventually(lambda: found() == OUTSIDE, "the one before, also after kill -9")
+            eventually(lambda: found() == OUTSIDE, "the one before, after kill -9 too")
     finally:
         near.close()
         beyond.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -89,6 +90,29 @@ def running(far: Bench, directory: Path) -> Iterator[None]:
         eventually((place / "resolv.conf").exists, "systemd-resolved")
         eventually(lambda: control(far, "status") is not None, "it answers")
         yield
+
+
+def query(far: Bench, name: str) -> str:
+    """What it finds as the IPv4 address of a name, asked afresh; empty if nothing."""
+    shown = control(far, "query", "-4", "--cache=no", name) or ""
+    return "".join(re.findall(rf"{re.escape(name)}: (\S+)", shown))
+
+
+def state(far: Bench, name: str, directory: Path) -> str:
+    """All there is to say when it finds nothing: its links, the answer to a query, and its log."""
+    commands = [["status"], ["query", "-4", "--cache=no", name]]
+    said = [
+        subprocess.run(
+            far.pair.command(CLIENT, ["resolvectl", *words]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        ).stdout
+        for words in commands
+    ]
+    log = (directory / "systemd-resolved.log").read_text()
+    return "\n".join([*said, log, Path("/etc/resolv.conf").read_text()])
 
 
 def control(far: Bench, *arguments: str) -> str | None:
