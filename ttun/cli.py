@@ -99,10 +99,10 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     threading.excepthook = _log_failed_thread
     log.setLevel(getattr(options, "log_level", None) or logging.INFO)
     if os.environ.get(LOG) == "syslog":
-        from ttun.tox import daemon
+        from ttun.process import syslog
 
         with contextlib.suppress(TtunError):  # there is none
-            daemon.log_to_syslog()
+            syslog.log_to_syslog()
     try:
         return int(COMMANDS[options.run](options))
     except UsageError as error:

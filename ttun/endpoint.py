@@ -72,7 +72,7 @@ class Endpoint(Lifecycle):
         self._congestion = congestion.Choice(settings.congestion_control)
         self.on_connected = on_connected or self.on_connected
         self.on_disconnected = on_disconnected or self.on_disconnected
-        self.on_device: Callable[[str], object] = len  # called with its name, before it has packets
+        self.on_device: Callable[[str], object] | None = None  # given its name, before packets
         super().__init__()
         self._device: Device | None = None
         self._device_name_shown: str | None = None
@@ -154,7 +154,8 @@ class Endpoint(Lifecycle):
             queue=self._buffers.queue,
         )  # fmt: skip
         self._device_name_shown = self._device.name
-        self.on_device(self._device.name)
+        if self.on_device is not None:
+            self.on_device(self._device.name)
         if given.default_route:
             self._device.default_route = True
             default_route.add(self._device.index, self._device.has_ipv6, self._users)

@@ -18,7 +18,7 @@ from typing import Callable
 from ttun import privileges, tcp
 from ttun.address import Address
 from ttun.errors import TtunError
-from ttun.process import log_writer
+from ttun.process import log_writer, syslog
 from ttun.process.signals import ENDING, Signals
 from ttun.tox import daemon, identity, nodes, options, packet, rules, toxcore
 from ttun.tox.client import ForwardingClient
@@ -149,8 +149,8 @@ def _settle(asked: Options, pid_file: int | None) -> None:
 
     A fork does not keep threads, so none may have been started yet.
     """
-    if asked.syslog and not (asked.daemonize and not os.path.exists(daemon.SYSLOG)):
-        daemon.log_to_syslog()
+    if asked.syslog and not (asked.daemonize and not os.path.exists(syslog.SYSLOG)):
+        syslog.log_to_syslog()
     if asked.daemonize:
         daemon.to_background()
     if pid_file is not None:
