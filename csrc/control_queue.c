@@ -20,22 +20,14 @@ int ttun_body_size(unsigned type) {
     }
 }
 
-int control_queue_init(struct control_queue *q) {
+void control_queue_init(struct control_queue *q) {
     pthread_condattr_t clock;
     memset(q, 0, sizeof *q);
-    if ((errno = pthread_condattr_init(&clock)) != 0)
-        return -1;
-    errno = pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-    if (errno == 0)
-        errno = pthread_cond_init(&q->arrived, &clock);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&q->arrived, &clock);
     pthread_condattr_destroy(&clock);
-    if (errno != 0)
-        return -1;
-    if ((errno = pthread_mutex_init(&q->lock, NULL)) != 0) {
-        pthread_cond_destroy(&q->arrived);
-        return -1;
-    }
-    return 0;
+    pthread_mutex_init(&q->lock, NULL);
 }
 
 void control_queue_destroy(struct control_queue *q) {

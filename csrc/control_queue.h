@@ -27,7 +27,7 @@ struct control_queue {
 int ttun_body_size(unsigned type);
 
 /* Initializes an empty queue. Returns 0, or -1 with errno set. */
-int control_queue_init(struct control_queue *q);
+void control_queue_init(struct control_queue *q);
 
 /* Wipes and destroys it. No thread may use it any more. */
 void control_queue_destroy(struct control_queue *q);

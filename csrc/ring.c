@@ -3,22 +3,13 @@
 #include <assert.h>
 #include <errno.h>
 
-int ring_init(struct ring *ring, uint8_t *memory, unsigned count) {
-    if ((errno = pthread_mutex_init(&ring->lock, NULL)) != 0)
-        return -1;
-    if ((errno = pthread_cond_init(&ring->work, NULL)) != 0) {
-        pthread_mutex_destroy(&ring->lock);
-        return -1;
-    }
-    if ((errno = pthread_cond_init(&ring->room, NULL)) != 0) {
-        pthread_cond_destroy(&ring->work);
-        pthread_mutex_destroy(&ring->lock);
-        return -1;
-    }
+void ring_init(struct ring *ring, uint8_t *memory, unsigned count) {
+    pthread_mutex_init(&ring->lock, NULL);
+    pthread_cond_init(&ring->work, NULL);
+    pthread_cond_init(&ring->room, NULL);
     ring->count = count;
     for (unsigned i = 0; i < count; i++)
         ring->slots[i].bytes = memory + (size_t)i * SLOT_SIZE;
-    return 0;
 }
 
 void ring_destroy(struct ring *ring) {

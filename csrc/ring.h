@@ -38,7 +38,7 @@ struct ring {
 };
 
 /* Initializes an empty ring on count * SLOT_SIZE bytes. Returns 0, or -1 with errno set. */
-int ring_init(struct ring *ring, uint8_t *memory, unsigned count);
+void ring_init(struct ring *ring, uint8_t *memory, unsigned count);
 
 /* Destroys it. No thread may use it any more. */
 void ring_destroy(struct ring *ring);

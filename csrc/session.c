@@ -1,7 +1,8 @@
 /* Creates and ends a session, and gives Python access to its counters, control frames and keys.
  *
  * end_session stores the first reason only, closes both rings and the inbox, wakes the uplink's
- * poll and shuts the socket down. ttun_session_new allocates all memory. */
+ * poll and shuts the socket down. ttun_session_new allocates all memory and the one descriptor:
+ * mutexes and condition variables need neither in glibc and musl, so making them cannot fail. */
 #define _GNU_SOURCE
 #include "internal.h"
 
@@ -44,7 +45,7 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     memset(s, 0, sizeof *s);
     s->tun = tun;
     s->socket = socket;
-    s->direct = direct != 0;
+    s->direct = direct;
     s->wire = wire;
     s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
@@ -56,14 +57,10 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->wake < 0)
         goto no_eventfd;
-    if (ring_init(&s->uplink, s->memory, slots) < 0)
-        goto no_uplink;
-    if (ring_init(&s->downlink, s->memory + ring_size, slots) < 0)
-        goto no_downlink;
-    if (control_queue_init(&s->inbox) < 0)
-        goto no_inbox;
-    if (control_queue_init(&s->outbox) < 0)
-        goto no_outbox;
+    ring_init(&s->uplink, s->memory, slots);
+    ring_init(&s->downlink, s->memory + ring_size, slots);
+    control_queue_init(&s->inbox);
+    control_queue_init(&s->outbox);
     s->scratch = s->memory + 2 * ring_size;
     s->taken = s->scratch + SCRATCH_SIZE;
     uint64_t salt = now_us(); /* if random numbers are not available yet, at boot */
@@ -79,14 +76,6 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     s->tag_size = downlink->tag_size;
     s->last_received = now_ms();
     return s;
-no_outbox:
-    control_queue_destroy(&s->inbox);
-no_inbox:
-    ring_destroy(&s->downlink);
-no_downlink:
-    ring_destroy(&s->uplink);
-no_uplink:
-    close(s->wake);
 no_eventfd:
     free(s->memory);
 no_memory:

@@ -61,7 +61,16 @@ MODULES = {
     "ttun/privileges.py": Tests(("test_privileges",), ("test_doctor", "test_environments")),
     "ttun/network/routes.py": Tests(("test_routes",), ("test_device_watch", "test_resolver")),
     "ttun/mptcp.py": Tests(("test_mptcp", "test_vanished"), ("test_multipath", "test_roaming")),
-    "csrc/session.c": Tests(("test_wipe", "test_pump", "test_control", "test_rekey")),
+    "csrc/session.c": Tests(
+        (
+            "test_session_memory",
+            "test_buffers",
+            "test_wipe",
+            "test_pump",
+            "test_control",
+            "test_rekey",
+        )
+    ),
     "csrc/segment.c": OFFLOAD,
     "csrc/coalesce.c": OFFLOAD,
     "csrc/codel.c": Tests(("test_codel",)),

@@ -175,7 +175,7 @@ class Control:
         if self._expected is not None and now - self._rekey_at >= REKEY_TIMEOUT:
             raise ProtocolError("the peer did not complete the rekey")
         most = max(now - before for now, before in zip(self._bytes(), self._carried))
-        if most > 0 and self._used_since is None:
+        if most and self._used_since is None:
             # In use since the last check or later. The client rekeys early, the server is lenient.
             self._used_since = self._looked_at if self._agreement.is_client else now
         self._looked_at = now

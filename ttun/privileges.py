@@ -31,6 +31,8 @@ log = logging.getLogger("ttun")
 
 NET_ADMIN, SYS_ADMIN = 12, 21  # linux/capability.h, as is this
 HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, of this thread
+# Effective, permitted and inheritable ones, 32 in each number; then the later ones.
+CAPABILITIES = struct.Struct("=6I")
 DEFAULT_USERS = ("ttun", "nobody")  # the first that exists
 MAX_ID = 0xFFFFFFFE  # of a user; one more means "unchanged" to setresuid()
 NOBODY = 65534  # if the user database has none: the kernel's overflow user
@@ -45,11 +47,10 @@ class User(NamedTuple):
 
 
 def has(capability: int) -> bool:
-    """Return whether a capability is effective in this thread (capget(2))."""
-    data = bytearray(24)  # effective, permitted, inheritable; then bits 32 to 63
-    if lib.capget(HEADER, ffi.from_buffer(data)) != 0:
-        return False
-    return bool(struct.unpack_from("=I", data, 12 * (capability // 32))[0] >> capability % 32 & 1)
+    """Return whether one of the first 32 capabilities is effective in this thread (capget(2))."""
+    data = bytearray(CAPABILITIES.size)
+    lib.capget(HEADER, ffi.from_buffer(data))  # leaves zeros where it is forbidden
+    return bool(CAPABILITIES.unpack(data)[0] >> capability & 1)
 
 
 def check(more: str = "", what: str = "a TUN device") -> None:
@@ -128,7 +129,8 @@ def drop(user: User | None, *, required: bool) -> None:
 
 def drop_capabilities() -> None:
     """Drop all capabilities of this thread, ambient ones included."""
-    if lib.capset(HEADER, bytes(24)) != 0 or lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+    none = bytes(CAPABILITIES.size)
+    if lib.capset(HEADER, none) != 0 or lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise TtunError("cannot drop capabilities")
 
 

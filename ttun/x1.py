@@ -67,9 +67,11 @@ class AnsweredNonces:
     def __contains__(self, nonce: bytes) -> bool:
         """Return whether a nonce was answered."""
         start = self._packed.find(nonce[: self.SIZE])
-        while start >= 0 and start % self.SIZE:  # a match across two entries
+        while start % self.SIZE:  # none, or a match across two entries
+            if start == -1:
+                return False
             start = self._packed.find(nonce[: self.SIZE], start + 1)
-        return start >= 0
+        return True
 
 
 class Offer(NamedTuple):

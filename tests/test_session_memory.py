@@ -1,0 +1,90 @@
+"""What a session takes of the machine it gives back; where there is nothing to take, it says so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ttun._codec import ffi, lib
+
+SLOTS, QUEUE = 4, 1 << 20
+MIB = 1 << 20
+TIMES = 200
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[int, int]]:
+    """Descriptors in place of a device and a connection."""
+    device, connection = socket.socketpair()
+    with device, connection:
+        yield device.fileno(), connection.fileno()
+
+
+def new_session(ends: tuple[int, int]) -> Any:
+    state = ffi.new("struct ttun_cipher_state *")
+    return lib.ttun_session_new(*ends, 0, 0, state, state, 1, SLOTS, QUEUE)
+
+
+def virtual() -> int:
+    """The address space of this process in bytes: memory counts even if nobody wrote to it."""
+    found = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def limited(what: int, most: int) -> Iterator[None]:
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def test_a_session_gives_back_all_that_it_took(ends: tuple[int, int]) -> None:
+    lib.ttun_session_free(new_session(ends))
+    before = descriptors(), virtual()
+    for _ in range(TIMES):
+        lib.ttun_session_free(new_session(ends))
+    assert descriptors() == before[0]
+    assert virtual() - before[1] < 10 * MIB, "of more than 200"
+
+
+def test_without_a_descriptor_there_is_no_session_and_no_memory_is_lost(
+    ends: tuple[int, int],
+) -> None:
+    before = virtual()
+    lowest_free = os.dup(ends[0])
+    os.close(lowest_free)
+    with limited(resource.RLIMIT_NOFILE, lowest_free):
+        for _ in range(TIMES):
+            assert new_session(ends) == ffi.NULL
+            assert ffi.errno == errno.EMFILE
+    assert virtual() - before < 10 * MIB, "of more than 200"
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer takes more than there is")
+def test_without_memory_there_is_no_session_and_no_descriptor_is_lost(
+    ends: tuple[int, int],
+) -> None:
+    before = descriptors()
+    with limited(resource.RLIMIT_AS, virtual()):
+        kept = [new_session(ends) for _ in range(20)]  # some fit into what was freed before
+        assert ffi.errno == errno.ENOMEM
+    assert kept[-1] == ffi.NULL
+    for each in kept:
+        lib.ttun_session_free(each)
+    assert descriptors() == before
