@@ -45,6 +45,7 @@ def share_compiled(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: for a quarter of a minute and more it mostly waits")
+    config.addinivalue_line("markers", "together: its module starts much, once for all of it")
     config.addinivalue_line("markers", "alone: measures what others beside it would change")
     config.addinivalue_line("markers", "hosts: makes network namespaces and TUN devices")
     config.addinivalue_line("markers", "nft: needs nftables on this machine")
@@ -93,7 +94,8 @@ def pytest_collection() -> Iterator[None]:
         made.touch()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot run here."""
     left_out = {
         "hosts": config.stash[WHY_NOT],
         "nft": "" if shutil.which("nft") else "apt install nftables",
@@ -103,14 +105,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if why_not and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=why_not))
-    # Each worker begins with its share of those that mostly wait: none is left over at the end.
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    quick = [item for item in items if not item.get_closest_marker("slow")]
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    bounds = [len(quick) * number // workers for number in range(workers + 1)]
+
+
+def share_out(items: list[pytest.Item], workers: int) -> None:
+    """Order them so that each worker, which takes a run of them, begins with those that mostly wait.
+
+    Those of a module that start something together stay with one worker. None of them is left over
+    at the end.
+    """
+    slow: dict[object, list[pytest.Item]] = {}
+    quick: list[pytest.Item] = []
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow.setdefault(item.path if item.get_closest_marker("together") else item, []).append(
+                item
+            )
+        else:
+            quick.append(item)
+    groups = sorted(slow.values(), key=len, reverse=True)
+    left = len(items)
     items.clear()
     for number in range(workers):
-        items += [*slow[number::workers], *quick[bounds[number] : bounds[number + 1]]]
+        share = [item for group in groups[number::workers] for item in group]
+        more = max(left // (workers - number) - len(share), 0)
+        items += share + quick[:more]
+        del quick[:more]
+        left -= len(share) + more
+    items += quick
+
+
+@pytest.hookimpl(trylast=True)  # when only those are left that shall run
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out(config, items)
+    share_out(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

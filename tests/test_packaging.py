@@ -28,9 +28,11 @@ USER = 12345  # who owns a tree that root builds in
 NOWHERE = "https://127.0.0.1:9/simple"  # the port discard, where nobody listens
 
 long = pytest.mark.skipif(not os.environ.get("TTUN_TEST_LONG"), reason="TTUN_TEST_LONG=1 runs it")
-pytestmark = pytest.mark.skipif(
-    not (ROOT / ".venv" / ".built").exists(), reason="not built with make"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.together,
+    pytest.mark.skipif(not (ROOT / ".venv" / ".built").exists(), reason="not built with make"),
+]
 
 
 def clean(**more: str) -> dict[str, str]:
@@ -232,7 +234,6 @@ def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: 
 
 
 @long
-@pytest.mark.slow
 def test_root_leaves_nothing_of_roots_in_a_users_tree(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(WHEELS, tree / ".venv" / "wheels")
     try:

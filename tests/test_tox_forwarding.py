@@ -49,7 +49,7 @@ from toxnet import (
 )  # fmt: skip
 from tunnel import PROGRAM, eventually
 
-pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
+pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow, pytest.mark.together]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.hosts,
     pytest.mark.tox,
     pytest.mark.slow,
+    pytest.mark.together,
     pytest.mark.skipif(
         not (SSHD and shutil.which("ssh") and shutil.which("scp")),
         reason="apt install openssh-server openssh-client",

@@ -23,7 +23,7 @@ from tunnel import PROGRAM, eventually
 
 from ttun.lab import netns
 
-pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow]
+pytestmark = [pytest.mark.hosts, pytest.mark.tox, pytest.mark.slow, pytest.mark.together]
 
 MIB = 1 << 20
 ECHO, TO_ECHO = 7001, 2001
