@@ -108,7 +108,7 @@ def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def share_out(items: list[pytest.Item], workers: int) -> None:
-    """Order them so that each worker, which takes a run of them, begins with those that mostly wait.
+    """Order them so that each worker, which takes a run of them, begins with those that wait.
 
     Those of a module that start something together stay with one worker. None of them is left over
     at the end.
