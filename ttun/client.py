@@ -354,7 +354,7 @@ class Client(Endpoint):
         patience = self._dialer.patience
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:
-            self._watch_connection(sock)
+            self._watch_connection(attempt.sock)
             answered_after: float | None = None  # until its first byte
             while not self._stop.is_set():
                 why = self._why_dead()
