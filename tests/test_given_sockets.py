@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -46,6 +47,31 @@ def ends() -> Iterator[Ends]:
     theirs.settimeout(5)
     with ours, theirs:
         yield ours, theirs
+
+
+@pytest.mark.hosts
+def test_a_client_with_other_servers_goes_on_without_the_socket_that_it_was_given(
+    plain: Bench,
+) -> None:
+    program = """
+        import socket
+        ours, theirs = socket.socketpair()
+        servers = [ttun.GivenSocket(ours, "a pair"), "192.0.2.1"]
+        client = ttun.Client(b"secret", server=servers)
+        client.start()
+        theirs.close()
+        until(lambda: client.wait(0) or client.status().peer)
+        print("peer:", client.status().peer)
+        client.stop()
+    """
+    later = threading.Timer(5, plain.server)  # it is refused until then, so the pair is next
+    later.start()
+    try:
+        said = run(plain, CLIENT, program)
+    finally:
+        later.join()
+    assert "connection over a pair ended (it cannot be reopened); going on without it" in said
+    assert "peer: 192.0.2.1:20203" in said
 
 
 @pytest.mark.hosts
