@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -149,6 +150,11 @@ void ttun_downlink_receive(struct ttun_session *s) {
         size_t size = rest_size, whole = 0;
         while (whole == 0 && bad < 0) {
             ssize_t got = recv(s->socket, slot->bytes + size, SLOT_SIZE - size, 0);
+            if (got < 0 && errno == EAGAIN) { /* another holder of the socket set O_NONBLOCK */
+                struct pollfd fd = {.fd = s->socket, .events = POLLIN};
+                poll(&fd, 1, -1);
+                continue;
+            }
             if (got < 0 && errno == EINTR)
                 continue;
             if (got <= 0) {

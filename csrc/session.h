@@ -68,11 +68,12 @@ enum ttun_offload {
 };
 
 /* Creates a session. tun: a non-blocking TUN descriptor. socket: a connected, blocking stream
- * socket. The caller owns both; they must outlive the session. offload: ttun_offload bits of the
- * device. wire: 0 for protocol v1, or TTUN_X1 with the peer's offload bits. uplink, downlink:
- * copied. direct: let the first thread of a direction do the work of the second while that is idle
- * (for few cores). slots: per direction, 1 to SLOTS (ring.h). queue: bytes of the uplink's queue, a
- * multiple of FQ_CELL (fq.h), at least two of the largest packets. Returns NULL with errno set. */
+ * socket; others that hold it may make it non-blocking. The caller owns both; they must outlive the
+ * session. offload: ttun_offload bits of the device. wire: 0 for protocol v1, or TTUN_X1 with the
+ * peer's offload bits. uplink, downlink: copied. direct: let the first thread of a direction do the
+ * work of the second while that is idle (for few cores). slots: per direction, 1 to SLOTS (ring.h).
+ * queue: bytes of the uplink's queue, a multiple of FQ_CELL (fq.h), at least two of the largest
+ * packets. Returns NULL with errno set. */
 struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire,
                                       const struct ttun_cipher_state *uplink,
                                       const struct ttun_cipher_state *downlink, int direct,

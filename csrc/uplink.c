@@ -161,17 +161,20 @@ static const uint8_t *next_packet(struct ttun_session *s, bool wait, size_t *siz
     }
 }
 
-/* Checks whether, or waits until, less than half of TCP_NOTSENT_LOWAT is unsent. send() does not:
- * it fills the last socket buffer, up to 64 KiB, regardless (tcp_sendmsg_locked() in Linux). */
-static bool has_room(struct ttun_session *s, bool wait) {
-    if (!atomic_load(&s->connection.limited))
-        return true;
+/* Checks whether, or waits until, the socket is writable. */
+static bool is_writable(struct ttun_session *s, bool wait) {
     struct pollfd fd = {.fd = s->socket, .events = POLLOUT};
     int ready;
     do
         ready = poll(&fd, 1, wait ? -1 : 0);
     while (ready < 0 && errno == EINTR);
     return ready != 0; /* on an error, send() reports it */
+}
+
+/* Checks whether, or waits until, less than half of TCP_NOTSENT_LOWAT is unsent. send() does not:
+ * it fills the last socket buffer, up to 64 KiB, regardless (tcp_sendmsg_locked() in Linux). */
+static bool has_room(struct ttun_session *s, bool wait) {
+    return !atomic_load(&s->connection.limited) || is_writable(s, wait);
 }
 
 /* Waits until the connection has caught up. Meanwhile moves packets into the queue. */
@@ -238,15 +241,20 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
 /* Sends the rest of a slot. flags: MSG_DONTWAIT to stop when the socket is full. Returns whether
  * data is left. */
 static bool send_slot(struct ttun_session *s, struct slot *slot, int flags) {
+    bool wait = (flags & MSG_DONTWAIT) == 0;
     while (slot->begin < slot->end && !is_over(s)) {
-        if (!has_room(s, (flags & MSG_DONTWAIT) == 0))
+        if (!has_room(s, wait))
             return true;
         ssize_t sent = send(s->socket, slot->bytes + slot->begin, slot->end - slot->begin,
                             flags | MSG_NOSIGNAL);
         if (sent < 0 && errno == EINTR)
             continue;
-        if (sent < 0 && errno == EAGAIN)
-            return true;
+        if (sent < 0 && errno == EAGAIN) {
+            if (!wait)
+                return true;
+            is_writable(s, true); /* another holder of the socket has set O_NONBLOCK */
+            continue;
+        }
         if (sent < 0) {
             end_session(s, TTUN_END_SOCKET, errno);
             return false;

@@ -267,6 +267,17 @@ def test_the_next_server_is_dialled_when_one_fails_and_the_first_again_after_the
 
 
 @hosts
+def test_a_round_of_servers_is_whole_and_only_then_is_there_a_wait(plain: Bench) -> None:
+    """It once broke off after each server with «deque mutated during iteration; retrying in 1 s»,
+    so the back-off began anew each time and never exceeded four seconds."""
+    client = plain.client("-s", "192.0.2.1:1", "-s", "192.0.2.1:3", to="192.0.2.1:2")
+    log = client.says("reconnecting in", times=3)
+    assert "retrying" not in log
+    for number, rounds in enumerate(log.split("reconnecting in")[:3]):
+        assert rounds.count("cannot connect to 192.0.2.1:") == 3, number
+
+
+@hosts
 def test_a_client_with_routes_starts_when_one_of_its_names_is_known(plain: Bench) -> None:
     plain.server()
     client = plain.client("-s", SERVER_ADDRESS, "--route", "203.0.113.0/24", to="none.invalid")

@@ -18,7 +18,7 @@ from ttun import cli, sodium
 from ttun.cipher import CIPHERS
 from ttun.cli import build_parser, main
 from ttun.commands.parser import join_values
-from ttun.errors import TtunError
+from ttun.errors import TtunError, reason
 
 
 def run(*arguments: str, prefix: list[str] | None = None, **env: str) -> tuple[int, str, str]:
@@ -382,3 +382,9 @@ def test_without_the_codec_there_is_help_and_a_line_that_says_what_to_do(tmp_pat
         assert (done.returncode, done.stderr) == (
             1, "ttun: the codec is not built (run make in the source directory)\n",
         ), arguments  # fmt: skip
+
+
+def test_a_bug_is_not_taken_for_a_shortage() -> None:
+    """Both are a RuntimeError. «deque mutated during iteration; retrying in 1 s» looked usual."""
+    assert reason(RuntimeError("can't start new thread")) == "can't start new thread"
+    assert reason(RuntimeError("a bug")) == "internal error: a bug"

@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from tunnel import CLIENT, ROOT, SERVER, Bench
 import ttun
 from ttun.cipher import CIPHERS
 from ttun.commands import answer
+from ttun.flag import Flag
+from ttun.pending import Pending
 from ttun.settings import MAX_MTU
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
@@ -107,13 +110,19 @@ def test_what_is_no_plain_socket_is_refused_and_stays_the_callers() -> None:
     wrapped = ssl.create_default_context().wrap_socket(
         ours, do_handshake_on_connect=False, server_hostname="x"
     )
-    for wrong, says in ((wrapped, "must not be a TLS one"), ("x", "must be socket, not str")):
-        for take in (ttun.GivenSocket, lambda sock: ttun.GivenSockets().give(sock, "x")):
+    datagrams, others = socket.socketpair(type=socket.SOCK_DGRAM)
+    for wrong, says in (
+        (wrapped, "must not be a TLS one"),
+        ("x", "must be socket, not str"),
+        (datagrams, "must be a stream socket"),
+    ):
+        dialled = partial(Pending(Flag()).add, name="x", transport="x", steps=None)
+        for take in (ttun.GivenSocket, lambda sock: ttun.GivenSockets().give(sock, "x"), dialled):
             with pytest.raises(ttun.UsageError, match=says):
                 take(wrong)  # type: ignore[arg-type]
-    assert wrapped.fileno() >= 0
-    wrapped.close()
-    theirs.close()
+    for sock in (wrapped, theirs, datagrams, others):
+        assert sock.fileno() >= 0
+        sock.close()
 
 
 @pytest.mark.parametrize(

@@ -21,18 +21,22 @@ TABLE = [
     ("made", "end.start()", False, False),
     ("made", "end.stop()", False, True),
     ("made", "end.port", True, False),
+    ("made", "end.use_keys([b'another'])", False, False),
     ("open", "end.open()", True, False),
     ("open", "end.start()", False, False),
     ("open", "end.stop()", False, True),
     ("open", "end.port", False, False),
+    ("open", "end.use_keys([b'another'])", False, False),
     ("running", "end.open()", True, False),
     ("running", "end.start()", True, False),
     ("running", "end.stop()", False, True),
     ("running", "end.port", False, False),
+    ("running", "end.use_keys([b'another'])", True, False),
     ("over", "end.open()", True, True),
     ("over", "end.start()", True, True),
     ("over", "end.stop()", False, True),
     ("over", "end.port", False, True),
+    ("over", "end.use_keys([b'another'])", True, True),
 ]
 
 
@@ -313,3 +317,22 @@ def test_callbacks_may_be_methods_of_a_subclass(plain: Bench) -> None:
     assert "callback failed: KeyError" in printed
     assert "left: stopped" in printed
     assert "stopped: True" in printed
+
+
+def test_keys_that_come_too_late_are_refused_and_the_first_ones_stay(plain: Bench) -> None:
+    """A client with the third of three keys once ended the server, which had names for two."""
+    plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        server = ttun.Server([b"one", b"two", b"secret"])
+        server.start()
+        print("refused:", refused(lambda: server.use_keys([b"one", b"two"])))
+        until(lambda: server.status().sessions or server.wait(0))
+        print("over:", server.wait(1), "peer:", server.status().peer is not None)
+        server.stop()
+        """,
+    )
+    assert "refused: True" in printed
+    assert "over: False peer: True" in printed

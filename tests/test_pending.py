@@ -19,7 +19,7 @@ from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
-from ttun import handshake, pending
+from ttun import handshake, pending, summary
 from ttun.cipher import TO_SERVER
 from ttun.flag import Flag
 from ttun.peer import SILENT_AFTER, HalfOpen, Peer
@@ -362,3 +362,37 @@ def test_a_server_guesses_no_cause(harness: Harness) -> None:
     assert [why.partition(" failed: ")[2] for why in whys] == [
         "connection closed during the handshake"
     ]
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process has all that it may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as free:
+        next_one = free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_shortage_that_lasts_is_one_line(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was one a second, for ever: a summary begins anew after each period."""
+    monkeypatch.setattr(pending, "PAUSE", 0.02)
+    monkeypatch.setattr(summary, "PERIOD", 0.2)
+    dialled = [socket.socket() for _ in range(2)]
+    for times, sock in enumerate(dialled, 1):
+        with no_descriptors():
+            sock.connect(("127.0.0.1", harness.listener.port))
+            harness.turns(2)
+        assert caplog.text.count("cannot accept a connection: Too many open files") == times
+        assert "more connections not accepted" not in caplog.text
+        sock.sendall(bytes(16))
+        harness.turns(0.5)
+        sock.settimeout(5)
+        assert len(sock.recv(16)) == 16, "it is served when that is over"
+        sock.close()
+        harness.turns(0.2)

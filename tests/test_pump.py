@@ -350,3 +350,20 @@ def test_a_sender_is_told_of_a_connection_that_stays_behind(buffers: Buffers) ->
         rig.end()
         rig.device.outside.shutdown(socket.SHUT_RDWR)
         sender.join()
+
+
+def test_who_makes_the_socket_non_blocking_ends_and_loses_nothing(rig: Rig) -> None:
+    """O_NONBLOCK belongs to the open file, which a parent process or another thread may share."""
+    with rig.session._sock.dup() as shared:
+        shared.setblocking(False)
+    for packet in (b"\x45 the receiver waits", b"\x45 it looks again", b"\x45 and again"):
+        rig.peer.send(packet)
+        assert rig.receive() == packet
+    # More than the socket takes while nobody reads; CoDel drops none that is so small.
+    packets = [struct.pack(">BH200x", 0x45, number) for number in range(5000)]
+    sending = threading.Thread(target=lambda: [rig.device.outside.send(x) for x in packets])
+    sending.start()
+    time.sleep(0.5)
+    assert [rig.peer.receive() for _ in packets] == packets
+    sending.join()
+    assert rig.end() == "stopped"

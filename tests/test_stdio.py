@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peer import Peer, echo_request
 from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench
 
 from ttun import handshake
@@ -109,6 +110,24 @@ def test_a_reader_that_takes_nothing_does_not_hold_the_end_up(plain: Bench) -> N
     assert server.process.poll() is None
     server.process.terminate()
     assert server.process.wait(10) == 0
+
+
+def test_a_parent_that_makes_the_socket_non_blocking_does_no_harm(plain: Bench) -> None:
+    """The open file is the parent's too: the session once ended, «Resource temporarily …»."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        server = Server(plain, "--wire", "v1", stdin=theirs, stdout=theirs)
+        peer = Peer(ours, KEY)
+        peer.handshake_as_client()
+        theirs.setblocking(False)
+        request = echo_request(TUNNEL4[CLIENT], TUNNEL4[SERVER], b"a ping")
+        for _ in range(5):
+            peer.send(request)
+            peer.receive_reply(request)
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+        assert "disconnected after" in server.log()
+        assert ": stopped;" in server.log()
 
 
 def test_no_port_is_opened(plain: Bench) -> None:

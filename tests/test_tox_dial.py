@@ -10,14 +10,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from shaking import K, terms
 from toxnet import on_loop
 from tunnel import eventually
 
+from ttun import handshake
 from ttun.errors import TtunError
 from ttun.flag import Flag
-from ttun.tox import packet, transport
+from ttun.peer import Host
+from ttun.pending import Pending
+from ttun.tox import nodes, packet, transport
 from ttun.tox.client import ForwardingClient
 from ttun.tox.instance import Tox
 from ttun.tox.loop import Loop
@@ -155,3 +160,24 @@ def test_a_dial_whose_loop_hangs_has_an_end(
         assert "does not respond" in str(dial.error)
     finally:
         hang.set()
+
+
+def test_a_server_whose_tox_ends_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once waited for connections that could not come, and looked alive."""
+    monkeypatch.setattr(transport, "open_tox", lambda *_, **__: Tox(udp_ports=None))
+    monkeypatch.setattr(nodes, "load", lambda _: [])
+    listener = transport.Listener(tmp_path)
+    pending = Pending(Flag())
+    pending.listen(Host(listener, lambda: handshake.server(K, terms()), lambda _: False, False))
+    listener.start()
+    pending.turn(0.2)
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    listener._loop.call(fail)
+    with pytest.raises(TtunError, match=r"^Tox stopped: a bug$"):
+        for _ in range(50):
+            pending.turn(0.2)
+    pending.close()
+    listener.close()

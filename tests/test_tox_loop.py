@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.instance import Tox
 from ttun.tox.link import Link
-from ttun.tox.loop import Loop
+from ttun.tox.loop import Loop, _internet_socket
 from ttun.tox.protocol import Growth, Multiplexer
 
 pytestmark = pytest.mark.tox
@@ -58,3 +59,24 @@ def test_an_owner_that_fails_at_the_end_does_not_leave_others_waiting() -> None:
     loop.stop()
     assert loop.over.is_set()
     assert isinstance(loop.error, ValueError)
+
+
+def test_the_search_for_toxcores_sockets_leaves_those_of_others_as_they_are() -> None:
+    """With a default timeout it made them non-blocking, which ended a tunnel's own session."""
+    before = socket.getdefaulttimeout()
+    loop = Loop(Tox(udp_ports=None))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs = listener.accept()[0]
+    with ours, theirs, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        kinds = [_internet_socket(sock.fileno()) for sock in (ours, theirs, datagrams)]
+        assert kinds == [socket.SOCK_STREAM, socket.SOCK_STREAM, socket.SOCK_DGRAM]
+        assert _internet_socket(loop._readable) is None, "a pipe"
+        socket.setdefaulttimeout(5)
+        try:
+            loop._search()
+        finally:
+            socket.setdefaulttimeout(before)
+        assert [os.get_blocking(sock.fileno()) for sock in (ours, theirs)] == [True, True]
+    loop.start(Forwarder(loop))
+    loop.stop()

@@ -287,9 +287,17 @@ class Client(Endpoint):
         """
         self._watch_connection(None)
         waits: list[float] = []
-        for _ in self._dialers:
+        for _ in range(len(self._dialers)):  # not over it: it is turned meanwhile
             self._dialer = self._dialers[0]
-            peer = self._try(backoff, waits)
+            try:
+                peer = self._try(backoff, waits)
+            except TtunError as error:  # this one is over for good, or the device is gone
+                assert self._watch is not None
+                if len(self._dialers) == 1 or self._watch.device_gone:
+                    raise
+                log.warning("%s; going on without it", error)
+                self._dialers.popleft().close()
+                continue
             if peer is not None or self._stop.is_set():
                 return peer, 0.0
             self._dialers.rotate(-1)
@@ -354,7 +362,7 @@ class Client(Endpoint):
         patience = self._dialer.patience
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:
-            self._watch_connection(sock)
+            self._watch_connection(attempt.sock)
             answered_after: float | None = None  # until its first byte
             while not self._stop.is_set():
                 why = self._why_dead()

@@ -60,7 +60,6 @@ class Endpoint(Lifecycle):
         """Check the options; open nothing. Raises UsageError for an invalid one, TtunError for one
         that this machine does not support.
         """
-        self.use_keys(keys)
         for callback in (on_connected, on_disconnected):
             if callback is not None and not callable(callback):
                 raise UsageError(f"a callback must be callable, not {type(callback).__name__}")
@@ -74,6 +73,7 @@ class Endpoint(Lifecycle):
         self.on_disconnected = on_disconnected or self.on_disconnected
         self.on_device: Callable[[str], object] | None = None  # given its name, before packets
         super().__init__()
+        self.use_keys(keys)
         self._device: Device | None = None
         self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
@@ -84,7 +84,11 @@ class Endpoint(Lifecycle):
         self._moved = False  # _why_dead() ended the last connection
 
     def use_keys(self, keys: Sequence[bytes]) -> None:
-        """Replace the pre-shared keys; before start(). Raises UsageError for an invalid one."""
+        """Replace the pre-shared keys. Raises UsageError for an invalid one, TtunError after
+        start(): the keys of a handshake must not change during it.
+        """
+        if "start" in self._taken:
+            raise TtunError(f"this {self.role} was already started (create another)")
         for key in keys:
             check_type("the key", key, bytes)
         if not all(keys) or not keys:

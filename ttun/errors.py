@@ -38,6 +38,8 @@ def reason(error: BaseException) -> str:
     """Return the text of an error, without errno and file name."""
     if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
         return "temporary failure in name resolution"  # as in glibc; musl: "Try again"
+    if isinstance(error, RuntimeError) and "new thread" not in str(error):
+        return f"internal error: {error}"  # a bug must not look like a shortage
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 

@@ -31,11 +31,12 @@ from typing import Callable
 
 from ttun import tcp
 from ttun.conversation import CLOSED, Conversation
-from ttun.errors import ProtocolError, UnrecognizedError
+from ttun.errors import ProtocolError, UnrecognizedError, is_lack
 from ttun.flag import SLICE, Flag
 from ttun.handshake import NONCE_SIZE, NOT_X1, TIMEOUT, Keys, Steps
 from ttun.peer import HalfOpen, Host, Peer
 from ttun.summary import Summary
+from ttun.transport import checked
 
 log = logging.getLogger("ttun")
 
@@ -71,6 +72,7 @@ class Pending:
         self._connected = Summary("%d more connected", logging.INFO)
         self._failed = Summary("%d more handshakes failed")
         self._not_accepted = Summary("%d more connections not accepted")
+        self._told = False  # of the shortage that keeps it from accepting
 
     def listen(self, host: Host) -> None:
         """Accept the connections of a listener."""
@@ -120,7 +122,7 @@ class Pending:
         seconds: its time limit, if not TIMEOUT.
         """
         now = time.monotonic()
-        self._prepare(sock)
+        sock = self._prepare(sock)
         talk = Conversation(sock, steps)
         deadline = now + (seconds or TIMEOUT)
         peer = HalfOpen(sock, name, transport, name, now, deadline, talk, dialled=True)
@@ -149,10 +151,9 @@ class Pending:
         if self._resume_at is not None and now >= self._resume_at:
             self._resume()
         first = min((peer.deadline for peer in self._half_open.values()), default=now + seconds)
-        wait = max(0.0, min(first - now, seconds))
         listener = None if self._host is None else self._host.listener.fileno()
         accept = False
-        for descriptor, what in self._poll.poll(wait * 1000):
+        for descriptor, what in self._poll.poll(1000 * max(0.0, min(first - now, seconds))):
             if descriptor == listener:
                 accept = True
             elif descriptor in self._half_open:
@@ -194,11 +195,13 @@ class Pending:
             except OSError as error:
                 self._cannot_accept(error)
                 return
+            sock = arrival.sock
             try:
-                self._prepare(arrival.sock)
-                self._accepted(*arrival)
+                sock = self._prepare(sock)
+                self._accepted(sock, arrival.name, arrival.source)
+                self._told = False
             except OSError as error:  # e.g. no kernel memory
-                arrival.sock.close()
+                sock.close()
                 self._cannot_accept(error)
                 return
 
@@ -219,15 +222,16 @@ class Pending:
             self._announce(peer, "handshaking")
 
     def _announce(self, peer: HalfOpen, what: str) -> None:
-        text = "peer %s connected over %s; %s"
-        self._connected.log(time.monotonic(), text, peer.name, peer.transport, what)
+        text = f"peer %s connected over %s; {what}"
+        self._connected.log(time.monotonic(), text, peer.name, peer.transport)
 
     def _cannot_accept(self, error: OSError) -> None:
         """Log the error and drop a pending connection; if there is none, pause the listener."""
-        self._not_accepted.log(
-            time.monotonic(), "cannot accept a connection: %s", error.strerror or error
-        )
-        if self._half_open:
+        if not self._told:  # one line, not one a second
+            text = "cannot accept a connection: %s"
+            self._not_accepted.log(time.monotonic(), text, error.strerror or error)
+        self._told = True
+        if self._half_open and is_lack(error):
             self._evict(list(self._half_open.values()))
             return
         assert self._host is not None
@@ -352,9 +356,13 @@ class Pending:
     # ---- bookkeeping ----
 
     @staticmethod
-    def _prepare(sock: socket.socket) -> None:
+    def _prepare(sock: socket.socket) -> socket.socket:
+        """Return a socket that nobody else can close: its number may soon be another file's."""
+        if type(checked(sock)) is socket.socket and sock.fileno() >= 0:
+            sock = socket.socket(fileno=sock.detach())
         sock.setblocking(False)
         tcp.tune(sock)
+        return sock
 
     def _admit(self, peer: HalfOpen, events: int) -> None:
         self._half_open[peer.sock.fileno()] = peer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import collections
 import contextlib
+import os
 import socket
 from collections.abc import Sequence
 from typing import Callable, NamedTuple
@@ -95,11 +96,13 @@ class Listener(abc.ABC):
         """Return the actual protocol of a connection, e.g. "tcp"."""
 
 
-def _checked(sock: socket.socket) -> socket.socket:
-    """Return a socket, or raise UsageError if it is none, or one of ssl."""
+def checked(sock: socket.socket) -> socket.socket:
+    """Return a socket, or raise UsageError if it is no plain stream socket."""
     check_type("the socket", sock, socket.socket)
     if hasattr(sock, "unwrap"):
         raise UsageError("the socket must not be a TLS one (give an end of a socketpair)")
+    if sock.type != socket.SOCK_STREAM:
+        raise UsageError("the socket must be a stream socket")
     return sock
 
 
@@ -109,7 +112,7 @@ class GivenSocket(Dialer):
     def __init__(self, sock: socket.socket, name: str = "the given socket") -> None:
         """Take ownership of a connected stream socket. name: for messages. Raises UsageError."""
         self.name = name
-        self._sock: socket.socket | None = _checked(sock)
+        self._sock: socket.socket | None = checked(sock)
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return the only candidate. Raises TtunError after its connection has ended."""
@@ -143,20 +146,25 @@ class GivenSockets(Listener):
         self._waiting: collections.deque[Arrival] = collections.deque()
         self._readable, self._writable = socket.socketpair()
         self._readable.setblocking(False)
+        self._process: int | None = None  # that serves them
+
+    def start(self) -> None:
+        """Serve in this process."""
+        self._process = os.getpid()
 
     def give(self, sock: socket.socket, name: str, source: str | None = None) -> bool:
         """Pass a connected stream socket to the server. name, source: see Arrival.
 
-        Return False if the queue is full or closed: the caller then keeps the socket. Raises
-        UsageError for another kind of socket.
+        Return False if the queue is full or closed, and in a forked child, whose queue nobody
+        serves: the caller then keeps the socket. Raises UsageError for another kind of socket.
         """
-        _checked(sock)
-        if len(self._waiting) >= self.MOST:
+        checked(sock)
+        if len(self._waiting) >= self.MOST or self._process not in (None, os.getpid()):
             return False
         arrival = Arrival(sock, name, source or name)
         self._waiting.append(arrival)
         try:
-            self._writable.send(b"\0")
+            self._writable.send(b"\0", socket.MSG_NOSIGNAL)
         except OSError:  # closed
             with contextlib.suppress(ValueError):  # close() closes it
                 self._waiting.remove(arrival)
@@ -170,6 +178,8 @@ class GivenSockets(Listener):
     def accept(self) -> Arrival:
         """Return the oldest connection."""
         self._readable.recv(1)
+        if not self._waiting:  # a forked child has given one, to itself
+            raise BlockingIOError
         return self._waiting.popleft()
 
     def close(self) -> None:

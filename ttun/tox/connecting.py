@@ -1,6 +1,7 @@
 """Connect to targets without blocking the loop.
 
-1. Use a numeric address directly. Resolve a name on a thread, at most MAX_LOOKUPS at a time.
+1. Use a numeric address directly. Resolve a name on a thread, at most MAX_LOOKUPS at a time: an
+   owner whose names nobody answers for holds up no other.
 2. Try the addresses one after the other, all within CONNECT_TIMEOUT.
 3. Give the caller the connected socket, or the reason for the failure.
 """
@@ -15,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Callable
 
 from ttun.tox import packet
@@ -25,6 +26,8 @@ log = logging.getLogger("ttun")
 
 CONNECT_TIMEOUT = 15.0  # seconds for all addresses of a target together
 MAX_LOOKUPS = 64  # concurrent name lookups; further names wait
+SHARE = 4  # one owner gets at most a quarter of them
+LOOKUP_TIMEOUT = 30.0  # seconds, with the wait; a client waits no longer (client.WAIT_ANSWER)
 
 Sockaddr = tuple[int, tuple[object, ...]]  # family, address
 Done = Callable[["socket.socket | None", int], None]  # the socket, or a DENYTUNNEL reason
@@ -38,6 +41,7 @@ class Connector:
         self._attempts: set[_Attempt] = set()
         self._names: deque[_Attempt] = deque()  # waiting for a lookup
         self._lookups = 0
+        self._of: Counter[object] = Counter()  # lookups by owner
 
     def connect(self, owner: object, host: str, port: int, done: Done) -> None:
         """Connect to a target and pass the result to done, unless given up before."""
@@ -65,8 +69,11 @@ class Connector:
 
     def on_tick(self, now: float) -> None:
         """Time out attempts."""
-        for attempt in [each for each in self._attempts if each.deadline <= now]:
-            attempt.fail(packet.UNREACHABLE)
+        late = [each for each in self._attempts if each.deadline <= now]
+        for attempt in late:
+            attempt.time_out()
+        if late:  # some of them may have waited for a lookup
+            self._names = deque(each for each in self._names if each in self._attempts)
 
     def on_stop(self) -> None:
         """Close everything."""
@@ -75,14 +82,20 @@ class Connector:
 
     def _look_up_names(self) -> None:
         """Start lookups of waiting names, up to MAX_LOOKUPS."""
+        later = []
         while self._names and self._lookups < MAX_LOOKUPS:
             attempt = self._names.popleft()
+            if self._of[attempt.owner] >= MAX_LOOKUPS // SHARE:
+                later.append(attempt)
+                continue
             look_up = functools.partial(self._look_up_name, attempt)
             try:
                 threading.Thread(target=look_up, name="ttun-lookup", daemon=True).start()
                 self._lookups += 1
+                self._of[attempt.owner] += 1
             except RuntimeError:  # cannot start a thread
                 attempt.fail(packet.FULL)
+        self._names.extendleft(reversed(later))
 
     def _look_up_name(self, attempt: _Attempt) -> None:
         """Look up a name on its own thread."""
@@ -92,6 +105,8 @@ class Connector:
 
         def found() -> None:
             self._lookups -= 1
+            self._of[attempt.owner] -= 1
+            self._of += Counter()  # forgets who has none
             if attempt in self._attempts:
                 attempt.begin(addresses)
             self._look_up_names()
@@ -104,7 +119,7 @@ class _Attempt:
 
     def __init__(self, loop: Loop, owner: object, host: str, port: int, done: Done) -> None:
         self.owner = owner
-        self.deadline = float("inf")  # during a lookup, the resolver's own timeout applies
+        self.deadline = time.monotonic() + LOOKUP_TIMEOUT
         self._loop, self._host, self._port, self._done = loop, host, port, done
         self._addresses: list[Sockaddr] = []
         self._sock: socket.socket | None = None
@@ -119,6 +134,8 @@ class _Attempt:
     def begin(self, addresses: list[Sockaddr]) -> None:
         """Connect to the first address that answers."""
         self._addresses = addresses
+        if addresses:
+            self._reason = packet.UNREACHABLE
         self.deadline = time.monotonic() + CONNECT_TIMEOUT
         self._next()
 
@@ -140,6 +157,10 @@ class _Attempt:
             self._note(error)
             sock.close()
         self.fail(self._reason)
+
+    def time_out(self) -> None:
+        """Fail: the name was not found, or no address answered."""
+        self.fail(packet.NAME if self._reason == packet.NAME else packet.UNREACHABLE)
 
     def fail(self, reason: int) -> None:
         """Close the socket and report the reason."""

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 
+from ttun.summary import Summary
 from ttun.tox import identity, protocol, toxcore
 from ttun.tox.instance import Event, FriendPacket, FriendRequest, FriendStatus, SelfStatus
 from ttun.tox.link import UNKNOWN_WAY, Link
@@ -39,6 +40,10 @@ class Forwarder:
         self.online = False
         self._way = ""  # how we are connected to the network
         self._bootstrap = Bootstrap(loop)
+        # What a peer can cause as often as it likes must not fill the disk.
+        self.restarts = Summary("%d more restarts of peers", logging.INFO)
+        self.refusals = Summary("%d more targets refused", logging.INFO)
+        self.requests = Summary("%d more friend requests")
 
     def on_event(self, event: Event) -> None:
         """Handle an event of toxcore's."""
@@ -112,10 +117,18 @@ class Forwarder:
         elif isinstance(event, protocol.Pong):
             self.on_pong(link)
         elif isinstance(event, protocol.Restarted):
+            text = "peer %s restarted: %d connections closed"
+            self.restarts.log(time.monotonic(), text, link.name, len(link.streams.all))
+            link.drop()
             self.on_restarted(link)
+
+    def _sum_up(self, now: float, *, end: bool = False) -> None:
+        for summary in (self.restarts, self.refusals, self.requests):
+            summary.tick(now, end=end)
 
     def on_tick(self, now: float) -> None:
         """Bootstrap while offline; measure the round trip to each friend."""
+        self._sum_up(now)
         if not self.online:
             self._bootstrap.try_some(self.nodes, now)
         for link in list(self.links.values()):
@@ -141,6 +154,7 @@ class Forwarder:
 
     def on_stop(self) -> None:
         """Close everything; send queued packets as far as toxcore takes them now."""
+        self._sum_up(time.monotonic(), end=True)
         for link in list(self.links.values()):
             link.drop()
             link.fill(time.monotonic())

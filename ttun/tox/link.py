@@ -136,10 +136,6 @@ class Link:
             if seconds is None:
                 return None
             self.mux.round_trip = seconds
-        elif isinstance(event, protocol.Restarted):
-            count = len(self.streams.all)
-            log.info("peer %s restarted: %d connections closed", self.name, count)
-            self.drop()
         return event
 
     def join(

@@ -27,6 +27,7 @@ import time
 from collections import deque
 from typing import Callable, Protocol
 
+from ttun._codec import ffi, lib
 from ttun.tox.instance import Event, Tox
 
 log = logging.getLogger("ttun")
@@ -79,6 +80,7 @@ class Loop:
         self._owner: Owner | None = None
         self.error: BaseException | None = None
         self.over = threading.Event()
+        self.when_over: Callable[[], None] = lambda: None  # called by its thread
         self._thread = threading.Thread(target=self._main, name="ttun-tox", daemon=True)
 
     def start(self, owner: Owner) -> None:
@@ -142,6 +144,7 @@ class Loop:
                 os.close(self._writable)
                 os.close(self._readable)
                 self.over.set()
+            self.when_over()
 
     def _run(self, owner: Owner) -> None:
         due = next_tick = next_search = again = 0.0
@@ -198,11 +201,15 @@ class Loop:
 
 
 def _internet_socket(descriptor: int) -> int | None:
-    """Return the type of an Internet socket, or None for any other descriptor."""
-    try:
-        sock = socket.socket(fileno=descriptor)
-    except OSError:
-        return None
-    family, kind = sock.family, sock.type
-    sock.detach()
+    """Return the type of an Internet socket, or None for any other descriptor.
+
+    socket.socket() would make it non-blocking if the program has set a default timeout.
+    """
+    value, size = ffi.new("int *"), ffi.new("uint32_t *", 4)
+    found = []
+    for option in (socket.SO_DOMAIN, socket.SO_TYPE):
+        if lib.getsockopt(descriptor, socket.SOL_SOCKET, option, value, size) != 0:
+            return None
+        found.append(value[0])
+    family, kind = found
     return kind if family in (socket.AF_INET, socket.AF_INET6) else None

@@ -47,6 +47,8 @@ FIRST_WINDOW = 256 << 10  # bytes, the initial window in each direction
 MAX_WINDOW = 4 << 20
 MAX_GROWTH = 64 << 20  # bytes that all windows of a process may grow together
 BUFFER = 4 << 20  # bytes buffered for a slow reader of a tunnel with Tuntox, which has no windows
+# Bytes buffered in a process. Beyond that, a tunnel with more than its share is closed.
+MAX_BUFFERED, SHARE = 128 << 20, 32 << 10
 MAX_TUNNELS = 1024  # per friend
 MAX_CONTROL = 4096  # packets in the control queue of one friend
 
@@ -128,6 +130,7 @@ class Tunnel:
     granted_at: float = 0.0
     ended: bool = False  # we sent EOF
     overrun: bool = False  # the peer exceeded the window or the buffer
+    crowded: bool = False  # its buffer is to be discarded
 
     def room(self) -> int:
         """Return how many bytes the next packet may carry."""
@@ -135,10 +138,13 @@ class Tunnel:
 
 
 class Growth:
-    """How many bytes the windows of all tunnels together may still grow."""
+    """What all tunnels have together: how many bytes their windows may still grow, and how many are
+    buffered.
+    """
 
     def __init__(self, left: int = MAX_GROWTH) -> None:
         self.left = left
+        self.buffered = 0
 
     def take(self, size: int) -> bool:
         """Take size bytes if available."""
@@ -215,6 +221,7 @@ class Multiplexer:
         If the peer uses up a quarter within half a round trip, the window is too small: double it.
         """
         tunnel.buffered -= size
+        self._growth.buffered -= size
         if not tunnel.extended or self.tunnels.get(tunnel.id) is not tunnel:
             return
         tunnel.consumed += size
@@ -228,6 +235,11 @@ class Multiplexer:
         tunnel.consumed, tunnel.granted_at = 0, now
         tunnel.receive_window += grant
         self.control.append(pack(WINDOW, tunnel.id, U32.pack(grant)))
+
+    def discard(self, tunnel: Tunnel) -> None:
+        """Count what is left in the buffer as gone."""
+        self._growth.buffered -= tunnel.buffered
+        tunnel.buffered = 0
 
     def end(self, tunnel: Tunnel) -> None:
         """Half-close a tunnel; close it if the peer is Tuntox."""
@@ -303,12 +315,14 @@ class Multiplexer:
         if tunnel is None or not data:
             return None  # sent before our TCP_FIN arrived
         tunnel.buffered += len(data)
+        self._growth.buffered += len(data)
         if tunnel.extended:
             tunnel.receive_window -= len(data)
             tunnel.overrun = tunnel.receive_window < 0
         else:
             tunnel.overrun = tunnel.buffered > BUFFER
-        if tunnel.overrun:
+        tunnel.crowded = self._growth.buffered > MAX_BUFFERED and tunnel.buffered > SHARE
+        if tunnel.overrun or tunnel.crowded:
             self.close(tunnel)
             return Closed(tunnel)
         return Data(tunnel, data)

@@ -13,6 +13,7 @@ import functools
 import hmac
 import logging
 import socket
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
@@ -62,13 +63,11 @@ class ForwardingServer(Forwarder):
         """Accept a friend, or log why not. The message may be a secret and is never logged."""
         name = identity.short_name(request.key)
         reason = self._why_not(request)
-        if reason:
-            log.warning("friend request from %s ignored: %s", name, reason)
-            return
-        if self._accept(request.key):
+        if reason is None and self._accept(request.key):
             log.info("friend request from %s accepted", name)
-        else:
-            log.warning("friend request from %s failed: toxcore cannot add the friend", name)
+            return
+        what = f"ignored: {reason}" if reason else "failed: toxcore cannot add the friend"
+        self.requests.log(time.monotonic(), "friend request from %s %s", name, what)
 
     def _accept(self, key: bytes) -> bool:
         friend = self.loop.tox.accept_friend(key)
@@ -154,8 +153,9 @@ class ForwardingServer(Forwarder):
         if sock is not None:
             link.join(sock, link.mux.accept(request.forward_id, None))
             return
-        why = packet.describe(reason)
-        log.info("peer %s: %s:%d: %s", link.name, request.host, request.port, why)
+        text, why = "peer %s: %s:%d: %s", packet.describe(reason)
+        target = request.host, request.port
+        self.refusals.log(time.monotonic(), text, link.name, *target, why)
         link.mux.deny(request.forward_id, reason)
 
     def on_tick(self, now: float) -> None:

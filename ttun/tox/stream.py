@@ -152,6 +152,8 @@ class Stream:
         elif isinstance(event, protocol.Ended):
             self._remote_ended = True
             self._set_dirty()
+        elif event.tunnel.crowded:
+            self.reset()
         else:
             self._remote_close(aborted=event.tunnel.extended or event.tunnel.overrun)
 
@@ -185,7 +187,8 @@ class Stream:
         taken = 0
         try:
             while self._buffer and self._writable:
-                sent = self._sock.sendmsg(list(itertools.islice(self._buffer, BUFFERS)))
+                parts = list(itertools.islice(self._buffer, BUFFERS))
+                sent = self._sock.sendmsg(parts, (), socket.MSG_NOSIGNAL)
                 taken += sent
                 while sent:
                     first = self._buffer[0]
@@ -221,6 +224,7 @@ class Stream:
             return
         self._unwritable = self._readable = True
         self._buffer.clear()
+        self._mux.discard(self.tunnel)
         self.wake()
 
     def _finish_if_over(self) -> None:
@@ -259,4 +263,5 @@ class Stream:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self._sock.close()
         self._buffer.clear()
+        self._mux.discard(self.tunnel)
         self._pending = memoryview(b"")

@@ -9,6 +9,7 @@ and refuses all others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -27,7 +28,7 @@ from ttun.tox.instance import open_tox
 from ttun.tox.loop import Loop
 from ttun.tox.options import SECRET_VARIABLE
 from ttun.tox.server import ForwardingServer
-from ttun.transport import Candidate
+from ttun.transport import Arrival, Candidate
 
 log = logging.getLogger("ttun")
 
@@ -90,7 +91,7 @@ class Dialer(transport.Dialer):
                 refused.append(reason)
             else:
                 with contextlib.suppress(OSError):
-                    theirs.send(b"\0")
+                    theirs.send(b"\0", socket.MSG_NOSIGNAL)
 
         end = time.monotonic() + WAIT_MOST + 2 * LOOK_AGAIN
         try:
@@ -121,6 +122,7 @@ class Listener(transport.GivenSockets):
         tox = open_tox(directory, 0, None, server=True)
         self.name = identity.SCHEME + tox.address().hex().upper()
         self._loop = Loop(tox)
+        self._loop.when_over = functools.partial(self._writable.shutdown, socket.SHUT_WR)
         self._server = ForwardingServer(self._loop, secret=secret, targets={TARGET: self._take})
         self._server.nodes = known
         self._count = 0
@@ -128,6 +130,12 @@ class Listener(transport.GivenSockets):
     def start(self) -> None:
         """Start serving."""
         self._loop.start(self._server)
+
+    def accept(self) -> Arrival:
+        """Return the oldest connection. Raises TtunError if Tox has stopped by itself."""
+        if self._loop.over.is_set():
+            raise TtunError(f"Tox stopped: {self._loop.error}")
+        return super().accept()
 
     def close(self) -> None:
         """Leave the Tox network."""

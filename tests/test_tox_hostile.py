@@ -1,0 +1,141 @@
+"""Friends of a Tox server who repeat, withhold and flood: what they can take from the others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from friends import FRIEND, OTHER, Friend, listening, port_of, serving
+from toxnet import on_loop
+from tunnel import eventually
+
+from ttun.summary import MOST
+from ttun.tox import connecting, packet, protocol
+from ttun.tox.instance import FriendPacket, FriendRequest
+from ttun.tox.packet import MAX_DATA, TCP, pack
+from ttun.tox.protocol import FIRST_WINDOW
+from ttun.tox.server import ForwardingServer
+
+pytestmark = pytest.mark.tox
+
+
+@pytest.fixture
+def server() -> Iterator[ForwardingServer]:
+    with serving() as made:
+        yield made
+
+
+@pytest.fixture
+def target() -> Iterator[socket.socket]:
+    with listening() as made:
+        yield made
+
+
+def test_what_anybody_may_repeat_does_not_fill_the_log(
+    server: ForwardingServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A restart, a target that is refused, a friend request: each was a line, however many came."""
+    caplog.set_level(logging.INFO, "ttun")
+    friend = Friend(server, FRIEND)
+    for _ in range(300):
+        friend.mux.request("127.0.0.1", 1, object())
+    eventually(lambda: (friend.talk(), len(friend.refusals) == 300)[1], "all are refused")
+    server._secret = b"secret"
+
+    def repeat() -> None:
+        for _ in range(300):
+            server.on_event(FriendPacket(FRIEND, pack(packet.HELLO, 0, b"\1\0")))
+            server.on_event(FriendRequest(os.urandom(32), b"x\0"))
+
+    on_loop(server.loop, repeat)
+    said = [record.getMessage() for record in caplog.records]
+    for what in (" restarted: ", "refused the connection", "ignored: wrong secret"):
+        assert 0 < sum(what in line for line in said) <= MOST, what
+    server.loop.stop()
+    assert "290 more friend requests in the last" in caplog.text, "the rest is counted"
+
+
+class Names:
+    """getaddrinfo(), with names for which nobody answers until the end of the test."""
+
+    SLOW = "slow.invalid"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.over = threading.Event()
+        self._look_up = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self)
+
+    def __call__(self, host: str, *arguments: Any, flags: int = 0, **options: Any) -> list[Any]:
+        if host == self.SLOW and not flags & socket.AI_NUMERICHOST:
+            self.over.wait(60)
+        return self._look_up(host, *arguments, flags=flags, **options)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    made = Names(monkeypatch)
+    yield made
+    made.over.set()
+
+
+def test_a_friend_whose_names_nobody_answers_for_holds_up_no_other(
+    server: ForwardingServer, target: socket.socket, names: Names
+) -> None:
+    """It had all look-ups, as long as it liked."""
+    hostile, other = Friend(server, FRIEND), Friend(server, OTHER)
+    for _ in range(500):
+        hostile.mux.request(names.SLOW, 1, object())
+    hostile.talk()
+    for _ in range(100):
+        other.mux.request("localhost", port_of(target), object())
+    eventually(lambda: (other.talk(), len(other.mux.tunnels) == 100)[1], "the other's tunnels")
+    assert not hostile.refusals
+
+
+def test_a_name_that_nobody_answers_for_is_given_up(
+    server: ForwardingServer, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that waits for its turn, however long the C library waits."""
+    monkeypatch.setattr(connecting, "LOOKUP_TIMEOUT", 0.3, raising=False)
+    friend = Friend(server, FRIEND)
+    for _ in range(100):
+        friend.mux.request(names.SLOW, 1, object())
+    eventually(lambda: (friend.talk(), len(friend.refusals) == 100)[1], "all answers")
+    assert set(friend.refusals) == {packet.NAME}
+    assert not server._connector._names
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_what_targets_do_not_read_takes_no_more_than_so_much_memory(
+    server: ForwardingServer, target: socket.socket, monkeypatch: pytest.MonkeyPatch, extended: bool
+) -> None:
+    """A friend chooses targets that read nothing: 4096 connections with Tuntox had 16 GiB."""
+    monkeypatch.setattr(protocol, "MAX_BUFFERED", 1 << 20, raising=False)
+    target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    hostile, other = Friend(server, FRIEND), Friend(server, OTHER)
+    hostile.link.mux.extended = extended
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            tunnel = hostile.open(port_of(target))
+            stack.enter_context(target.accept()[0])
+            stream = next(each for each in hostile.link.streams.all if each.tunnel.id == tunnel.id)
+            stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            packets = (FIRST_WINDOW if extended else 2 << 20) // MAX_DATA
+            hostile.forge(*[pack(TCP, tunnel.id, bytes(MAX_DATA))] * packets)
+        streams = list(hostile.link.streams.all)
+        buffered = [sum(map(len, stream._buffer)) for stream in streams]
+        assert sum(buffered) <= (1 << 20) + 13 * (32 << 10)
+        assert sum(buffered) == server.growth.buffered
+        good = other.open(port_of(target))
+        with target.accept()[0] as far:
+            other.forge(pack(TCP, good.id, b"still here"))
+            far.settimeout(20)
+            assert far.recv(100) == b"still here"
+        on_loop(server.loop, hostile.link.drop)
+        assert server.growth.buffered == 0
