@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from carried import needs_socat
-from kept import is_gone, keeper_of
+from kept import is_gone, keeper_of, paths
 from machine import IS_NOBODY_HERE
 from name_server import NAME_SERVER, NameServer, resolv_conf
 from outside import (
@@ -23,15 +24,17 @@ from outside import (
     Capture,
     connected,
     hosts,
+    leaves_by,
     others_sending,
     reaches,
 )
-from tunnel import CLIENT, Bench, End, eventually
+from tunnel import CLIENT, Bench, End, Program, eventually
 
 from ttun.flag import Flag
 from ttun.lab import netns
 from ttun.network import default_route, name_servers, resolver
 from ttun.network.resolver import Resolver
+from ttun.process.signals import ENDING
 
 pytestmark = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 on_hosts = pytest.mark.hosts
@@ -82,6 +85,30 @@ def test_what_sends_packets_outside_all_the_same_is_named(far: Bench, what: str)
     assert "IPv4 packets leave through vclient" in said[0]
     command = said[0].rpartition("; ip ")[2].rstrip(")")
     assert "dev vclient" in ip(far, command)
+
+
+@on_hosts
+def test_rules_that_another_program_removed_are_named_with_the_remedy(far: Bench) -> None:
+    """As systemd-networkd does when it starts. Packets of others go outside from then on."""
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    before = hosts(far).rules()
+    assert leaves_by(far, 0) == "ttun0"
+    ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
+    assert hosts(far).rules() == [] and leaves_by(far, 0) == "vclient"
+    said = client.says("IPv6 rule 20203 lookup main missing", seconds=10)
+    assert "ttun0 changed: IPv4 rule 20203 lookup main missing, IPv4 rule 20204 uidrange " in said
+    assert len(client.status()["missing"]) == 6
+    commands = said.rpartition("(to restore: ")[2].partition("; or restart ttun)")[0].split("; ")
+    assert len(commands) == 6
+    ip(far, *(command.partition("sudo ip ")[2] for command in commands))
+    client.says("complete again")
+    assert sorted(hosts(far).rules()) == sorted(before) and leaves_by(far, 0) == "ttun0"
+    ip(far, "rule del pref 20204")  # one alone
+    eventually(lambda: len(client.status()["missing"]) == 1, "it is named")
+    assert client.stop() == 0
+    assert hosts(far).rules() == []
 
 
 @on_hosts

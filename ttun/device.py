@@ -55,8 +55,8 @@ class Device:
 
     ``offload`` holds the codec's TTUN_OFFLOAD bits. ``name`` is the last known name (DeviceWatch
     follows renames), ``index`` the interface index. ``addresses``, ``mtu`` (bytes) and ``networks``
-    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set,
-    ``default_route`` whether default_route.py routes packets through it.
+    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set, ``outside``
+    which users' packets default_route.py does not route through it, if it routes any.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Device:
             prepare = f", or prepare it: {PREPARE.format(name=name, user=os.geteuid())}"
             privileges.check("" if "%" in name else prepare)
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
-        self.has_ipv6 = self.default_route = False
+        self.has_ipv6 = False
+        self.outside: Sequence[int] = ()
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
