@@ -152,6 +152,51 @@ def test_an_outer_network_of_ipv6_alone(far: Bench) -> None:
         assert client.stop() == 0
 
 
+@on_hosts
+def test_who_called_sudo_is_told_that_its_packets_stay_outside_and_what_to_do(far: Bench) -> None:
+    """--via runs as that user, whatever users there are. Without sudo it does not."""
+    options = ("client", "-k", "secret", *DEFAULT, "--via", "sleep 600", "-v")
+    for environment, times in (({"SUDO_UID": "4242"}, 1), ({}, 0)):
+        client = far.start(CLIENT, *options, environment=environment)
+        client.says("connecting to command")
+        said = [line for line in client.log().splitlines() if "stay outside" in line]
+        assert len(said) == times and all("user 4242" in line for line in said)
+        assert "start ttun as root without sudo" in client.log() or not times
+        assert "useradd" not in client.log()
+        assert ("uidrange 4243-" not in "".join(hosts(far).rules())) == (times == 0)
+        assert client.stop() == 0
+
+
+SLOW = """if True:
+    import sys, time
+    from ttun.process.signals import end_while_loading
+    end_while_loading()
+    from ttun import cli, endpoint
+    real = endpoint.DeviceWatch
+    endpoint.DeviceWatch = lambda *given: time.sleep(2) or real(*given)
+    sys.exit(cli.main())
+"""
+
+
+@on_hosts
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_while_it_starts_leaves_no_rule(far: Bench, number: signal.Signals) -> None:
+    """Between the rules and the moment when signals stop it in order, which is short."""
+    log = far.directory / "slow.log"
+    options = ["client", "-k", "secret", "-s", FAR, *DEFAULT]
+    with log.open("w") as file:
+        process = far.pair.start(
+            CLIENT, [sys.executable, "-c", SLOW, *options], stderr=file, environment=paths()
+        )
+    client = Program(process, log)
+    client.says("default route: ")
+    assert hosts(far).rules() != []
+    process.send_signal(number)
+    assert client.ended() == 0
+    assert hosts(far).rules() == []
+    assert f"{number.name}: stopping" in client.log()
+
+
 # ---- a prepared device ----
 
 

@@ -242,13 +242,19 @@ def _run(
     user = privileges.find_user(options.user)
     group = privileges.find_group(options.monitor_group)
     hooks = _hooks(options, keeper)
+    whole = DEFAULT in options.route
 
     def connected(_: str) -> None:
         if keeper.via is not None:
             keeper.background()
         hooks.up(endpoint.facts())
 
-    endpoint.on_device = keeper.hold
+    def opened(device: str) -> None:
+        keeper.hold(device)
+        if whole:  # what comes next, only an end in order removes: until Signals() none ends it
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    endpoint.on_device = opened
     endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     for each in keys:
@@ -260,7 +266,6 @@ def _run(
         except BaseException:
             endpoint.stop()
             raise
-    whole = DEFAULT in options.route
     if whole:
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
     # From here on there is something to clean up.
