@@ -120,16 +120,15 @@ def client(options: argparse.Namespace) -> int:
     user = privileges.find_user(options.user)
     whole = DEFAULT in options.route
     users = [user.uid if user else os.geteuid()]
-    shared = {user.name} & {"nobody", "root"} if user else set()
-    if keeper.via is not None and keeper.via.user is not None:
-        users.append(keeper.via.user.uid)
-        shared |= {keeper.via.user.name} - {user.name if user else ""}
-    for name in sorted(shared) if whole else ():
-        log.warning(
-            "packets of all programs of user %s stay outside the tunnel "
-            "(a user of ttun's own: useradd --system ttun)",
-            name,
-        )
+    outside = "packets of all programs of user %s stay outside the tunnel (%s)"
+    if whole and user is not None and user.name in ("nobody", "root"):
+        log.warning(outside, user.name, "a user of ttun's own: useradd --system ttun")
+    caller = keeper.via.user if keeper.via else None
+    if caller is not None and caller != user:
+        users.append(caller.uid)
+        if whole:
+            why = "--via runs as who called sudo: start ttun as root without sudo"
+            log.warning(outside, caller.name, why)
     if whole and keeper.via is not None and (local := name_servers.local()):
         log.warning(
             "--via cannot look names up while there is no session: the name server %s sends its "
