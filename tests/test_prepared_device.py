@@ -47,8 +47,8 @@ class Prepared:
             if each["scope"] == "global"
         ]
 
-    def client(self, *options: str) -> Program:
-        """A client that runs as that user, with no capability."""
+    def as_user(self) -> list[str]:
+        """What to put before a command to run it as that user, with no capability."""
         script = f"""
             mount -t tmpfs none /mnt
             {opened(ROOT, sys.base_prefix, sys.prefix)}
@@ -58,6 +58,11 @@ class Prepared:
         trial = [*works, *PROGRAM, "--version"]
         if subprocess.run(trial, capture_output=True, check=False).returncode != 0:
             pytest.skip("no other user can run ttun here")
+        return works
+
+    def client(self, *options: str) -> Program:
+        """A client that runs as that user."""
+        works = self.as_user()
         log = self.bench.directory / f"user{len(self.bench.ends)}.log"
         with log.open("w") as file:
             process = self.bench.pair.start(
@@ -94,6 +99,17 @@ def test_a_user_without_privileges_attaches_to_it(bench: Bench, prepared: Prepar
         assert client.stop() == 0
         assert "incomplete" not in client.log() and "missing" not in client.log()
         assert prepared.addresses() == ADDRESSES
+
+
+def test_doctor_knows_that_a_tunnel_runs_on_it(bench: Bench, prepared: Prepared) -> None:
+    command = bench.pair.command(CLIENT, [*prepared.as_user(), *PROGRAM, "doctor"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "no CAP_NET_ADMIN; prepared for this user: tun5\n" in done.stdout, done.stderr
+    assert "effect: a tunnel runs with --dev tun5 only" in done.stdout
+    assert done.returncode == 0 and "A tunnel can run on this machine" in done.stdout
+    prepared.ip("link delete tun5", "tuntap add dev tun5 mode tun user 1")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1 and "FAIL  privileges     no CAP_NET_ADMIN\n" in done.stdout
 
 
 def test_what_it_lacks_is_one_line_and_what_comes_later_is_seen(
