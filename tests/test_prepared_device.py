@@ -143,6 +143,26 @@ def test_root_adds_what_it_lacks_and_an_address_that_is_there_is_no_error(
         assert "no IPv6" not in client.log() and "incomplete" not in client.log()
 
 
+@pytest.mark.parametrize("lack", ["", "-mtu"])
+def test_one_without_ipv6_says_why(bench: Bench, prepared: Prepared, lack: str) -> None:
+    off = "/proc/sys/net/ipv6/conf/tun5/disable_ipv6"
+    bench.run(CLIENT, "sh", "-c", f"echo {int(not lack)} > {off}")
+    client = bench.client("--dev", "tun5", *([lack, "1000"] if lack else []))
+    said = client.says("no IPv6 in the tunnel: ")
+    why = (
+        "the MTU is below 1280"
+        if lack
+        else ("disabled (sysctl net.ipv6.conf.tun5.disable_ipv6=0; then restart ttun)")
+    )
+    assert f"no IPv6 in the tunnel: {why}\n" in said
+    assert client.stop() == 0
+    prepared.ip("link set tun5 mtu 1280")  # below that the kernel has no settings of IPv6
+    bench.run(CLIENT, "sh", "-c", f"echo 0 > {off}")
+    client = bench.client("--dev", "tun5")
+    client.says("attached to tun5")
+    assert client.status()["local6"] == "fc11::2/126"
+
+
 def test_a_device_that_cannot_be_attached_to_is_an_error_that_says_why(
     bench: Bench, prepared: Prepared
 ) -> None:

@@ -24,6 +24,7 @@ from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 ALLOWED = "/proc/sys/net/ipv4/tcp_allowed_congestion_control"
+DISABLED = "ipv6/conf/default/disable_ipv6"
 COVER = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
 
 
@@ -157,17 +158,24 @@ def test_strict_reverse_path_filtering(plain: Bench) -> None:
 
 
 def test_no_ipv6(plain: Bench) -> None:
-    with setting(plain, SERVER, "ipv6/conf/default/disable_ipv6", "1"):
+    with setting(plain, SERVER, DISABLED, "1"):
         report = doctor(plain, SERVER)
         assert (
             "warn  IPv6           disabled; effect: the tunnel carries IPv4 only; fix: sysctl"
             in report
         )
         server = plain.server()
-        server.says("no IPv6 in the tunnel: ")
+        said = server.says("no IPv6 in the tunnel: ")
+        remedy = re.search(r"in the tunnel: disabled \((sysctl [^;]*); then restart", said)
+        assert remedy, said
         found = server.status()
         assert (found["local6"], found["peer6"]) == (None, None)
         assert "addresses: 10.1.1.1/30, peer 10.1.1.2, MTU" in plain.run(SERVER, *PROGRAM, "show")
+        assert server.stop() == 0
+        assert remedy[1] == f"sysctl net.{DISABLED.replace('/', '.')}=0"
+        plain.run(SERVER, "sh", "-c", f"echo 0 > /proc/sys/net/{DISABLED}")
+        server = plain.server()
+        assert server.status()["local6"] and "no IPv6" not in server.log()
 
 
 def test_a_wrong_clock(plain: Bench, tmp_path: Path) -> None:
