@@ -117,7 +117,7 @@ class Endpoint(Lifecycle):
 
     def facts(self) -> dict[str, str | None]:
         """Return what stays the same during a session, as text."""
-        return self._record.facts(self.role, self._device_name_shown, self._addresses)
+        return self._record.facts(self.role, self._device_name_shown, in_tunnel(self._device))
 
     # ---- overridden by Server and Client ----
 
