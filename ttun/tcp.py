@@ -294,6 +294,14 @@ class Dialer(transport.Dialer):
         return kind(sock)
 
 
+def _includes(one: Address, other: Address) -> bool:
+    """Return whether a listener at one gets what is for the other, an address, too."""
+    everywhere = ("", "::") if ":" in other.host else ("", "0.0.0.0")
+    is_address = ":" in other.host or other.host.replace(".", "").isdigit()
+    is_same = one.host == other.host or one.port != other.port or not one.port
+    return is_address and one.host in everywhere and not is_same
+
+
 class Listener(transport.Listener):
     """Accept connections at some local addresses, or all."""
 
@@ -302,8 +310,12 @@ class Listener(transport.Listener):
 
         Raises UsageError.
         """
-        wanted = (parse_address(each, listening=True) for each in several("listen", listen, str))
-        self._addresses = list(dict.fromkeys(wanted))
+        wanted = [parse_address(each, listening=True) for each in several("listen", listen, str)]
+        self._addresses = [
+            each
+            for each in dict.fromkeys(wanted)
+            if not any(_includes(other, each) for other in wanted)
+        ]
         self.name = ", ".join(map(str, self._addresses))
         self._mptcp, self._control = mptcp, control
         self._listening: dict[int, socket.socket] = {}  # by descriptor
