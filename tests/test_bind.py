@@ -84,6 +84,23 @@ def test_an_address_or_a_device_that_is_not_here_is_one_line(text: str) -> None:
     assert raised.value.strerror == f"--bind {text}: {binding.WHY[number]}"
 
 
+def test_a_link_local_address_without_its_device_says_what_is_missing() -> None:
+    """The kernel says «Invalid argument»."""
+
+    def bind() -> None:
+        with socket.socket(socket.AF_INET6) as sock:
+            Binding("fe80::1").apply(sock)
+
+    says = "a link-local address takes its device, as in fe80::1%eth0"
+    for call in (
+        lambda: opened("[fe80::1]:7"),
+        lambda: tcp.dial(Address("fe80::1", 7), None, Flag()),
+        bind,
+    ):
+        with pytest.raises((OSError, TtunError), match=f": {says}$"):
+            call()
+
+
 def test_a_kernel_that_wants_root_for_a_device_says_so_in_one_line() -> None:
     class Old:
         def setsockopt(self, *_: object) -> None:
@@ -92,6 +109,7 @@ def test_a_kernel_that_wants_root_for_a_device_says_so_in_one_line() -> None:
     with pytest.raises(PermissionError, match=r"--bind %eth1: Linux before 5\.7") as raised:
         Binding("%eth1").apply(Old())  # type: ignore[arg-type]
     assert binding.WHY[errno.EPERM] in str(raised.value)
+    assert "--user root" not in str(raised.value), "root has no capability then either"
 
 
 @pytest.mark.parametrize(
