@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from carried import needs_socat
-from kept import is_gone, keeper_of
+from kept import is_gone, keeper_of, paths
 from machine import IS_NOBODY_HERE
 from name_server import NAME_SERVER, NameServer, resolv_conf
 from outside import (
@@ -23,15 +24,17 @@ from outside import (
     Capture,
     connected,
     hosts,
+    leaves_by,
     others_sending,
     reaches,
 )
-from tunnel import CLIENT, Bench, End, eventually
+from tunnel import CLIENT, Bench, End, Program, eventually
 
 from ttun.flag import Flag
 from ttun.lab import netns
 from ttun.network import default_route, name_servers, resolver
 from ttun.network.resolver import Resolver
+from ttun.process.signals import ENDING
 
 pytestmark = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
 on_hosts = pytest.mark.hosts
@@ -85,6 +88,30 @@ def test_what_sends_packets_outside_all_the_same_is_named(far: Bench, what: str)
 
 
 @on_hosts
+def test_rules_that_another_program_removed_are_named_with_the_remedy(far: Bench) -> None:
+    """As systemd-networkd does when it starts. Packets of others go outside from then on."""
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    before = hosts(far).rules()
+    assert leaves_by(far, 0) == "ttun0"
+    ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
+    assert hosts(far).rules() == [] and leaves_by(far, 0) == "vclient"
+    said = client.says("IPv6 rule 20203 lookup main missing", seconds=10)
+    assert "ttun0 changed: IPv4 rule 20203 lookup main missing, IPv4 rule 20204 uidrange " in said
+    assert len(client.status()["missing"]) == 6
+    commands = said.rpartition("(to restore: ")[2].partition("; or restart ttun)")[0].split("; ")
+    assert len(commands) == 6
+    ip(far, *(command.partition("sudo ip ")[2] for command in commands))
+    client.says("complete again")
+    assert sorted(hosts(far).rules()) == sorted(before) and leaves_by(far, 0) == "ttun0"
+    ip(far, "rule del pref 20204")  # one alone
+    eventually(lambda: len(client.status()["missing"]) == 1, "it is named")
+    assert client.stop() == 0
+    assert hosts(far).rules() == []
+
+
+@on_hosts
 @pytest.mark.parametrize(
     ("users", "ranges"),
     [
@@ -123,6 +150,51 @@ def test_an_outer_network_of_ipv6_alone(far: Bench) -> None:
         left = [each for each in capture.leaked(begin) if each.port != 20203]
         assert left == []
         assert client.stop() == 0
+
+
+@on_hosts
+def test_who_called_sudo_is_told_that_its_packets_stay_outside_and_what_to_do(far: Bench) -> None:
+    """--via runs as that user, whatever users there are. Without sudo it does not."""
+    options = ("client", "-k", "secret", *DEFAULT, "--via", "sleep 600", "-v")
+    for environment, times in (({"SUDO_UID": "4242"}, 1), ({}, 0)):
+        client = far.start(CLIENT, *options, environment=environment)
+        client.says("connecting to command")
+        said = [line for line in client.log().splitlines() if "stay outside" in line]
+        assert len(said) == times and all("user 4242" in line for line in said)
+        assert "start ttun as root without sudo" in client.log() or not times
+        assert "useradd" not in client.log()
+        assert ("uidrange 4243-" not in "".join(hosts(far).rules())) == (times == 0)
+        assert client.stop() == 0
+
+
+SLOW = """if True:
+    import sys, time
+    from ttun.process.signals import end_while_loading
+    end_while_loading()
+    from ttun import cli, endpoint
+    real = endpoint.DeviceWatch
+    endpoint.DeviceWatch = lambda *given: time.sleep(2) or real(*given)
+    sys.exit(cli.main())
+"""
+
+
+@on_hosts
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_while_it_starts_leaves_no_rule(far: Bench, number: signal.Signals) -> None:
+    """Between the rules and the moment when signals stop it in order, which is short."""
+    log = far.directory / "slow.log"
+    options = ["client", "-k", "secret", "-s", FAR, *DEFAULT]
+    with log.open("w") as file:
+        process = far.pair.start(
+            CLIENT, [sys.executable, "-c", SLOW, *options], stderr=file, environment=paths()
+        )
+    client = Program(process, log)
+    client.says("default route: ")
+    assert hosts(far).rules() != []
+    process.send_signal(number)
+    assert client.ended() == 0
+    assert hosts(far).rules() == []
+    assert f"{number.name}: stopping" in client.log()
 
 
 # ---- a prepared device ----

@@ -13,6 +13,7 @@ import impostor
 import pytest
 from doctor_report import changed, report
 from impostor import Place
+from kept import as_root
 from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, in_namespace
 
 from ttun import sodium, tox
@@ -82,6 +83,21 @@ def test_where_no_tunnel_can_run_it_says_so(
     assert "fix: " in found[subject][1]
     assert found["offloads"][0] in (SKIP, FAIL)
     assert "cannot run on this machine: fix the items marked FAIL" in found.text.splitlines()[-1]
+
+
+@as_root
+def test_the_remedy_for_a_missing_node_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container has no /dev/net either."""
+    monkeypatch.setattr(doctor, "NODE", tmp_path / "net" / "tun")
+    finding = doctor.look_at_node()
+    assert finding.mark == FAIL
+    command = finding.fix.rpartition(", or ")[2]
+    if subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode:
+        assert (tmp_path / "net").exists(), "a user namespace forbids mknod alone"
+        return
+    assert doctor.look_at_node().found not in ("No such file or directory", "not the TUN device")
 
 
 @hosts_only

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from doctor_report import changed, report
+from machine import names
 from tunnel import SERVER, Bench
 
 from ttun import congestion
@@ -73,7 +74,26 @@ def test_a_name_that_nobody_has(pair: netns.Hosts) -> None:
     found = report(pair, "nobody.invalid")
     assert found.code == 1
     assert found["server"][1].startswith("nobody.invalid: ")
-    assert found["path MTU"][0] == SKIP
+    assert "\nfix: check the name, and /etc/resolv.conf" in found["server"][1]
+    assert found["path MTU"] == (SKIP, "not checked: no address")
+
+
+@hosts_only
+@pytest.mark.parametrize("peer", ["203.0.113.9", "[2001:db8:99::9]"])
+def test_a_network_without_a_route(pair: netns.Hosts, peer: str) -> None:
+    found = report(pair, peer)
+    assert found.code == 1
+    assert found["server"][1].startswith(f"{peer}:20203: Network is unreachable\n")
+    assert "\nfix: check this machine's addresses and gateway" in found["server"][1]
+
+
+@hosts_only
+def test_the_path_is_that_to_the_address_which_accepts(bench: Bench, tmp_path: Path) -> None:
+    bench.server()
+    with names(tmp_path, **{"two.example": ["192.0.2.3", "192.0.2.1"]}):
+        found = report(bench.pair, "two.example")
+    assert found["server"] == (OK, "192.0.2.1:20203 accepts connections")
+    assert found["path MTU"] == (OK, "1500 bytes")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tunnel import CLIENT, PROGRAM, ROOT, SERVER, TUNNEL4, Bench, Program, child
 from ttun import privileges
 from ttun.lab import netns
 from ttun.process import keeper as module
+from ttun.process.signals import ENDING, ENDING_LATER
 
 ENVIRONMENT = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}  # all but the first by some shell
 
@@ -102,6 +103,25 @@ def test_after_kill_9_the_keeper_runs_down_removes_the_status_socket_and_ends(
     assert said.read_text().startswith("up\ndown 192.0.2.2:")
     assert running(nap) == []
     assert not path.exists()
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("number", [*ENDING, *ENDING_LATER])
+def test_a_signal_to_program_and_keeper_alike_runs_down(
+    plain: Bench, said: Path, number: signal.Signals
+) -> None:
+    """As a terminal and ``systemctl kill`` send it."""
+    server = plain.server("--hook-user", "root", "--up", "true", "--down", f"echo down >> {said}")
+    client = plain.client()
+    client.says("authenticated")
+    server.status()
+    pid = keeper_of(server.process.pid)
+    os.kill(pid, number)
+    os.kill(server.process.pid, number)
+    assert server.ended() == 0
+    assert is_gone(pid)
+    assert said.read_text() == "down\n"
+    assert f"{number.name}: stopping" in server.log() and "keeper" not in server.log()
 
 
 @pytest.mark.hosts

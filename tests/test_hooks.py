@@ -54,6 +54,19 @@ def test_they_run_with_the_facts_as_the_user_that_is_left(bench: Bench, said: Pa
 
 @pytest.mark.hosts
 @END_TO_END
+@pytest.mark.parametrize("keeper", [[], ["--hook-user", "root"]], ids=["", "keeper"])
+def test_an_address_that_the_tunnel_does_not_have_is_empty(
+    bench: Bench, said: Path, keeper: list[str]
+) -> None:
+    up = f'echo "4: $TTUN_LOCAL4, 6: $TTUN_LOCAL6." > {said}'
+    server = bench.server("-mtu", "1000", "--up", up, *keeper)
+    bench.client("-mtu", "1000").says("authenticated")
+    eventually(lambda: said.exists() and said.read_text() == "4: 10.1.1.1/30, 6: .\n", "the facts")
+    assert server.stop() == 0
+
+
+@pytest.mark.hosts
+@END_TO_END
 def test_a_slow_one_holds_up_neither_packets_nor_the_end(bench: Bench) -> None:
     server = bench.server("--up", "sleep 50")
     bench.client().says("authenticated")

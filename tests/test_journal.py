@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program
+from tunnel import CLIENT, PROGRAM, ROOT, SERVER, Bench, Program, eventually
 
 from ttun.lab import netns
 
@@ -122,6 +122,29 @@ def test_an_error_on_the_command_line_is_an_error_for_the_journal(plain: Bench) 
 
 
 @pytest.mark.hosts
+@pytest.mark.parametrize("option", ["-v", "-q"])
+def test_the_keeper_logs_as_the_program_does(plain: Bench, option: str) -> None:
+    """It is another process, and what fails in --up is a warning that only it tells."""
+    hooks = ("--hook-user", "root", "--up", "echo said >&2; env >&2; exit 3")
+    server = Journal(plain, SERVER, "server", "-k", "a" * 16, option, *hooks).end
+    server.path.touch()
+    eventually(lambda: plain.on(SERVER, listens), "it listens")
+    plain.client(key="a" * 16)
+    server.says("<4>--up: exit code 3\n")
+    assert server.stop() == 0
+    log = server.log()
+    assert ("<6>--up: said\n" in log, "<7>--up: started\n" in log) == (option == "-v",) * 2
+    for line in log.splitlines():
+        assert re.match(r"<[3467]>\S", line) and not STAMP.search(line), line
+    assert "JOURNAL_STREAM" not in log
+
+
+def listens() -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", 20203)) == 0
+
+
+@pytest.mark.hosts
 @pytest.mark.parametrize("is_there", [True, False])
 def test_under_procd_the_log_goes_to_syslog_if_there_is_one(
     plain: Bench, tmp_path: Path, is_there: bool
@@ -137,12 +160,16 @@ def test_under_procd_the_log_goes_to_syslog_if_there_is_one(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
         if is_there:
             syslog.bind(f"{tmp_path}/socket")
-        done = subprocess.run(
-            plain.pair.command(CLIENT, ["unshare", "--mount", "sh", "-ec", script, "sh", *PROGRAM,
-                                        "client", "-k", "x", "-s", "192.0.2.1", "--dev", "lo"]),
-            env={**os.environ, **netns.environment(TTUN_LOG="syslog")},
-            capture_output=True, text=True, check=False, timeout=20,
-        )  # fmt: skip
+
+        def client(*options: str) -> subprocess.CompletedProcess[str]:
+            words = ["unshare", "--mount", "sh", "-ec", script, "sh", *PROGRAM, "client", "-k", "x"]
+            return subprocess.run(
+                plain.pair.command(CLIENT, ["timeout", "-k", "9", "6", *words, *options]),
+                env={**os.environ, **netns.environment(TTUN_LOG="syslog")},
+                capture_output=True, text=True, check=False, timeout=40,
+            )  # fmt: skip
+
+        done = client("-s", "192.0.2.1", "--dev", "lo")
         assert done.returncode == 1
         if not is_there:
             assert "weak key: " in done.stderr and "ttun: device lo" in done.stderr
@@ -152,6 +179,12 @@ def test_under_procd_the_log_goes_to_syslog_if_there_is_one(
         for priority, text in ((28, "weak key: "), (30, "ttun "), (27, "ttun: device lo ")):
             line = syslog.recv(1000).decode()
             assert re.match(rf"<{priority}>\w{{3}} [ \d]\d [\d:]{{8}} ttun\[\d+\]: {text}", line)
+        done = client("--via", "exit 3")  # of which the keeper tells
+        assert done.stderr == ""
+        lines = ""
+        while "exit code 3" not in lines:
+            lines = syslog.recv(1000).decode()
+        assert re.match(r"<28>\w{3} .* ttun\[\d+\]: --via: exit code 3", lines)
 
 
 @pytest.mark.hosts

@@ -113,6 +113,9 @@ def test_the_kernel_leaves_out_what_is_of_no_interest(host: str) -> None:
             packed = ipaddress.ip_interface(address).packed
             kinds = [x.kind for x in heard(link) if address_of(x) == packed]
             assert (kinds[0], kinds[-1]) == (netlink.NEW_ADDRESS, netlink.DEL_ADDRESS)
+        for change, kind in (("add", netlink.NEW_RULE), ("del", netlink.DEL_RULE)):
+            ip(f"rule {change} pref 77 from 198.51.100.5 lookup main")
+            assert {message.kind for message in heard(link)} == {kind}
         # Answers are no changes, whatever they are about.
         everything = netlink.ADDRESS.pack(0, 0, 0, 0, 0)
         sequence = link.ask(Request(netlink.GET_ADDRESS, netlink.NLM_DUMP, everything))

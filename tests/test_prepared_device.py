@@ -47,8 +47,8 @@ class Prepared:
             if each["scope"] == "global"
         ]
 
-    def client(self, *options: str) -> Program:
-        """A client that runs as that user, with no capability."""
+    def as_user(self) -> list[str]:
+        """What to put before a command to run it as that user, with no capability."""
         script = f"""
             mount -t tmpfs none /mnt
             {opened(ROOT, sys.base_prefix, sys.prefix)}
@@ -58,6 +58,11 @@ class Prepared:
         trial = [*works, *PROGRAM, "--version"]
         if subprocess.run(trial, capture_output=True, check=False).returncode != 0:
             pytest.skip("no other user can run ttun here")
+        return works
+
+    def client(self, *options: str) -> Program:
+        """A client that runs as that user."""
+        works = self.as_user()
         log = self.bench.directory / f"user{len(self.bench.ends)}.log"
         with log.open("w") as file:
             process = self.bench.pair.start(
@@ -96,6 +101,17 @@ def test_a_user_without_privileges_attaches_to_it(bench: Bench, prepared: Prepar
         assert prepared.addresses() == ADDRESSES
 
 
+def test_doctor_knows_that_a_tunnel_runs_on_it(bench: Bench, prepared: Prepared) -> None:
+    command = bench.pair.command(CLIENT, [*prepared.as_user(), *PROGRAM, "doctor"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "no CAP_NET_ADMIN; prepared for this user: tun5\n" in done.stdout, done.stderr
+    assert "effect: a tunnel runs with --dev tun5 only" in done.stdout
+    assert done.returncode == 0 and "A tunnel can run on this machine" in done.stdout
+    prepared.ip("link delete tun5", "tuntap add dev tun5 mode tun user 1")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1 and "FAIL  privileges     no CAP_NET_ADMIN\n" in done.stdout
+
+
 def test_what_it_lacks_is_one_line_and_what_comes_later_is_seen(
     bench: Bench, prepared: Prepared
 ) -> None:
@@ -125,6 +141,26 @@ def test_root_adds_what_it_lacks_and_an_address_that_is_there_is_no_error(
         assert client.stop() == 0
         assert sorted(prepared.addresses()) == ADDRESSES
         assert "no IPv6" not in client.log() and "incomplete" not in client.log()
+
+
+@pytest.mark.parametrize("lack", ["", "-mtu"])
+def test_one_without_ipv6_says_why(bench: Bench, prepared: Prepared, lack: str) -> None:
+    off = "/proc/sys/net/ipv6/conf/tun5/disable_ipv6"
+    bench.run(CLIENT, "sh", "-c", f"echo {int(not lack)} > {off}")
+    client = bench.client("--dev", "tun5", *([lack, "1000"] if lack else []))
+    said = client.says("no IPv6 in the tunnel: ")
+    why = (
+        "the MTU is below 1280"
+        if lack
+        else ("disabled (sysctl net.ipv6.conf.tun5.disable_ipv6=0; then restart ttun)")
+    )
+    assert f"no IPv6 in the tunnel: {why}\n" in said
+    assert client.stop() == 0
+    prepared.ip("link set tun5 mtu 1280")  # below that the kernel has no settings of IPv6
+    bench.run(CLIENT, "sh", "-c", f"echo 0 > {off}")
+    client = bench.client("--dev", "tun5")
+    client.says("attached to tun5")
+    assert client.status()["local6"] == "fc11::2/126"
 
 
 def test_a_device_that_cannot_be_attached_to_is_an_error_that_says_why(

@@ -227,6 +227,12 @@ def test_the_address_of_a_proxy(url: str, address: tuple[str, int]) -> None:
 SECRET = "very-Secret"
 
 
+@pytest.mark.parametrize("user", ["", "u" * 256])
+def test_a_user_that_socks5_cannot_carry_is_refused_with_the_reason(user: str) -> None:
+    with pytest.raises(UsageError, match="takes a user of 1 to 255 bytes"):
+        Proxy(f"socks5://{user}:{SECRET}@gw:1", Address("h", 1))
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -175,6 +175,22 @@ def test_what_is_wrong_with_such_a_route_is_bad_usage(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == f"ttun: {said}; see ttun client -h\n"
 
 
+@pytest.mark.parametrize(
+    ("option", "address"),
+    [
+        ("local4", "224.0.0.5"),  # the kernel says «Invalid argument»
+        ("local4", "0.0.0.0/0"),  # and here it removes the address
+        ("peer4", "255.255.255.255"),
+        ("local6", "ff02::1/126"),
+        ("peer6", "::"),
+    ],
+)
+def test_an_address_that_no_host_has_is_bad_usage(option: str, address: str) -> None:
+    said = f"^invalid tunnel address: {address.partition('/')[0]} is not that of a host$"
+    with pytest.raises(UsageError, match=said):
+        Addresses.parse(USUAL, **{option: address})
+
+
 @pytest.mark.hosts
 @ONCE
 def test_without_ipv6_a_route_of_it_says_so(bench: Bench) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from ttun.lab import netns
 
 pytestmark = pytest.mark.hosts
 ALLOWED = "/proc/sys/net/ipv4/tcp_allowed_congestion_control"
+DISABLED = "ipv6/conf/default/disable_ipv6"
 COVER = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
 
 
@@ -76,6 +79,53 @@ def test_no_forwarding(plain: Bench) -> None:
         assert re.search("ok    forwarding +enabled", doctor(plain, CLIENT))
 
 
+@pytest.mark.skipif(not shutil.which("sysctl"), reason="apt install procps")
+def test_what_enables_forwarding_keeps_the_route_of_a_router_advertisement(plain: Bench) -> None:
+    """A router ignores advertisements, and forgets at once what it had from one."""
+    name = plain.pair.names[CLIENT]
+    paths = [f"/proc/sys/net/{x}" for x in ("ipv4/ip_forward", "ipv6/conf/all/forwarding")]
+
+    def advertise() -> bool:
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            message = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)  # RFC 4861
+            sock.sendto(message, ("ff02::1", 0, 0, socket.if_nametoindex("vserver")))
+        time.sleep(0.1)
+        return has_route()
+
+    def has_route() -> bool:
+        return "proto ra" in netns.ip("-n", name, "-6", "route", "show", "default")
+
+    with setting(plain, CLIENT, "ipv4/ip_forward", "0"), \
+            setting(plain, CLIENT, "ipv6/conf/all/forwarding", "0"), \
+            setting(plain, CLIENT, "ipv6/conf/vclient/accept_ra", "1"):  # fmt: skip
+        try:
+            eventually(lambda: plain.on(SERVER, advertise), "a route")
+            report = doctor(plain, CLIENT)
+            remedy = re.search("fix: if it routes for others: (sysctl [^;\n]*)", report)
+            assert remedy and "forwarding=1" in remedy[1], report
+            plain.run(CLIENT, *remedy[1].split())
+            assert [plain.run(CLIENT, "cat", path) for path in paths] == ["1\n", "1\n"]
+            assert has_route(), remedy[1]
+        finally:
+            for path in paths:
+                plain.run(CLIENT, "sh", "-c", f"echo 0 > {path}")
+            netns.ip("-n", name, "-6", "route", "flush", "proto", "ra")
+
+
+@pytest.mark.skipif(not shutil.which("sysctl"), reason="apt install procps")
+def test_the_remedy_for_strict_filtering_holds_for_a_device_of_any_name(plain: Bench) -> None:
+    """sysctl(8) takes a dot for the end of a name."""
+    for name, port in (("a.5", "20203"), ("b.5", "20204")):
+        plain.server("--dev", name, "-l", port).status()
+    with setting(plain, SERVER, "ipv4/conf/a.5/rp_filter", "1"), \
+            setting(plain, SERVER, "ipv4/conf/b.5/rp_filter", "1"):  # fmt: skip
+        found = re.search("fix: (sysctl .*), or --route for each", doctor(plain, SERVER))
+        assert found
+        plain.run(SERVER, *found[1].split())
+        assert re.search("ok    reverse path +not filtered strictly", doctor(plain, SERVER))
+
+
 def test_strict_reverse_path_filtering(plain: Bench) -> None:
     """A ping from an address behind the client that the server has no route to is dropped."""
     plain.tunnel()
@@ -108,17 +158,24 @@ def test_strict_reverse_path_filtering(plain: Bench) -> None:
 
 
 def test_no_ipv6(plain: Bench) -> None:
-    with setting(plain, SERVER, "ipv6/conf/default/disable_ipv6", "1"):
+    with setting(plain, SERVER, DISABLED, "1"):
         report = doctor(plain, SERVER)
         assert (
             "warn  IPv6           disabled; effect: the tunnel carries IPv4 only; fix: sysctl"
             in report
         )
         server = plain.server()
-        server.says("no IPv6 in the tunnel: ")
+        said = server.says("no IPv6 in the tunnel: ")
+        remedy = re.search(r"in the tunnel: disabled \((sysctl [^;]*); then restart", said)
+        assert remedy, said
         found = server.status()
         assert (found["local6"], found["peer6"]) == (None, None)
         assert "addresses: 10.1.1.1/30, peer 10.1.1.2, MTU" in plain.run(SERVER, *PROGRAM, "show")
+        assert server.stop() == 0
+        assert remedy[1] == f"sysctl net.{DISABLED.replace('/', '.')}=0"
+        plain.run(SERVER, "sh", "-c", f"echo 0 > /proc/sys/net/{DISABLED}")
+        server = plain.server()
+        assert server.status()["local6"] and "no IPv6" not in server.log()
 
 
 def test_a_wrong_clock(plain: Bench, tmp_path: Path) -> None:

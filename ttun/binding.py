@@ -10,13 +10,13 @@ import ipaddress
 import os
 import socket
 
-from ttun.errors import UsageError, reason
+from ttun.errors import UsageError, reason_at
 from ttun.network import resolver
 
 WHY = {
     errno.EADDRNOTAVAIL: "not an address of this machine",
     errno.ENODEV: "no such device",
-    errno.EPERM: "Linux before 5.7 allows that to root only (name an address, or --user root)",
+    errno.EPERM: "Linux before 5.7 takes CAP_NET_RAW for that, which ttun drops (name an address)",
 }
 
 
@@ -55,5 +55,6 @@ class Binding:
                 raise OSError(errno.ENODEV, "")
             sock.bind(found[0].sockaddr)
         except OSError as error:
-            why = WHY.get(error.errno or 0) or reason(error)
+            host = "" if self.device else self._host
+            why = WHY.get(error.errno or 0) or reason_at(error, host)
             raise OSError(error.errno, f"{self}: {why}") from None

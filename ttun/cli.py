@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from ttun.commands import key, parser
 from ttun.commands.parser import join_values
 from ttun.errors import TtunError, UsageError, printable
-from ttun.process import log_writer, program_name, standard_streams
+from ttun.process import log_writer, program_name, standard_streams, syslog
 from ttun.process.argv import Parser, find_secrets
 from ttun.process.signals import end_while_starting
 
@@ -28,7 +28,6 @@ except ModuleNotFoundError:  # not part of a wheel
 
 log = logging.getLogger("ttun")
 
-LOG = "TTUN_LOG"  # "syslog": log there, each line with its priority; procd's init script sets it
 # What write(2) fails with when a stream accepts no more data.
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
 
@@ -98,11 +97,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     end_while_starting(options.run)
     threading.excepthook = _log_failed_thread
     log.setLevel(getattr(options, "log_level", None) or logging.INFO)
-    if os.environ.get(LOG) == "syslog":
-        from ttun.process import syslog
-
-        with contextlib.suppress(TtunError):  # there is none
-            syslog.log_to_syslog()
+    syslog.log_to_syslog_if_wanted()
     try:
         return int(COMMANDS[options.run](options))
     except UsageError as error:

@@ -55,8 +55,8 @@ class Device:
 
     ``offload`` holds the codec's TTUN_OFFLOAD bits. ``name`` is the last known name (DeviceWatch
     follows renames), ``index`` the interface index. ``addresses``, ``mtu`` (bytes) and ``networks``
-    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set,
-    ``default_route`` whether default_route.py routes packets through it.
+    are the configured values; ``has_ipv6`` says whether an IPv6 address could be set, ``outside``
+    which users' packets default_route.py does not route through it, if it routes any.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Device:
             prepare = f", or prepare it: {PREPARE.format(name=name, user=os.geteuid())}"
             privileges.check("" if "%" in name else prepare)
         self.addresses, self.mtu, self.networks = addresses, mtu, list(networks)
-        self.has_ipv6 = self.default_route = False
+        self.has_ipv6 = False
+        self.outside: Sequence[int] = ()
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
@@ -117,17 +118,16 @@ class Device:
                 fcntl.ioctl(control, SIOCSIFTXQLEN, request)
         self._tun.up()
         shown = [str(addresses.ipv4)]
-        if mtu < MIN_IPV6_MTU:
-            log.info("no IPv6 in the tunnel: the MTU is below %d", MIN_IPV6_MTU)
-        else:
-            try:
-                self._add_ipv6(addresses.ipv6)
-                if addresses.peer6 is not None:
-                    routes.add(ipaddress.ip_network(addresses.peer6), self.name)
-                shown.append(str(addresses.ipv6))
-                self.has_ipv6 = True
-            except OSError as error:
-                log.warning("no IPv6 in the tunnel: %s", error.strerror or error)
+        try:
+            if mtu < MIN_IPV6_MTU:
+                raise OSError(errno.EMSGSIZE, "")
+            self._add_ipv6(addresses.ipv6)
+            if addresses.peer6 is not None:
+                routes.add(ipaddress.ip_network(addresses.peer6), self.name)
+            shown.append(str(addresses.ipv6))
+            self.has_ipv6 = True
+        except OSError as error:
+            self._tell_no_ipv6(error)
         log.info("tun %s up: %s mtu %d", self.name, " ".join(shown), mtu)
 
     def _warn_of_clashes(self) -> None:
@@ -161,7 +161,7 @@ class Device:
             if self.mtu >= MIN_IPV6_MTU:
                 failed = add(netlink.new_address(self.index, mine.ipv6, None))
             if failed:
-                log.info("no IPv6 in the tunnel: %s", os.strerror(failed))
+                self._tell_no_ipv6(OSError(failed, os.strerror(failed)), self.name)
             self.has_ipv6 = not failed
             wanted = [*self.networks]
             if self.has_ipv6 and mine.peer6 is not None:
@@ -170,6 +170,11 @@ class Device:
                 if failed := add(netlink.new_route(self.index, network)):
                     raise OSError(failed, f"route {network}: {os.strerror(failed)}")
         log.info("attached to %s, which existed", self.name)
+
+    @staticmethod
+    def _tell_no_ipv6(error: OSError, name: str = "default") -> None:
+        level = logging.INFO if error.errno == errno.EMSGSIZE else logging.WARNING
+        log.log(level, "no IPv6 in the tunnel: %s", routes.why_no_ipv6(error, name))
 
     def _add_ipv6(self, address: ipaddress.IPv6Interface) -> None:
         """Add an IPv6 address: SIOCSIFADDR with struct in6_ifreq on an IPv6 socket."""

@@ -121,7 +121,7 @@ class Endpoint(Lifecycle):
 
     def facts(self) -> dict[str, str | None]:
         """Return what stays the same during a session, as text."""
-        return self._record.facts(self.role, self._device_name_shown, self._addresses)
+        return self._record.facts(self.role, self._device_name_shown, in_tunnel(self._device))
 
     # ---- overridden by Server and Client ----
 
@@ -161,7 +161,7 @@ class Endpoint(Lifecycle):
         if self.on_device is not None:
             self.on_device(self._device.name)
         if given.default_route:
-            self._device.default_route = True
+            self._device.outside = self._users
             default_route.add(self._device.index, self._device.has_ipv6, self._users)
             log.info(
                 "default route: %s for all but the LAN and user %s",
@@ -187,7 +187,7 @@ class Endpoint(Lifecycle):
         finally:
             if self._device is not None:
                 self._device.close()
-                if self._device.default_route:
+                if self._device.outside:
                     default_route.release(self._device.index)
 
     def _look(self) -> float:

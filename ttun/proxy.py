@@ -76,7 +76,9 @@ class Proxy:
         if login and start is http and b":" in user:
             raise UsageError("the user of an HTTP proxy must not contain a colon")
         if login and start is socks5 and not (0 < len(user) < 256 and len(password) < 256):
-            raise UsageError("user and password of a SOCKS5 proxy have at most 255 bytes")
+            raise UsageError(
+                "a SOCKS5 proxy takes a user of 1 to 255 bytes and a password up to 255"
+            )
         self.steps = partial(start, _ascii(server), login)
 
 

@@ -14,7 +14,7 @@ from ttun.congestion import TcpStats
 from ttun.device import Device
 from ttun.peer import Peer
 from ttun.session import Counters, Session
-from ttun.settings import Addresses, Interface
+from ttun.settings import Interface
 
 MOST_CHARACTERS = 500  # of a text that others cause
 DROPPED = {  # counters of dropped packets, and why
@@ -123,8 +123,8 @@ class Record:
             **ends,
         )
 
-    def facts(self, role: str, device: str | None, ours: Addresses) -> dict[str, str | None]:
-        """Return what stays the same during a session, as text."""
+    def facts(self, role: str, device: str | None, ends: dict[str, Any]) -> dict[str, str | None]:
+        """Return what stays the same during a session, as text. ends: see in_tunnel()."""
         return {
             "role": role,
             "device": device,
@@ -132,8 +132,8 @@ class Record:
             "transport": self.transport.partition(" ")[0],  # without the proxy
             "wire": self.wire,
             "cipher": self.cipher,
-            "local4": str(ours.ipv4),
-            "local6": str(ours.ipv6),
+            "local4": ends.get("local4"),
+            "local6": ends.get("local6"),
         }
 
 

@@ -153,6 +153,9 @@ def look_at_privileges() -> Finding:
     """Check whether this process may create a network device."""
     if privileges.has(privileges.NET_ADMIN):
         return Finding(OK, "privileges", "CAP_NET_ADMIN")
+    if mine := sorted(prepared_devices()):
+        found = f"no CAP_NET_ADMIN; prepared for this user: {', '.join(mine)}"
+        return Finding(WARN, "privileges", found, f"a tunnel runs with --dev {mine[0]} only")
     return Finding(
         FAIL,
         "privileges",
@@ -162,9 +165,20 @@ def look_at_privileges() -> Finding:
     )
 
 
+def prepared_devices() -> Iterator[str]:
+    """Yield the TUN devices that this user may attach to (drivers/net/tun.c, tun_attr_owner)."""
+    for path in Path("/sys/class/net").glob("*/owner"):
+        with contextlib.suppress(OSError):
+            if path.read_text().strip() == str(os.geteuid()):
+                yield path.parent.name
+
+
 def look_at_node() -> Finding:
     """Check that /dev/net/tun exists, is the TUN device, and can be opened."""
-    make = f"modprobe tun; in a container --device {NODE}, or mknod {NODE} c 10 200"
+    make = (
+        f"modprobe tun; in a container --device {NODE}, or "
+        f"mkdir -p {NODE.parent} && mknod {NODE} c 10 200"
+    )
     try:
         found = NODE.stat()
     except OSError as error:

@@ -8,6 +8,8 @@ Documentation/networking/mptcp.rst.
 from __future__ import annotations
 
 import errno
+import ipaddress
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,10 +18,15 @@ from ttun import congestion, tcp
 from ttun.address import Address
 from ttun.commands import path_mtu
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
+from ttun.errors import reason
 from ttun.flag import Flag
+from ttun.network import netlink, resolver
+from ttun.network.resolver import Target
+from ttun.network.routes import table
 
 SYSCTL = Path("/proc/sys/net/ipv4")
 FAST = 200e6  # bit/s that the buffers should allow
+RTF_ADDRCONF = 0x40000  # linux/ipv6_route.h: a route of a router advertisement
 LEAST_RTT = 0.001  # seconds; below this no buffer is a limit
 
 
@@ -76,12 +83,19 @@ def look_at_forwarding() -> Finding:
             off.append(f"net.{name.replace('/', '.')}")
     if not off:
         return Finding(OK, "forwarding", "enabled")
+    # Unless accept_ra is 2, a router drops the default route of a router advertisement.
+    advertised = {
+        words[9].replace(".", "/")
+        for words in table("/proc/net/ipv6_route")
+        if "ipv6" in off[-1] and words[1] == "00" and int(words[8], 16) & RTF_ADDRCONF
+    }
+    first = [f"net.ipv6.conf.{name}.accept_ra=2" for name in sorted(advertised)]
     return Finding(
         WARN,
         "forwarding",
         f"disabled: {' and '.join(f'{name}=0' for name in off)}",
         "networks behind this machine cannot use the tunnel, only the machine itself",
-        f"if it routes for others: sysctl {' '.join(f'{name}=1' for name in off)}",
+        f"if it routes for others: sysctl {' '.join([*first, *(f'{name}=1' for name in off)])}",
     )
 
 
@@ -95,15 +109,17 @@ def look_at_reverse_path(devices: Iterable[str]) -> Finding:
     strict = sorted(name for name, value in found.items() if max(value, everywhere) == 1)
     if not strict:
         return Finding(OK, subject, "not filtered strictly")
-    at = "all" if everywhere == 1 else strict[0]
+    # sysctl(8): a slash stands for a dot in the name of a device.
+    which = ["all"] if everywhere == 1 else [name.replace(".", "/") for name in strict]
+    names = [f"net.ipv4.conf.{name}.rp_filter" for name in which]
     rows = [row.split() for row in Path("/proc/net/netstat").read_text().splitlines()[:2]]
     dropped = dict(zip(*rows)).get("IPReversePathFilter", "0")
     return Finding(
         WARN,
         subject,
-        f"strict: net.ipv4.conf.{at}.rp_filter=1 ({dropped} packets dropped since boot)",
+        f"strict: {'=1, '.join(names)}=1 ({dropped} packets dropped since boot)",
         "packets from the tunnel are silently dropped if their source is routed elsewhere",
-        f"sysctl net.ipv4.conf.{at}.rp_filter=2, or --route for each network behind the peer",
+        f"sysctl {'=2 '.join(names)}=2, or --route for each network behind the peer",
     )
 
 
@@ -137,25 +153,34 @@ def look_at_peer(peer: Address) -> Iterator[Finding]:
     """Check whether a server accepts connections, and the path to it."""
     subject = "server"
     try:
-        sock = tcp.dial(peer, None, Flag())
-    except (OSError, UnicodeError) as error:
-        fix = "start ttun server there, and open its port in the firewalls between"
-        yield Finding(FAIL, subject, str(error), UNREACHED, fix)
-    else:
-        with sock:
-            name = tcp.show(sock.getpeername())
-            yield Finding(OK, subject, f"{name} accepts connections")
+        targets = resolver.look_up(peer.host, peer.port, Flag())
+    except (OSError, UnicodeError) as error:  # the latter for a malformed name
+        found, fix = f"{peer.host}: {reason(error)}", "check the name, and /etc/resolv.conf"
+        yield Finding(FAIL, subject, found, UNREACHED, fix)
+        yield Finding(SKIP, "path MTU", "not checked: no address")
+        return
+    family, address = targets[0]
+    try:
+        with tcp.dial(peer, None, Flag()) as sock:
+            family, address = sock.family, sock.getpeername()
+            yield Finding(OK, subject, f"{tcp.show(address)} accepts connections")
             way = congestion.tcp_stats(sock)
             if way is not None and way.min_rtt is not None and _sysctl("tcp_wmem"):
                 yield look_at_buffers(way.min_rtt)
+    except OSError as error:
+        fix = "start ttun server there, and open its port in the firewalls between"
+        if not any(map(_has_route, targets)):
+            fix = "check this machine's addresses and gateway: ip address; ip route; ip -6 route"
+        yield Finding(FAIL, subject, str(error), UNREACHED, fix)
     try:
-        family, _, _, _, address = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_DGRAM)[
-            0
-        ]
         yield look_at_path(family, address)
-    except (OSError, UnicodeError) as error:  # the latter for a malformed name
-        why = getattr(error, "strerror", None) or error
-        yield Finding(SKIP, "path MTU", f"not checked: {why}")
+    except OSError as error:
+        yield Finding(SKIP, "path MTU", f"not checked: {reason(error)}")
+
+
+def _has_route(target: Target) -> bool:
+    address = ipaddress.ip_address(target.sockaddr[0].partition("%")[0])
+    return netlink.device_to(address, os.geteuid()) != 0 or address.is_link_local
 
 
 def look_at_path(family: int, address: tuple[object, ...]) -> Finding:

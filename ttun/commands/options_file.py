@@ -49,7 +49,7 @@ def read(name: str, parser: Parser) -> list[str]:
         read = files.read(path, MAX_SIZE, found.append)
         text = os.fsdecode(read[3:] if read.startswith(codecs.BOM_UTF8) else read)
     except OSError as error:
-        raise UsageError(f"cannot read the options in {name}: {error.strerror}") from None
+        raise UsageError(f"cannot read the options in {name}: {files.why(path, error)}") from None
     words: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
         words += _words(line, f"{name}, line {number}")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -54,7 +55,7 @@ def server(options: argparse.Namespace) -> int:
         raise _no_key()
     addresses: Sequence[str] = options.listen or [DEFAULT_LISTEN]
     listen: Sequence[str] | Listener = addresses
-    where = None if options.tox or options.stdio else " -s ".join(map(_our_address, addresses))
+    where = ""
     if options.stdio:
         listen = stdio.Listener()
     elif options.tox:
@@ -78,7 +79,8 @@ def server(options: argparse.Namespace) -> int:
         keys.append(key.create())
         log.info("wrote a new key to %s", key.DEFAULT_FILE)
         end.use_keys(keys)
-        _show_client_command(keys[0], str(where))
+        places = [where] if where else [_our_address(each, end.port) for each in addresses]
+        _show_client_command(keys[0], " -s ".join(dict.fromkeys(places)))
 
     if isinstance(listen, stdio.Listener):
         listen.over = end.stop
@@ -120,16 +122,15 @@ def client(options: argparse.Namespace) -> int:
     user = privileges.find_user(options.user)
     whole = DEFAULT in options.route
     users = [user.uid if user else os.geteuid()]
-    shared = {user.name} & {"nobody", "root"} if user else set()
-    if keeper.via is not None and keeper.via.user is not None:
-        users.append(keeper.via.user.uid)
-        shared |= {keeper.via.user.name} - {user.name if user else ""}
-    for name in sorted(shared) if whole else ():
-        log.warning(
-            "packets of all programs of user %s stay outside the tunnel "
-            "(a user of ttun's own: useradd --system ttun)",
-            name,
-        )
+    outside = "packets of all programs of user %s stay outside the tunnel (%s)"
+    if whole and user is not None and user.name in ("nobody", "root"):
+        log.warning(outside, user.name, "a user of ttun's own: useradd --system ttun")
+    caller = keeper.via.user if keeper.via else None
+    if caller is not None and caller != user:
+        users.append(caller.uid)
+        if whole:
+            why = "--via runs as who called sudo: start ttun as root without sudo"
+            log.warning(outside, caller.name, why)
     if whole and keeper.via is not None and (local := name_servers.local()):
         log.warning(
             "--via cannot look names up while there is no session: the name server %s sends its "
@@ -195,17 +196,22 @@ def _show_client_command(psk: bytes, where: str) -> None:
     print(f"\non the client:\n\n    sudo {program} client -k {psk.decode()} -s {where}\n")
 
 
-def _our_address(listen: str) -> str:
-    """Return the address that a client can use, as far as this machine knows it."""
+def _our_address(listen: str, port: int) -> str:
+    """Return the address that a client can use, as far as this machine knows it.
+
+    port: the one that the kernel chose, if listen has 0.
+    """
     address = tcp.parse_address(listen, listening=True)
+    address = address._replace(port=address.port or port)
     if address.host not in ("", "0.0.0.0", "::"):
         return str(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing, only selects the local address
-            host = str(probe.getsockname()[0])
-        except OSError:
-            host = "THIS-HOST"
+    host = "THIS-HOST"
+    for there, only in (("192.0.2.1", "0.0.0.0"), ("2001:db8::1", "::")):
+        if host == "THIS-HOST" and address.host in ("", only):
+            family = socket.AF_INET6 if ":" in there else socket.AF_INET
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((there, 9))  # sends nothing, only selects the local address
+                host = str(probe.getsockname()[0])
     return str(address._replace(host=host))
 
 
@@ -242,13 +248,19 @@ def _run(
     user = privileges.find_user(options.user)
     group = privileges.find_group(options.monitor_group)
     hooks = _hooks(options, keeper)
+    whole = DEFAULT in options.route
 
     def connected(_: str) -> None:
         if keeper.via is not None:
             keeper.background()
         hooks.up(endpoint.facts())
 
-    endpoint.on_device = keeper.hold
+    def opened(device: str) -> None:
+        keeper.hold(device)
+        if whole:  # what comes next, only an end in order removes: until Signals() none ends it
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    endpoint.on_device = opened
     endpoint.on_connected = connected
     endpoint.on_disconnected = lambda _, why: hooks.down({**endpoint.facts(), "reason": why})
     for each in keys:
@@ -260,7 +272,6 @@ def _run(
         except BaseException:
             endpoint.stop()
             raise
-    whole = DEFAULT in options.route
     if whole:
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
     # From here on there is something to clean up.

@@ -30,10 +30,12 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ttun.errors import TtunError, reason
 from ttun.network import netlink
-from ttun.network.netlink import Netlink, Request, attribute
+from ttun.network.netlink import Message, Netlink, Request, attribute
+from ttun.network.routes import NO_FAMILY
 from ttun.privileges import MAX_ID, NET_ADMIN, has
 from ttun.settings import Address, Network
 
@@ -48,7 +50,45 @@ OUTSIDE = "203.0.113.1"  # RFC 5737: an address that is not on the LAN
 ELSEWHERE = (OUTSIDE, "2001:db8:ffff::1")  # RFC 3849
 IPV4, IPV6 = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
 NOTHING = (errno.ENOENT, errno.ESRCH)
-NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # of a kernel without IPv6
+
+
+class Rule(NamedTuple):
+    """A rule of one family: for the packets of some users, from first to last, or for the LAN."""
+
+    network: Network  # IPV4 or IPV6
+    users: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, message: Message) -> Rule | None:
+        """Return the rule in a message of the kernel; None if it is not one of ours."""
+        found = message.attributes
+        priority = netlink.number(found.get(FRA_PRIORITY, b""))
+        network = IPV4 if message.fields[0] == socket.AF_INET else IPV6
+        if found.get(FRA_PROTOCOL) == bytes([PROTOCOL]):
+            if priority == LAN:
+                return cls(network)
+            if priority == OTHERS and len(users := found.get(FRA_UIDS, b"")) == 8:
+                first, last = struct.unpack("=2I", users)
+                return cls(network, (first, last))
+        return None
+
+    def __str__(self) -> str:
+        """Return it as ip-rule(8) takes it."""
+        if self.users is None:
+            return f"pref {LAN} lookup main suppress_prefixlength 0 protocol {PROTOCOL}"
+        users = "{}-{}".format(*self.users)
+        return f"pref {OTHERS} uidrange {users} lookup {TABLE} protocol {PROTOCOL}"
+
+    def request(self, _: int = 0) -> Request:
+        """Return the order to make it, whatever the index of the device."""
+        if self.users is None:
+            body = _rule(self.network, LAN, netlink.TABLE_MAIN)
+            body += attribute(FRA_SUPPRESS_LENGTH, struct.pack("=I", 0))
+        else:
+            body = _rule(self.network, OTHERS, TABLE)
+            body += attribute(FRA_UIDS, struct.pack("=2I", *self.users))
+        flags = netlink.NLM_ACK | netlink.NLM_CREATE | netlink.NLM_EXCLUSIVE
+        return Request(netlink.NEW_RULE, flags, body)
 
 
 def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
@@ -59,14 +99,24 @@ def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
                 link.answers(netlink.new_route(index, IPV4, TABLE))
             _clear(link, index)  # what a killed run left
             _order(link, netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
-            for network in (IPV4, IPV6):
-                for rule in _rules(network, users):
-                    _order(link, rule, NO_FAMILY if network == IPV6 else ())
+            for rule in rules(users):
+                _order(link, rule.request(), NO_FAMILY if rule.network == IPV6 else ())
     except OSError as error:
         why = error.strerror
         if error.errno == errno.EEXIST:
             why = f"another tunnel has it (ip route show table {TABLE})"
         raise TtunError(f"cannot take the default route: {why}") from None
+
+
+def rules(users: Iterable[int]) -> Iterator[Rule]:
+    """Yield the rules that leave some users' packets outside."""
+    for network in (IPV4, IPV6):
+        yield Rule(network)
+        first = 0
+        for user in [*sorted(users), MAX_ID + 1]:
+            if first < user:
+                yield Rule(network, (first, user - 1))
+            first = max(first, user + 1)
 
 
 def remove(index: int) -> None:
@@ -184,20 +234,6 @@ def _order(link: Netlink, request: Request, ignored: tuple[int, ...]) -> bool:
             raise
         return False
     return True
-
-
-def _rules(network: Network, users: Iterable[int]) -> Iterator[Request]:
-    """Return the orders to make the rules of a family."""
-    flags = netlink.NLM_ACK | netlink.NLM_CREATE | netlink.NLM_EXCLUSIVE
-    lan = _rule(network, LAN, netlink.TABLE_MAIN)
-    lan += attribute(FRA_SUPPRESS_LENGTH, struct.pack("=I", 0))
-    yield Request(netlink.NEW_RULE, flags, lan)
-    first = 0
-    for user in [*sorted(users), MAX_ID + 1]:
-        if first < user:
-            others = attribute(FRA_UIDS, struct.pack("=2I", first, user - 1))
-            yield Request(netlink.NEW_RULE, flags, _rule(network, OTHERS, TABLE) + others)
-        first = max(first, user + 1)
 
 
 def _rule(network: Network, priority: int, table: int) -> bytes:

@@ -30,8 +30,8 @@ ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
 NEW_ADDRESS, DEL_ADDRESS, GET_ADDRESS = 20, 21, 22
 NEW_ROUTE, DEL_ROUTE, GET_ROUTE = 24, 25, 26
-NEW_RULE, DEL_RULE = 32, 33
-GROUPS = (1, 5, 7, 9, 11)  # links, addresses and routes of IPv4, those of IPv6
+NEW_RULE, DEL_RULE, GET_RULE = 32, 33, 34
+GROUPS = (1, 5, 7, 8, 9, 11, 19)  # links; addresses, routes and rules of IPv4, those of IPv6
 RTA_DST, RTA_OIF, RTA_MULTIPATH, RTA_UID = 1, 4, 9, 25
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 PROTOCOL_BOOT, SCOPE_LINK, UNICAST, UNREACHABLE = 3, 253, 1, 7
@@ -49,7 +49,7 @@ ROUTE = struct.Struct("=BBBBBBBBI")
 NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, index
 LAYOUTS = {
     NEW_LINK: LINK, DEL_LINK: LINK, NEW_ADDRESS: ADDRESS, DEL_ADDRESS: ADDRESS,
-    NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE,
+    NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE, NEW_RULE: ROUTE, DEL_RULE: ROUTE,
 }  # fmt: skip
 DATAGRAM_MAX = 65536  # bytes; the kernel's answers are up to 32 KiB
 
@@ -279,7 +279,7 @@ def _aligned(size: int) -> int:
 def _program(
     port: int, indices: Iterable[int], routes: Iterable[Network]
 ) -> list[tuple[int, int, int, int]]:
-    """Return a BPF filter that passes answers, and notifications of these devices and routes.
+    """Return a BPF filter that passes answers, and changes of rules, these devices and routes.
 
     BPF loads are in network byte order, netlink is in host byte order.
     """
@@ -301,6 +301,9 @@ def _program(
         (JUMP_IF_EQUAL, 0, 1, word(port)),
         accept,
         (LOAD_HALF, 0, 0, 4),  # nlmsg_type
+        (JUMP_IF_EQUAL, 1, 0, half(NEW_RULE)),
+        (JUMP_IF_EQUAL, 0, 1, half(DEL_RULE)),
+        accept,
         (JUMP_IF_EQUAL, 1 + len(devices), 0, half(NEW_ROUTE)),
         (JUMP_IF_EQUAL, len(devices), 0, half(DEL_ROUTE)),
         *devices,

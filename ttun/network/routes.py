@@ -20,10 +20,12 @@ from pathlib import Path
 
 from ttun.errors import TtunError, printable, reason
 from ttun.network.netlink import NLM_ACK, NLM_CREATE, Netlink, Request, new_route
-from ttun.settings import Address, Network
+from ttun.settings import MIN_IPV6_MTU, Address, Network
 
-# Errors of a device, or a kernel, without IPv6.
-NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
+# Errors of a kernel, or a device, without IPv6.
+NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
+ENABLE_IPV6 = "sysctl net.ipv6.conf.{}.disable_ipv6=0"
+NO_IPV6 = (*NO_FAMILY, errno.EACCES, errno.ENODEV)
 
 
 def add(network: Network, device: str) -> None:
@@ -36,8 +38,19 @@ def add(network: Network, device: str) -> None:
     except OSError as error:
         why = "it already exists" if error.errno == errno.EEXIST else reason(error)
         if network.version == 6 and error.errno in NO_IPV6:
-            why = f"{device} has no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6=0)"
+            why = f"{device} has no IPv6 ({ENABLE_IPV6.format('default')})"
         raise TtunError(f"cannot add route {network} through {device}: {why}") from None
+
+
+def why_no_ipv6(error: OSError, device: str = "default") -> str:
+    """Return why a device has no IPv6, and what to do. device: its name, if it was prepared."""
+    if error.errno == errno.EMSGSIZE:
+        return f"the MTU is below {MIN_IPV6_MTU}"
+    if error.errno in NO_FAMILY:
+        return "not in this kernel (boot without ipv6.disable=1)"
+    if error.errno in NO_IPV6:
+        return f"disabled ({ENABLE_IPV6.format(device.replace('.', '/'))}; then restart ttun)"
+    return reason(error)
 
 
 def clash(network: Network, device: str) -> str | None:

@@ -111,10 +111,18 @@ def read_secret(path: Path, most: int, what: str) -> bytes:
     """
     try:
         return read(path, most, lambda found: check_secret(path, found, what))
-    except PermissionError:
-        raise TtunError(f"cannot read the {what} {path}: permission denied (use sudo)") from None
     except OSError as error:
-        raise TtunError(f"cannot read the {what} {path}: {error.strerror}") from None
+        raise TtunError(f"cannot read the {what} {path}: {why(path, error)}") from None
+
+
+def why(path: Path, error: OSError) -> str:
+    """Return why a file cannot be read, for an error."""
+    if error.errno == errno.ENOENT and str(path).startswith(("/dev/fd/", "/proc/self/fd/")):
+        return "it is closed (sudo closes <(COMMAND): use COMMAND | sudo ttun ... /dev/stdin)"
+    if isinstance(error, PermissionError):
+        other = f", or chown {_user(os.geteuid())} {path}" if os.geteuid() else ""
+        return f"permission denied (use sudo{other})"
+    return error.strerror or str(error)
 
 
 def check_secret(path: Path, found: os.stat_result, what: str) -> None:

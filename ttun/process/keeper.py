@@ -43,7 +43,8 @@ from typing import Any, Callable, NamedTuple
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
 from ttun.privileges import User
-from ttun.process import log_writer, process_group
+from ttun.process import log_writer, process_group, syslog
+from ttun.process.signals import ENDING, ENDING_LATER
 
 log = logging.getLogger("ttun")
 
@@ -52,10 +53,9 @@ MOST = 4096  # bytes of a message
 LOST = "the keeper process ended"
 KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# By the keeper: of a terminal, of a service manager, SIGABRT being that of its watchdog.
-IGNORED = (
-    signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGABRT, signal.SIGUSR1,
-)  # fmt: skip
+LOGGED = ("JOURNAL_STREAM", syslog.VARIABLE)  # the same for the keeper's own log
+# By the keeper: what ends the program, SIGABRT being that of a service manager's watchdog.
+IGNORED = (*ENDING, *ENDING_LATER, signal.SIGABRT, signal.SIGUSR1)
 RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 START_CODE = """import sys
@@ -131,6 +131,7 @@ class Plan(NamedTuple):
     facts: dict[str, str]  # those that stay the same
     via: Via | None
     at_end: list[Callable[[], object]]
+    level: int  # of the log
 
 
 class Keeper:
@@ -187,7 +188,7 @@ class Keeper:
         if entry is not None:
             at_end.insert(0, functools.partial(os.unlink, entry[0], dir_fd=entry[1]))
             passed.append(entry[1])
-        plan = pickle.dumps(Plan(self.hooks, fixed, self.via, at_end))
+        plan = pickle.dumps(Plan(self.hooks, fixed, self.via, at_end, log.level))
         try:
             self._start(plan, passed)
             answer = self._receive(time.monotonic() + START)[0]
@@ -208,7 +209,7 @@ class Keeper:
             try:
                 self._process = process_group.start(
                     [sys.executable, "-IB", "-c", code],
-                    env={"PATH": PATH},
+                    env={"PATH": PATH, **{x: os.environ[x] for x in LOGGED if x in os.environ}},
                     stdin=subprocess.PIPE,
                     stdout=log_writer.STDERR,
                     pass_fds=[theirs.fileno(), *passed],

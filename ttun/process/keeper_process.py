@@ -29,8 +29,8 @@ from types import FrameType
 
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
-from ttun.process import log_writer, process_group
-from ttun.process.keeper import AT_END, IGNORED, MOST, Facts, Plan, Via, parse
+from ttun.process import log_writer, process_group, syslog
+from ttun.process.keeper import AT_END, IGNORED, LOGGED, MOST, Facts, Plan, Via, parse
 from ttun.process.process_group import ProcessGroup
 from ttun.summary import Summary
 
@@ -45,16 +45,20 @@ def main(descriptor: int, path: list[str]) -> None:
     for number in IGNORED:
         signal.signal(number, _note)  # a handler, as what is ignored stays so in its commands
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTTOU})  # to set the terminal's group
-    os.environ.pop("LC_CTYPE", None)  # Python's own, see PEP 538
     log_writer.install()
+    syslog.log_to_syslog_if_wanted()
+    for name in ("LC_CTYPE", *LOGGED):  # the first is Python's own, see PEP 538
+        os.environ.pop(name, None)  # commands get none of them
     privileges.forbid_dumps()
     log_writer.start()
     plan = pickle.loads(sys.stdin.buffer.read())
+    log.setLevel(plan.level or logging.INFO)  # 0: a program that embeds ttun set none
     sys.path[:] = path
     servant = Servant(plan, socket.socket(fileno=descriptor))
     try:
         servant.serve()
     finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(AT_END)  # whatever hangs: the default action ends the process
         servant.close()
         log_writer.finish()

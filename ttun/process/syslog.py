@@ -1,4 +1,4 @@
-"""Logging to syslog.
+"""Logging to syslog, if TTUN_LOG says so: the init script of OpenWrt sets it.
 
 Sources: syslog(3); RFC 3164 for the priority and the time in front of a message. Where there is no
 time, logd of OpenWrt can take the beginning of the message for one.
@@ -6,6 +6,7 @@ time, logd of OpenWrt can take the beginning of the message for one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -13,6 +14,7 @@ import time
 from ttun.errors import TtunError
 from ttun.process import log_writer
 
+VARIABLE = "TTUN_LOG"  # "syslog": log there, each line with its priority
 SYSLOG = "/dev/log"
 LOG_DAEMON = 3 << 3  # the facility
 
@@ -55,6 +57,13 @@ def _connect() -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def log_to_syslog_if_wanted() -> None:
+    """Log there if the environment says so and there is a syslog; before log_writer.start()."""
+    if os.environ.get(VARIABLE) == "syslog":
+        with contextlib.suppress(TtunError):
+            log_to_syslog()
 
 
 def log_to_syslog() -> None:

@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 
 from ttun.device import Device
 from ttun.network import default_route, netlink
+from ttun.network.default_route import Rule
 from ttun.network.netlink import Message, Request, new_address, new_route
 from ttun.settings import MIN_IPV6_MTU, Address, Interface, Network
 
@@ -44,6 +45,7 @@ class Seen:
     ipv6_disabled: bool = False
     addresses: set[AddressKey] = field(default_factory=set)
     routes: set[Key] = field(default_factory=set)  # only the wanted ones
+    rules: set[Rule] = field(default_factory=set)
     # Of a connection's local addresses: the interfaces that have them, and which of those are up.
     owners: dict[bytes, set[int]] = field(default_factory=dict)
     links_up: set[int] = field(default_factory=set)
@@ -75,6 +77,7 @@ class Wanted:
     routes: list[Network]  # of --route, and to the peer's IPv6 address
     connected: list[Network]  # added by the kernel for the addresses
     defaults: list[Network] = field(default_factory=list)  # in the table of default_route.py
+    rules: list[Rule] = field(default_factory=list)
 
     @classmethod
     def of(cls, device: Device) -> Wanted:
@@ -91,10 +94,12 @@ class Wanted:
             connected.append(ours.ipv6.network)
             if ours.peer6 is not None:
                 routes.append(ipaddress.ip_network(ours.peer6))
-        defaults = [default_route.IPV4, default_route.IPV6][: 1 + device.has_ipv6]
-        return cls(
-            device.mtu, addresses, routes, connected, defaults if device.default_route else []
-        )
+        defaults: list[Network] = []
+        rules: list[Rule] = []
+        if device.outside:
+            defaults = [default_route.IPV4, default_route.IPV6][: 1 + device.has_ipv6]
+            rules = [*default_route.rules(device.outside)]
+        return cls(device.mtu, addresses, routes, connected, defaults, rules)
 
     @property
     def keys(self) -> set[Key]:
@@ -154,6 +159,11 @@ class Wanted:
                         order if ready[route.version] else None,
                     )
                 )
+        for rule in self.rules:
+            if rule not in seen.rules:
+                version, words = rule.network.version, str(rule)
+                what = f"IPv{version} rule {' '.join(words.split()[1:4])} missing"
+                found.append(Lack(what, f"ip -{version} rule add {words}", rule.request))
         return found
 
     @property

@@ -3,7 +3,8 @@
  1. A change notification only triggers a new reading; its content is not used. netlink.py filters
     those of other devices and routes in the kernel.
  2. A reading is a chain of requests, each sent after the answer to the last one: the device, all
-    addresses, the routes through the device, the links of the connection's local addresses.
+    addresses, the routes through the device, the rules of the default route, the links of the
+    connection's local addresses.
 
 No call blocks or processes more than BUDGET datagrams. Readings are at least INTERVAL apart and
 take at most a twentieth of the time, however large the tables are. In a flood of notifications, the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import struct
 import time
 from collections import deque
@@ -22,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Callable
 
-from ttun.network import netlink
+from ttun.network import default_route, netlink
 from ttun.network.netlink import Message, Netlink, Request
 from ttun.watch.device_state import Seen, Wanted, address_of, is_up, route_key
 
@@ -161,6 +163,8 @@ class StateReader:
             return False
         if message.kind in (netlink.NEW_ROUTE, netlink.DEL_ROUTE):
             return route_key(message) in self._keys
+        if message.kind in (netlink.NEW_RULE, netlink.DEL_RULE):
+            return bool(self._wanted.rules)
         index = netlink.index_of(message)
         return index == self._index or (
             # A new lifetime, as router advertisements set it, removes no address.
@@ -187,6 +191,11 @@ class StateReader:
             body = netlink.ROUTE.pack(family, *[0] * 8) + through
             routes = Request(netlink.GET_ROUTE, netlink.NLM_DUMP, body)
             self._steps.append(_Step(routes, self._take_route, _must_not_fail))
+        for family in (socket.AF_INET, socket.AF_INET6) if self._wanted.rules else ():
+            rules = Request(
+                netlink.GET_RULE, netlink.NLM_DUMP, netlink.ROUTE.pack(family, *[0] * 8)
+            )
+            self._steps.append(_Step(rules, self._take_rule, lambda _: None))
         self._ask_next(now)
 
     def _break_off(self, again: float) -> None:
@@ -243,6 +252,10 @@ class StateReader:
     def _take_carrier(self, message: Message) -> None:
         if is_up(message):
             self._seen.links_up.add(netlink.index_of(message))
+
+    def _take_rule(self, message: Message) -> None:
+        if (rule := default_route.Rule.of(message)) is not None:
+            self._seen.rules.add(rule)
 
     def _take_route(self, message: Message) -> None:
         route = route_key(message)
