@@ -84,12 +84,11 @@ class Dialer(transport.Dialer):
     def _dial(self, stop: Flag) -> socket.socket:
         self.close()
         over = Flag()
-        try:
-            sock, output = self._keeper.dial(*self._address)
-        except BrokenPipeError as error:  # for good: a service manager may start us again
-            raise TtunError(f"cannot start --via: {error.strerror} (restart ttun)") from None
-        except OSError as error:
-            raise tcp.named("cannot start --via", error) from None
+        with tcp.naming("cannot start --via"):
+            try:
+                sock, output = self._keeper.dial(*self._address)
+            except BrokenPipeError as error:  # for good: a service manager may start us again
+                raise TtunError(f"cannot start --via: {error.strerror} (restart ttun)") from None
         thread = threading.Thread(
             target=self._follow, args=(output, over), name="ttun-via", daemon=True
         )
