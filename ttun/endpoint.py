@@ -75,7 +75,6 @@ class Endpoint(Lifecycle):
         self.on_device: Callable[[str], object] | None = None  # given its name, before packets
         super().__init__()
         self._device: Device | None = None
-        self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
         self._pending = Pending(self._stop)
         self._pending.on_failure = self._attempt_failed
@@ -108,7 +107,6 @@ class Endpoint(Lifecycle):
         missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []
         return self._record.status(
             role=self.role,
-            device=self._device_name_shown,
             missing=missing,
             uptime=time.monotonic() - self._created,
             endpoint=self._endpoint[:MOST_CHARACTERS],
@@ -117,7 +115,8 @@ class Endpoint(Lifecycle):
 
     def facts(self) -> dict[str, str | None]:
         """Return what stays the same during a session, as text."""
-        return self._record.facts(self.role, self._device_name_shown, self._addresses)
+        device = self._device.name if self._device else None
+        return self._record.facts(self.role, device, self._addresses)
 
     # ---- overridden by Server and Client ----
 
@@ -147,13 +146,12 @@ class Endpoint(Lifecycle):
 
     def _acquire(self) -> None:
         self._prepare()
-        self._congestion.prepare()
         given = self._settings
+        congestion.prepare(given.congestion_control)
         self._device = Device(
             self._addresses, given.mtu, given.offload, given.device, given.routes,
             queue=self._buffers.queue,
         )  # fmt: skip
-        self._device_name_shown = self._device.name
         if self.on_device is not None:
             self.on_device(self._device.name)
         if given.default_route:
@@ -190,7 +188,6 @@ class Endpoint(Lifecycle):
         watch, device = self._watch, self._device
         assert watch is not None and device is not None
         watch.look(time.monotonic())
-        self._device_name_shown = device.name
         if watch.device_gone:
             raise TtunError(f"TUN device lost (was {device.name} removed?)")
         if watch.fileno() >= 0:  # each time, as an error unregisters it

@@ -140,17 +140,16 @@ class Record:
 def in_tunnel(device: Device | None) -> dict[str, Any]:
     """Return the fields of Status that a device has."""
     if device is None:
-        return {}
+        return {"device": None}
     ours = device.addresses
-    found: dict[str, Any] = {"mtu": device.mtu}
-    pairs: dict[int, tuple[Interface, object]] = {
-        4: (ours.ipv4, ours.peer4),
-        6: (ours.ipv6, ours.peer6),
+    found = {
+        "device": device.name,
+        "mtu": device.mtu,
+        "local4": str(ours.ipv4),
+        "peer4": _other(ours.ipv4, ours.peer4),
     }
-    for version, (local, peer) in pairs.items():
-        if version == 4 or device.has_ipv6:
-            found[f"local{version}"] = str(local)
-            found[f"peer{version}"] = _other(local, peer)
+    if device.has_ipv6:
+        found.update(local6=str(ours.ipv6), peer6=_other(ours.ipv6, ours.peer6))
     return found
 
 
