@@ -15,7 +15,6 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Callable, ClassVar
 
 from ttun import congestion
@@ -165,7 +164,7 @@ class Endpoint(Lifecycle):
             for line in default_route.exceptions(self._device.index, self._users):
                 log.warning("%s", line)
         self._watch = DeviceWatch(self._device)
-        self._terms = replace(self._terms, features=self._device.offload >> 1)
+        self._terms = self._terms._replace(features=self._device.offload >> 1)
         self._open()
 
     def _begin(self) -> None:

@@ -7,8 +7,8 @@ immutable and replaced as a whole, so no lock is needed.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ttun.congestion import TcpStats
 from ttun.device import Device
@@ -57,8 +57,7 @@ class Status:
     peer6: str | None = None
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The current or the last session."""
 
     session: Session | None = None
@@ -69,7 +68,7 @@ class Record:
     cipher: str = ""
     since: float = 0.0
     sessions: int = 0  # including this one
-    earlier: Counters = field(default_factory=Counters)  # of all sessions before it
+    earlier: Counters = Counters()  # of all sessions before it
     failed: int = 0  # attempts since then
     why: str = ""  # the last one failed, or this session ended
     failed_at: float = 0.0
@@ -90,12 +89,12 @@ class Record:
 
     def ended(self, why: str) -> Record:
         """Return the record after its end."""
-        return replace(self.failure(why), connected=False, failed=0)
+        return self.failure(why)._replace(connected=False, failed=0)
 
     def failure(self, why: str) -> Record:
         """Return the record after an attempt that failed."""
         why = why[:MOST_CHARACTERS]
-        return replace(self, failed=self.failed + 1, why=why, failed_at=time.monotonic())
+        return self._replace(failed=self.failed + 1, why=why, failed_at=time.monotonic())
 
     def status(self, **ends: Any) -> Status:
         """Return the current status. ends: the fields of Status that an endpoint knows."""
