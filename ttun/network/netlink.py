@@ -137,14 +137,6 @@ class Netlink:
         self._sock.send(header + body)
         return self._sequence
 
-    def result(self, request: Request, fine: Iterable[int]) -> int:
-        """Send a request; return its errno, or 0 if it is a fine one. Raises OSError."""
-        sequence = self.ask(request)
-        while True:
-            for answer in self.receive():
-                if answer.sequence == sequence and answer.kind == NLMSG_ERROR:
-                    return 0 if answer.fields[0] in fine else answer.fields[0]
-
     def receive(self) -> list[Message]:
         """Return the messages of the next datagram. Raises BlockingIOError if there is none,
         OSError with ENOBUFS if some were lost.
@@ -167,6 +159,19 @@ class Netlink:
                 found.append(message)
                 if not message.flags & NLM_MULTI:
                     return found
+
+    def order(self, request: Request, ignored: Iterable[int] = ()) -> bool:
+        """Send a request; return False where it failed for a reason that is ignored.
+
+        Raises OSError for any other reason.
+        """
+        try:
+            self.answers(request)
+        except OSError as error:
+            if error.errno not in ignored:
+                raise
+            return False
+        return True
 
 
 def device_to(address: Address, user: int) -> int:

@@ -32,7 +32,7 @@ def add(network: Network, device: str) -> None:
         with contextlib.closing(Netlink()) as link:
             kind, _, body = new_route(socket.if_nametoindex(device), network)
             # Not exclusive: it comes before another device's route to the same network.
-            link.answers(Request(kind, NLM_ACK | NLM_CREATE, body))
+            link.order(Request(kind, NLM_ACK | NLM_CREATE, body))
     except OSError as error:
         why = "it already exists" if error.errno == errno.EEXIST else reason(error)
         if network.version == 6 and error.errno in NO_IPV6:
