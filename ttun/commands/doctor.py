@@ -24,9 +24,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 from ttun import privileges, tox
 from ttun._codec import ffi
@@ -41,9 +39,8 @@ from ttun.commands.doctor_connection import (
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import TtunError
 from ttun.network import default_route
-from ttun.network.routes import table
-
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+from ttun.network.routes import Route, ipv4_routes, ipv6_routes
+from ttun.settings import SERVER, Network
 
 DISTRIBUTION, NAMESAKE = "ttun-tunnel", "ttun"  # ours, and another project's on PyPI
 NODE = Path("/dev/net/tun")
@@ -101,9 +98,7 @@ def look(peer: Address | None) -> Iterator[Finding]:
     yield look_at_toxcore()
     yield look_at_clock(datetime.datetime.now().date())
     if packages.mark == OK:
-        from ttun.settings import SERVER
-
-        routes4, routes6 = ipv4_routes(), ipv6_routes()
+        routes4, routes6 = ipv4_routes() + ipv4_addresses(), ipv6_routes()
         own = own_devices([*routes4, *routes6])
         yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, routes4, own)
         yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, routes6, own)
@@ -287,47 +282,17 @@ def look_at_rp_filter() -> Iterator[Finding]:
         )
 
 
-@dataclass(frozen=True)
-class Route:
-    """A route of the main table."""
-
-    network: Network
-    device: str
-
-
-def ipv4_routes() -> list[Route]:
-    """Return the routes in /proc/net/route, and the addresses: a /32 has no route there."""
-    routes = []
-    for words in table("/proc/net/route")[1:]:
-        to, mask = (
-            socket.inet_ntoa(int(word, 16).to_bytes(4, sys.byteorder))
-            for word in (words[1], words[7])
-        )
-        routes.append(Route(ipaddress.IPv4Network(f"{to}/{mask}"), words[0]))
-    return routes + _ipv4_addresses()
-
-
-def _ipv4_addresses() -> list[Route]:
-    """Get an array of struct ifreq from SIOCGIFCONF: a name, then struct sockaddr_in."""
+def ipv4_addresses() -> list[Route]:
+    """Return the addresses of all devices, as routes: a /32 has none in the main table."""
     found = array.array("B", bytes(IFREQ_SIZE * MANY_ADDRESSES))
     request = struct.pack("iP", len(found), found.buffer_info()[0])  # struct ifconf
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         size = struct.unpack("iP", fcntl.ioctl(control, SIOCGIFCONF, request))[0]
     routes = []
-    for at in range(0, size, IFREQ_SIZE):
+    for at in range(0, size, IFREQ_SIZE):  # struct ifreq: a name, then struct sockaddr_in
         one = found[at : at + IFREQ_SIZE].tobytes()
         name = os.fsdecode(one[:16].partition(b"\0")[0])
         routes.append(Route(ipaddress.IPv4Network(one[20:24]), name))
-    return routes
-
-
-def ipv6_routes() -> list[Route]:
-    """Return the routes in /proc/net/ipv6_route, without the kernel's own reject routes on lo."""
-    routes = []
-    for words in table("/proc/net/ipv6_route"):
-        network = ipaddress.IPv6Network((bytes.fromhex(words[0]), int(words[1], 16)))
-        if words[-1] != "lo":
-            routes.append(Route(network, words[-1]))
     return routes
 
 

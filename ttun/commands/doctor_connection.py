@@ -17,6 +17,7 @@ from ttun.address import Address
 from ttun.commands import path_mtu
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.flag import Flag
+from ttun.network.default_route import is_strict
 
 SYSCTL = Path("/proc/sys/net/ipv4")
 FAST = 200e6  # bit/s that the buffers should allow
@@ -88,14 +89,13 @@ def look_at_forwarding() -> Finding:
 def look_at_reverse_path(devices: Iterable[str]) -> Finding:
     """Check whether the kernel drops packets from the tunnel whose source is routed elsewhere.
 
-    devices: of running tunnels. The larger value of "all" and of the device holds.
+    devices: of running tunnels.
     """
-    everywhere, subject = _rp_filter("all"), "reverse path"
-    found = {name: _rp_filter(name) for name in [*devices] or ["default"]}
-    strict = sorted(name for name, value in found.items() if max(value, everywhere) == 1)
+    subject = "reverse path"
+    strict = sorted(filter(is_strict, [*devices] or ["default"]))
     if not strict:
         return Finding(OK, subject, "not filtered strictly")
-    at = "all" if everywhere == 1 else strict[0]
+    at = "all" if is_strict("all") else strict[0]
     rows = [row.split() for row in Path("/proc/net/netstat").read_text().splitlines()[:2]]
     dropped = dict(zip(*rows)).get("IPReversePathFilter", "0")
     return Finding(
@@ -105,10 +105,6 @@ def look_at_reverse_path(devices: Iterable[str]) -> Finding:
         "packets from the tunnel are silently dropped if their source is routed elsewhere",
         f"sysctl net.ipv4.conf.{at}.rp_filter=2, or --route for each network behind the peer",
     )
-
-
-def _rp_filter(device: str) -> int:
-    return int((_sysctl(f"conf/{device}/rp_filter") or ["0"])[0])
 
 
 def look_at_buffers(rtt: float) -> Finding:

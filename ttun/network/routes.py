@@ -17,10 +17,11 @@ import os
 import socket
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from ttun.errors import TtunError, printable, reason
 from ttun.network.netlink import NLM_ACK, NLM_CREATE, Netlink, Request, new_route
-from ttun.settings import Address, Network
+from ttun.settings import Network
 
 # Errors of a device, or a kernel, without IPv6.
 NO_IPV6 = (errno.EACCES, errno.ENODEV, errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
@@ -40,35 +41,46 @@ def add(network: Network, device: str) -> None:
         raise TtunError(f"cannot add route {network} through {device}: {why}") from None
 
 
+class Route(NamedTuple):
+    """A route of this machine, or one of its addresses."""
+
+    network: Network
+    device: str
+
+
 def clash(network: Network, device: str) -> str | None:
     """Return another device with a route to a network of this one, at least as specific."""
-    length, other = _longest_other(network[-1], device)
+    others = [
+        (route.network.prefixlen, route.device)
+        for route in (ipv4_routes() if network.version == 4 else ipv6_routes())
+        if route.device != device and network[-1] in route.network
+    ]
+    length, other = max(others, default=(-1, ""))
     return printable(other) if length >= network.prefixlen else None
 
 
-def _longest_other(target: Address, device: str) -> tuple[int, str]:
-    """Return the longest prefix length of other devices' routes to an address, or -1, and the
-    device.
-    """
-    lengths = [(-1, "")]
-    if target.version == 4:
-        for fields in table("/proc/net/route")[1:]:
-            # Hexadecimal, in host byte order.
-            network, mask = (
-                ipaddress.IPv4Address(struct.pack("=I", int(fields[i], 16))) for i in (1, 7)
-            )
-            route = ipaddress.ip_network(f"{network}/{mask}")
-            if fields[0] != device and target in route:
-                lengths.append((route.prefixlen, fields[0]))
-    else:
-        for fields in table("/proc/net/ipv6_route"):
-            net6 = ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)))
-            if fields[9] not in (device, "lo") and target in net6:
-                lengths.append((net6.prefixlen, fields[9]))
-    return max(lengths)
+def ipv4_routes() -> list[Route]:
+    """Return the routes of the main table."""
+    routes = []
+    for words in _table("/proc/net/route")[1:]:
+        # Hexadecimal, in host byte order.
+        network, mask = (
+            ipaddress.IPv4Address(struct.pack("=I", int(words[i], 16))) for i in (1, 7)
+        )
+        routes.append(Route(ipaddress.IPv4Network(f"{network}/{mask}"), words[0]))
+    return routes
 
 
-def table(path: str) -> list[list[str]]:
+def ipv6_routes() -> list[Route]:
+    """Return the routes of all tables, without the kernel's own on lo."""
+    return [
+        Route(ipaddress.IPv6Network((bytes.fromhex(words[0]), int(words[1], 16))), words[9])
+        for words in _table("/proc/net/ipv6_route")
+        if words[9] != "lo"
+    ]
+
+
+def _table(path: str) -> list[list[str]]:
     """Return the words in each line of a table of the kernel's; none if it has no such table."""
     try:
         lines = Path(path).read_bytes().splitlines()
