@@ -29,6 +29,7 @@ from pathlib import Path
 from ttun import privileges, tox
 from ttun._codec import ffi
 from ttun.address import Address
+from ttun.commands.answer import own_netns
 from ttun.commands.doctor_connection import (
     look_at_congestion_control,
     look_at_forwarding,
@@ -304,9 +305,8 @@ def own_devices(routes: Iterable[Route]) -> set[str]:
     from ttun.commands import show
 
     try:
-        netns = os.stat("/proc/self/ns/net").st_ino
-        said = {tunnel["device"] for tunnel in show.ask(None) if tunnel["netns"] == netns}
-    except (OSError, TtunError):  # none is running, or none that may be asked
+        said = {tunnel["device"] for tunnel in show.ask(None) if tunnel["netns"] == own_netns()}
+    except TtunError:  # none is running, or none that may be asked
         return set()
     return {name for name in {route.device for route in routes} & said if _has_no_link(name)}
 
