@@ -86,7 +86,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "background": (),
 }
 
-Facts = Mapping[str, "str | None"]
+Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
 
 
 class Via(NamedTuple):

@@ -8,6 +8,7 @@ network namespace, everything. The kernel does not restore any of it afterwards.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 from ttun.device import Device
+from ttun.errors import printable
 from ttun.network import default_route, netlink
 from ttun.network.netlink import Message, Request, new_address, new_route
 from ttun.settings import MIN_IPV6_MTU, Address, Interface, Network
@@ -50,7 +52,8 @@ class Seen:
 
     def take_device(self, link: Message) -> None:
         """Store the state of the link."""
-        self.name = _printable(link.attributes.get(netlink.IFLA_IFNAME, b"").rstrip(b"\0"))
+        name = link.attributes.get(netlink.IFLA_IFNAME, b"").rstrip(b"\0")
+        self.name = printable(os.fsdecode(name))
         self.up = is_up(link)
         self.mtu = netlink.number(link.attributes.get(netlink.IFLA_MTU, b""))
         families = netlink.attributes(link.attributes.get(netlink.IFLA_AF_SPEC, b""))
@@ -218,9 +221,3 @@ def some(parts: list[str], most: int = SHOWN) -> list[str]:
     """Return the first items, and how many more there are."""
     more = len(parts) - most
     return parts if more <= 0 else [*parts[:most], f"and {more} more"]
-
-
-def _printable(name: bytes) -> str:
-    """Return a device name as printable text; it may have any byte but /, : and spaces."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(x if x.isprintable() else f"\\x{ord(x):02x}" for x in text)

@@ -176,7 +176,7 @@ class StateReader:
         everything = netlink.ADDRESS.pack(*[0] * 5)
         through = netlink.attribute(netlink.RTA_OIF, struct.pack("=I", self._index))
         self._steps += [
-            _Step(_link_request(self._index), self._take_device, self._end_device),
+            _Step(_link_request(self._index), self._seen.take_device, _end_device),
             _Step(
                 Request(netlink.GET_ADDRESS, netlink.NLM_DUMP, everything),
                 self._take_address,
@@ -220,14 +220,6 @@ class StateReader:
         self._listen_to(set().union(*self._seen.owners.values()))
         return True
 
-    def _take_device(self, message: Message) -> None:
-        self._seen.take_device(message)
-
-    @staticmethod
-    def _end_device(failed: int) -> None:
-        if failed != errno.ENODEV:  # not in this network namespace
-            _must_not_fail(failed)
-
     def _take_address(self, message: Message) -> None:
         index, address = netlink.index_of(message), address_of(message)
         if index == self._index:
@@ -252,6 +244,11 @@ class StateReader:
 
 def _link_request(index: int) -> Request:
     return Request(netlink.GET_LINK, 0, netlink.LINK.pack(0, 0, index, 0, 0))
+
+
+def _end_device(failed: int) -> None:
+    if failed != errno.ENODEV:  # not in this network namespace
+        _must_not_fail(failed)
 
 
 def _must_not_fail(failed: int) -> None:
