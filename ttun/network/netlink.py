@@ -4,7 +4,7 @@ The kernel answers a request during send(), and continues a long answer as parts
 no call blocks. Only requests that change something need privileges.
 
 Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h, linux/if_link.h,
-linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR).
+linux/if_addr.h.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ttun._codec import ffi
 from ttun.settings import Address, Network
 
 # linux/netlink.h
@@ -52,13 +51,6 @@ LAYOUTS = {
     NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE,
 }  # fmt: skip
 DATAGRAM_MAX = 65536  # bytes; the kernel's answers are up to 32 KiB
-
-SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-# linux/bpf_common.h and linux/filter.h
-LOAD_WORD, LOAD_HALF, LOAD_AT_X, LOAD_NUMBER, NUMBER_TO_X = 0x20, 0x28, 0x40, 0x00, 0x01
-A_TO_X, JUMP_IF_EQUAL, RETURN = 0x07, 0x15, 0x06
-FIND_ATTRIBUTE = 0xFFFFF00C  # SKF_AD_OFF + SKF_AD_NLATTR
-WHOLE = 0xFFFFFFFF
 
 
 class Message(NamedTuple):
@@ -115,19 +107,6 @@ class Netlink:
         """Unsubscribe from change notifications. Raises OSError."""
         for group in GROUPS:
             self._sock.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, group)
-
-    def hear_only(self, indices: Iterable[int], routes: Iterable[Network]) -> None:
-        """Attach a socket filter that drops notifications of other devices and routes.
-
-        Raises OSError if the kernel rejects it.
-        """
-        code = b"".join(
-            struct.pack("=HBBI", *step) for step in _program(self.port, indices, routes)
-        )
-        steps = ffi.from_buffer(code)
-        # struct sock_fprog
-        program = struct.pack("@HP", len(code) // 8, int(ffi.cast("uintptr_t", steps)))
-        self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
     def ask(self, request: Request) -> int:
         """Send a request; return the sequence number of its answers. Raises OSError."""
@@ -279,56 +258,3 @@ def new_route(index: int, network: Network, table: int = TABLE_MAIN) -> Request:
 
 def _aligned(size: int) -> int:
     return size + 3 & ~3
-
-
-def _program(
-    port: int, indices: Iterable[int], routes: Iterable[Network]
-) -> list[tuple[int, int, int, int]]:
-    """Return a BPF filter that passes answers, and notifications of these devices and routes.
-
-    BPF loads are in network byte order, netlink is in host byte order.
-    """
-    accept = (RETURN, 0, 0, WHOLE)
-    drop = (RETURN, 0, 0, 0)
-
-    def word(value: int) -> int:
-        return int.from_bytes(struct.pack("=I", value), "big")
-
-    def half(value: int) -> int:
-        return int.from_bytes(struct.pack("=H", value), "big")
-
-    devices: list[tuple[int, int, int, int]] = [(LOAD_WORD, 0, 0, HEADER.size + 4)]
-    for index in indices:
-        devices += [(JUMP_IF_EQUAL, 0, 1, word(index)), accept]
-    devices.append(drop)
-    program = [
-        (LOAD_WORD, 0, 0, 12),  # nlmsg_pid
-        (JUMP_IF_EQUAL, 0, 1, word(port)),
-        accept,
-        (LOAD_HALF, 0, 0, 4),  # nlmsg_type
-        (JUMP_IF_EQUAL, 1 + len(devices), 0, half(NEW_ROUTE)),
-        (JUMP_IF_EQUAL, len(devices), 0, half(DEL_ROUTE)),
-        *devices,
-    ]
-    for route in routes:
-        address = route.network_address.packed
-        words = [address[at : at + 4] for at in range(0, (route.prefixlen + 7) // 8, 4)]
-        block = [
-            (LOAD_NUMBER, 0, 0, HEADER.size + ROUTE.size),
-            (NUMBER_TO_X, 0, 0, RTA_DST),
-            (LOAD_WORD, 0, 0, FIND_ATTRIBUTE),
-            (A_TO_X, 0, 0, 0),
-        ]
-        for at, value in enumerate(words):
-            behind = 2 * (len(words) - at - 1) + 1
-            block += [
-                (LOAD_AT_X, 0, 0, ATTRIBUTE.size + 4 * at),
-                (JUMP_IF_EQUAL, 0, behind, int.from_bytes(value, "big")),
-            ]
-        program += [
-            (LOAD_HALF, 0, 0, HEADER.size),  # family and length of the destination
-            (JUMP_IF_EQUAL, 0, len(block) + 1, family(route) << 8 | route.prefixlen),
-            *block,
-            accept,
-        ]
-    return [*program, drop]
