@@ -116,13 +116,8 @@ def look_at_packages() -> Finding:
         import ttun.device
         import ttun.sodium  # noqa: F401
     except ImportError as error:
-        return Finding(
-            FAIL,
-            "packages",
-            str(error),
-            "ttun does not run",
-            "run make in its directory; elsewhere pip install pynacl cffi python-pytun",
-        )
+        fix = "run make in its directory; elsewhere pip install pynacl cffi python-pytun"
+        return Finding(FAIL, "packages", str(error), "ttun does not run", fix)
     except TtunError as error:
         return Finding(FAIL, "packages", str(error), "ttun does not run")
     return Finding(OK, "packages", "codec, PyNaCl and python-pytun load")
@@ -136,26 +131,18 @@ def look_at_namesake() -> Iterator[Finding]:
         other = metadata.distribution(NAMESAKE)
     except ImportError:  # not installed, or a Python without importlib.metadata
         return
-    yield Finding(
-        WARN,
-        "other ttun",
-        f"{NAMESAKE} {other.version} in {other.locate_file('')} is another project",
-        "package and command have the same names: each overwrites the other's files",
-        f"pip uninstall {NAMESAKE}; then reinstall {DISTRIBUTION}",
-    )
+    found = f"{NAMESAKE} {other.version} in {other.locate_file('')} is another project"
+    effect = "package and command have the same names: each overwrites the other's files"
+    fix = f"pip uninstall {NAMESAKE}; then reinstall {DISTRIBUTION}"
+    yield Finding(WARN, "other ttun", found, effect, fix)
 
 
 def look_at_privileges() -> Finding:
     """Check whether this process may create a network device."""
     if privileges.has(privileges.NET_ADMIN):
         return Finding(OK, "privileges", "CAP_NET_ADMIN")
-    return Finding(
-        FAIL,
-        "privileges",
-        "no CAP_NET_ADMIN",
-        NO_DEVICE,
-        "use sudo; in a container --cap-add NET_ADMIN",
-    )
+    fix = "use sudo; in a container --cap-add NET_ADMIN"
+    return Finding(FAIL, "privileges", "no CAP_NET_ADMIN", NO_DEVICE, fix)
 
 
 def look_at_node() -> Finding:
@@ -261,26 +248,18 @@ def look_at_clock(today: datetime.date) -> Finding:
     """Check whether the date is plausible."""
     if WRITTEN <= today < WRITTEN.replace(year=WRITTEN.year + 50):
         return Finding(OK, "clock", f"{today}, plausible")
-    return Finding(
-        WARN,
-        "clock",
-        f"{today}, not plausible",
-        "wrong dates in the log; pip and apt reject certificates; the tunnel needs no date",
-        'date -s "YYYY-MM-DD hh:mm", then NTP; on a board without a battery fake-hwclock',
-    )
+    effect = "wrong dates in the log; pip and apt reject certificates; the tunnel needs no date"
+    fix = 'date -s "YYYY-MM-DD hh:mm", then NTP; on a board without a battery fake-hwclock'
+    return Finding(WARN, "clock", f"{today}, not plausible", effect, fix)
 
 
 def look_at_rp_filter() -> Iterator[Finding]:
-    """Would ``--route default`` be refused, as answers would be dropped?"""
+    """Yield a finding if ``--route default`` is refused, as answers would be dropped."""
     outside = {route.device for route in ipv4_routes() if not route.network.prefixlen}
     if strict := sorted(filter(default_route.is_strict, outside)):
-        yield Finding(
-            WARN,
-            "rp_filter",
-            f"1 on {', '.join(strict)}",
-            "ttun client --route default does not start",
-            "; ".join(map(default_route.remedy, strict)),
-        )
+        effect = "ttun client --route default does not start"
+        fix = "; ".join(map(default_route.remedy, strict))
+        yield Finding(WARN, "rp_filter", f"1 on {', '.join(strict)}", effect, fix)
 
 
 def ipv4_addresses() -> list[Route]:
@@ -335,22 +314,13 @@ def look_at_addresses(
                 continue
             (taken if route.network.prefixlen >= wanted.prefixlen else around).append(route)
     if taken:
-        names = sorted({route.device for route in taken})
-        return Finding(
-            WARN,
-            subject,
-            f"{wanted}: in use on {', '.join(names)}",
-            "traffic may be misrouted",
-            f"stop the other tunnel, or {OTHER_ADDRESSES}",
-        )
+        found = f"{wanted}: in use on {', '.join(sorted({route.device for route in taken}))}"
+        fix = f"stop the other tunnel, or {OTHER_ADDRESSES}"
+        return Finding(WARN, subject, found, "traffic may be misrouted", fix)
     if around:
         other = max(around, key=lambda route: route.network.prefixlen)
-        return Finding(
-            WARN,
-            subject,
-            f"{wanted}: inside {other.network} on {other.device}",
-            f"its hosts in {wanted} are unreachable while the tunnel is up",
-            OTHER_ADDRESSES,
-        )
+        found = f"{wanted}: inside {other.network} on {other.device}"
+        effect = f"its hosts in {wanted} are unreachable while the tunnel is up"
+        return Finding(WARN, subject, found, effect, OTHER_ADDRESSES)
     whose = f"of the running tunnel {', '.join(sorted(mine))}" if mine else "free"
     return Finding(OK, subject, f"{wanted}: {whose}")

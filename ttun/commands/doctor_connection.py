@@ -30,13 +30,10 @@ def look_at_mptcp() -> Finding:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp.IPPROTO_MPTCP).close()
     except OSError as error:
         off = Path("/proc/sys/net/mptcp/enabled").exists()
-        return Finding(
-            WARN,
-            "Multipath TCP",
-            "disabled" if off else f"not in this kernel ({error.strerror})",
-            "-mptcp uses plain TCP: the connection does not survive the loss of its path",
-            "sysctl net.mptcp.enabled=1" if off else "Linux 5.6 or newer, with CONFIG_MPTCP",
-        )
+        found = "disabled" if off else f"not in this kernel ({error.strerror})"
+        effect = "-mptcp uses plain TCP: the connection does not survive the loss of its path"
+        fix = "sysctl net.mptcp.enabled=1" if off else "Linux 5.6 or newer, with CONFIG_MPTCP"
+        return Finding(WARN, "Multipath TCP", found, effect, fix)
     return Finding(OK, "Multipath TCP", "available")
 
 
@@ -77,13 +74,10 @@ def look_at_forwarding() -> Finding:
             off.append(f"net.{name.replace('/', '.')}")
     if not off:
         return Finding(OK, "forwarding", "enabled")
-    return Finding(
-        WARN,
-        "forwarding",
-        f"disabled: {' and '.join(f'{name}=0' for name in off)}",
-        "networks behind this machine cannot use the tunnel, only the machine itself",
-        f"if it routes for others: sysctl {' '.join(f'{name}=1' for name in off)}",
-    )
+    found = f"disabled: {' and '.join(f'{name}=0' for name in off)}"
+    effect = "networks behind this machine cannot use the tunnel, only the machine itself"
+    fix = f"if it routes for others: sysctl {' '.join(f'{name}=1' for name in off)}"
+    return Finding(WARN, "forwarding", found, effect, fix)
 
 
 def look_at_reverse_path(devices: Iterable[str]) -> Finding:
@@ -98,13 +92,10 @@ def look_at_reverse_path(devices: Iterable[str]) -> Finding:
     at = "all" if is_strict("all") else strict[0]
     rows = [row.split() for row in Path("/proc/net/netstat").read_text().splitlines()[:2]]
     dropped = dict(zip(*rows)).get("IPReversePathFilter", "0")
-    return Finding(
-        WARN,
-        subject,
-        f"strict: net.ipv4.conf.{at}.rp_filter=1 ({dropped} packets dropped since boot)",
-        "packets from the tunnel are silently dropped if their source is routed elsewhere",
-        f"sysctl net.ipv4.conf.{at}.rp_filter=2, or --route for each network behind the peer",
-    )
+    found = f"strict: net.ipv4.conf.{at}.rp_filter=1 ({dropped} packets dropped since boot)"
+    effect = "packets from the tunnel are silently dropped if their source is routed elsewhere"
+    fix = f"sysctl net.ipv4.conf.{at}.rp_filter=2, or --route for each network behind the peer"
+    return Finding(WARN, subject, found, effect, fix)
 
 
 def look_at_buffers(rtt: float) -> Finding:
@@ -120,13 +111,8 @@ def look_at_buffers(rtt: float) -> Finding:
         return Finding(OK, "TCP buffers", found)
     needed = 1 << int(FAST / 8 * rtt * 2).bit_length()
     words = " ".join(_sysctl(name)[:2])
-    return Finding(
-        WARN,
-        "TCP buffers",
-        found,
-        "limits the throughput to this server",
-        f'sysctl net.ipv4.{name}="{words} {needed}", on both ends',
-    )
+    fix = f'sysctl net.ipv4.{name}="{words} {needed}", on both ends'
+    return Finding(WARN, "TCP buffers", found, "limits the throughput to this server", fix)
 
 
 def look_at_peer(peer: Address) -> Iterator[Finding]:
@@ -145,9 +131,8 @@ def look_at_peer(peer: Address) -> Iterator[Finding]:
             if way is not None and way.min_rtt is not None and _sysctl("tcp_wmem"):
                 yield look_at_buffers(way.min_rtt)
     try:
-        family, _, _, _, address = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_DGRAM)[
-            0
-        ]
+        found = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_DGRAM)
+        family, _, _, _, address = found[0]
         yield look_at_path(family, address)
     except (OSError, UnicodeError) as error:  # the latter for a malformed name
         why = getattr(error, "strerror", None) or error
@@ -163,10 +148,7 @@ def look_at_path(family: int, address: tuple[object, ...]) -> Finding:
         return Finding(SKIP, "path MTU", found)
     if passes == known:
         return Finding(OK, "path MTU", f"{known} bytes")
-    return Finding(
-        WARN,
-        "path MTU",
-        f"{passes} bytes; larger packets, up to {known}, are silently dropped",
-        "connections hang when they send full-size packets",
-        "sysctl net.ipv4.tcp_mtu_probing=1 on both ends",
-    )
+    found = f"{passes} bytes; larger packets, up to {known}, are silently dropped"
+    effect = "connections hang when they send full-size packets"
+    fix = "sysctl net.ipv4.tcp_mtu_probing=1 on both ends"
+    return Finding(WARN, "path MTU", found, effect, fix)
