@@ -134,14 +134,10 @@ class Wanted:
             if _address_key(address, peer) not in seen.addresses:
                 gone.add(address.version)
                 given = _given(address, peer)
+                remedy = f"ip address add {given} dev {name}"
                 order = partial(new_address, address=address, peer=peer)
-                found.append(
-                    Lack(
-                        f"address {given} missing",
-                        f"ip address add {given} dev {name}",
-                        order if ready[address.version] else None,
-                    )
-                )
+                can = ready[address.version]
+                found.append(Lack(f"address {given} missing", remedy, order if can else None))
         # The kernel adds connected routes itself once the device is up and has its address.
         connected = [x for x in self.connected if seen.up and x.version not in gone]
         for route in [*connected, *self.routes, *self.defaults]:
@@ -149,14 +145,10 @@ class Wanted:
                 is_default = route in self.defaults
                 table = default_route.TABLE if is_default else netlink.TABLE_MAIN
                 where = f" table {table}" if is_default else ""
+                remedy = f"ip route add {route} dev {name}{where}"
                 order = partial(new_route, network=route, table=table)
-                found.append(
-                    Lack(
-                        f"route {route} missing",
-                        f"ip route add {route} dev {name}{where}",
-                        order if ready[route.version] else None,
-                    )
-                )
+                can = ready[route.version]
+                found.append(Lack(f"route {route} missing", remedy, order if can else None))
         return found
 
     @property
