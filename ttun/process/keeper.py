@@ -311,7 +311,7 @@ class Keeper:
         return answer.decode().rstrip("\n"), descriptors.tolist()
 
     def _lost(self) -> OSError:
-        """Note that the keeper is gone; it cannot be had again without privileges."""
+        """Note that the keeper has ended; without privileges there cannot be another."""
         sock, self._socket = self._socket, None
         if sock is not None:
             sock.close()
