@@ -62,7 +62,7 @@ class Listener(transport.GivenSockets):
         for number in (0, 1):
             standard_streams.open_nowhere(number)
         try:
-            self._sock = Carrier(self._join(), lambda: self.over())
+            self._sock = Carrier(self._join(), self._end)
         except OSError as error:
             raise TtunError(f"--stdio: {error.strerror}") from None
 
@@ -90,6 +90,9 @@ class Listener(transport.GivenSockets):
     def _arrive(self) -> None:
         _await(self._sock.fileno(), select.POLLIN)
         self.give(self._sock, "stdio")
+
+    def _end(self) -> None:
+        self.over()
 
     def _join(self) -> socket.socket:
         """Return the socket that both are, or one that stands for them. Raises OSError."""

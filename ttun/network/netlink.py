@@ -14,7 +14,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ttun.settings import Address, Network
@@ -139,7 +139,7 @@ class Netlink:
                 if not message.flags & NLM_MULTI:
                     return found
 
-    def order(self, request: Request, ignored: Iterable[int] = ()) -> bool:
+    def order(self, request: Request, ignored: tuple[int, ...] = ()) -> bool:
         """Send a request; return False where it failed for a reason that is ignored.
 
         Raises OSError for any other reason.
