@@ -29,7 +29,6 @@ from pathlib import Path
 from ttun import privileges, tox
 from ttun._codec import ffi
 from ttun.address import Address
-from ttun.commands.answer import own_netns
 from ttun.commands.doctor_connection import (
     look_at_congestion_control,
     look_at_forwarding,
@@ -282,6 +281,7 @@ def own_devices(routes: Iterable[Route]) -> set[str]:
     A tunnel's answer is the word of its user, so each has to be a device without a link layer too.
     """
     from ttun.commands import show
+    from ttun.commands.answer import own_netns
 
     try:
         said = {tunnel["device"] for tunnel in show.ask(None) if tunnel["netns"] == own_netns()}
