@@ -26,7 +26,7 @@ struct control_queue {
 /* Returns the size of the body of a control frame, or -1 for another type. */
 int ttun_body_size(unsigned type);
 
-/* Initializes an empty queue. Returns 0, or -1 with errno set. */
+/* Initializes an empty queue. */
 void control_queue_init(struct control_queue *q);
 
 /* Wipes and destroys it. No thread may use it any more. */

@@ -7,28 +7,13 @@
 #include <sys/auxv.h>
 #include <unistd.h>
 
-/* Appends a string; returns the new end. Async-signal-safe. */
-static char *append(char *end, const char *text) {
-    size_t size = strlen(text);
-    memcpy(end, text, size);
-    return end + size;
-}
-
 static void end_at_once(int number) {
-    char line[64];
-    const char *name = "a signal";
-    if (number == SIGTERM)
-        name = "SIGTERM";
-    else if (number == SIGINT)
-        name = "SIGINT";
-    else if (number == SIGHUP)
-        name = "SIGHUP";
-    char *end = append(line, "ttun: stopped by ");
-    end = append(end, name);
-    end = append(end, " while starting\n");
+    const char *line = number == SIGTERM  ? "ttun: stopped by SIGTERM while starting\n"
+                       : number == SIGINT ? "ttun: stopped by SIGINT while starting\n"
+                                          : "ttun: stopped by SIGHUP while starting\n";
     /* Do not block on a full pipe: one that is writable has room for PIPE_BUF bytes. */
     struct pollfd output = {.fd = STDERR_FILENO, .events = POLLOUT};
-    if (poll(&output, 1, 0) == 1 && write(STDERR_FILENO, line, (size_t)(end - line)) < 0) {
+    if (poll(&output, 1, 0) == 1 && write(STDERR_FILENO, line, strlen(line)) < 0) {
         /* closed, or disk full */
     }
     _exit(0);

@@ -6,9 +6,9 @@
 
 #include <stddef.h>
 
-/* Makes a signal end the process at once: one line on stderr, exit code 0. Python runs its handlers
- * only between bytecode instructions, so not while getaddrinfo() waits for a name server. The next
- * signal.signal() for this number replaces it. Returns 0, or -1 with errno set. */
+/* Makes SIGTERM, SIGINT or SIGHUP end the process at once: one line on stderr, exit code 0. Python
+ * runs its handlers only between bytecode instructions, so not while getaddrinfo() waits for a name
+ * server. The next signal.signal() for this number replaces it. Returns 0, or -1 with errno set. */
 int ttun_end_on_signal(int number);
 
 /* Overwrites the last arguments of the program (each with its zero byte, `size` bytes in all) in

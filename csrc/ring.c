@@ -1,7 +1,6 @@
 #include "ring.h"
 
 #include <assert.h>
-#include <errno.h>
 
 void ring_init(struct ring *ring, uint8_t *memory, unsigned count) {
     pthread_mutex_init(&ring->lock, NULL);

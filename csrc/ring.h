@@ -37,7 +37,7 @@ struct ring {
     bool closed;
 };
 
-/* Initializes an empty ring on count * SLOT_SIZE bytes. Returns 0, or -1 with errno set. */
+/* Initializes an empty ring on count * SLOT_SIZE bytes. */
 void ring_init(struct ring *ring, uint8_t *memory, unsigned count);
 
 /* Destroys it. No thread may use it any more. */

@@ -9,7 +9,7 @@
  *     which small ones overtake (connection.h, fq.h).
  *  2. uplink send: writes a slot to the socket, many frames per system call.
  *  3. downlink receive: reads what is available, up to the last complete frame; the rest moves to
- * the next slot.
+ *     the next slot.
  *  4. downlink open: opens each frame of a slot in place, coalesces consecutive packets, and writes
  *     them to the device.
  *

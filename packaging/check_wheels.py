@@ -32,7 +32,7 @@ def check(name: str, python: str, source: Path, place: Path, *enter: str | Path)
     run([*enter, installed, "-m", "pip", "--disable-pip-version-check", "-q", "install",
          "--no-index", "--find-links", source / "dist", "ttun-tunnel"],
         PIP_CONFIG_FILE=os.devnull)  # fmt: skip
-    said = run([*enter, installed, source / "tests" / "check_install.py"])
+    said = run([*enter, installed, source / "tests/helpers/check_install.py"])
     print(f"{name}: {said}", end="", flush=True)
 
 

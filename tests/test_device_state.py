@@ -17,7 +17,6 @@ from watched import Watched, flood
 
 from ttun.lab import netns
 from ttun.lab.netns import Hosts
-from ttun.network import netlink
 from ttun.settings import SERVER as USUAL
 from ttun.settings import Addresses
 from ttun.watch import device_watch
@@ -256,18 +255,8 @@ FLOODS = {
 }
 
 
-@pytest.mark.parametrize("filtered", [True, False], ids=["filter", "no-filter"])
 @pytest.mark.parametrize("kind", FLOODS)
-def test_a_flood_of_changes_takes_no_time_and_hides_nothing(
-    host: str, kind: str, filtered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """no-filter: as in a kernel that accepts none."""
-
-    def refuse(*_: object) -> None:
-        raise OSError
-
-    if not filtered:
-        monkeypatch.setattr(netlink.Netlink, "hear_only", refuse)
+def test_a_flood_of_changes_takes_no_time_and_hides_nothing(host: str, kind: str) -> None:
     what, where = FLOODS[kind]
     commands = (
         f"{what} {action} {where.format(first, second)}"

@@ -217,7 +217,7 @@ def test_a_handshake_that_lacks_memory_is_over(harness: Harness) -> None:
         raise MemoryError
 
     assert harness.pending._host is not None
-    harness.pending._host.begin = no_memory
+    harness.pending._host = harness.pending._host._replace(begin=no_memory)
     client = harness.connect(bytes(16))
     with pytest.raises(MemoryError):
         harness.turns(5)

@@ -10,7 +10,6 @@ import random
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -378,7 +377,7 @@ class Client(Endpoint):
                     return None, time.monotonic() - began if waited else None
                 peer = self._pending.turn()
                 if peer is not None:
-                    return replace(peer, name=self._dialer.name), None
+                    return peer._replace(name=self._dialer.name), None
         except BaseException as error:  # or it would go on beside the next attempt
             if self._pending.is_pending(attempt):
                 self._pending.give_up(attempt, str(error))

@@ -120,10 +120,6 @@ class Choice:
         self._wanted = wanted
         self._lacking: str | None = None  # the last error logged
 
-    def prepare(self) -> None:
-        """See prepare()."""
-        prepare(self._wanted)
-
     def choose(self, sock: socket.socket) -> None:
         """Choose for a connection; log each error once."""
         why = choose(sock, self._wanted)

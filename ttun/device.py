@@ -151,24 +151,23 @@ class Device:
         with _permitted():
             self._tun.up()
         with contextlib.closing(netlink.Netlink()) as kernel:
-
-            def add(request: netlink.Request) -> int:
-                return kernel.result(request, (0, errno.EEXIST, errno.EPERM))
-
-            if failed := add(netlink.new_address(self.index, mine.ipv4, mine.peer4)):
-                raise OSError(failed, os.strerror(failed))
-            failed = errno.EMSGSIZE  # of IPv6
-            if self.mtu >= MIN_IPV6_MTU:
-                failed = add(netlink.new_address(self.index, mine.ipv6, None))
-            if failed:
-                self._tell_no_ipv6(OSError(failed, os.strerror(failed)), self.name)
-            self.has_ipv6 = not failed
+            fine = (errno.EEXIST, errno.EPERM)
+            kernel.order(netlink.new_address(self.index, mine.ipv4, mine.peer4), fine)
+            try:
+                if self.mtu < MIN_IPV6_MTU:
+                    raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+                kernel.order(netlink.new_address(self.index, mine.ipv6, None), fine)
+                self.has_ipv6 = True
+            except OSError as error:
+                self._tell_no_ipv6(error, self.name)
             wanted = [*self.networks]
             if self.has_ipv6 and mine.peer6 is not None:
                 wanted.append(ipaddress.ip_network(mine.peer6))
             for network in wanted:
-                if failed := add(netlink.new_route(self.index, network)):
-                    raise OSError(failed, f"route {network}: {os.strerror(failed)}")
+                try:
+                    kernel.order(netlink.new_route(self.index, network), fine)
+                except OSError as error:
+                    raise OSError(error.errno, f"route {network}: {error.strerror}") from None
         log.info("attached to %s, which existed", self.name)
 
     @staticmethod

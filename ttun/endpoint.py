@@ -15,7 +15,6 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Callable, ClassVar
 
 from ttun import congestion
@@ -75,7 +74,6 @@ class Endpoint(Lifecycle):
         super().__init__()
         self.use_keys(keys)
         self._device: Device | None = None
-        self._device_name_shown: str | None = None
         self._watch: DeviceWatch | None = None
         self._pending = Pending(self._stop)
         self._pending.on_failure = self._attempt_failed
@@ -112,7 +110,6 @@ class Endpoint(Lifecycle):
         missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []
         return self._record.status(
             role=self.role,
-            device=self._device_name_shown,
             missing=missing,
             uptime=time.monotonic() - self._created,
             endpoint=self._endpoint[:MOST_CHARACTERS],
@@ -121,7 +118,8 @@ class Endpoint(Lifecycle):
 
     def facts(self) -> dict[str, str | None]:
         """Return what stays the same during a session, as text."""
-        return self._record.facts(self.role, self._device_name_shown, in_tunnel(self._device))
+        device = self._device.name if self._device else None
+        return self._record.facts(self.role, device, in_tunnel(self._device))
 
     # ---- overridden by Server and Client ----
 
@@ -151,13 +149,12 @@ class Endpoint(Lifecycle):
 
     def _acquire(self) -> None:
         self._prepare()
-        self._congestion.prepare()
         given = self._settings
+        congestion.prepare(given.congestion_control)
         self._device = Device(
             self._addresses, given.mtu, given.offload, given.device, given.routes,
             queue=self._buffers.queue,
         )  # fmt: skip
-        self._device_name_shown = self._device.name
         if self.on_device is not None:
             self.on_device(self._device.name)
         if given.default_route:
@@ -171,7 +168,7 @@ class Endpoint(Lifecycle):
             for line in default_route.exceptions(self._device.index, self._users):
                 log.warning("%s", line)
         self._watch = DeviceWatch(self._device)
-        self._terms = replace(self._terms, features=self._device.offload >> 1)
+        self._terms = self._terms._replace(features=self._device.offload >> 1)
         self._open()
 
     def _begin(self) -> None:
@@ -194,7 +191,6 @@ class Endpoint(Lifecycle):
         watch, device = self._watch, self._device
         assert watch is not None and device is not None
         watch.look(time.monotonic())
-        self._device_name_shown = device.name
         if watch.device_gone:
             raise TtunError(f"TUN device lost (was {device.name} removed?)")
         if watch.fileno() >= 0:  # each time, as an error unregisters it

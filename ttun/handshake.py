@@ -27,7 +27,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ttun import x1
 from ttun._codec import lib
@@ -42,20 +42,18 @@ NOT_X1 = "protocol v1, or different pre-shared key"
 NOT_OPENED = "authentication failed (different pre-shared key or cipher?)"
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What this end accepts."""
 
     wire: str = "auto"  # "v1", "x1", or "auto": x1 if the peer supports it, else v1
     cipher: Cipher = EVERYWHERE  # in protocol v1
-    offers: list[Cipher] = field(default_factory=list)  # in protocol x1
+    offers: Sequence[Cipher] = ()  # in protocol x1
     features: int = 0  # offload bits of this end's device, as in an offer
     mtu: int = 0  # of this end's device, as in an offer
     needs_x1: str = "--wire x1 requires x1"  # the reason, if wire is "x1"
 
 
-@dataclass
-class Keys:
+class Keys(NamedTuple):
     """Result of a handshake: both directions, with their counters after its frames."""
 
     sending: CipherState

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from ttun.conversation import CLOSED, Conversation
 from ttun.handshake import Keys, Steps
@@ -21,8 +21,7 @@ CLOSES = (CLOSED, os.strerror(errno.ECONNRESET), os.strerror(errno.EPIPE))
 SILENT_AFTER = 0.1  # seconds without receiving a byte
 
 
-@dataclass
-class Host:
+class Host(NamedTuple):
     """How a server accepts its peers."""
 
     listener: Listener
@@ -31,8 +30,7 @@ class Host:
     silent: bool  # never answer an unauthenticated client
 
 
-@dataclass
-class Peer:
+class Peer(NamedTuple):
     """An authenticated peer."""
 
     sock: socket.socket

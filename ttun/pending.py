@@ -31,7 +31,7 @@ from typing import Callable
 
 from ttun import tcp
 from ttun.conversation import CLOSED, Conversation
-from ttun.errors import ProtocolError, UnrecognizedError, is_lack
+from ttun.errors import ProtocolError, UnrecognizedError, is_lack, reason
 from ttun.flag import SLICE, Flag
 from ttun.handshake import NONCE_SIZE, NOT_X1, TIMEOUT, Keys, Steps
 from ttun.peer import HalfOpen, Host, Peer
@@ -127,7 +127,6 @@ class Pending:
         deadline = now + (seconds or TIMEOUT)
         peer = HalfOpen(sock, name, transport, name, now, deadline, talk, dialled=True)
         self._admit(peer, select.POLLOUT)
-        self._announce(peer, "handshaking")
         return peer
 
     def is_pending(self, peer: HalfOpen) -> bool:
@@ -136,7 +135,9 @@ class Pending:
 
     def give_up(self, peer: HalfOpen, why: str) -> None:
         """End a pending handshake, with a reason for the log."""
-        self._drop(peer, why)
+        if not peer.unrecognized and not self._holding:  # held connections are not logged
+            self._handshake_failed(peer, why)
+        self._close(peer)
 
     def turn(self, seconds: float = SLICE) -> Peer | None:
         """Wait for events, for at most seconds, and handle them.
@@ -146,10 +147,12 @@ class Pending:
         seconds = min(seconds, self._stop.beat())
         now = time.monotonic()
         for peer in [peer for peer in self._half_open.values() if peer.deadline <= now]:
-            self._drop(peer, peer.explain(f"timed out after {now - peer.since:.0f} s"))
+            self.give_up(peer, peer.explain(f"timed out after {now - peer.since:.0f} s"))
         self._sum_up(now)
         if self._resume_at is not None and now >= self._resume_at:
-            self._resume()
+            assert self._host is not None
+            self._resume_at = None
+            self._poll.register(self._host.listener, select.POLLIN)
         first = min((peer.deadline for peer in self._half_open.values()), default=now + seconds)
         listener = None if self._host is None else self._host.listener.fileno()
         accept = False
@@ -157,9 +160,9 @@ class Pending:
             if descriptor == listener:
                 accept = True
             elif descriptor in self._half_open:
-                keys = self._advance(self._half_open[descriptor], what)
-                if keys is not None:
-                    return keys
+                authenticated = self._advance(self._half_open[descriptor], what)
+                if authenticated is not None:
+                    return authenticated
             elif descriptor == self._stop.fileno():
                 self._stop.set()  # by another process, with which a fork shares it
             elif what & GONE:
@@ -216,10 +219,7 @@ class Pending:
         else:
             deadline = now + (HELD_TIMEOUT if self._holding else TIMEOUT)
         transport = self._host.listener.kind(sock)
-        peer = HalfOpen(sock, name, transport, source, now, deadline)
-        self._admit(peer, select.POLLIN)
-        if not self._holding:
-            self._announce(peer, "handshaking")
+        self._admit(HalfOpen(sock, name, transport, source, now, deadline), select.POLLIN)
 
     def _announce(self, peer: HalfOpen, what: str) -> None:
         text = f"peer %s connected over %s; {what}"
@@ -238,11 +238,6 @@ class Pending:
         self._poll.unregister(self._host.listener)
         self._resume_at = time.monotonic() + PAUSE
 
-    def _resume(self) -> None:
-        assert self._host is not None
-        self._resume_at = None
-        self._poll.register(self._host.listener, select.POLLIN)
-
     def _most_pending(self) -> int:
         """Return the current limit of pending handshakes."""
         now = time.monotonic()
@@ -257,7 +252,7 @@ class Pending:
         least = min(peer.worth(now) for peer in many)
         victims = [peer for peer in many if peer.worth(now) == least]
         victim = victims[0] if least <= 1 else random.choice(victims)
-        self._drop(victim, "too many pending handshakes")
+        self.give_up(victim, "too many pending handshakes")
 
     # ---- receiving ----
 
@@ -277,7 +272,7 @@ class Pending:
                 self._handshake_failed(peer, str(error))
                 self._leave_unanswered(peer)
             else:
-                self._drop(peer, peer.explain(getattr(error, "strerror", None) or str(error)))
+                self.give_up(peer, peer.explain(reason(error)))
         except BaseException:  # no memory: the handshake cannot continue
             self._close(peer)
             raise
@@ -367,11 +362,8 @@ class Pending:
     def _admit(self, peer: HalfOpen, events: int) -> None:
         self._half_open[peer.sock.fileno()] = peer
         self._poll.register(peer.sock, events)
-
-    def _drop(self, peer: HalfOpen, why: str) -> None:
-        if not peer.unrecognized and not self._holding:  # held connections are not logged
-            self._handshake_failed(peer, why)
-        self._close(peer)
+        if not self._holding:
+            self._announce(peer, "handshaking")
 
     def _handshake_failed(self, peer: HalfOpen, why: str) -> None:
         why = f"handshake with {peer.name} failed: {why}"

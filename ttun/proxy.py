@@ -13,14 +13,13 @@ Sources: RFC 9110 (CONNECT), RFC 9112 (messages), RFC 7617 (Basic), RFC 1928 (SO
 from __future__ import annotations
 
 import base64
-import contextlib
 import ipaddress
 import os
 import re
 import select
 import socket
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Optional
 from urllib.parse import unquote_to_bytes
@@ -190,12 +189,12 @@ class Dialer(tcp.Dialer):
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the addresses of the proxy."""
-        with self._named():
+        with tcp.naming(self._through):
             return super().look_up(stop)
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return one for each address of the proxy."""
-        with self._named():
+        with tcp.naming(self._through):
             found = super().candidates(stop)
         if len(found) == 1:
             return [found[0]._replace(name=self.name)]
@@ -206,7 +205,7 @@ class Dialer(tcp.Dialer):
         return f"{super().kind(sock)} {self._through}"
 
     def _dial(self, target: Target, stop: Flag) -> socket.socket:
-        with self._named():
+        with tcp.naming(self._through):
             sock = super()._dial(target, stop)
             try:
                 self._request(sock, stop)
@@ -222,13 +221,3 @@ class Dialer(tcp.Dialer):
             left = end - time.monotonic()
             if left <= 0 or not stop.wait_for(sock.fileno(), select.POLLIN, left):
                 raise TimeoutError(f"no answer within {TIMEOUT:.0f} s")
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Have errors name the proxy."""
-        try:
-            yield
-        except InterruptedError:
-            raise
-        except (ProtocolError, OSError) as error:
-            raise tcp.named(self._through, error) from None

@@ -7,8 +7,8 @@ immutable and replaced as a whole, so no lock is needed.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ttun.congestion import TcpStats
 from ttun.device import Device
@@ -57,8 +57,7 @@ class Status:
     peer6: str | None = None
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The current or the last session."""
 
     session: Session | None = None
@@ -69,7 +68,7 @@ class Record:
     cipher: str = ""
     since: float = 0.0
     sessions: int = 0  # including this one
-    earlier: Counters = field(default_factory=Counters)  # of all sessions before it
+    earlier: Counters = Counters()  # of all sessions before it
     failed: int = 0  # attempts since then
     why: str = ""  # the last one failed, or this session ended
     failed_at: float = 0.0
@@ -90,12 +89,12 @@ class Record:
 
     def ended(self, why: str) -> Record:
         """Return the record after its end."""
-        return replace(self.failure(why), connected=False, failed=0)
+        return self.failure(why)._replace(connected=False, failed=0)
 
     def failure(self, why: str) -> Record:
         """Return the record after an attempt that failed."""
         why = why[:MOST_CHARACTERS]
-        return replace(self, failed=self.failed + 1, why=why, failed_at=time.monotonic())
+        return self._replace(failed=self.failed + 1, why=why, failed_at=time.monotonic())
 
     def status(self, **ends: Any) -> Status:
         """Return the current status. ends: the fields of Status that an endpoint knows."""
@@ -140,17 +139,16 @@ class Record:
 def in_tunnel(device: Device | None) -> dict[str, Any]:
     """Return the fields of Status that a device has."""
     if device is None:
-        return {}
+        return {"device": None}
     ours = device.addresses
-    found: dict[str, Any] = {"mtu": device.mtu}
-    pairs: dict[int, tuple[Interface, object]] = {
-        4: (ours.ipv4, ours.peer4),
-        6: (ours.ipv6, ours.peer6),
+    found = {
+        "device": device.name,
+        "mtu": device.mtu,
+        "local4": str(ours.ipv4),
+        "peer4": _other(ours.ipv4, ours.peer4),
     }
-    for version, (local, peer) in pairs.items():
-        if version == 4 or device.has_ipv6:
-            found[f"local{version}"] = str(local)
-            found[f"peer{version}"] = _other(local, peer)
+    if device.has_ipv6:
+        found.update(local6=str(ours.ipv6), peer6=_other(ours.ipv6, ours.peer6))
     return found
 
 

@@ -186,9 +186,8 @@ def _wire(keys: Keys) -> int:
 
 
 def _reason(reason: int, detail: int) -> str:
-    """Return the text of a ttun_reason."""
+    """Return the text of a ttun_reason, unless it is TTUN_END_STOPPED."""
     reasons = {
-        lib.TTUN_END_STOPPED: "stopped",
         lib.TTUN_END_CLOSED: CLOSED,
         lib.TTUN_END_TRUNCATED: f"connection closed {detail} bytes into a frame",
         lib.TTUN_END_LENGTH: f"the peer sent a frame of length {detail}, shorter than the tag",

@@ -21,11 +21,6 @@ class Summary:
         self._start = float("-inf")
         self._events = 0
 
-    @property
-    def due(self) -> float:
-        """When tick() logs a summary; infinity if there is none."""
-        return self._start + PERIOD if self._events > MOST else float("inf")
-
     def log(self, now: float, message: str, *arguments: object) -> None:
         """Log or count an event."""
         self.tick(now)

@@ -12,14 +12,14 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Callable
 
 from ttun import congestion, transport
 from ttun.address import Address, parse_host_port
 from ttun.binding import Binding
-from ttun.errors import TtunError, reason, reason_at
+from ttun.errors import ProtocolError, TtunError, reason, reason_at
 from ttun.flag import Flag
 from ttun.network import resolver
 from ttun.network.resolver import Resolver, SocketAddress, Target
@@ -96,12 +96,8 @@ def dial(address: Address, mptcp: bool | None, stop: Flag) -> socket.socket:
     Raises OSError that lists the attempts, InterruptedError when stop was set.
     """
     failures = []
-    try:
+    with naming(address.host):
         targets = resolver.look_up(address.host, address.port, stop)
-    except InterruptedError:
-        raise
-    except OSError as error:
-        raise OSError(f"{address.host}: {error}") from None
     for target in targets:
         try:
             return connect(target, mptcp, stop)
@@ -124,39 +120,35 @@ def connect(
     binding: what to bind the socket to first. Raises OSError that names the address,
     InterruptedError when stop was set.
     """
+    with naming(show(target.sockaddr)):
+        sock = _open(target.family, mptcp is True, control, quietly=False)
+        try:
+            sock.setblocking(False)
+            if binding is not None:
+                binding.apply(sock)
+            error = sock.connect_ex(target.sockaddr)
+            if error == errno.EINPROGRESS:
+                error = _await_connection(sock, stop)
+            if error:
+                failure = OSError(error, os.strerror(error))
+                raise OSError(error, reason_at(failure, target.sockaddr[0]))
+        except BaseException:
+            sock.close()
+            raise
+    return sock
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put a name in front of the text of an error; keep its errno, for errors.is_lack()."""
     try:
-        return _connect(target, mptcp is True, stop, control, binding)
-    except InterruptedError:
+        yield
+    except InterruptedError:  # no error: stop was set
         raise
-    except OSError as error:
-        why = OSError(error.errno, reason_at(error, target.sockaddr[0]))
-        raise named(show(target.sockaddr), why) from None
-
-
-def named(what: str, error: Exception) -> OSError:
-    """Return an error with a prefixed text and the same errno, for errors.is_lack()."""
-    renamed = OSError(f"{what}: {reason(error)}")
-    renamed.errno = getattr(error, "errno", None)
-    return renamed
-
-
-def _connect(
-    target: Target, mptcp: bool, stop: Flag, control: str, binding: Binding | None
-) -> socket.socket:
-    sock = _open(target.family, mptcp, control, quietly=False)
-    try:
-        sock.setblocking(False)
-        if binding is not None:
-            binding.apply(sock)
-        error = sock.connect_ex(target.sockaddr)
-        if error == errno.EINPROGRESS:
-            error = _await_connection(sock, stop)
-        if error:
-            raise OSError(error, os.strerror(error))
-        return sock
-    except BaseException:
-        sock.close()
-        raise
+    except (OSError, ProtocolError) as error:
+        named = OSError(f"{what}: {reason(error)}")
+        named.errno = getattr(error, "errno", None)
+        raise named from None
 
 
 def _await_connection(sock: socket.socket, stop: Flag) -> int:
@@ -270,12 +262,8 @@ class Dialer(transport.Dialer):
         self, find: Callable[[Flag], list[Target]], stop: Flag
     ) -> list[tuple[Target, str | None]]:
         """Resolve the name; return the targets, each with the address for Candidate."""
-        try:
+        with naming(self._host):
             found = find(stop)
-        except InterruptedError:
-            raise
-        except OSError as error:
-            raise named(self._host, error) from None
         binding, family = self._binding, ""
         if binding is not None and binding.family is not None:
             found = [target for target in found if target.family == binding.family]

@@ -6,6 +6,7 @@ Of strings only the length is checked. Whatever prints one has to escape it, as 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, Callable
 
 from ttun.session import Counters
@@ -39,6 +40,14 @@ def parse(line: bytes) -> Tunnel:
     for name in ("counters", "totals"):
         found[name] = {field: found[name][field] for field in Counters._fields}
     return {**{name: found.get(name) for name in FIELDS}, "format": FORMAT}
+
+
+def own_netns() -> int | None:
+    """Return this process's network namespace, an inode number; None without /proc."""
+    try:
+        return os.stat("/proc/self/ns/net").st_ino  # namespaces(7)
+    except OSError:
+        return None
 
 
 def _integer(digits: str) -> int:

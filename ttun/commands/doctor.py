@@ -24,9 +24,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 from ttun import privileges, tox
 from ttun._codec import ffi
@@ -41,9 +39,8 @@ from ttun.commands.doctor_connection import (
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import TtunError
 from ttun.network import default_route
-from ttun.network.routes import table
-
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+from ttun.network.routes import Route, ipv4_routes, ipv6_routes
+from ttun.settings import SERVER, Network
 
 DISTRIBUTION, NAMESAKE = "ttun-tunnel", "ttun"  # ours, and another project's on PyPI
 NODE = Path("/dev/net/tun")
@@ -101,9 +98,7 @@ def look(peer: Address | None) -> Iterator[Finding]:
     yield look_at_toxcore()
     yield look_at_clock(datetime.datetime.now().date())
     if packages.mark == OK:
-        from ttun.settings import SERVER
-
-        routes4, routes6 = ipv4_routes(), ipv6_routes()
+        routes4, routes6 = ipv4_routes() + ipv4_addresses(), ipv6_routes()
         own = own_devices([*routes4, *routes6])
         yield look_at_addresses("IPv4 addresses", SERVER.ipv4.network, routes4, own)
         yield look_at_addresses("IPv6 addresses", SERVER.ipv6.network, routes6, own)
@@ -120,13 +115,8 @@ def look_at_packages() -> Finding:
         import ttun.device
         import ttun.sodium  # noqa: F401
     except ImportError as error:
-        return Finding(
-            FAIL,
-            "packages",
-            str(error),
-            "ttun does not run",
-            "run make in its directory; elsewhere pip install pynacl cffi python-pytun",
-        )
+        fix = "run make in its directory; elsewhere pip install pynacl cffi python-pytun"
+        return Finding(FAIL, "packages", str(error), "ttun does not run", fix)
     except TtunError as error:
         return Finding(FAIL, "packages", str(error), "ttun does not run")
     return Finding(OK, "packages", "codec, PyNaCl and python-pytun load")
@@ -140,29 +130,21 @@ def look_at_namesake() -> Iterator[Finding]:
         other = metadata.distribution(NAMESAKE)
     except ImportError:  # not installed, or a Python without importlib.metadata
         return
-    yield Finding(
-        WARN,
-        "other ttun",
-        f"{NAMESAKE} {other.version} in {other.locate_file('')} is another project",
-        "package and command have the same names: each overwrites the other's files",
-        f"pip uninstall {NAMESAKE}; then reinstall {DISTRIBUTION}",
-    )
+    found = f"{NAMESAKE} {other.version} in {other.locate_file('')} is another project"
+    effect = "package and command have the same names: each overwrites the other's files"
+    fix = f"pip uninstall {NAMESAKE}; then reinstall {DISTRIBUTION}"
+    yield Finding(WARN, "other ttun", found, effect, fix)
 
 
 def look_at_privileges() -> Finding:
     """Check whether this process may create a network device."""
     if privileges.has(privileges.NET_ADMIN):
         return Finding(OK, "privileges", "CAP_NET_ADMIN")
-    if mine := sorted(prepared_devices()):
-        found = f"no CAP_NET_ADMIN; prepared for this user: {', '.join(mine)}"
-        return Finding(WARN, "privileges", found, f"a tunnel runs with --dev {mine[0]} only")
-    return Finding(
-        FAIL,
-        "privileges",
-        "no CAP_NET_ADMIN",
-        NO_DEVICE,
-        "use sudo; in a container --cap-add NET_ADMIN",
-    )
+    fix = "use sudo; in a container --cap-add NET_ADMIN"
+    if not (mine := sorted(prepared_devices())):
+        return Finding(FAIL, "privileges", "no CAP_NET_ADMIN", NO_DEVICE, fix)
+    found = f"no CAP_NET_ADMIN; prepared for this user: {', '.join(mine)}"
+    return Finding(WARN, "privileges", found, f"a tunnel runs with --dev {mine[0]} only")
 
 
 def prepared_devices() -> Iterator[str]:
@@ -279,69 +261,31 @@ def look_at_clock(today: datetime.date) -> Finding:
     """Check whether the date is plausible."""
     if WRITTEN <= today < WRITTEN.replace(year=WRITTEN.year + 50):
         return Finding(OK, "clock", f"{today}, plausible")
-    return Finding(
-        WARN,
-        "clock",
-        f"{today}, not plausible",
-        "wrong dates in the log; pip and apt reject certificates; the tunnel needs no date",
-        'date -s "YYYY-MM-DD hh:mm", then NTP; on a board without a battery fake-hwclock',
-    )
+    effect = "wrong dates in the log; pip and apt reject certificates; the tunnel needs no date"
+    fix = 'date -s "YYYY-MM-DD hh:mm", then NTP; on a board without a battery fake-hwclock'
+    return Finding(WARN, "clock", f"{today}, not plausible", effect, fix)
 
 
 def look_at_rp_filter() -> Iterator[Finding]:
-    """Would ``--route default`` be refused, as answers would be dropped?"""
+    """Yield a finding if ``--route default`` is refused, as answers would be dropped."""
     outside = {route.device for route in ipv4_routes() if not route.network.prefixlen}
     if strict := sorted(filter(default_route.is_strict, outside)):
-        yield Finding(
-            WARN,
-            "rp_filter",
-            f"1 on {', '.join(strict)}",
-            "ttun client --route default does not start",
-            "; ".join(map(default_route.remedy, strict)),
-        )
+        effect = "ttun client --route default does not start"
+        fix = "; ".join(map(default_route.remedy, strict))
+        yield Finding(WARN, "rp_filter", f"1 on {', '.join(strict)}", effect, fix)
 
 
-@dataclass(frozen=True)
-class Route:
-    """A route of the main table."""
-
-    network: Network
-    device: str
-
-
-def ipv4_routes() -> list[Route]:
-    """Return the routes in /proc/net/route, and the addresses: a /32 has no route there."""
-    routes = []
-    for words in table("/proc/net/route")[1:]:
-        to, mask = (
-            socket.inet_ntoa(int(word, 16).to_bytes(4, sys.byteorder))
-            for word in (words[1], words[7])
-        )
-        routes.append(Route(ipaddress.IPv4Network(f"{to}/{mask}"), words[0]))
-    return routes + _ipv4_addresses()
-
-
-def _ipv4_addresses() -> list[Route]:
-    """Get an array of struct ifreq from SIOCGIFCONF: a name, then struct sockaddr_in."""
+def ipv4_addresses() -> list[Route]:
+    """Return the addresses of all devices, as routes: a /32 has none in the main table."""
     found = array.array("B", bytes(IFREQ_SIZE * MANY_ADDRESSES))
     request = struct.pack("iP", len(found), found.buffer_info()[0])  # struct ifconf
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         size = struct.unpack("iP", fcntl.ioctl(control, SIOCGIFCONF, request))[0]
     routes = []
-    for at in range(0, size, IFREQ_SIZE):
+    for at in range(0, size, IFREQ_SIZE):  # struct ifreq: a name, then struct sockaddr_in
         one = found[at : at + IFREQ_SIZE].tobytes()
         name = os.fsdecode(one[:16].partition(b"\0")[0])
         routes.append(Route(ipaddress.IPv4Network(one[20:24]), name))
-    return routes
-
-
-def ipv6_routes() -> list[Route]:
-    """Return the routes in /proc/net/ipv6_route, without the kernel's own reject routes on lo."""
-    routes = []
-    for words in table("/proc/net/ipv6_route"):
-        network = ipaddress.IPv6Network((bytes.fromhex(words[0]), int(words[1], 16)))
-        if words[-1] != "lo":
-            routes.append(Route(network, words[-1]))
     return routes
 
 
@@ -351,11 +295,11 @@ def own_devices(routes: Iterable[Route]) -> set[str]:
     A tunnel's answer is the word of its user, so each has to be a device without a link layer too.
     """
     from ttun.commands import show
+    from ttun.commands.answer import own_netns
 
     try:
-        netns = os.stat("/proc/self/ns/net").st_ino
-        said = {tunnel["device"] for tunnel in show.ask(None) if tunnel["netns"] == netns}
-    except (OSError, TtunError):  # none is running, or none that may be asked
+        said = {tunnel["device"] for tunnel in show.ask(None) if tunnel["netns"] == own_netns()}
+    except TtunError:  # none is running, or none that may be asked
         return set()
     return {name for name in {route.device for route in routes} & said if _has_no_link(name)}
 
@@ -384,22 +328,13 @@ def look_at_addresses(
                 continue
             (taken if route.network.prefixlen >= wanted.prefixlen else around).append(route)
     if taken:
-        names = sorted({route.device for route in taken})
-        return Finding(
-            WARN,
-            subject,
-            f"{wanted}: in use on {', '.join(names)}",
-            "traffic may be misrouted",
-            f"stop the other tunnel, or {OTHER_ADDRESSES}",
-        )
+        found = f"{wanted}: in use on {', '.join(sorted({route.device for route in taken}))}"
+        fix = f"stop the other tunnel, or {OTHER_ADDRESSES}"
+        return Finding(WARN, subject, found, "traffic may be misrouted", fix)
     if around:
         other = max(around, key=lambda route: route.network.prefixlen)
-        return Finding(
-            WARN,
-            subject,
-            f"{wanted}: inside {other.network} on {other.device}",
-            f"its hosts in {wanted} are unreachable while the tunnel is up",
-            OTHER_ADDRESSES,
-        )
+        found = f"{wanted}: inside {other.network} on {other.device}"
+        effect = f"its hosts in {wanted} are unreachable while the tunnel is up"
+        return Finding(WARN, subject, found, effect, OTHER_ADDRESSES)
     whose = f"of the running tunnel {', '.join(sorted(mine))}" if mine else "free"
     return Finding(OK, subject, f"{wanted}: {whose}")

@@ -21,12 +21,12 @@ from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import reason
 from ttun.flag import Flag
 from ttun.network import netlink, resolver
+from ttun.network.default_route import is_strict
 from ttun.network.resolver import Target
-from ttun.network.routes import table
+from ttun.network.routes import ipv6_routes
 
 SYSCTL = Path("/proc/sys/net/ipv4")
 FAST = 200e6  # bit/s that the buffers should allow
-RTF_ADDRCONF = 0x40000  # linux/ipv6_route.h: a route of a router advertisement
 LEAST_RTT = 0.001  # seconds; below this no buffer is a limit
 
 
@@ -36,13 +36,10 @@ def look_at_mptcp() -> Finding:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp.IPPROTO_MPTCP).close()
     except OSError as error:
         off = Path("/proc/sys/net/mptcp/enabled").exists()
-        return Finding(
-            WARN,
-            "Multipath TCP",
-            "disabled" if off else f"not in this kernel ({error.strerror})",
-            "-mptcp uses plain TCP: the connection does not survive the loss of its path",
-            "sysctl net.mptcp.enabled=1" if off else "Linux 5.6 or newer, with CONFIG_MPTCP",
-        )
+        found = "disabled" if off else f"not in this kernel ({error.strerror})"
+        effect = "-mptcp uses plain TCP: the connection does not survive the loss of its path"
+        fix = "sysctl net.mptcp.enabled=1" if off else "Linux 5.6 or newer, with CONFIG_MPTCP"
+        return Finding(WARN, "Multipath TCP", found, effect, fix)
     return Finding(OK, "Multipath TCP", "available")
 
 
@@ -85,46 +82,36 @@ def look_at_forwarding() -> Finding:
         return Finding(OK, "forwarding", "enabled")
     # Unless accept_ra is 2, a router drops the default route of a router advertisement.
     advertised = {
-        words[9].replace(".", "/")
-        for words in table("/proc/net/ipv6_route")
-        if "ipv6" in off[-1] and words[1] == "00" and int(words[8], 16) & RTF_ADDRCONF
+        route.device.replace(".", "/")
+        for route in ipv6_routes()
+        if "ipv6" in off[-1] and route.network.prefixlen == 0 and route.advertised
     }
-    first = [f"net.ipv6.conf.{name}.accept_ra=2" for name in sorted(advertised)]
-    return Finding(
-        WARN,
-        "forwarding",
-        f"disabled: {' and '.join(f'{name}=0' for name in off)}",
-        "networks behind this machine cannot use the tunnel, only the machine itself",
-        f"if it routes for others: sysctl {' '.join([*first, *(f'{name}=1' for name in off)])}",
-    )
+    settings = [f"net.ipv6.conf.{name}.accept_ra=2" for name in sorted(advertised)]
+    settings += [f"{name}=1" for name in off]
+    found = f"disabled: {' and '.join(f'{name}=0' for name in off)}"
+    effect = "networks behind this machine cannot use the tunnel, only the machine itself"
+    fix = f"if it routes for others: sysctl {' '.join(settings)}"
+    return Finding(WARN, "forwarding", found, effect, fix)
 
 
 def look_at_reverse_path(devices: Iterable[str]) -> Finding:
     """Check whether the kernel drops packets from the tunnel whose source is routed elsewhere.
 
-    devices: of running tunnels. The larger value of "all" and of the device holds.
+    devices: of running tunnels.
     """
-    everywhere, subject = _rp_filter("all"), "reverse path"
-    found = {name: _rp_filter(name) for name in [*devices] or ["default"]}
-    strict = sorted(name for name, value in found.items() if max(value, everywhere) == 1)
+    subject = "reverse path"
+    strict = sorted(filter(is_strict, [*devices] or ["default"]))
     if not strict:
         return Finding(OK, subject, "not filtered strictly")
     # sysctl(8): a slash stands for a dot in the name of a device.
-    which = ["all"] if everywhere == 1 else [name.replace(".", "/") for name in strict]
+    which = ["all"] if is_strict("all") else [name.replace(".", "/") for name in strict]
     names = [f"net.ipv4.conf.{name}.rp_filter" for name in which]
     rows = [row.split() for row in Path("/proc/net/netstat").read_text().splitlines()[:2]]
     dropped = dict(zip(*rows)).get("IPReversePathFilter", "0")
-    return Finding(
-        WARN,
-        subject,
-        f"strict: {'=1, '.join(names)}=1 ({dropped} packets dropped since boot)",
-        "packets from the tunnel are silently dropped if their source is routed elsewhere",
-        f"sysctl {'=2 '.join(names)}=2, or --route for each network behind the peer",
-    )
-
-
-def _rp_filter(device: str) -> int:
-    return int((_sysctl(f"conf/{device}/rp_filter") or ["0"])[0])
+    found = f"strict: {'=1, '.join(names)}=1 ({dropped} packets dropped since boot)"
+    effect = "packets from the tunnel are silently dropped if their source is routed elsewhere"
+    fix = f"sysctl {'=2 '.join(names)}=2, or --route for each network behind the peer"
+    return Finding(WARN, subject, found, effect, fix)
 
 
 def look_at_buffers(rtt: float) -> Finding:
@@ -140,13 +127,8 @@ def look_at_buffers(rtt: float) -> Finding:
         return Finding(OK, "TCP buffers", found)
     needed = 1 << int(FAST / 8 * rtt * 2).bit_length()
     words = " ".join(_sysctl(name)[:2])
-    return Finding(
-        WARN,
-        "TCP buffers",
-        found,
-        "limits the throughput to this server",
-        f'sysctl net.ipv4.{name}="{words} {needed}", on both ends',
-    )
+    fix = f'sysctl net.ipv4.{name}="{words} {needed}", on both ends'
+    return Finding(WARN, "TCP buffers", found, "limits the throughput to this server", fix)
 
 
 def look_at_peer(peer: Address) -> Iterator[Finding]:
@@ -192,10 +174,7 @@ def look_at_path(family: int, address: tuple[object, ...]) -> Finding:
         return Finding(SKIP, "path MTU", found)
     if passes == known:
         return Finding(OK, "path MTU", f"{known} bytes")
-    return Finding(
-        WARN,
-        "path MTU",
-        f"{passes} bytes; larger packets, up to {known}, are silently dropped",
-        "connections hang when they send full-size packets",
-        "sysctl net.ipv4.tcp_mtu_probing=1 on both ends",
-    )
+    found = f"{passes} bytes; larger packets, up to {known}, are silently dropped"
+    effect = "connections hang when they send full-size packets"
+    fix = "sysctl net.ipv4.tcp_mtu_probing=1 on both ends"
+    return Finding(WARN, "path MTU", found, effect, fix)

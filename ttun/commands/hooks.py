@@ -26,7 +26,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ttun import proxy
@@ -34,6 +34,7 @@ from ttun.commands import key
 from ttun.errors import TtunError, is_lack, printable
 from ttun.privileges import User
 from ttun.process import process_group
+from ttun.process.keeper import Facts
 from ttun.process.process_group import TICK, ProcessGroup
 
 log = logging.getLogger("ttun")
@@ -46,8 +47,6 @@ MOST_WAITING = 16  # sessions
 MOST_LEFT = 16  # commands with processes in the background
 SECRETS = (key.VARIABLE, "TUNTOX_SHARED_SECRET")  # variables that commands do not get
 PROXY = proxy.VARIABLE.encode()
-
-Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
 
 
 @dataclass

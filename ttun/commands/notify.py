@@ -60,6 +60,4 @@ def _interval(microseconds: str, pid: str) -> float | None:
         return None  # another process sends the keep-alives
     if not (microseconds.isascii() and microseconds.isdigit() and len(microseconds) <= MOST_DIGITS):
         return None
-    if int(microseconds) == 0:
-        return None
-    return int(microseconds) / 2e6
+    return int(microseconds) / 2e6 or None

@@ -36,12 +36,7 @@ def lines(tunnels: list[Tunnel], labels: list[str]) -> list[str]:
     for name, kind, text, field in (
         ("ttun_sessions_total", "counter", "Sessions, the current one included", "sessions"),
         ("ttun_round_trip_seconds", "gauge", "Last measured round-trip time", "round_trip"),
-        (
-            "ttun_retransmitted_ratio",
-            "gauge",
-            "Share of retransmitted segments",
-            "retransmitted",
-        ),
+        ("ttun_retransmitted_ratio", "gauge", "Share of retransmitted segments", "retransmitted"),
         ("ttun_uptime_seconds", "gauge", "Time since the start", "uptime"),
         ("ttun_failed_attempts", "gauge", "Failed since the last session", "failed_attempts"),
         ("ttun_silence_seconds", "gauge", "Time since data was last received", "silent_for"),

@@ -190,9 +190,8 @@ def _show_client_command(psk: bytes, where: str) -> None:
     """Print the client's command line with the key, if stdout is a terminal and not a log."""
     if not sys.stdout.isatty():
         return
-    program = (
-        "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"
-    )  # as this one was started
+    # As this one was started.
+    program = "./ttun.py" if Path(sys.argv[0]).name == "ttun.py" else "ttun"
     print(f"\non the client:\n\n    sudo {program} client -k {psk.decode()} -s {where}\n")
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ttun.commands import prometheus, query, runtime
-from ttun.commands.answer import Tunnel
+from ttun.commands.answer import Tunnel, own_netns
 from ttun.commands.terminal import colored, height, is_terminal, width, wrapped
 from ttun.errors import TtunError, printable
 from ttun.process import standard_streams
@@ -40,7 +40,6 @@ COLORS = {
 }
 MOST_LINES = 10  # about what was skipped
 LAST_RESORT = 10  # seconds
-OWN_NETNS = Path("/proc/self/ns/net")
 NAMED_NETNS = Path("/run/netns")  # ip-netns(8)
 
 
@@ -235,7 +234,7 @@ def _netns(tunnel: Tunnel, names: dict[int, str]) -> str:
 
 def _elsewhere(tunnels: list[Tunnel]) -> list[str]:
     """Return the network namespace of each tunnel; "" for this one, or an unknown one."""
-    names, ours = _netns_names(), _inode(OWN_NETNS)
+    names, ours = _netns_names(), own_netns()
     return ["" if tunnel["netns"] == ours else _netns(tunnel, names) for tunnel in tunnels]
 
 
@@ -243,18 +242,12 @@ def _netns_names() -> dict[int, str]:
     """Return the names that ``ip netns`` gives network namespaces, by inode number."""
     found: dict[int, str] = {}
     with contextlib.suppress(OSError):
-        device = OWN_NETNS.stat().st_dev
+        device = os.stat("/proc/self/ns/net").st_dev
         for path in sorted(NAMED_NETNS.iterdir(), reverse=True):
             with contextlib.suppress(OSError):
                 if path.stat().st_dev == device:  # else nothing is mounted there
                     found[path.stat().st_ino] = printable(path.name)
     return found
-
-
-def _inode(path: Path) -> int | None:
-    with contextlib.suppress(OSError):
-        return path.stat().st_ino
-    return None
 
 
 class _Rates:

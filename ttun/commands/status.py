@@ -29,7 +29,7 @@ from typing import Any, Callable
 
 from ttun import privileges
 from ttun.commands import runtime
-from ttun.commands.answer import FORMAT
+from ttun.commands.answer import FORMAT, own_netns
 from ttun.privileges import User
 from ttun.record import Status
 from ttun.summary import Summary
@@ -182,20 +182,10 @@ class StatusSocket:
 
 
 def as_dict(status: Status) -> dict[str, Any]:
-    """Return a status as it is sent: plain types, counters by name, and fields of the process.
-
-    netns: the inode number of this process's network namespace, None without /proc.
-    """
+    """Return a status as it is sent: plain types, counters by name, and fields of the process."""
     counters = {name: getattr(status, name)._asdict() for name in ("counters", "totals")}
-    more = {"pid": os.getpid(), "netns": _netns(), "format": FORMAT}
+    more = {"pid": os.getpid(), "netns": own_netns(), "format": FORMAT}
     return {**dataclasses.asdict(status), **counters, **more}
-
-
-def _netns() -> int | None:
-    try:
-        return os.stat("/proc/self/ns/net").st_ino  # namespaces(7)
-    except OSError:
-        return None
 
 
 def _own_directory(place: Path, user: User | None) -> tuple[int, bool]:

@@ -5,8 +5,7 @@
    direction copies between them and a socketpair.
 3. The peer arrives with its first byte, as a client speaks first; on a serial line that may take
    days.
-4. The end of stdin, a reader of stdout that is gone, the end of the session: each ends the rest,
-   and the program.
+4. The end of stdin, of stdout's reader or of the session ends the other two, and the program.
 
 Sources: splice(2), poll(2), pipe(7), unix(7).
 """
@@ -47,7 +46,7 @@ class Carrier(socket.socket):
 
 
 class Listener(transport.GivenSockets):
-    """Has one peer, who arrives with its first byte. over: called when it is gone."""
+    """Has one peer, which arrives with its first byte. over: called when it is closed."""
 
     name = "stdin and stdout"
     single = True

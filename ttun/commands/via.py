@@ -3,7 +3,7 @@
 1. Each dial has the keeper start the command (process/keeper.py): as which user, in which process
    group, with which terminal is its affair. The command has one end of a socketpair, the session
    the other.
-2. A thread copies the command's stderr into the log, within bounds, until the connection is over.
+2. A thread copies the command's stderr into the log, within bounds, until the connection is closed.
 3. Then the keeper ends the command with all its processes.
 
 Sources: ssh_config(5), ProxyCommand.
@@ -84,12 +84,11 @@ class Dialer(transport.Dialer):
     def _dial(self, stop: Flag) -> socket.socket:
         self.close()
         over = Flag()
-        try:
-            sock, output = self._keeper.dial(*self._address)
-        except BrokenPipeError as error:  # for good: a service manager may start us again
-            raise TtunError(f"cannot start --via: {error.strerror} (restart ttun)") from None
-        except OSError as error:
-            raise tcp.named("cannot start --via", error) from None
+        with tcp.naming("cannot start --via"):
+            try:
+                sock, output = self._keeper.dial(*self._address)
+            except BrokenPipeError as error:  # for good: a service manager may start us again
+                raise TtunError(f"cannot start --via: {error.strerror} (restart ttun)") from None
         thread = threading.Thread(
             target=self._follow, args=(output, over), name="ttun-via", daemon=True
         )
@@ -104,7 +103,7 @@ class Dialer(transport.Dialer):
         return Carrier(sock, over.set)
 
     def _follow(self, output: int, over: Flag) -> None:
-        """Copy what the command writes to stderr until the connection is over, then end it."""
+        """Copy what the command writes to stderr until the connection is closed, then end it."""
         os.set_blocking(output, False)
         waiting = select.poll()
         waiting.register(output, select.POLLIN)

@@ -26,15 +26,15 @@ from typing import Any
 from ttun.cipher import CIPHERS, CipherState, fast
 from ttun.errors import TtunError, UsageError
 from ttun.lab import machine, netns, table
-from ttun.lab.demo import end, measured
-from ttun.lab.netns import SERVER, Hosts
+from ttun.lab.demo import end, measured, serve
+from ttun.lab.netns import Hosts
 from ttun.lab.progress import Progress
 from ttun.lab.targets import BARE_LINK, Target, competitor, ttun
 from ttun.version import __version__
 
 PORT = "5001"  # of the traffic server, in a namespace of its own
 SIZES = [64, 576, 1280, 9000, 65503]  # bytes of a packet
-CODEC_SECONDS, CODEC_BUFFER = 0.5, 128 * 1024  # the buffer is as large as the pump's
+CODEC_SECONDS, CODEC_BUFFER = 0.5, 128 * 1024  # bytes of frames that are sealed, then opened
 STEADY_RATE = 100_000  # datagrams per second that a tunnel should carry without loss
 START_TIMEOUT = 20.0  # seconds
 START, PINGS, OVERHEAD = 2.0, 1.3, 0.3  # seconds that a target, its pings, each transfer take
@@ -160,16 +160,7 @@ def _measure(pair: Hosts, target: Target, seconds: float, progress: Progress) ->
         for process in ends:
             running.callback(end, process)
         _await(pair, target)
-        server = pair.start(
-            SERVER,
-            netns.python("ttun.lab.traffic", "serve", target.address, PORT),
-            environment=netns.environment(),
-            stdout=subprocess.PIPE,
-        )
-        running.callback(end, server)
-        assert server.stdout is not None
-        running.callback(server.stdout.close)
-        server.stdout.readline()
+        serve(pair, running, "ttun.lab.traffic", target.address, PORT)
 
         def run(what: str, action: str, *arguments: object, where: str = PORT) -> Any:
             progress.step(what, PINGS if action == "ping" else seconds + OVERHEAD)

@@ -26,7 +26,7 @@ from typing import Any
 
 from ttun.errors import TtunError, UsageError
 from ttun.lab import link_report, machine, netns, table
-from ttun.lab.demo import end
+from ttun.lab.demo import end, serve
 from ttun.lab.link_emulator import Link, LinkedHosts, choose
 from ttun.lab.netns import CLIENT, SERVER
 from ttun.lab.progress import Progress
@@ -299,16 +299,8 @@ class Load:
             if time.monotonic() > deadline:
                 raise TtunError(f"no answer to a ping within {START_TIMEOUT:.0f} s")
             time.sleep(0.1)
-        server = pair.start(
-            SERVER,
-            netns.python("ttun.lab.link_traffic", "serve", self._address, PORT, case.congestion),
-            environment=netns.environment(),
-            stdout=subprocess.PIPE,
-        )
-        running.callback(end, server)
-        assert server.stdout is not None
-        running.callback(server.stdout.close)
-        if server.stdout.readline() != "ready\n":
+        where = self._address, PORT, case.congestion
+        if serve(pair, running, "ttun.lab.link_traffic", *where) != "ready\n":
             raise TtunError("the traffic server did not start on the address of the server's end")
 
     def _is_answered(self) -> bool:

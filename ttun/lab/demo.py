@@ -98,15 +98,7 @@ def _measure(pair: Hosts, directory: Path, size: int, steps: _Steps) -> list[Row
             steps.next(f"ping {address}")
             rows.append(_ping(pair, address))
 
-        receiver = pair.start(
-            SERVER,
-            netns.python("ttun.lab.traffic", "serve", "10.1.1.1", str(PORT)),
-            environment=netns.environment(),
-            stdout=subprocess.PIPE,
-        )
-        running.callback(end, receiver)
-        assert receiver.stdout is not None
-        receiver.stdout.readline()
+        serve(pair, running, "ttun.lab.traffic", "10.1.1.1", str(PORT))
         for action, way in zip(("send", "receive"), WAYS):
             steps.next(f"{size} MiB, {way}")
             rows.append(_transfer(pair, action, f"{size} MiB, {way}", size))
@@ -151,6 +143,23 @@ def _transfer(pair: Hosts, action: str, name: str, size: int) -> Row:
 def _throughput(pair: Hosts, action: str, name: str) -> Row:
     rate = measured(pair, action, "10.1.1.1", str(PORT), "1", str(SECONDS))
     return name, "transfer failed" if rate is None else f"{rate / 1e9:.2f} Gbit/s", bool(rate)
+
+
+def serve(pair: Hosts, running: contextlib.ExitStack, module: str, *arguments: str) -> str:
+    """Start a traffic server on the server's host; return what it prints first.
+
+    running: stops it.
+    """
+    server = pair.start(
+        SERVER,
+        netns.python(module, "serve", *arguments),
+        environment=netns.environment(),
+        stdout=subprocess.PIPE,
+    )
+    running.callback(end, server)
+    assert server.stdout is not None
+    running.callback(server.stdout.close)
+    return server.stdout.readline()
 
 
 def measured(pair: Hosts, *arguments: str) -> Any:

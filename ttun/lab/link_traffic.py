@@ -29,10 +29,17 @@ import sys
 import threading
 import time
 
-from ttun.lab.traffic import ICMP_ECHO, ICMP_REPLY, RESULT, internet_checksum, rate_of_all
+from ttun.lab.traffic import (
+    ICMP_ECHO,
+    ICMP_REPLY,
+    REQUEST,
+    RESULT,
+    internet_checksum,
+    rate_of_all,
+    receive_exactly,
+)
 
 UP, DOWN, FETCH = range(3)
-REQUEST = struct.Struct(">BQ")
 BLOCK = bytes(1 << 18)
 PATIENCE = 30.0  # seconds without a byte until a stream or a fetch has failed
 ANSWER_WITHIN = 3.0  # seconds; a ping that is answered later counts as lost
@@ -53,7 +60,7 @@ def serve(address: str, port: int, congestion: str = "") -> None:
 def _answer(sock: socket.socket) -> None:
     with sock, contextlib.suppress(OSError):  # the client reports what went wrong
         sock.settimeout(PATIENCE)
-        action, value = REQUEST.unpack(_receive_exactly(sock, REQUEST.size))
+        action, value = REQUEST.unpack(receive_exactly(sock, REQUEST.size))
         if action == UP:
             sock.sendall(RESULT.pack(*_count(sock, value / 1000)))
             with contextlib.suppress(socket.timeout):
@@ -104,7 +111,7 @@ def streams(
                 if action == DOWN:
                     results.append(_count(sock, seconds))
                 elif _send_until_answered(sock):
-                    results.append(RESULT.unpack(_receive_exactly(sock, RESULT.size)))
+                    results.append(RESULT.unpack(receive_exactly(sock, RESULT.size)))
                 if len(results) == number:
                     over.set()
                 while not over.is_set():
@@ -162,16 +169,6 @@ def _carry_on(sock: socket.socket, action: int) -> None:
             sock.recv(len(BLOCK))
         elif writable:
             sock.send(BLOCK, socket.MSG_DONTWAIT)
-
-
-def _receive_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = sock.recv(size - len(data))
-        if not part:
-            raise ConnectionError("connection closed too early")
-        data += part
-    return data
 
 
 def fetch(

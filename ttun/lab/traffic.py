@@ -52,7 +52,7 @@ def _answer(sock: socket.socket) -> None:
     with sock:
         sock.settimeout(PATIENCE)
         try:
-            action, size = REQUEST.unpack(_receive_exactly(sock, REQUEST.size))
+            action, size = REQUEST.unpack(receive_exactly(sock, REQUEST.size))
             if action == UPLOAD:
                 _receive_and_judge(sock, size)
             elif action == DOWNLOAD:
@@ -88,7 +88,7 @@ def _send_and_ask(sock: socket.socket, size: int) -> bool:
         digest.update(part)
         sent += len(part)
     sock.sendall(digest.digest())
-    return _receive_exactly(sock, 1) == b"1"
+    return receive_exactly(sock, 1) == b"1"
 
 
 def _receive_and_judge(sock: socket.socket, size: int) -> bool:
@@ -102,7 +102,7 @@ def _receive_and_judge(sock: socket.socket, size: int) -> bool:
             raise ConnectionError(f"connection closed with {left} of {size} bytes missing")
         digest.update(buffer[:got])
         left -= got
-    whole = _receive_exactly(sock, digest.digest_size) == digest.digest()
+    whole = receive_exactly(sock, digest.digest_size) == digest.digest()
     sock.sendall(b"1" if whole else b"0")
     return whole
 
@@ -121,7 +121,7 @@ def flood(address: str, port: int, action: int, streams: int, seconds: float) ->
                 results.append(_receive_all(sock))
             else:
                 _send_for(sock, seconds)
-                results.append(RESULT.unpack(_receive_exactly(sock, RESULT.size)))
+                results.append(RESULT.unpack(receive_exactly(sock, RESULT.size)))
 
     return rate_of_all(one, streams, results)
 
@@ -171,7 +171,7 @@ def datagrams(
         control = stack.enter_context(socket.create_connection((address, port), timeout=PATIENCE))
         sender = stack.enter_context(socket.socket(control.family, socket.SOCK_DGRAM))
         control.sendall(REQUEST.pack(DATAGRAMS, int(seconds * 1000)))
-        (target,) = struct.unpack(">Q", _receive_exactly(control, 8))
+        (target,) = struct.unpack(">Q", receive_exactly(control, 8))
         sender.connect((address, target))
         body = bytes(size)
         sent, started = 0, time.monotonic()
@@ -181,7 +181,7 @@ def datagrams(
                 sender.send(body)
             sent += due
         control.sendall(b".")
-        arrived, _ = RESULT.unpack(_receive_exactly(control, RESULT.size))
+        arrived, _ = RESULT.unpack(receive_exactly(control, RESULT.size))
         return {"sent": sent, "arrived": arrived, "seconds": elapsed}
 
 
@@ -210,7 +210,8 @@ def _count_datagrams(control: socket.socket) -> None:
         control.sendall(RESULT.pack(arrived, 0))
 
 
-def _receive_exactly(sock: socket.socket, size: int) -> bytes:
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """Receive so many bytes. Raises ConnectionError if there are fewer."""
     data = bytearray()
     while len(data) < size:
         part = sock.recv(size - len(data))

@@ -34,8 +34,7 @@ from typing import NamedTuple
 
 from ttun.errors import TtunError, reason
 from ttun.network import netlink
-from ttun.network.netlink import Message, Netlink, Request, attribute
-from ttun.network.routes import NO_FAMILY
+from ttun.network.netlink import NO_FAMILY, Message, Netlink, Request, attribute
 from ttun.privileges import MAX_ID, NET_ADMIN, has
 from ttun.settings import Address, Network
 
@@ -96,11 +95,11 @@ def add(index: int, has_ipv6: bool, users: Iterable[int]) -> None:
     try:
         with contextlib.closing(Netlink()) as link:
             if _devices(link) != {index}:  # a prepared device keeps it
-                link.answers(netlink.new_route(index, IPV4, TABLE))
+                link.order(netlink.new_route(index, IPV4, TABLE))
             _clear(link, index)  # what a killed run left
-            _order(link, netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
+            link.order(netlink.new_route(index if has_ipv6 else 0, IPV6, TABLE), NO_FAMILY)
             for rule in rules(users):
-                _order(link, rule.request(), NO_FAMILY if rule.network == IPV6 else ())
+                link.order(rule.request(), NO_FAMILY if rule.network == IPV6 else ())
     except OSError as error:
         why = error.strerror
         if error.errno == errno.EEXIST:
@@ -176,19 +175,12 @@ def exceptions(index: int, users: Sequence[int]) -> Iterator[str]:
 
 def is_strict(device: str) -> bool:
     """Return whether rp_filter is 1 on a device."""
+    conf = Path("/proc/sys/net/ipv4/conf")
     try:
-        # The larger one counts.
-        return (
-            max(
-                Path(f"/proc/sys/net/ipv4/conf/{each}/rp_filter")
-                .read_text(encoding="ascii")
-                .strip()
-                for each in ("all", device)
-            )
-            == "1"
-        )
+        found = [(conf / each / "rp_filter").read_text() for each in ("all", device)]
     except OSError:
         return False
+    return max(found).strip() == "1"  # the larger one counts
 
 
 def remedy(device: str) -> str:
@@ -214,7 +206,7 @@ def _clear(link: Netlink, index: int) -> None:
     for network in (IPV4, IPV6):
         for priority in (OTHERS, LAN):
             rule = Request(netlink.DEL_RULE, netlink.NLM_ACK, _rule(network, priority, 0))
-            while _order(link, rule, NOTHING + NO_FAMILY):
+            while link.order(rule, NOTHING + NO_FAMILY):
                 pass
     for each in {0, index}:
         _remove_route(link, each, IPV6)
@@ -222,18 +214,7 @@ def _clear(link: Netlink, index: int) -> None:
 
 def _remove_route(link: Netlink, index: int, network: Network) -> None:
     _, _, body = netlink.new_route(index, network, TABLE)
-    _order(link, Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
-
-
-def _order(link: Netlink, request: Request, ignored: tuple[int, ...]) -> bool:
-    """Have the kernel do something; return False where it failed for a reason that is ignored."""
-    try:
-        link.answers(request)
-    except OSError as error:
-        if error.errno not in ignored:
-            raise
-        return False
-    return True
+    link.order(Request(netlink.DEL_ROUTE, netlink.NLM_ACK, body), NOTHING + NO_FAMILY)
 
 
 def _rule(network: Network, priority: int, table: int) -> bytes:

@@ -4,20 +4,20 @@ The kernel answers a request during send(), and continues a long answer as parts
 no call blocks. Only requests that change something need privileges.
 
 Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h, linux/if_link.h,
-linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR).
+linux/if_addr.h.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from ttun._codec import ffi
 from ttun.settings import Address, Network
 
 # linux/netlink.h
@@ -51,14 +51,8 @@ LAYOUTS = {
     NEW_LINK: LINK, DEL_LINK: LINK, NEW_ADDRESS: ADDRESS, DEL_ADDRESS: ADDRESS,
     NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE, NEW_RULE: ROUTE, DEL_RULE: ROUTE,
 }  # fmt: skip
+NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # of a kernel without IPv6
 DATAGRAM_MAX = 65536  # bytes; the kernel's answers are up to 32 KiB
-
-SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-# linux/bpf_common.h and linux/filter.h
-LOAD_WORD, LOAD_HALF, LOAD_AT_X, LOAD_NUMBER, NUMBER_TO_X = 0x20, 0x28, 0x40, 0x00, 0x01
-A_TO_X, JUMP_IF_EQUAL, RETURN = 0x07, 0x15, 0x06
-FIND_ATTRIBUTE = 0xFFFFF00C  # SKF_AD_OFF + SKF_AD_NLATTR
-WHOLE = 0xFFFFFFFF
 
 
 class Message(NamedTuple):
@@ -116,19 +110,6 @@ class Netlink:
         for group in GROUPS:
             self._sock.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, group)
 
-    def hear_only(self, indices: Iterable[int], routes: Iterable[Network]) -> None:
-        """Attach a socket filter that drops notifications of other devices and routes.
-
-        Raises OSError if the kernel rejects it.
-        """
-        code = b"".join(
-            struct.pack("=HBBI", *step) for step in _program(self.port, indices, routes)
-        )
-        steps = ffi.from_buffer(code)
-        # struct sock_fprog
-        program = struct.pack("@HP", len(code) // 8, int(ffi.cast("uintptr_t", steps)))
-        self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-
     def ask(self, request: Request) -> int:
         """Send a request; return the sequence number of its answers. Raises OSError."""
         kind, flags, body = request
@@ -136,14 +117,6 @@ class Netlink:
         header = HEADER.pack(HEADER.size + len(body), kind, NLM_REQUEST | flags, self._sequence, 0)
         self._sock.send(header + body)
         return self._sequence
-
-    def result(self, request: Request, fine: Iterable[int]) -> int:
-        """Send a request; return its errno, or 0 if it is a fine one. Raises OSError."""
-        sequence = self.ask(request)
-        while True:
-            for answer in self.receive():
-                if answer.sequence == sequence and answer.kind == NLMSG_ERROR:
-                    return 0 if answer.fields[0] in fine else answer.fields[0]
 
     def receive(self) -> list[Message]:
         """Return the messages of the next datagram. Raises BlockingIOError if there is none,
@@ -167,6 +140,19 @@ class Netlink:
                 found.append(message)
                 if not message.flags & NLM_MULTI:
                     return found
+
+    def order(self, request: Request, ignored: tuple[int, ...] = ()) -> bool:
+        """Send a request; return False where it failed for a reason that is ignored.
+
+        Raises OSError for any other reason.
+        """
+        try:
+            self.answers(request)
+        except OSError as error:
+            if error.errno not in ignored:
+                raise
+            return False
+        return True
 
 
 def device_to(address: Address, user: int) -> int:
@@ -274,59 +260,3 @@ def new_route(index: int, network: Network, table: int = TABLE_MAIN) -> Request:
 
 def _aligned(size: int) -> int:
     return size + 3 & ~3
-
-
-def _program(
-    port: int, indices: Iterable[int], routes: Iterable[Network]
-) -> list[tuple[int, int, int, int]]:
-    """Return a BPF filter that passes answers, and changes of rules, these devices and routes.
-
-    BPF loads are in network byte order, netlink is in host byte order.
-    """
-    accept = (RETURN, 0, 0, WHOLE)
-    drop = (RETURN, 0, 0, 0)
-
-    def word(value: int) -> int:
-        return int.from_bytes(struct.pack("=I", value), "big")
-
-    def half(value: int) -> int:
-        return int.from_bytes(struct.pack("=H", value), "big")
-
-    devices: list[tuple[int, int, int, int]] = [(LOAD_WORD, 0, 0, HEADER.size + 4)]
-    for index in indices:
-        devices += [(JUMP_IF_EQUAL, 0, 1, word(index)), accept]
-    devices.append(drop)
-    program = [
-        (LOAD_WORD, 0, 0, 12),  # nlmsg_pid
-        (JUMP_IF_EQUAL, 0, 1, word(port)),
-        accept,
-        (LOAD_HALF, 0, 0, 4),  # nlmsg_type
-        (JUMP_IF_EQUAL, 1, 0, half(NEW_RULE)),
-        (JUMP_IF_EQUAL, 0, 1, half(DEL_RULE)),
-        accept,
-        (JUMP_IF_EQUAL, 1 + len(devices), 0, half(NEW_ROUTE)),
-        (JUMP_IF_EQUAL, len(devices), 0, half(DEL_ROUTE)),
-        *devices,
-    ]
-    for route in routes:
-        address = route.network_address.packed
-        words = [address[at : at + 4] for at in range(0, (route.prefixlen + 7) // 8, 4)]
-        block = [
-            (LOAD_NUMBER, 0, 0, HEADER.size + ROUTE.size),
-            (NUMBER_TO_X, 0, 0, RTA_DST),
-            (LOAD_WORD, 0, 0, FIND_ATTRIBUTE),
-            (A_TO_X, 0, 0, 0),
-        ]
-        for at, value in enumerate(words):
-            behind = 2 * (len(words) - at - 1) + 1
-            block += [
-                (LOAD_AT_X, 0, 0, ATTRIBUTE.size + 4 * at),
-                (JUMP_IF_EQUAL, 0, behind, int.from_bytes(value, "big")),
-            ]
-        program += [
-            (LOAD_HALF, 0, 0, HEADER.size),  # family and length of the destination
-            (JUMP_IF_EQUAL, 0, len(block) + 1, family(route) << 8 | route.prefixlen),
-            *block,
-            accept,
-        ]
-    return [*program, drop]

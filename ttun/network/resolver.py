@@ -25,6 +25,7 @@ import select
 import signal
 import socket
 import threading
+from functools import partial
 from typing import Any, Callable, NamedTuple, Union
 
 from ttun._codec import lib
@@ -49,9 +50,6 @@ class Target(NamedTuple):
     sockaddr: SocketAddress
 
 
-Find = Callable[[str, int, int], "list[Target]"]  # of a host, port and flags; raises OSError
-
-
 def numeric(host: str, port: int, flags: int = 0) -> list[Target]:
     """Return the target of a numeric address, without a lookup; empty for a name."""
     try:
@@ -70,7 +68,7 @@ def look_up(host: str, port: int, stop: Flag, flags: int = 0) -> list[Target]:
     if found := numeric(host, port, flags):
         return found
     if threading.active_count() > 1:
-        return _LookUp(host, port, flags).wait(FIRST_PATIENCE, stop)
+        return _LookUp(partial(_getaddrinfo, host, port, flags)).wait(FIRST_PATIENCE, stop)
     return _in_a_child(host, port, flags, stop)
 
 
@@ -97,9 +95,9 @@ class Resolver:
         """
         if found := numeric(self._host, self._port):
             return found
-        find = self._find_outside if outside else _getaddrinfo
+        find = self._find_outside if outside else partial(_getaddrinfo, self._host, self._port, 0)
         try:
-            self._asked = self._asked or _LookUp(self._host, self._port, 0, find)
+            self._asked = self._asked or _LookUp(find)
             self.known = self._asked.wait(PATIENCE if self.known else FIRST_PATIENCE, stop)
             self._asked = None
         except InterruptedError:
@@ -114,12 +112,12 @@ class Resolver:
             )
         return self.known
 
-    def _find_outside(self, host: str, port: int, flags: int) -> list[Target]:
-        """Find the targets of a host; if a name server here would be asked, ask its upstream."""
+    def _find_outside(self) -> list[Target]:
+        """Resolve it; if a name server on this machine would be asked, ask its upstream."""
         local = name_servers.local()
-        if local and not name_servers.is_in_hosts(host):
+        if local and not name_servers.is_in_hosts(self._host):
             if servers := name_servers.upstream():
-                if found := _ask(servers, host, port):
+                if found := self._ask(servers):
                     return found
             elif not self._told:
                 self._told = True
@@ -127,22 +125,21 @@ class Resolver:
                     "the name server %s sends its queries through the tunnel: until that is "
                     "connected, the last addresses of %s are dialled",
                     local,
-                    host,
+                    self._host,
                 )
         try:
-            return _getaddrinfo(host, port, flags)
+            return _getaddrinfo(self._host, self._port, 0)
         except OSError:
             # The C library may have had a daemon ask (nscd, nss-resolve): through the tunnel.
             if not local:
                 with contextlib.suppress(OSError):
-                    if found := _ask([*name_servers.in_use()], host, port):
+                    if found := self._ask([*name_servers.in_use()]):
                         return found
             raise
 
-
-def _ask(servers: list[str], host: str, port: int) -> list[Target]:
-    found = name_servers.look_up(host, servers)[:MOST]
-    return [target for each in found for target in numeric(each, port)]
+    def _ask(self, servers: list[str]) -> list[Target]:
+        found = name_servers.look_up(self._host, servers)[:MOST]
+        return [target for each in found for target in numeric(each, self._port)]
 
 
 def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
@@ -154,19 +151,17 @@ def _getaddrinfo(host: str, port: int, flags: int) -> list[Target]:
 class _LookUp:
     """A lookup on its own thread. Raises OSError if no thread is available."""
 
-    def __init__(self, host: str, port: int, flags: int = 0, find: Find = _getaddrinfo) -> None:
+    def __init__(self, find: Callable[[], list[Target]]) -> None:
         self._done, self._find = Flag(), find
         self._answer: list[Target] | Exception = []
         try:
-            threading.Thread(
-                target=self._ask, args=(host, port, flags), name="ttun-lookup", daemon=True
-            ).start()
+            threading.Thread(target=self._run, name="ttun-lookup", daemon=True).start()
         except RuntimeError as error:
             raise OSError(errno.EAGAIN, str(error)) from None
 
-    def _ask(self, host: str, port: int, flags: int) -> None:
+    def _run(self) -> None:
         try:
-            self._answer = self._find(host, port, flags)
+            self._answer = self._find()
         except Exception as error:  # any error: the other thread waits for an answer
             self._answer = error
         self._done.set()

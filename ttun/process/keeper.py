@@ -86,7 +86,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "background": (),
 }
 
-Facts = Mapping[str, "str | None"]
+Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
 
 
 class Via(NamedTuple):
@@ -312,7 +312,7 @@ class Keeper:
         return answer.decode().rstrip("\n"), descriptors.tolist()
 
     def _lost(self) -> OSError:
-        """Note that the keeper is gone; it cannot be had again without privileges."""
+        """Note that the keeper has ended; without privileges there cannot be another."""
         sock, self._socket = self._socket, None
         if sock is not None:
             sock.close()

@@ -238,7 +238,7 @@ class Dialled:
         return 1000.0 if self._terminal is None else 1000 * process_group.TICK
 
     def tend(self) -> None:
-        """Look whether the command is over: then so is the rest of its group."""
+        """If the command has ended, end the rest of its group."""
         if self._group is not None and self._group.wait(0):
             self.hang_up()
 

@@ -37,9 +37,8 @@ def end_while_loading() -> None:
         if _is_taken(number):
             signal.signal(number, _end)
     if _is_long_running():
-        signal.signal(
-            signal.SIGUSR1, _note
-        )  # asks for a status line later, and must not kill until then
+        # It asks for a status line later, and must not kill until then.
+        signal.signal(signal.SIGUSR1, _note)
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else a hook's exit code is lost
     _unblock()

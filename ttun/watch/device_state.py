@@ -8,6 +8,7 @@ network namespace, everything. The kernel does not restore any of it afterwards.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 from ttun.device import Device
+from ttun.errors import printable
 from ttun.network import default_route, netlink
 from ttun.network.default_route import Rule
 from ttun.network.netlink import Message, Request, new_address, new_route
@@ -52,7 +54,8 @@ class Seen:
 
     def take_device(self, link: Message) -> None:
         """Store the state of the link."""
-        self.name = _printable(link.attributes.get(netlink.IFLA_IFNAME, b"").rstrip(b"\0"))
+        name = link.attributes.get(netlink.IFLA_IFNAME, b"").rstrip(b"\0")
+        self.name = printable(os.fsdecode(name))
         self.up = is_up(link)
         self.mtu = netlink.number(link.attributes.get(netlink.IFLA_MTU, b""))
         families = netlink.attributes(link.attributes.get(netlink.IFLA_AF_SPEC, b""))
@@ -136,14 +139,10 @@ class Wanted:
             if _address_key(address, peer) not in seen.addresses:
                 gone.add(address.version)
                 given = _given(address, peer)
+                remedy = f"ip address add {given} dev {name}"
                 order = partial(new_address, address=address, peer=peer)
-                found.append(
-                    Lack(
-                        f"address {given} missing",
-                        f"ip address add {given} dev {name}",
-                        order if ready[address.version] else None,
-                    )
-                )
+                can = ready[address.version]
+                found.append(Lack(f"address {given} missing", remedy, order if can else None))
         # The kernel adds connected routes itself once the device is up and has its address.
         connected = [x for x in self.connected if seen.up and x.version not in gone]
         for route in [*connected, *self.routes, *self.defaults]:
@@ -151,14 +150,10 @@ class Wanted:
                 is_default = route in self.defaults
                 table = default_route.TABLE if is_default else netlink.TABLE_MAIN
                 where = f" table {table}" if is_default else ""
+                remedy = f"ip route add {route} dev {name}{where}"
                 order = partial(new_route, network=route, table=table)
-                found.append(
-                    Lack(
-                        f"route {route} missing",
-                        f"ip route add {route} dev {name}{where}",
-                        order if ready[route.version] else None,
-                    )
-                )
+                can = ready[route.version]
+                found.append(Lack(f"route {route} missing", remedy, order if can else None))
         for rule in self.rules:
             if rule not in seen.rules:
                 version, words = rule.network.version, str(rule)
@@ -228,9 +223,3 @@ def some(parts: list[str], most: int = SHOWN) -> list[str]:
     """Return the first items, and how many more there are."""
     more = len(parts) - most
     return parts if more <= 0 else [*parts[:most], f"and {more} more"]
-
-
-def _printable(name: bytes) -> str:
-    """Return a device name as printable text; it may have any byte but /, : and spaces."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(x if x.isprintable() else f"\\x{ord(x):02x}" for x in text)

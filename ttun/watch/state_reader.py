@@ -1,7 +1,7 @@
 """Read the state of a device from the kernel after changes, with a rate limit.
 
- 1. A change notification only triggers a new reading; its content is not used. netlink.py filters
-    those of other devices and routes in the kernel.
+ 1. A change notification only triggers a new reading; its content is not used. Those of other
+    devices and routes are ignored.
  2. A reading is a chain of requests, each sent after the answer to the last one: the device, all
     addresses, the routes through the device, the rules of the default route, the links of the
     connection's local addresses.
@@ -13,14 +13,12 @@ reader unsubscribes for DEAF seconds and reads once a second instead.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Callable
 
@@ -36,7 +34,6 @@ BACKSTOP = 30.0  # seconds between readings without a change
 BACKSTOP_SHARE = 100  # the same as SHARE, without changes
 FLOOD, DEAF, DEAF_INTERVAL = 500, 10.0, 1.0  # changes per second; seconds; seconds
 ANSWER_TIMEOUT = 2.0  # seconds; an answer comes at once or is lost
-CARRIERS_MAX = 16  # links of local addresses that are monitored
 
 
 @dataclass
@@ -61,10 +58,9 @@ class StateReader:
         self._next_at = self._not_before = 0.0
         self._second = self._deaf_until = 0.0
         self._changes = 0  # in the current second
-        self._listened_to: tuple[int, ...] = ()
+        self._carriers: set[int] = set()  # links that have one of the addresses
         self._link = Netlink()
         try:
-            self._listen_to(())
             self._link.join()
         except BaseException:
             self._link.close()
@@ -148,15 +144,6 @@ class StateReader:
 
     # ---- changes ----
 
-    def _listen_to(self, carriers: Iterable[int]) -> None:
-        """Have the kernel filter notifications of other devices."""
-        indices = (self._index, *sorted(carriers)[:CARRIERS_MAX])
-        if indices != self._listened_to:
-            self._listened_to = indices
-            # Too many routes for a filter, or no BPF: _matters() filters instead.
-            with contextlib.suppress(OSError):
-                self._link.hear_only(indices, self._wanted.all_routes)
-
     def _matters(self, message: Message) -> bool:
         """Return whether a notification may concern the state."""
         if not message.fields:
@@ -168,7 +155,7 @@ class StateReader:
         index = netlink.index_of(message)
         return index == self._index or (
             # A new lifetime, as router advertisements set it, removes no address.
-            index in self._listened_to and message.kind != netlink.NEW_ADDRESS
+            index in self._carriers and message.kind != netlink.NEW_ADDRESS
         )
 
     # ---- a reading ----
@@ -180,7 +167,7 @@ class StateReader:
         everything = netlink.ADDRESS.pack(*[0] * 5)
         through = netlink.attribute(netlink.RTA_OIF, struct.pack("=I", self._index))
         self._steps += [
-            _Step(_link_request(self._index), self._take_device, self._end_device),
+            _Step(_link_request(self._index), self._seen.take_device, _end_device),
             _Step(
                 Request(netlink.GET_ADDRESS, netlink.NLM_DUMP, everything),
                 self._take_address,
@@ -226,16 +213,8 @@ class StateReader:
         if self._steps:
             self._ask_next(now)
             return False
-        self._listen_to(set().union(*self._seen.owners.values()))
+        self._carriers = set().union(*self._seen.owners.values())
         return True
-
-    def _take_device(self, message: Message) -> None:
-        self._seen.take_device(message)
-
-    @staticmethod
-    def _end_device(failed: int) -> None:
-        if failed != errno.ENODEV:  # not in this network namespace
-            _must_not_fail(failed)
 
     def _take_address(self, message: Message) -> None:
         index, address = netlink.index_of(message), address_of(message)
@@ -265,6 +244,11 @@ class StateReader:
 
 def _link_request(index: int) -> Request:
     return Request(netlink.GET_LINK, 0, netlink.LINK.pack(0, 0, index, 0, 0))
+
+
+def _end_device(failed: int) -> None:
+    if failed != errno.ENODEV:  # not in this network namespace
+        _must_not_fail(failed)
 
 
 def _must_not_fail(failed: int) -> None:
