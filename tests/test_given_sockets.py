@@ -111,6 +111,7 @@ def test_a_socket_that_the_program_closes_too_is_not_lost(
     ours, theirs = ends
     assert given.give(ours, "x")
     waiting.turn(0.1)
+    assert ours.fileno() == -1, "as after detach()"
     ours.close()
     theirs.sendall(bytes(16))
     for _ in range(3):

@@ -44,8 +44,7 @@ class Conversation(Generic[Result]):
                     data, self._wanted = next(self._steps)
                 else:
                     data, self._wanted = self._steps.send(self._take(self._wanted))
-                # A message always fits an empty send buffer. A program that embeds ttun may have
-                # SIGPIPE's default action, by which a peer could end it.
+                # A message always fits an empty send buffer. No SIGPIPE: a program may die of it.
                 if data and self._sock.send(data, socket.MSG_NOSIGNAL) != len(data):
                     raise OSError("the peer does not read")
         except BlockingIOError:

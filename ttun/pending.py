@@ -200,16 +200,16 @@ class Pending:
                 return
             sock = arrival.sock
             try:
+                kind = self._host.listener.kind(sock)
                 sock = self._prepare(sock)
-                self._accepted(sock, arrival.name, arrival.source)
+                self._accepted(sock, arrival.name, arrival.source, kind)
                 self._told = False
             except OSError as error:  # e.g. no kernel memory
                 sock.close()
                 self._cannot_accept(error)
                 return
 
-    def _accepted(self, sock: socket.socket, name: str, source: str) -> None:
-        assert self._host is not None
+    def _accepted(self, sock: socket.socket, name: str, source: str, transport: str) -> None:
         same = [peer for peer in self._half_open.values() if peer.source == source]
         if len(same) >= min(MOST_PER_SOURCE, self._most_pending() // SHARE + 1):
             self._evict(same)
@@ -218,7 +218,6 @@ class Pending:
             deadline = now + random.uniform(*UNRECOGNIZED_TIMEOUT)
         else:
             deadline = now + (HELD_TIMEOUT if self._holding else TIMEOUT)
-        transport = self._host.listener.kind(sock)
         self._admit(HalfOpen(sock, name, transport, source, now, deadline), select.POLLIN)
 
     def _announce(self, peer: HalfOpen, what: str) -> None:

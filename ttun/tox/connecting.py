@@ -1,7 +1,7 @@
 """Connect to targets without blocking the loop.
 
-1. Use a numeric address directly. Resolve a name on a thread, at most MAX_LOOKUPS at a time: an
-   owner whose names nobody answers for holds up no other.
+1. Use a numeric address directly. Resolve a name on a thread, at most MAX_LOOKUPS at a time, and
+   not all for one owner.
 2. Try the addresses one after the other, all within CONNECT_TIMEOUT.
 3. Give the caller the connected socket, or the reason for the failure.
 """
@@ -71,7 +71,7 @@ class Connector:
         """Time out attempts."""
         late = [each for each in self._attempts if each.deadline <= now]
         for attempt in late:
-            attempt.time_out()
+            attempt.fail(attempt.reason)
         if late:  # some of them may have waited for a lookup
             self._names = deque(each for each in self._names if each in self._attempts)
 
@@ -123,7 +123,7 @@ class _Attempt:
         self._loop, self._host, self._port, self._done = loop, host, port, done
         self._addresses: list[Sockaddr] = []
         self._sock: socket.socket | None = None
-        self._reason = packet.NAME
+        self.reason = packet.NAME
 
     def look_up(self, flags: int) -> list[Sockaddr]:
         """Return the target's addresses. Callable from any thread. Raises OSError, UnicodeError."""
@@ -134,8 +134,7 @@ class _Attempt:
     def begin(self, addresses: list[Sockaddr]) -> None:
         """Connect to the first address that answers."""
         self._addresses = addresses
-        if addresses:
-            self._reason = packet.UNREACHABLE
+        self.reason = packet.UNREACHABLE if addresses else packet.NAME
         self.deadline = time.monotonic() + CONNECT_TIMEOUT
         self._next()
 
@@ -146,7 +145,7 @@ class _Attempt:
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
             except OSError:
-                self._reason = packet.FULL  # out of descriptors, or address family not supported
+                self.reason = packet.FULL  # out of descriptors, or address family not supported
                 continue
             sock.setblocking(False)
             error = sock.connect_ex(address)
@@ -156,11 +155,7 @@ class _Attempt:
                 return
             self._note(error)
             sock.close()
-        self.fail(self._reason)
-
-    def time_out(self) -> None:
-        """Fail: the name was not found, or no address answered."""
-        self.fail(packet.NAME if self._reason == packet.NAME else packet.UNREACHABLE)
+        self.fail(self.reason)
 
     def fail(self, reason: int) -> None:
         """Close the socket and report the reason."""
@@ -176,7 +171,7 @@ class _Attempt:
 
     def _note(self, error: int) -> None:
         refused = error == errno.ECONNREFUSED
-        self._reason = packet.REFUSED if refused else packet.UNREACHABLE
+        self.reason = packet.REFUSED if refused else packet.UNREACHABLE
         log.debug("connect to target failed: %s", os.strerror(error))
 
     def _on_ready(self, _: int) -> None:

@@ -201,15 +201,11 @@ class Loop:
 
 
 def _internet_socket(descriptor: int) -> int | None:
-    """Return the type of an Internet socket, or None for any other descriptor.
-
-    socket.socket() would make it non-blocking if the program has set a default timeout.
-    """
+    """Return the type of an Internet socket, or None for any other descriptor."""
+    # socket.socket() would make it non-blocking if the program has set a default timeout.
     value, size = ffi.new("int *"), ffi.new("uint32_t *", 4)
-    found = []
     for option in (socket.SO_DOMAIN, socket.SO_TYPE):
+        family = value[0]
         if lib.getsockopt(descriptor, socket.SOL_SOCKET, option, value, size) != 0:
             return None
-        found.append(value[0])
-    family, kind = found
-    return kind if family in (socket.AF_INET, socket.AF_INET6) else None
+    return value[0] if family in (socket.AF_INET, socket.AF_INET6) else None

@@ -138,9 +138,7 @@ class Tunnel:
 
 
 class Growth:
-    """What all tunnels have together: how many bytes their windows may still grow, and how many are
-    buffered.
-    """
+    """How many bytes the windows of all tunnels together may still grow, and have buffered."""
 
     def __init__(self, left: int = MAX_GROWTH) -> None:
         self.left = left
