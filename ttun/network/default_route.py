@@ -34,8 +34,7 @@ from typing import NamedTuple
 
 from ttun.errors import TtunError, reason
 from ttun.network import netlink
-from ttun.network.netlink import Message, Netlink, Request, attribute
-from ttun.network.routes import NO_FAMILY
+from ttun.network.netlink import NO_FAMILY, Message, Netlink, Request, attribute
 from ttun.privileges import MAX_ID, NET_ADMIN, has
 from ttun.settings import Address, Network
 

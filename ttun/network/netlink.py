@@ -10,6 +10,7 @@ linux/if_addr.h, Documentation/networking/filter.rst (classic BPF, SKF_AD_NLATTR
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -52,6 +53,8 @@ LAYOUTS = {
     NEW_ROUTE: ROUTE, DEL_ROUTE: ROUTE, NEW_RULE: ROUTE, DEL_RULE: ROUTE,
 }  # fmt: skip
 DATAGRAM_MAX = 65536  # bytes; the kernel's answers are up to 32 KiB
+
+NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # errors of a kernel without IPv6
 
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 # linux/bpf_common.h and linux/filter.h

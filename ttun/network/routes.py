@@ -19,13 +19,11 @@ import struct
 from pathlib import Path
 
 from ttun.errors import TtunError, printable, reason
-from ttun.network.netlink import NLM_ACK, NLM_CREATE, Netlink, Request, new_route
+from ttun.network.netlink import NLM_ACK, NLM_CREATE, NO_FAMILY, Netlink, Request, new_route
 from ttun.settings import MIN_IPV6_MTU, Address, Network
 
-# Errors of a kernel, or a device, without IPv6.
-NO_FAMILY = (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
 ENABLE_IPV6 = "sysctl net.ipv6.conf.{}.disable_ipv6=0"
-NO_IPV6 = (*NO_FAMILY, errno.EACCES, errno.ENODEV)
+NO_IPV6 = (*NO_FAMILY, errno.EACCES, errno.ENODEV)  # errors of a kernel, or a device, without it
 
 
 def add(network: Network, device: str) -> None:
