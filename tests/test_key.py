@@ -81,7 +81,7 @@ def test_a_file_of_root_is_refused_to_others_with_what_to_do(places: Path) -> No
     if os.geteuid() == 0:
         command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    assert f"cannot read the key file {file}: permission denied (use sudo" in said
+    assert f"cannot read the key file {file}: permission denied (use sudo)" in said
 
 
 @pytest.fixture

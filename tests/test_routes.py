@@ -180,7 +180,7 @@ def test_what_is_wrong_with_such_a_route_is_bad_usage(capsys: pytest.CaptureFixt
     [
         ("local4", "224.0.0.5"),  # the kernel says «Invalid argument»
         ("local4", "0.0.0.0/0"),  # and here it removes the address
-        ("peer4", "255.255.255.255"),
+        ("peer4", "239.0.0.1"),
         ("local6", "ff02::1/126"),
         ("peer6", "::"),
     ],

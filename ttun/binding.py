@@ -10,7 +10,7 @@ import ipaddress
 import os
 import socket
 
-from ttun.errors import UsageError, reason_at
+from ttun.errors import UsageError, reason
 from ttun.network import resolver
 
 WHY = {
@@ -55,6 +55,5 @@ class Binding:
                 raise OSError(errno.ENODEV, "")
             sock.bind(found[0].sockaddr)
         except OSError as error:
-            host = "" if self.device else self._host
-            why = WHY.get(error.errno or 0) or reason_at(error, host)
+            why = WHY.get(error.errno or 0) or reason(error)
             raise OSError(error.errno, f"{self}: {why}") from None

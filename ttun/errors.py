@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 
 # Descriptors, memory, processes: a temporary shortage.
@@ -42,14 +41,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and "new thread" not in str(error):
         return f"internal error: {error}"  # a bug must not look like a shortage
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def reason_at(error: OSError, host: str) -> str:
-    """Return the text of an error of a socket that was to be bound or connected to a host."""
-    why = reason(error)
-    if why == os.strerror(errno.EINVAL) and host.startswith("fe80:") and "%" not in host:
-        return "a link-local address takes its device, as in fe80::1%eth0"
-    return why
 
 
 def printable(text: str) -> str:

@@ -21,7 +21,6 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Interface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 WIRES = ("auto", "v1", "x1")
 MIN_MTU, MAX_MTU = 576, 65519  # least that RFC 791 requires of hosts; largest that fits a frame
-BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
 MAX_KEYS = 4  # of a server: a stranger's first frame is tried with each
 MAX_KEY_LIFE = 120.0  # seconds; a server ends an x1 session after twice as much
@@ -81,7 +80,7 @@ class Addresses:
         check_type("peer4", self.peer4, ipaddress.IPv4Address, type(None))
         check_type("peer6", self.peer6, ipaddress.IPv6Address, type(None))
         for each in (self.ipv4.ip, self.ipv6.ip, self.peer4, self.peer6):
-            if each and (each.is_multicast or each.is_unspecified or each == BROADCAST):
+            if each and (each.is_multicast or each.is_unspecified):
                 raise UsageError(f"invalid tunnel address: {each} is not that of a host")
 
     @classmethod

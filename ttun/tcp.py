@@ -19,7 +19,7 @@ from typing import Callable
 from ttun import congestion, transport
 from ttun.address import Address, parse_host_port
 from ttun.binding import Binding
-from ttun.errors import ProtocolError, TtunError, reason, reason_at
+from ttun.errors import ProtocolError, TtunError, reason
 from ttun.flag import Flag
 from ttun.network import resolver
 from ttun.network.resolver import Resolver, SocketAddress, Target
@@ -76,7 +76,7 @@ def listen(
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise TtunError(f"cannot listen on {address}: {_why_not_bound(error, address)}") from None
+        raise TtunError(f"cannot listen on {address}: {_why_not_bound(error)}") from None
     listener.setblocking(False)
     return listener
 
@@ -130,8 +130,7 @@ def connect(
             if error == errno.EINPROGRESS:
                 error = _await_connection(sock, stop)
             if error:
-                failure = OSError(error, os.strerror(error))
-                raise OSError(error, reason_at(failure, target.sockaddr[0]))
+                raise OSError(error, os.strerror(error))
         except BaseException:
             sock.close()
             raise
@@ -210,14 +209,14 @@ def show(sockaddr: SocketAddress) -> str:
     return str(Address(sockaddr[0].removeprefix("::ffff:"), sockaddr[1]))
 
 
-def _why_not_bound(error: OSError, address: Address) -> str:
+def _why_not_bound(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "port in use (stop the other program or choose another port)"
     if error.errno == errno.EADDRNOTAVAIL:
         return "not an address of this machine"
     if error.errno == errno.EACCES:
         return "ports below 1024 require root"
-    return reason_at(error, address.host)
+    return reason(error)
 
 
 def network(address: str) -> str:
@@ -283,14 +282,6 @@ class Dialer(transport.Dialer):
         return kind(sock)
 
 
-def _includes(one: Address, other: Address) -> bool:
-    """Return whether a listener at one gets what is for the other, an address, too."""
-    everywhere = ("", "::") if ":" in other.host else ("", "0.0.0.0")
-    is_address = ":" in other.host or other.host.replace(".", "").isdigit()
-    is_same = one.host == other.host or one.port != other.port or not one.port
-    return is_address and one.host in everywhere and not is_same
-
-
 class Listener(transport.Listener):
     """Accept connections at some local addresses, or all."""
 
@@ -300,10 +291,9 @@ class Listener(transport.Listener):
         Raises UsageError.
         """
         wanted = [parse_address(each, listening=True) for each in several("listen", listen, str)]
+        whole = {each.port for each in wanted if not each.host} - {0}  # these include the others
         self._addresses = [
-            each
-            for each in dict.fromkeys(wanted)
-            if not any(_includes(other, each) for other in wanted)
+            each for each in dict.fromkeys(wanted) if not (each.host and each.port in whole)
         ]
         self.name = ", ".join(map(str, self._addresses))
         self._mptcp, self._control = mptcp, control

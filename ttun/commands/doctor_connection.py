@@ -8,7 +8,6 @@ Documentation/networking/mptcp.rst.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,8 @@ from ttun.commands import path_mtu
 from ttun.commands.finding import FAIL, OK, SKIP, UNREACHED, WARN, Finding
 from ttun.errors import reason
 from ttun.flag import Flag
-from ttun.network import netlink, resolver
+from ttun.network import resolver
 from ttun.network.default_route import is_strict
-from ttun.network.resolver import Target
 from ttun.network.routes import ipv6_routes
 
 SYSCTL = Path("/proc/sys/net/ipv4")
@@ -151,18 +149,13 @@ def look_at_peer(peer: Address) -> Iterator[Finding]:
                 yield look_at_buffers(way.min_rtt)
     except OSError as error:
         fix = "start ttun server there, and open its port in the firewalls between"
-        if not any(map(_has_route, targets)):
-            fix = "check this machine's addresses and gateway: ip address; ip route; ip -6 route"
+        if os.strerror(errno.ENETUNREACH) in str(error):
+            fix = "check this machine's addresses and gateway (ip address, ip route)"
         yield Finding(FAIL, subject, str(error), UNREACHED, fix)
     try:
         yield look_at_path(family, address)
     except OSError as error:
         yield Finding(SKIP, "path MTU", f"not checked: {reason(error)}")
-
-
-def _has_route(target: Target) -> bool:
-    address = ipaddress.ip_address(target.sockaddr[0].partition("%")[0])
-    return netlink.device_to(address, os.geteuid()) != 0 or address.is_link_local
 
 
 def look_at_path(family: int, address: tuple[object, ...]) -> Finding:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
 import os
@@ -204,13 +203,15 @@ def _our_address(listen: str, port: int) -> str:
     address = address._replace(port=address.port or port)
     if address.host not in ("", "0.0.0.0", "::"):
         return str(address)
-    host = "THIS-HOST"
-    for there, only in (("192.0.2.1", "0.0.0.0"), ("2001:db8::1", "::")):
-        if host == "THIS-HOST" and address.host in ("", only):
-            family = socket.AF_INET6 if ":" in there else socket.AF_INET
-            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((there, 9))  # sends nothing, only selects the local address
-                host = str(probe.getsockname()[0])
+    there, family = "192.0.2.1", socket.AF_INET
+    if address.host == "::":  # which takes IPv6 alone
+        there, family = "2001:db8::1", socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((there, 9))  # sends nothing, only selects the local address
+            host = str(probe.getsockname()[0])
+        except OSError:
+            host = "THIS-HOST"
     return str(address._replace(host=host))
 
 

@@ -57,19 +57,11 @@ class Rule(NamedTuple):
     network: Network  # IPV4 or IPV6
     users: tuple[int, int] | None = None
 
-    @classmethod
-    def of(cls, message: Message) -> Rule | None:
-        """Return the rule in a message of the kernel; None if it is not one of ours."""
-        found = message.attributes
-        priority = netlink.number(found.get(FRA_PRIORITY, b""))
-        network = IPV4 if message.fields[0] == socket.AF_INET else IPV6
-        if found.get(FRA_PROTOCOL) == bytes([PROTOCOL]):
-            if priority == LAN:
-                return cls(network)
-            if priority == OTHERS and len(users := found.get(FRA_UIDS, b"")) == 8:
-                first, last = struct.unpack("=2I", users)
-                return cls(network, (first, last))
-        return None
+    def is_in(self, found: Iterable[Message]) -> bool:
+        """Return whether the kernel has it. found: all rules of both families."""
+        ours = netlink.attributes(self.request().body[netlink.ROUTE.size :]).items()
+        family = netlink.family(self.network)
+        return any(x.fields[0] == family and ours <= x.attributes.items() for x in found)
 
     def __str__(self) -> str:
         """Return it as ip-rule(8) takes it."""

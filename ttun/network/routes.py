@@ -51,9 +51,7 @@ def why_no_ipv6(error: OSError, device: str = "default") -> str:
     """Return why a device has no IPv6, and what to do. device: its name, if it was prepared."""
     if error.errno == errno.EMSGSIZE:
         return f"the MTU is below {MIN_IPV6_MTU}"
-    if error.errno in NO_FAMILY:
-        return "not in this kernel (boot without ipv6.disable=1)"
-    if error.errno in NO_IPV6:
+    if error.errno == errno.EACCES:
         return f"disabled ({ENABLE_IPV6.format(device.replace('.', '/'))}; then restart ttun)"
     return reason(error)
 

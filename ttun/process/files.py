@@ -120,8 +120,7 @@ def why(path: Path, error: OSError) -> str:
     if error.errno == errno.ENOENT and str(path).startswith(("/dev/fd/", "/proc/self/fd/")):
         return "it is closed (sudo closes <(COMMAND): use COMMAND | sudo ttun ... /dev/stdin)"
     if isinstance(error, PermissionError):
-        other = f", or chown {_user(os.geteuid())} {path}" if os.geteuid() else ""
-        return f"permission denied (use sudo{other})"
+        return "permission denied (use sudo)"
     return error.strerror or str(error)
 
 

@@ -47,7 +47,7 @@ class Seen:
     ipv6_disabled: bool = False
     addresses: set[AddressKey] = field(default_factory=set)
     routes: set[Key] = field(default_factory=set)  # only the wanted ones
-    rules: set[Rule] = field(default_factory=set)
+    rules: list[Message] = field(default_factory=list)  # all of the machine
     # Of a connection's local addresses: the interfaces that have them, and which of those are up.
     owners: dict[bytes, set[int]] = field(default_factory=dict)
     links_up: set[int] = field(default_factory=set)
@@ -155,7 +155,7 @@ class Wanted:
                 can = ready[route.version]
                 found.append(Lack(f"route {route} missing", remedy, order if can else None))
         for rule in self.rules:
-            if rule not in seen.rules:
+            if not rule.is_in(seen.rules):
                 version, words = rule.network.version, str(rule)
                 what = f"IPv{version} rule {' '.join(words.split()[1:4])} missing"
                 found.append(Lack(what, f"ip -{version} rule add {words}", rule.request))

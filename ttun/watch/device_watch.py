@@ -120,7 +120,7 @@ class DeviceWatch:
         if not self._read_before:  # connected routes differ between kernels
             self._read_before = True
             self._wanted.connected = [x for x in self._wanted.connected if key(x) in seen.routes]
-            self._wanted.rules = [x for x in self._wanted.rules if x in seen.rules]
+            self._wanted.rules = [x for x in self._wanted.rules if x.is_in(seen.rules)]
         lacks = self._wanted.lacks(seen)
         self.missing = [lack.what for lack in lacks]
         self._was_complete |= not lacks

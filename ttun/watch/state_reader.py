@@ -22,7 +22,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Callable
 
-from ttun.network import default_route, netlink
+from ttun.network import netlink
 from ttun.network.netlink import Message, Netlink, Request
 from ttun.watch.device_state import Seen, Wanted, address_of, is_up, route_key
 
@@ -182,7 +182,7 @@ class StateReader:
             rules = Request(
                 netlink.GET_RULE, netlink.NLM_DUMP, netlink.ROUTE.pack(family, *[0] * 8)
             )
-            self._steps.append(_Step(rules, self._take_rule, lambda _: None))
+            self._steps.append(_Step(rules, self._seen.rules.append, lambda _: None))
         self._ask_next(now)
 
     def _break_off(self, again: float) -> None:
@@ -231,10 +231,6 @@ class StateReader:
     def _take_carrier(self, message: Message) -> None:
         if is_up(message):
             self._seen.links_up.add(netlink.index_of(message))
-
-    def _take_rule(self, message: Message) -> None:
-        if (rule := default_route.Rule.of(message)) is not None:
-            self._seen.rules.add(rule)
 
     def _take_route(self, message: Message) -> None:
         route = route_key(message)
