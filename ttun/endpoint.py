@@ -110,6 +110,7 @@ class Endpoint(Lifecycle):
         missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []
         return self._record.status(
             role=self.role,
+            device=self._device.name if self._device else None,
             missing=missing,
             uptime=time.monotonic() - self._created,
             endpoint=self._endpoint[:MOST_CHARACTERS],

@@ -139,10 +139,9 @@ class Record(NamedTuple):
 def in_tunnel(device: Device | None) -> dict[str, Any]:
     """Return the fields of Status that a device has."""
     if device is None:
-        return {"device": None}
+        return {}
     ours = device.addresses
     found = {
-        "device": device.name,
         "mtu": device.mtu,
         "local4": str(ours.ipv4),
         "peer4": _other(ours.ipv4, ours.peer4),
