@@ -44,7 +44,7 @@ FILL_IN = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
   -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|"
 
 .PHONY: all demo test asan ubsan tsan fuzz faults mutants soak dist check-dist wheels check-wheels \
-  check-services pictures install uninstall lint format help clean
+  check-services pictures install install-files uninstall lint format help clean
 
 # As root in a user's tree, as under sudo: give the files that were made to that user, except the root
 # file systems of check-wheels and check-services, whose files have other owners.
@@ -116,7 +116,11 @@ fuzz: $(VENV)/.built $(VENV)/.tools-test $(FUZZERS:%=build/fuzz/%)
 
 # The program and its dependencies go into their own directory, which no other Python reads. This needs no
 # network and leaves no files of root's in this tree, so make clean needs no sudo.
+# Whatever umask root has: user ttun runs what is installed.
 install: $(VENV)/.built
+	@umask 022 && $(MAKE) --no-print-directory install-files
+
+install-files:
 	rm -rf $(DESTDIR)$(LIBDIR) build/lib* build/bdist.*
 	TTUN_WHOLE=1 $(PIP) install --no-index --find-links $(WHEELS) --no-build-isolation \
 	  --target $(DESTDIR)$(LIBDIR) .

@@ -33,10 +33,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(file, fcntl.LOCK_EX)  # another worker's would take away what this one builds
         done = subprocess.run(
             ["make", "install", f"PREFIX={prefix}"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+            cwd=ROOT, capture_output=True, text=True, check=False, umask=0o077,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return prefix
+
+
+def test_what_root_installs_can_be_read_by_the_user_that_runs_it(installed: Path) -> None:
+    """Whatever umask root has."""
+    closed = [
+        str(path)
+        for path in installed.rglob("*")
+        if path.stat().st_mode & 0o004 == 0 or (path.is_dir() and path.stat().st_mode & 0o001 == 0)
+    ]
+    assert closed == []
 
 
 def test_the_installed_program_needs_nothing_else(installed: Path) -> None:
