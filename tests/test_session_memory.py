@@ -18,6 +18,8 @@ from ttun._codec import ffi, lib
 SLOTS, QUEUE = 4, 1 << 20
 MIB = 1 << 20
 TIMES = 200
+LARGEST = 1 << 24  # bytes of a queue
+MOST = 100
 
 
 @pytest.fixture
@@ -28,9 +30,9 @@ def ends() -> Iterator[tuple[int, int]]:
         yield device.fileno(), connection.fileno()
 
 
-def new_session(ends: tuple[int, int]) -> Any:
+def new_session(ends: tuple[int, int], queue: int = QUEUE) -> Any:
     state = ffi.new("struct ttun_cipher_state *")
-    return lib.ttun_session_new(*ends, 0, 0, state, state, 1, SLOTS, QUEUE)
+    return lib.ttun_session_new(*ends, 0, 0, state, state, 1, SLOTS, queue)
 
 
 def virtual() -> int:
@@ -81,8 +83,10 @@ def test_without_memory_there_is_no_session_and_no_descriptor_is_lost(
     ends: tuple[int, int],
 ) -> None:
     before = descriptors()
+    kept = [new_session(ends, LARGEST)]
     with limited(resource.RLIMIT_AS, virtual()):
-        kept = [new_session(ends) for _ in range(20)]  # some fit into what was freed before
+        while kept[-1] != ffi.NULL and len(kept) < MOST:  # some fit into what was freed before
+            kept.append(new_session(ends, LARGEST))
         assert ffi.errno == errno.ENOMEM
     assert kept[-1] == ffi.NULL
     for each in kept:
