@@ -23,7 +23,7 @@ PUBLIC = {"client", "endpoint", "errors", "lifecycle", "record", "server"}  # ke
 
 # What is read once when the program starts, or never.
 INNER = ("commands", "network", "process", "watch")
-RARE = ("tox/*", *(f"{package}/[!_]*" for package in INNER))
+RARE = ("tox/*", "binding.py", "proxy.py", *(f"{package}/[!_]*" for package in INNER))
 
 
 class BuildPython(build_py):  # type: ignore[misc]

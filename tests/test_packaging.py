@@ -22,7 +22,7 @@ from tunnel import ROOT
 WHEELS = ROOT / ".venv" / "wheels"
 MADE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache",
-    ".hypothesis", "beside.log", "PKG-INFO", "setup.cfg",
+    ".hypothesis", "beside.log", "lint.log", "PKG-INFO", "setup.cfg",
 )  # fmt: skip
 USER = 12345  # who owns a tree that root builds in
 NOWHERE = "https://127.0.0.1:9/simple"  # the port discard, where nobody listens

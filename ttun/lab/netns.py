@@ -9,6 +9,7 @@ afterwards, also after a failure; the next run removes what a killed run left be
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ PREFIX = "ttun"
 IPV4 = {SERVER: "192.0.2.1", CLIENT: "192.0.2.2"}
 IPV6 = {SERVER: "2001:db8::1", CLIENT: "2001:db8::2"}  # RFC 3849
 INSIDE = "TTUN_IN_USER_NAMESPACE"
+_numbers = itertools.count()
 Self = TypeVar("Self", bound="Namespaces")  # typing.Self from Python 3.11 on
 
 
@@ -42,8 +44,9 @@ class Namespaces:
     """Hosts. A context manager: made on entry, removed on exit with all processes in them."""
 
     def __init__(self, *hosts: str) -> None:
-        """Choose names that are unique to this process. hosts: letters, digits, underscores."""
-        self.names = {host: f"{PREFIX}-{os.getpid()}-{host}" for host in hosts}
+        """Choose names that nobody else has. hosts: letters, digits, underscores."""
+        number = next(_numbers)
+        self.names = {host: f"{PREFIX}-{os.getpid()}-{host}{number}" for host in hosts}
 
     def __enter__(self: Self) -> Self:
         """Make the hosts."""
