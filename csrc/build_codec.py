@@ -15,6 +15,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
+    "bbr.c",
     "checksum.c",
     "coalesce.c",
     "codel.c",

@@ -9,6 +9,7 @@
 
 enum {
     EVERY = 10000, /* microseconds between queries */
+    EVERY_PAUSED = CONNECTION_PAUSE * 1000,
     /* Microseconds. The socket is writable when half of the unsent limit is left. Measured
      * (docs/performance.md): with less it runs dry, more only adds latency. */
     UNSENT = 4000,
@@ -38,18 +39,7 @@ enum {
     INFO_MIN_RTT = 148,     /* u32, microseconds */
     INFO_SIZE = 152,
     OPTION_INFO = 11,
-    OPTION_NOTSENT_LOWAT = 25,
-    OPTION_CC_INFO = 26,
-    /* linux/inet_diag.h, struct tcp_bbr_info */
-    BBR_BANDWIDTH = 0, /* u64, bytes per second */
-    BBR_GAIN = 12,     /* u32, pacing gain, in 256ths */
-    BBR_SIZE = 20,
-    BBR_STARTUP = 2 * 256, /* the gain is 2.89 in startup and at most 1.25 later */
-    BUSY = 8,              /* segments in flight */
-    QUEUED = 5000,         /* microseconds above the minimum RTT that show a queue */
-    FULL_FOR = 3,          /* round trips without bandwidth growth */
-    HELD_FOR = 10,         /* round trips */
-    OPTION_MAX_PACING_RATE = 47
+    OPTION_NOTSENT_LOWAT = 25
 };
 
 static const uint64_t RATE_MOST = 1ull << 40; /* bytes per second; unlimited is all ones */
@@ -71,55 +61,9 @@ void connection_init(struct connection *c, int socket, unsigned slots) {
         c->look_at = UINT64_MAX;
 }
 
-/* Fields of struct tcp_info. */
-struct tcp {
-    uint64_t pacing_rate;  /* bytes per second */
-    uint32_t unacked;      /* segments */
-    uint32_t rtt, min_rtt; /* microseconds */
-};
-
-static void limit_pacing(struct connection *c, uint32_t rate) {
-    setsockopt(c->socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
-}
-
-/* Helps bbr out of startup. It leaves startup after three round trips without bandwidth growth, not
- * counting those in which the socket ran dry (application-limited). In a tunnel that is all of
- * them: TCP inside sends at the rate of its acknowledgements, which is that of the link, while
- * startup paces at 2.89 times that. So startup would last for ever, with a queue of two round trips
- * in the network and the losses of a full one. If the bandwidth stops growing and there is a queue,
- * limit the pacing to just below the rate until bbr notices. */
-static void watch_startup(struct connection *c, uint64_t now, const struct tcp *tcp) {
-    uint8_t info[BBR_SIZE];
-    uint64_t bandwidth = 0;
-    uint32_t gain = 0;
-    socklen_t size = sizeof info;
-    if (getsockopt(c->socket, IPPROTO_TCP, OPTION_CC_INFO, info, &size) == 0 &&
-        size == sizeof info) { /* other congestion controls have another size */
-        memcpy(&bandwidth, info + BBR_BANDWIDTH, sizeof bandwidth);
-        memcpy(&gain, info + BBR_GAIN, sizeof gain);
-    }
-    bool busy = gain >= BBR_STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
-    uint64_t queued = tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED;
-    if (c->held_until != 0) {
-        if (gain >= BBR_STARTUP && now < c->held_until)
-            return;
-        limit_pacing(c, UINT32_MAX);
-        c->held_until = 0;
-        c->full_since = now;
-    } else if (!busy || bandwidth > c->most_bandwidth + c->most_bandwidth / 8) {
-        c->most_bandwidth = bandwidth;
-        c->full_since = now;
-    } else if (now - c->full_since > FULL_FOR * (uint64_t)tcp->rtt &&
-               tcp->rtt > tcp->min_rtt + queued) {
-        limit_pacing(c, (uint32_t)(bandwidth - bandwidth / 10));
-        c->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
-    }
-}
-
 void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     if (now < c->look_at)
         return;
-    c->look_at = now + EVERY;
     uint8_t info[INFO_SIZE];
     socklen_t size = sizeof info;
     if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < sizeof info) {
@@ -131,7 +75,8 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     memcpy(&tcp.unacked, info + INFO_UNACKED, sizeof tcp.unacked);
     memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
     memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);
-    watch_startup(c, now, &tcp);
+    bbr_look(&c->bbr, c->socket, now, &tcp);
+    c->look_at = now + (c->bbr.paused ? EVERY_PAUSED : EVERY);
     uint64_t rate = clamp(tcp.pacing_rate, 0, RATE_MOST);
     uint64_t sealed = rate * SEALED / 1000000;
     c->limited = sealed < (uint64_t)slots * SLOT_SIZE;

@@ -19,19 +19,20 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "bbr.h"
 #include "codel.h"
+
+enum { CONNECTION_PAUSE = 2 /* milliseconds between queries in a pause */ };
 
 struct connection {
     int socket;
-    uint64_t look_at;            /* next query of the kernel; microseconds */
-    uint32_t unsent;             /* current TCP_NOTSENT_LOWAT, bytes; 0: not set */
-    atomic_bool limited;         /* the sending thread reads it too */
-    size_t gso_max;              /* bytes; larger packets are segmented */
-    size_t batch;                /* bytes to seal at once, roughly */
-    unsigned slots;              /* sealed slots that may wait for the socket */
-    uint64_t most_bandwidth;     /* of bbr in startup; bytes per second */
-    uint64_t full_since;         /* no bandwidth growth since; microseconds */
-    uint64_t held_until;         /* end of the pacing limit; 0: no limit */
+    uint64_t look_at;    /* next query of the kernel; microseconds */
+    uint32_t unsent;     /* current TCP_NOTSENT_LOWAT, bytes; 0: not set */
+    atomic_bool limited; /* the sending thread reads it too */
+    size_t gso_max;      /* bytes; larger packets are segmented */
+    size_t batch;        /* bytes to seal at once, roughly */
+    unsigned slots;      /* sealed slots that may wait for the socket */
+    struct bbr bbr;
     struct ttun_codel_pace pace; /* CoDel parameters of the flows in the queue */
 };
 

@@ -22,12 +22,12 @@ static_assert((TTUN_PREFIX + 1 + TTUN_BODY_MAX + TTUN_TAG_MAX) * TTUN_TYPES < FR
               "all control frames fit before the first packet of a slot");
 
 /* Waits until the device has a packet, a control frame is posted, or the session has ended; with
- * `room`, also until the socket is writable. */
-static void await_device(struct ttun_session *s, bool room) {
+ * `room`, also until the socket is writable. milliseconds: at most, or -1. */
+static void await_device(struct ttun_session *s, bool room, int milliseconds) {
     struct pollfd fds[] = {{.fd = s->tun, .events = POLLIN},
                            {.fd = s->wake, .events = POLLIN},
                            {.fd = s->socket, .events = POLLOUT}};
-    if (poll(fds, room ? 3 : 2, -1) < 0) {
+    if (poll(fds, room ? 3 : 2, milliseconds) < 0) {
         if (errno != EINTR)
             end_session(s, TTUN_END_DEVICE, errno);
     } else if (fds[1].revents != 0) {
@@ -91,7 +91,7 @@ static void watch_device(struct ttun_session *s) {
 static bool read_packet(struct ttun_session *s, bool wait) {
     uint8_t *packet = s->scratch + SCRATCH_PACKET;
     if (wait) {
-        await_device(s, false);
+        await_device(s, false, -1);
         await_delivery(s);
     }
     while (!is_over(s) && !(wait && control_queue_has(&s->outbox))) {
@@ -99,7 +99,7 @@ static bool read_packet(struct ttun_session *s, bool wait) {
         if (size < 0 && errno == EAGAIN) {
             if (!wait)
                 return false;
-            await_device(s, false);
+            await_device(s, false, -1);
         } else if (size <= 0 && errno != EINTR) { /* 0: EOF of a test's socketpair */
             end_session(s, TTUN_END_DEVICE, size < 0 ? errno : ENODEV);
         } else if (size >= (ssize_t)s->vnet_size) {
@@ -177,16 +177,17 @@ static bool has_room(struct ttun_session *s, bool wait) {
     return !atomic_load(&s->connection.limited) || is_writable(s, wait);
 }
 
-/* Waits until the connection has caught up. Meanwhile moves packets into the queue. */
+/* Waits until the connection has caught up, and for the end of a pause (bbr.h). Meanwhile moves
+ * packets into the queue. */
 static void await_room(struct ttun_session *s) {
-    connection_look(&s->connection, now_us(), s->uplink.count);
-    while (s->connection.limited && !is_over(s)) {
+    struct connection *c = &s->connection;
+    while (connection_look(c, now_us(), s->uplink.count), c->limited && !is_over(s)) {
         atomic_store(&s->wants_room, true);
-        bool next = ring_filled(&s->uplink) < s->connection.slots;
+        bool next = !c->bbr.paused && ring_filled(&s->uplink) < c->slots;
         if (next && has_room(s, false))
             return;
         queue_arrivals(s);
-        await_device(s, next);
+        await_device(s, next, c->bbr.paused ? CONNECTION_PAUSE : -1);
     }
 }
 

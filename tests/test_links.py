@@ -105,6 +105,14 @@ def linked(tmp_path: Path) -> Iterator[Far]:
         yield made
 
 
+def bbr(linked: Far) -> str:
+    """The kernel's line about the server's connection, under bbr."""
+    line = linked.run(SERVER, "ss", "-tinH", "state", "established", "( sport = :20203 )")
+    if " bbr " not in line:
+        pytest.skip("no bbr in this kernel")
+    return line
+
+
 @pytest.mark.alone
 def test_bbr_leaves_its_start_up_and_a_ping_does_not_wait_for_a_download(linked: Far) -> None:
     """Without help it stays there, with a queue of two round trips (csrc/connection.c).
@@ -112,18 +120,31 @@ def test_bbr_leaves_its_start_up_and_a_ping_does_not_wait_for_a_download(linked:
     A ping beside the download usually takes 50 ms; 100 where the start-up goes on, 140 behind the
     queue of a congestion control that fills it.
     """
-    shown = "ss", "-tinH", "state", "established", "( sport = :20203 )"
-    if " bbr " not in linked.run(SERVER, *shown):
-        pytest.skip("no bbr in this kernel")
 
     def has_left() -> bool:
-        found = re.search(r"pacing_gain:([\d.]+)", linked.run(SERVER, *shown))
+        found = re.search(r"pacing_gain:([\d.]+)", bbr(linked))
         return found is not None and float(found[1]) < 2
+
+    bbr(linked)
 
     with linked.stream("down"):
         eventually(has_left, "start-up is over", 30)
         time.sleep(1)
         assert statistics.median(linked.pings(40)) < 95
+    linked.is_one_session()
+
+
+def test_bbr_need_not_stop_a_download_to_measure_the_minimum_round_trip(linked: Far) -> None:
+    """It would every ten seconds, with a window of four packets for 0.24 s (csrc/bbr.h)."""
+    seen = []
+    with linked.stream("down"):
+        eventually(lambda: "app_limited" not in bbr(linked), "the download fills the link", 30)
+        end = time.monotonic() + 32
+        while time.monotonic() < end:
+            seen.append(" cwnd:4 " in bbr(linked))
+            time.sleep(0.08)
+    stops = sum(now and not before for before, now in zip(seen, seen[1:]))
+    assert stops <= 1, "three without the pauses"
     linked.is_one_session()
 
 

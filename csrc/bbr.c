@@ -1,0 +1,79 @@
+#include "bbr.h"
+
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/socket.h>
+
+enum {
+    OPTION_CC_INFO = 26, /* linux/tcp.h */
+    OPTION_MAX_PACING_RATE = 47,
+    /* linux/inet_diag.h, struct tcp_bbr_info */
+    INFO_BANDWIDTH = 0, /* u64, bytes per second */
+    INFO_MIN_RTT = 8,   /* u32, microseconds */
+    INFO_GAIN = 12,     /* u32, pacing gain, in 256ths */
+    INFO_SIZE = 20,
+    STARTUP = 2 * 256,    /* the gain is 2.89 in startup and at most 1.25 later */
+    BUSY = 8,             /* segments in flight */
+    QUEUED = 5000,        /* microseconds above the minimum RTT that show a queue */
+    FULL_FOR = 3,         /* round trips without bandwidth growth */
+    HELD_FOR = 10,        /* round trips */
+    VALID_FOR = 10000000, /* microseconds: bbr_min_rtt_win_sec */
+    /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
+     * query earlier, and is in jiffies. */
+    EARLIER = 15000,
+    LATER = 5000
+};
+
+static void limit_pacing(int socket, uint32_t rate) {
+    setsockopt(socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
+}
+
+static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
+                          uint64_t bandwidth, uint32_t gain) {
+    bool busy = gain >= STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
+    uint64_t queued = tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED;
+    if (bbr->held_until != 0) {
+        if (gain >= STARTUP && now < bbr->held_until)
+            return;
+        limit_pacing(socket, UINT32_MAX);
+        bbr->held_until = 0;
+        bbr->full_since = now;
+    } else if (!busy || bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
+        bbr->most_bandwidth = bandwidth;
+        bbr->full_since = now;
+    } else if (now - bbr->full_since > FULL_FOR * (uint64_t)tcp->rtt &&
+               tcp->rtt > tcp->min_rtt + queued) {
+        limit_pacing(socket, (uint32_t)(bandwidth - bandwidth / 10));
+        bbr->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
+    }
+}
+
+static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, uint32_t min_rtt) {
+    if (min_rtt != bbr->min_rtt) {
+        bbr->min_rtt = min_rtt;
+        bbr->measured_at = now;
+        bbr->paused = false;
+    }
+    uint64_t age = now - bbr->measured_at;
+    if (bbr->paused) /* the first acknowledgement after the pause must come when it is invalid */
+        bbr->paused = age < VALID_FOR + (uint64_t)tcp->rtt &&
+                      (tcp->unacked > 0 || age + min_rtt < VALID_FOR + LATER);
+    else /* the last acknowledgement before it, when it is valid */
+        bbr->paused = tcp->unacked >= BUSY && age + tcp->rtt > VALID_FOR - EARLIER &&
+                      age < VALID_FOR - EARLIER;
+}
+
+void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) {
+    uint8_t info[INFO_SIZE] = {0};
+    socklen_t size = sizeof info;
+    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, info, &size) < 0 ||
+        size != sizeof info) /* other congestion controls have another size */
+        memset(info, 0, sizeof info);
+    uint64_t bandwidth;
+    uint32_t min_rtt, gain;
+    memcpy(&bandwidth, info + INFO_BANDWIDTH, sizeof bandwidth);
+    memcpy(&min_rtt, info + INFO_MIN_RTT, sizeof min_rtt);
+    memcpy(&gain, info + INFO_GAIN, sizeof gain);
+    watch_startup(bbr, socket, now, tcp, bandwidth, gain);
+    watch_min_rtt(bbr, now, tcp, min_rtt);
+}

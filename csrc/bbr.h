@@ -1,0 +1,42 @@
+/* Helps bbr, the congestion control of a far peer's connection, where it misjudges a tunnel.
+ *
+ * Startup. It leaves startup after three round trips without bandwidth growth, not counting those
+ * in which the socket ran dry (application-limited). In a tunnel that is all of them: TCP inside
+ * sends at the rate of its acknowledgements, which is that of the link, while startup paces at 2.89
+ * times that. So startup would last for ever, with a queue of two round trips in the network and
+ * the losses of a full one. If the bandwidth stops growing and there is a queue, limit the pacing
+ * to just below the rate until bbr notices.
+ *
+ * Minimum RTT. Ten seconds after it last measured it, bbr sends only four packets at a time, for
+ * 200 ms and a round trip (BBR_PROBE_RTT), and all traffic inside waits. It does not if the flow
+ * just restarts from idle: then the next round trip counts (idle_restart). So pause shortly before
+ * until nothing is in flight, which takes one round trip.
+ *
+ * Sources: net/ipv4/tcp_bbr.c; struct tcp_bbr_info of linux/inet_diag.h. */
+#ifndef TTUN_BBR_H
+#define TTUN_BBR_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct bbr {
+    uint64_t most_bandwidth; /* in startup; bytes per second */
+    uint64_t full_since;     /* no bandwidth growth since; microseconds */
+    uint64_t held_until;     /* end of the pacing limit; 0: no limit */
+    uint32_t min_rtt;        /* microseconds */
+    uint64_t measured_at;    /* when bbr measured it; microseconds */
+    bool paused;             /* send nothing */
+};
+
+/* Fields of struct tcp_info. */
+struct tcp {
+    uint64_t pacing_rate;  /* bytes per second */
+    uint32_t unacked;      /* segments */
+    uint32_t rtt, min_rtt; /* microseconds */
+};
+
+/* Does both for a socket. Call it every 10 ms, or more often in a pause. now: microseconds. Does
+ * nothing for a socket with another congestion control. */
+void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp);
+
+#endif
