@@ -19,7 +19,8 @@ enum {
     /* The vnet header is right before the packet, which starts at a multiple of 16. */
     SCRATCH_PACKET = 16,
     /* Also a multiple of 16, to align what follows. */
-    SCRATCH_SIZE = (SCRATCH_PACKET + TTUN_PACKET_MAX + 15) / 16 * 16
+    SCRATCH_SIZE = (SCRATCH_PACKET + TTUN_PACKET_MAX + 15) / 16 * 16,
+    ENDING = -1 /* as reason: a thread is about to store it */
 };
 
 /* The current and the next keys of one direction. */

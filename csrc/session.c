@@ -42,12 +42,18 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     struct ttun_session *s = aligned_alloc(_Alignof(struct ttun_session), sizeof *s);
     if (s == NULL)
         return NULL;
-    memset(s, 0, sizeof *s);
-    s->tun = tun;
-    s->socket = socket;
-    s->direct = direct;
-    s->wire = wire;
-    s->vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0;
+    *s = (struct ttun_session){
+        .tun = tun,
+        .socket = socket,
+        .direct = direct,
+        .wire = wire,
+        .vnet_size = offload & TTUN_OFFLOAD_VNET ? sizeof(struct ttun_vnet) : 0,
+        .tag_size = downlink->tag_size,
+        .last_received = now_ms(),
+        .keys_lock = PTHREAD_MUTEX_INITIALIZER,
+        .delivery_lock = PTHREAD_MUTEX_INITIALIZER,
+        .delivered = PTHREAD_COND_INITIALIZER,
+    };
     ttun_coalescer_init(&s->coalescer, offload & TTUN_OFFLOAD_TCP, offload & TTUN_OFFLOAD_UDP);
     size_t ring_size = (size_t)slots * SLOT_SIZE;
     s->memory_size = 2 * ring_size + 2 * SCRATCH_SIZE;
@@ -68,13 +74,8 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
         salt *= 0x9E3779B97F4A7C15u;
     ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, salt);
     connection_init(&s->connection, socket, slots);
-    pthread_mutex_init(&s->delivery_lock, NULL);
-    pthread_cond_init(&s->delivered, NULL);
-    pthread_mutex_init(&s->keys_lock, NULL);
     s->tx.now = *uplink;
     s->rx.now = *downlink;
-    s->tag_size = downlink->tag_size;
-    s->last_received = now_ms();
     return s;
 no_eventfd:
     free(s->memory);
@@ -110,8 +111,7 @@ void wake_uplink(struct ttun_session *s) {
 void end_session(struct ttun_session *s, enum ttun_reason why, int detail) {
     int running = TTUN_RUNNING;
     /* The store to `reason` publishes the detail, so write the detail first, by one thread only. */
-    static const int claimed = -1;
-    if (!atomic_compare_exchange_strong(&s->reason, &running, claimed))
+    if (!atomic_compare_exchange_strong(&s->reason, &running, ENDING))
         return;
     atomic_store(&s->reason_detail, detail);
     atomic_store(&s->reason, (int)why);
@@ -130,7 +130,7 @@ int ttun_session_reason(struct ttun_session *s, int *detail) {
     int reason = atomic_load(&s->reason);
     if (detail != NULL)
         *detail = atomic_load(&s->reason_detail);
-    return reason < 0 ? TTUN_RUNNING : reason; /* claimed, not stored yet */
+    return reason == ENDING ? TTUN_RUNNING : reason;
 }
 
 uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
@@ -138,8 +138,9 @@ uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
 }
 
 uint64_t ttun_session_silence(struct ttun_session *s) {
-    uint64_t last_received = atomic_load(&s->last_received), now = now_ms();
-    return now > last_received ? now - last_received : 0;
+    /* The clock is read second, so it is never behind. */
+    uint64_t last_received = atomic_load(&s->last_received);
+    return now_ms() - last_received;
 }
 
 /* ---- control frames and keys ---------------------------------------------------------------- */
@@ -171,7 +172,6 @@ bool next_key(struct ttun_session *s, struct keys *keys) {
     bool ready = keys->ready;
     if (ready) {
         keys->now = keys->next;
-        ttun_cipher_wipe(&keys->next);
         keys->ready = false;
     }
     pthread_mutex_unlock(&s->keys_lock);

@@ -27,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,6 +260,7 @@ class Tree:
     def __init__(self, home: Path) -> None:
         self.home, self.stale = home, False
         self.patience = 0.0  # seconds
+        self.passing: dict[tuple[str, ...], int] = {}  # how many of these tests, without a mistake
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         for part in PARTS:
@@ -298,21 +300,26 @@ class Tree:
 
     def _fails(self, names: tuple[str, ...], end: float, *options: str) -> bool:
         tests = [f"tests/{name}.py" for name in names]
-        process = subprocess.Popen(
-            [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-             "-m", "not slow", *options, *tests],
-            cwd=self.home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            # Compiled files are told apart by seconds and size: a mutant may have those of another.
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, start_new_session=True,
-        )  # fmt: skip
-        try:
-            return process.wait(end - time.monotonic()) != 0
-        except subprocess.TimeoutExpired:
-            return True
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                 "-m", "not slow", *options, *tests],
+                cwd=self.home, stdout=said, stderr=subprocess.DEVNULL,
+                # Compiled files are told apart by seconds and size, which a mutant may share.
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, start_new_session=True,
+            )  # fmt: skip
+            try:
+                failed = process.wait(end - time.monotonic()) != 0
+            except subprocess.TimeoutExpired:
+                return True
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            said.seek(0)
+            passed = sum(map(int, re.findall(r"(\d+) passed", said.read())))
+        # A mistake can make tests think that they cannot run here.
+        return failed or passed < self.passing.setdefault(names, passed)
 
 
 def judge(tree: Tree, mutant: Mutant) -> bool | None:

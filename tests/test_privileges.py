@@ -285,6 +285,35 @@ def test_a_container_that_forbids_limits_is_no_trouble() -> None:
     assert said.stdout == b"0\n"
 
 
+def test_dumps_are_forbidden_after_the_user_has_changed_too() -> None:
+    """The kernel decides anew then, by fs.suid_dumpable."""
+    program = """if True:
+        import ctypes
+        from ttun import privileges
+        prctl = ctypes.CDLL(None).prctl
+        privileges._become = lambda _: prctl(4, 1)  # PR_SET_DUMPABLE
+        privileges.drop(privileges.User("somebody", 1234, 1234), required=True)
+        print(prctl(3))  # PR_GET_DUMPABLE
+    """
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert said.stdout == b"0\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to lose")
+def test_a_capability_that_is_permitted_and_not_effective_is_none() -> None:
+    program = """if True:
+        from ttun import privileges
+        from ttun._codec import ffi, lib
+        data = bytearray(24)
+        lib.capget(privileges.HEADER, ffi.from_buffer(data))
+        data[:4] = bytes(4)  # effective
+        assert lib.capset(privileges.HEADER, ffi.from_buffer(data)) == 0
+        print(any(map(privileges.has, range(32))))
+    """
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert said.stdout == b"False\n"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to lose")
 @pytest.mark.parametrize("lost", [None, "net_admin", "sys_admin", "chown", "setfcap"])
 def test_the_capabilities_are_those_that_the_kernel_says(lost: str | None) -> None:

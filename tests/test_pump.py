@@ -233,6 +233,8 @@ def test_a_device_is_drained_so_far_and_no_further() -> None:
     assert device.inside.recv(100) == b"3"
     assert lib.ttun_drain(device.fileno(), 3) == 1
     assert lib.ttun_drain(device.fileno(), 3) == 0
+    device.outside.send(b"")  # as at the end of it
+    assert lib.ttun_drain(device.fileno(), 3) == 0
 
 
 def test_a_thousand_sessions_leave_nothing_behind() -> None:

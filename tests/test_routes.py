@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ from ttun import Client
 from ttun.cli import main
 from ttun.errors import TtunError, UsageError
 from ttun.lab import netns
+from ttun.network import routes
 from ttun.settings import SERVER as USUAL
 from ttun.settings import Addresses, parse_network
 
@@ -142,6 +145,39 @@ def test_two_tunnels_with_other_addresses_side_by_side(bench: Bench) -> None:
     for host in (SERVER, CLIENT):
         table = json.loads(netns.ip("-n", bench.pair.names[host], "-json", "route", "show"))
         assert [route["dst"] for route in table] == ["192.0.2.0/24"]
+
+
+def test_the_last_address_alone_is_a_clash_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = [routes.Route(ipaddress.IPv4Network("10.1.1.3/32"), "eth9")]
+    monkeypatch.setattr(routes, "ipv4_routes", lambda: only)
+    assert routes.clash(ipaddress.IPv4Network("10.1.1.0/30"), "ttun0") == "eth9"
+    assert routes.clash(ipaddress.IPv4Network("10.1.1.4/30"), "ttun0") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "advertised"),
+    [("00450003", True), ("00040001", True), ("00000001", False), ("80200001", False)],
+)
+def test_a_route_of_an_advertisement_is_told_by_its_flags(
+    flags: str, advertised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of /proc/net/ipv6_route."""
+    line = f"20010db8{'0' * 24} 40 {'0' * 32} 00 {'0' * 32} 00000400 00000001 00000000 {flags} eth0"
+    monkeypatch.setattr(routes, "_table", lambda _: [line.split()])
+    network = ipaddress.IPv6Network("2001:db8::/64")
+    assert routes.ipv6_routes() == [routes.Route(network, "eth0", advertised)]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EMSGSIZE, "the MTU is below 1280"),
+        (errno.EACCES, "disabled (sysctl net.ipv6.conf.a/b.disable_ipv6=0; then restart ttun)"),
+        (errno.ENODEV, "No such device"),
+    ],
+)
+def test_why_a_device_has_no_ipv6(number: int, said: str) -> None:
+    assert routes.why_no_ipv6(OSError(number, os.strerror(number)), "a.b") == said
 
 
 @pytest.mark.hosts

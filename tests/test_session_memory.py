@@ -18,7 +18,9 @@ from ttun._codec import ffi, lib
 SLOTS, QUEUE = 4, 1 << 20
 MIB = 1 << 20
 TIMES = 2000  # the smallest block is some kB
-LARGEST = 1 << 24  # bytes of a queue
+CELL, LARGEST = 512, 1 << 24  # bytes of a queue
+PACKETS = 2 * ((16 + lib.TTUN_PACKET_MAX + 15) // 16 * 16)  # bytes of two buffers
+SMALLEST = (PACKETS + CELL - 1) // CELL * CELL
 MOST = 100
 
 
@@ -30,9 +32,9 @@ def ends() -> Iterator[tuple[int, int]]:
         yield device.fileno(), connection.fileno()
 
 
-def new_session(ends: tuple[int, int], queue: int = QUEUE) -> Any:
+def new_session(ends: tuple[int, int], queue: int = QUEUE, slots: int = SLOTS) -> Any:
     state = ffi.new("struct ttun_cipher_state *")
-    return lib.ttun_session_new(*ends, 0, 0, state, state, 1, SLOTS, queue)
+    return lib.ttun_session_new(*ends, 0, 0, state, state, 1, slots, queue)
 
 
 def virtual() -> int:
@@ -63,6 +65,27 @@ def test_a_session_gives_back_all_that_it_took(ends: tuple[int, int]) -> None:
         lib.ttun_session_free(new_session(ends))
     assert descriptors() == before[0]
     assert virtual() - before[1] < 10 * MIB, "of more than 2,000"
+
+
+@pytest.mark.parametrize(
+    ("slots", "queue", "taken"),
+    [
+        (1, SMALLEST, True),
+        (SLOTS, LARGEST, True),
+        (0, QUEUE, False),
+        (SLOTS + 1, QUEUE, False),
+        (SLOTS, SMALLEST - CELL, False),
+        (SLOTS, LARGEST + CELL, False),
+        (SLOTS, QUEUE + 1, False),
+    ],
+)
+def test_the_sizes_that_a_session_takes(
+    ends: tuple[int, int], slots: int, queue: int, taken: bool
+) -> None:
+    session = new_session(ends, queue, slots)
+    assert (session != ffi.NULL) == taken
+    assert taken or ffi.errno == errno.EINVAL
+    lib.ttun_session_free(session)
 
 
 def test_without_a_descriptor_there_is_no_session_and_no_memory_is_lost(

@@ -24,8 +24,9 @@ INTERVAL = 5.0  # seconds between checks
 PATHS_MAX = 16
 MPTCP_SUBFLOW_ADDRS = 3  # local and peer's struct sockaddr_storage, for each subflow
 ADDRESS_SIZE = 128  # bytes of a struct sockaddr_storage
-TCP_INFO_SIZE = 64  # bytes of struct tcp_info, up to the fields below
-LAST_DATA_RECEIVED, LAST_ACK_RECEIVED = 52, 56  # offsets: u32, ms ago
+# struct tcp_info, up to the ms since an acknowledgement was last received: data carry one, too, and
+# Multipath TCP's never take the short cut that leaves it out.
+TCP_INFO = struct.Struct("=56xI")
 MPTCP_TCPINFO = 2
 SUBFLOW_DATA = struct.Struct("=4I")  # own size; subflows; size of tcp_info: kernel's, ours
 
@@ -58,13 +59,8 @@ def silence(sock: socket.socket) -> int | None:
 
     None if the kernel does not report it.
     """
-    paths = _paths(sock, MPTCP_TCPINFO, TCP_INFO_SIZE)
-    times = [
-        struct.unpack_from("=I", info, field)[0]
-        for info in paths
-        for field in (LAST_DATA_RECEIVED, LAST_ACK_RECEIVED)
-    ]
-    return min(times, default=None)
+    paths = _paths(sock, MPTCP_TCPINFO, TCP_INFO.size)
+    return min((TCP_INFO.unpack_from(info)[0] for info in paths), default=None)
 
 
 def local_addresses(sock: socket.socket) -> list[str]:

@@ -63,7 +63,7 @@ def forbid_dumps() -> None:
     """Protect keys in memory: no core dumps, no tracing by other processes."""
     with contextlib.suppress(ValueError):  # a container forbids it; the next line is enough
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    lib.prctl(lib.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _prctl(lib.PR_SET_DUMPABLE, 0)
 
 
 def find_user(name: str | None) -> User | None:
@@ -109,8 +109,8 @@ def drop(user: User | None, *, required: bool) -> None:
     """
     _load_what_comes_later()
     capability = 0
-    while lib.prctl(lib.PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
-        lib.prctl(lib.PR_CAPBSET_DROP, capability, 0, 0, 0)
+    while _prctl(lib.PR_CAPBSET_READ, capability) >= 0:
+        _prctl(lib.PR_CAPBSET_DROP, capability)
         capability += 1
     done = f"dropped privileges: user {os.geteuid()}"
     if user is not None:
@@ -130,7 +130,7 @@ def drop(user: User | None, *, required: bool) -> None:
 def drop_capabilities() -> None:
     """Drop all capabilities of this thread, ambient ones included."""
     none = bytes(CAPABILITIES.size)
-    if lib.capset(HEADER, none) != 0 or lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+    if lib.capset(HEADER, none) != 0 or _prctl(lib.PR_SET_NO_NEW_PRIVS, 1) != 0:
         raise TtunError("cannot drop capabilities")
 
 
@@ -164,6 +164,10 @@ def may_become(user: User) -> bool:
 def can_be(user: User) -> bool:
     """Return whether a program that this process starts can run as that user."""
     return (os.geteuid(), os.getegid()) == (user.uid, user.gid) or may_become(user)
+
+
+def _prctl(option: int, value: int) -> int:
+    return int(lib.prctl(option, value, 0, 0, 0))
 
 
 def _become(user: User) -> None:

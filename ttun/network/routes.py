@@ -28,6 +28,7 @@ from ttun.settings import MIN_IPV6_MTU, Network
 SIOCADDRT = 0x890B  # linux/sockios.h
 RTF_UP = 0x0001  # linux/route.h
 RTF_ADDRCONF = 0x40000  # linux/ipv6_route.h: a route of a router advertisement
+UNUSED = 0  # of fields that the kernel ignores here
 METRIC = 1024  # the kernel's default for IPv6 routes
 ENABLE_IPV6 = "sysctl net.ipv6.conf.{}.disable_ipv6=0"
 NO_IPV6 = (*NO_FAMILY, errno.EACCES, errno.ENODEV)  # errors of a device, or a kernel, without IPv6
@@ -65,7 +66,15 @@ def _add_ipv4(network: Network, device: str) -> None:
     addresses = (sockaddr(place.packed) for place in places)  # destination, gateway, mask
     address = int(ffi.cast("uintptr_t", name))
     # struct rtentry
-    entry = struct.pack("@L16s16s16sHhLPhPLLH", 0, *addresses, RTF_UP, 0, 0, 0, 0, address, 0, 0, 0)
+    entry = struct.pack(
+        "@L16s16s16sHhLPhPLLH",
+        UNUSED,
+        *addresses,
+        RTF_UP,
+        *(UNUSED, UNUSED, UNUSED, UNUSED),
+        address,
+        *(UNUSED, UNUSED, UNUSED),
+    )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCADDRT, entry)
 
@@ -74,13 +83,13 @@ def _add_ipv6(network: Network, device: str) -> None:
     request = struct.pack(
         "@16s16s16sIHHILIi",
         network.network_address.packed,
-        bytes(16),  # any source
-        bytes(16),  # no gateway
-        0,
+        b"",  # any source
+        b"",  # no gateway
+        UNUSED,
         network.prefixlen,
-        0,
+        UNUSED,
         METRIC,
-        0,
+        UNUSED,
         RTF_UP,
         socket.if_nametoindex(device),
     )
