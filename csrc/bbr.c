@@ -1,17 +1,11 @@
 #include "bbr.h"
 
 #include <netinet/in.h>
-#include <string.h>
 #include <sys/socket.h>
 
 enum {
     OPTION_CC_INFO = 26, /* linux/tcp.h */
     OPTION_MAX_PACING_RATE = 47,
-    /* linux/inet_diag.h, struct tcp_bbr_info */
-    INFO_BANDWIDTH = 0, /* u64, bytes per second */
-    INFO_MIN_RTT = 8,   /* u32, microseconds */
-    INFO_GAIN = 12,     /* u32, pacing gain, in 256ths */
-    INFO_SIZE = 20,
     STARTUP = 2 * 256,    /* the gain is 2.89 in startup and at most 1.25 later */
     BUSY = 8,             /* segments in flight */
     QUEUED = 5000,        /* microseconds above the minimum RTT that show a queue */
@@ -22,6 +16,13 @@ enum {
      * query earlier, and is in jiffies. */
     EARLIER = 15000,
     LATER = 5000
+};
+
+/* struct tcp_bbr_info */
+struct info {
+    uint32_t bandwidth_low, bandwidth_high; /* bytes per second */
+    uint32_t min_rtt;                       /* microseconds */
+    uint32_t pacing_gain, cwnd_gain;        /* in 256ths */
 };
 
 static void limit_pacing(int socket, uint32_t rate) {
@@ -64,16 +65,11 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
 }
 
 void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) {
-    uint8_t info[INFO_SIZE] = {0};
+    struct info info;
     socklen_t size = sizeof info;
-    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, info, &size) < 0 ||
-        size != sizeof info) /* other congestion controls have another size */
-        memset(info, 0, sizeof info);
-    uint64_t bandwidth;
-    uint32_t min_rtt, gain;
-    memcpy(&bandwidth, info + INFO_BANDWIDTH, sizeof bandwidth);
-    memcpy(&min_rtt, info + INFO_MIN_RTT, sizeof min_rtt);
-    memcpy(&gain, info + INFO_GAIN, sizeof gain);
-    watch_startup(bbr, socket, now, tcp, bandwidth, gain);
-    watch_min_rtt(bbr, now, tcp, min_rtt);
+    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, &info, &size) < 0 || size != sizeof info)
+        return; /* other congestion controls have another size */
+    uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
+    watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
+    watch_min_rtt(bbr, now, tcp, info.min_rtt);
 }
