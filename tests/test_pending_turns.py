@@ -4,6 +4,7 @@ accepts x1 only does with strangers."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -15,7 +16,7 @@ from peer import X1Peer
 from pending_rig import Harness, is_open
 from shaking import K, marked_nonce, terms
 
-from ttun import handshake, pending
+from ttun import handshake, pending, tcp
 from ttun.cipher import TO_SERVER
 from ttun.flag import Flag
 from ttun.peer import HalfOpen
@@ -179,3 +180,32 @@ def test_in_an_overload_strangers_are_dropped_first_then_the_silent(silent: Harn
 
     order = [worth(unrecognized=True), worth(), worth(nonce=bytearray(b"1")), worth(knows_key=True)]
     assert sorted({*order}) == order
+
+
+def test_a_connection_that_cannot_be_set_up_is_closed_and_told_of(
+    harness: Harness, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tune(_: socket.socket) -> None:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    monkeypatch.setattr(pending, "PAUSE", 0.05)
+    with monkeypatch.context() as patched:
+        patched.setattr(tcp, "tune", tune)
+        first = harness.connect()
+        harness.turns()
+    assert not is_open(first)
+    assert "cannot accept a connection: No buffer space available" in caplog.text
+    second = harness.connect()
+    harness.turns(0.3)
+    assert is_open(second)
+    assert len(harness.pending._half_open) == 1
+
+
+def test_the_log_names_who_begins_a_handshake_and_who_fails(
+    harness: Harness, silent: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for rig, said in ((harness, "handshaking"), (silent, "failed: ")):
+        name = "{}:{}".format(*rig.connect(b"GET / HTTP/1.1\r\n\r\n" * 5).getsockname())
+        rig.turns(0.2)
+        assert any(name in line and said in line for line in caplog.messages), said
