@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from peer import Peer, echo_request
-from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench
+from tunnel import CLIENT, PROGRAM, SERVER, TUNNEL4, Bench, eventually
 
 from ttun import handshake
 from ttun.lab import netns
@@ -94,7 +94,7 @@ def test_it_waits_for_its_peer_and_ends_by_a_signal_meanwhile(plain: Bench) -> N
     assert server.process.poll() is None
     server.shake()
     server = Server(plain)
-    time.sleep(1)
+    eventually(lambda: "dropped privileges" in server.log(), "it waits for its peer")
     server.process.terminate()
     assert server.process.wait(5) == 0
     assert "SIGTERM" in server.log()
