@@ -73,7 +73,16 @@ ffibuilder.set_source(
     + LIBC
     + "".join(
         f'#include "{name}.h"\n'
-        for name in ("checksum", "codel", "fq", "frame", "offload", "process", "session")
+        for name in (
+            "checksum",
+            "codel",
+            "fq",
+            "frame",
+            "internal",
+            "offload",
+            "process",
+            "session",
+        )
     ),
     # setuptools requires paths relative to setup.py.
     sources=[f"csrc/{name}" for name in SOURCES],

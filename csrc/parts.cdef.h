@@ -65,5 +65,8 @@ bool ttun_stays_whole(const struct ttun_vnet *, const uint8_t *packet, size_t si
 bool ttun_restore_vnet(struct ttun_vnet *, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp);
 
+uint64_t now_ms(void);
+uint64_t now_us(void);
+
 uint64_t ttun_sum(uint64_t sum, const uint8_t *data, size_t size);
 uint16_t ttun_fold(uint64_t sum);

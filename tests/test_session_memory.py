@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CELL, LARGEST = 512, 1 << 24  # bytes of a queue
 PACKETS = 2 * ((16 + lib.TTUN_PACKET_MAX + 15) // 16 * 16)  # bytes of two buffers
 SMALLEST = (PACKETS + CELL - 1) // CELL * CELL
 MOST = 100
+COARSE = 20  # ms between two ticks of the kernel, at most
 
 
 @pytest.fixture
@@ -115,3 +117,11 @@ def test_without_memory_there_is_no_session_and_no_descriptor_is_lost(
     for each in kept:
         lib.ttun_session_free(each)
     assert descriptors() == before
+
+
+def test_a_session_reads_the_monotonic_clock() -> None:
+    for _ in range(3):
+        times = time.monotonic_ns(), lib.now_us(), lib.now_ms(), time.monotonic_ns()
+        assert times[0] // 1000 <= times[1] <= times[3] // 1000
+        assert times[0] // 10**6 - COARSE <= times[2] <= times[3] // 10**6
+        time.sleep(0.4)
