@@ -124,10 +124,7 @@ class Hooks:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # commands inherit it
         while (session := self._next()) is not None:
             if self._execute("up", session.came, UP_AT_END):
-                facts = self._leaving(session)
-                if self._closed is not None:  # what systemd sends to all that a killed unit left
-                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-                self._execute("down", facts, DOWN_AT_END)
+                self._execute("down", self._leaving(session), DOWN_AT_END)
             elif self._commands["down"] is not None:
                 log.warning("skipped --down: --up did not run")
         process_group.end(self._background)
