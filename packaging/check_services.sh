@@ -91,6 +91,7 @@ echo "sockets=$(find /run/ttun -type s | wc -l)"
 kill -STOP $(pid); sleep 45; state hung
 systemctl stop $unit ttun-client@home; echo "left=$(ls -A /run/ttun)"
 sort -u /hooks.txt
+echo "ended=$(journalctl -b -q -o cat _SYSTEMD_UNIT=$unit.service | grep -c -e '--down: killed')"
 echo "end=$(systemctl show -P Result $unit)"
 END
 cat > "$system/expected.txt" << 'END'
@@ -114,6 +115,7 @@ session  as 0
 session down as 0
 started as 0, /sys/class/net/ttun9
 stopped as 0
+ended=0
 end=success
 END
 chroot "$system" systemd-sysusers

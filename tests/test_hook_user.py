@@ -86,9 +86,10 @@ def test_hooks_get_the_name_that_the_device_has_now(bench: Bench, said: Path) ->
 def test_after_kill_9_the_keeper_runs_down_removes_the_status_socket_and_ends(
     bench: Bench, said: Path, nap: str
 ) -> None:
+    """--down gets SIGTERM, as systemd sends it to what is left of a service."""
     server = bench.server(
         "--hook-user", "root", "--up", f"sleep {nap} & echo up > {said}",
-        "--down", f"echo down $TTUN_PEER >> {said}",
+        "--down", f"/bin/true; kill $$; echo down $TTUN_PEER >> {said}",
     )  # fmt: skip
     bench.client().says("authenticated")
     eventually(lambda: said.exists() and running(nap), "--up ran")

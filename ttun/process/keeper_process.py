@@ -58,6 +58,8 @@ def main(descriptor: int, path: list[str]) -> None:
     try:
         servant.serve()
     finally:
+        # systemd sends it to all that a killed unit left; --down, a shell, inherits this
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(AT_END)  # whatever hangs: the default action ends the process
         servant.close()
