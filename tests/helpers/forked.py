@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -161,6 +162,7 @@ def main(descriptor: int, module: str) -> int | None:
     program = importlib.import_module(module)
     for each in LOADED[module]:
         importlib.import_module(each)
+    gc.freeze()  # no fork has to look at, and by that copy, what all of them share
     with socket.socket(fileno=descriptor) as channel:
         while True:
             message, descriptors, _, _ = socket.recv_fds(channel, MOST, 3)
