@@ -6,6 +6,7 @@ tests have a /run of their own, so tunnels that run on this machine and the test
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -31,16 +32,42 @@ WHY_NOT = pytest.StashKey[str]()
 NO_TOX = pytest.StashKey[str]()
 # In a user namespace: a tmpfs of its own, and not /run, of which each worker has another one.
 TEMPORARY = "/var/tmp"
+TESTS_COMPILED = "tests-are-compiled"
+LOAD_ALL = """
+import contextlib, importlib, pkgutil, ttun
+for module in pkgutil.walk_packages(ttun.__path__, "ttun."):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module.name)
+"""
 
 
 def share_compiled(config: pytest.Config) -> None:
-    """Let the many programs that tests start find ttun compiled: half of such a start is that."""
+    """Let the many programs that tests start find ttun compiled: half of such a start is that.
+
+    pytest's cache keeps it for the next run; without that cache it is made for each run.
+    """
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    if "PYTHONPYCACHEPREFIX" not in os.environ:  # else a worker, which has it from its parent
-        directory = tempfile.mkdtemp(prefix="ttun-compiled-")
-        os.chmod(directory, 0o755)  # those that are nobody by then read it too
-        os.environ["PYTHONPYCACHEPREFIX"] = directory
+    if hasattr(config, "workerinput"):  # it has all of this from its parent
+        return
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        directory = Path(tempfile.mkdtemp(prefix="ttun-compiled-"))
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    else:
+        directory = cache.mkdir("compiled")
+        sys.pycache_prefix, sys.dont_write_bytecode = str(directory), False
+        (directory / TESTS_COMPILED).unlink(missing_ok=True)
+    directory.chmod(0o755)  # those that are nobody by then read it too
+    os.environ["PYTHONPYCACHEPREFIX"] = str(directory)
+    newest = max(path.stat().st_mtime for path in (tunnel.ROOT / "ttun").rglob("*.py"))
+    made = directory / "ttun-is-compiled"
+    if cache is None or (made.exists() and made.stat().st_mtime > newest):
+        return
+    # Else the programs that start first all compile what they load, at the same time, and those
+    # that may not write compile it each time.
+    variables = {**os.environ, **netns.environment()}
+    subprocess.run([sys.executable, "-c", LOAD_ALL], env=variables, check=False)
+    made.touch()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,12 +111,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Let the first worker compile the tests; the others wait for that, and find them compiled."""
-    made = Path(os.environ.get("PYTHONPYCACHEPREFIX", "/nowhere"), "tests-are-compiled")
+    made = Path(os.environ.get("PYTHONPYCACHEPREFIX", "/nowhere"), TESTS_COMPILED)
     is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
     deadline = time.monotonic() + 60
     while made.parent.exists() and not (is_first or made.exists() or time.monotonic() > deadline):
         time.sleep(0.05)
+    gc.disable()  # thousands of tests are made, and none is garbage
     yield
+    gc.enable()
+    gc.freeze()
     if is_first and made.parent.exists():
         made.touch()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +19,7 @@ pytestmark = [
     ),
 ]
 SECOND = {SERVER: "198.51.100.1", CLIENT: "198.51.100.2"}  # RFC 5737
+SIZE = 512 << 20
 LINKS = {SERVER: "wserver", CLIENT: "wclient"}
 
 
@@ -60,11 +60,14 @@ def test_a_session_goes_on_when_one_of_two_links_is_cut(two_links: Bench, cut: s
     result: list[dict[str, bool]] = []
 
     def transfer() -> None:
-        result.append(bench.traffic(CLIENT, "send", TUNNEL4[SERVER], "5001", str(2 << 30)))
+        result.append(bench.traffic(CLIENT, "send", TUNNEL4[SERVER], "5001", str(SIZE)))
 
     thread = threading.Thread(target=transfer)
     thread.start()
-    time.sleep(0.5)
+    links = [bench.pair.links[SERVER], LINKS[SERVER]]
+    eventually(
+        lambda: sum(received(bench, SERVER, each) for each in links) > SIZE // 16, "the middle"
+    )
     assert thread.is_alive(), "the cut comes in the middle"
     before = received(bench, SERVER, other)
     with bench.link_down(CLIENT, link):

@@ -190,7 +190,7 @@ def test_connections_to_a_name_at_once_are_all_made(
 
 def test_names_of_a_friend_that_started_afresh_are_not_looked_up(server: ForwardingServer) -> None:
     friend = Friend(server, FRIEND)
-    for _ in range(20):
+    for _ in range(4):
         for _ in range(protocol.MAX_TUNNELS):
             friend.mux.request("name.invalid", 1, object())
         friend.mux.control.append(pack(packet.HELLO, 0, b"\1\0"))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from ttun.lab import netns
@@ -155,12 +157,24 @@ def enter(namespace: str) -> None:
     assert not any(done), os.strerror(ctypes.get_errno())
 
 
+def leave_loaded(modules: dict[str, ModuleType]) -> None:
+    """Have the end of a fork not take apart what was loaded before it, which copies all of that."""
+    for name, module in modules.items():
+        if name not in ("builtins", "sys") and sys.modules.get(name) is module:
+            del sys.modules[name]
+
+
 def main(descriptor: int, module: str) -> int | None:
     """Fork for each request, until the tests end; return the exit code of such a program."""
     del sys.path[0]  # where this file is
+    modules: dict[str, ModuleType] = {}
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))  # whatever ends, it does not
+    atexit.register(leave_loaded, modules)  # the first that is registered is the last that is called
     program = importlib.import_module(module)
     for each in LOADED[module]:
         importlib.import_module(each)
+    modules.update(sys.modules)
+    gc.freeze()  # no fork has to look at, and by that copy, what all of them share
     with socket.socket(fileno=descriptor) as channel:
         while True:
             message, descriptors, _, _ = socket.recv_fds(channel, MOST, 3)
@@ -182,7 +196,11 @@ def main(descriptor: int, module: str) -> int | None:
     if request["namespace"] is not None:
         enter(request["namespace"])
     sys.argv = ["ttun.py", *request["arguments"]]
-    code: int | None = program.main(*([sys.argv[1:]] if module == TRAFFIC else []))
+    if module == TRAFFIC:  # not what is tested: it ends without the end of its Python
+        program.main(sys.argv[1:])
+        sys.stdout.flush()
+        os._exit(0)
+    code: int | None = program.main()
     return code
 
 
