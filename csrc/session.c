@@ -69,9 +69,8 @@ struct ttun_session *ttun_session_new(int tun, int socket, int offload, int wire
     control_queue_init(&s->outbox);
     s->scratch = s->memory + 2 * ring_size;
     s->taken = s->scratch + SCRATCH_SIZE;
-    uint64_t salt = now_us(); /* if random numbers are not available yet, at boot */
-    if (syscall(SYS_getrandom, &salt, sizeof salt, NONBLOCK) < 0) /* glibc 2.17 has none */
-        salt *= 0x9E3779B97F4A7C15u;
+    uint64_t salt = now_us(); /* stays if random numbers are not available yet, at boot */
+    syscall(SYS_getrandom, &salt, sizeof salt, NONBLOCK); /* glibc 2.17 has no getrandom() */
     ttun_fq_init(&s->queue, s->memory + s->memory_size, queue, salt);
     connection_init(&s->connection, socket, slots);
     s->tx.now = *uplink;
@@ -154,8 +153,8 @@ void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame)
     wake_uplink(s);
 }
 
-int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
-                       const struct ttun_cipher_state *downlink) {
+bool ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
+                        const struct ttun_cipher_state *downlink) {
     pthread_mutex_lock(&s->keys_lock);
     bool free = !s->tx.ready && !s->rx.ready && downlink->tag_size == s->tag_size;
     if (free) {
@@ -164,7 +163,7 @@ int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *u
         s->tx.ready = s->rx.ready = true;
     }
     pthread_mutex_unlock(&s->keys_lock);
-    return free ? 0 : -1;
+    return free;
 }
 
 bool next_key(struct ttun_session *s, struct keys *keys) {

@@ -23,6 +23,7 @@
 #ifndef TTUN_SESSION_H
 #define TTUN_SESSION_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "frame.h"
@@ -107,10 +108,10 @@ int ttun_session_take(struct ttun_session *s, struct ttun_control *frame, long m
 void ttun_session_post(struct ttun_session *s, const struct ttun_control *frame);
 
 /* Sets the next keys, which are copied: `uplink` is used after the SWITCH that is posted next,
- * `downlink` after the SWITCH of the peer. Returns 0, or -1 if the previous keys are not both in
- * use yet. */
-int ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
-                       const struct ttun_cipher_state *downlink);
+ * `downlink` after the SWITCH of the peer. Returns false if the previous keys are not both in use
+ * yet. */
+bool ttun_session_rekey(struct ttun_session *s, const struct ttun_cipher_state *uplink,
+                        const struct ttun_cipher_state *downlink);
 
 /* Wipes the keys and frees the session. All four bodies must have returned. NULL is allowed. */
 void ttun_session_free(struct ttun_session *s);

@@ -90,6 +90,20 @@ def test_a_server_lets_four_minutes_pass(clock: Clock) -> None:
         assert ended(rig) == "the peer did not rekey in time"
 
 
+@pytest.mark.parametrize(("role", "since"), [("client", 100), ("server", 150)])
+def test_a_client_counts_from_the_look_before_and_a_server_from_this_one(
+    role: str, since: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traffic began somewhere between: so the client is the first to find the key old."""
+    monkeypatch.setattr(control, "LOOK_AT_CLOCK", 1000)
+    with rigged(role) as rig:
+        assert rig.session.control is not None
+        rig.session.control._looked_at = 100
+        rig.carries()
+        rig.session.control._check_key(150)
+        assert rig.session.control._used_since == since
+
+
 @pytest.mark.parametrize("role", ["client", "server"])
 def test_the_peer_has_a_minute_to_go_on_with_a_rekey(role: str, clock: Clock) -> None:
     with rigged(role) as rig:

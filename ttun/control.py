@@ -202,7 +202,7 @@ class Control:
         self._pair = None
         self._agreement.rekey(pair, public)
         sending, receiving = self._agreement.states()
-        if lib.ttun_session_rekey(self._c, sending.c, receiving.c) != 0:
+        if not lib.ttun_session_rekey(self._c, sending.c, receiving.c):
             raise ProtocolError("the peer began a rekey during another")
         self._expect(lib.TTUN_SWITCH)
         if self._agreement.is_client:

@@ -22,8 +22,9 @@ from ttun._codec import ffi, lib
 
 INTERVAL = 5.0  # seconds between checks
 PATHS_MAX = 16
-MPTCP_SUBFLOW_ADDRS = 3  # local and peer's struct sockaddr_storage, for each subflow
-ADDRESS_SIZE = 128  # bytes of a struct sockaddr_storage
+MPTCP_SUBFLOW_ADDRS = 3
+# Family of the local address; the rest of it, and of the peer's: two struct sockaddr_storage
+SUBFLOW_ADDRS = struct.Struct("=H126x128x")
 # struct tcp_info, up to the ms since an acknowledgement was last received: data carry one, too, and
 # Multipath TCP's never take the short cut that leaves it out.
 TCP_INFO = struct.Struct("=56xI")
@@ -66,8 +67,8 @@ def silence(sock: socket.socket) -> int | None:
 def local_addresses(sock: socket.socket) -> list[str]:
     """Return the local addresses of all subflows; empty before Linux 5.16."""
     found = []
-    for addresses in _paths(sock, MPTCP_SUBFLOW_ADDRS, 2 * ADDRESS_SIZE):
-        (family,) = struct.unpack_from("=H", addresses)
+    for addresses in _paths(sock, MPTCP_SUBFLOW_ADDRS, SUBFLOW_ADDRS.size):
+        (family,) = SUBFLOW_ADDRS.unpack_from(addresses)
         # sockaddr_in: family, port, address; sockaddr_in6 has 4 bytes before the address.
         at, size = (4, 4) if family == socket.AF_INET else (8, 16)
         found.append(socket.inet_ntop(family, addresses[at : at + size]))
@@ -94,6 +95,6 @@ def _paths(sock: socket.socket, option: int, size: int) -> list[bytes]:
 def _kernel_does_it(sock: socket.socket) -> bool:
     """Return whether the timeouts of tcp.tune() apply to this connection."""
     try:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) > 0
+        return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
     except OSError:
         return False
