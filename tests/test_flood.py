@@ -113,7 +113,7 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
     plain.helper(CLIENT, *FLOOD, "hold", SERVER_ADDRESS, "20203", "1000", "200", *sources)
     relay = Relay(plain, delay) if delay else None
     times = []
-    for _ in range(20):
+    for _ in range(10):
         client = plain.client(to=relay.address if relay else SERVER_ADDRESS)
         client.says("tun ttun0 up")
         started = time.monotonic()
@@ -124,12 +124,12 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
     print(" ".join(f"{seconds:.2f}" for seconds in sorted(times)))  # pytest -rP shows it
     if relay:
         relay.close()
-    assert sorted(times)[10] < 2
+    assert sorted(times)[5] < 2
     assert max(times) < 5, "0.5 s are usual"
     assert re.search(r"\d{2,} more handshakes failed in the last \d+ s", server.log())
     lines = len(server.log().splitlines())
     print(f"{lines} lines")
-    assert lines < 20 * 2 * (summary.MOST + 5)
+    assert lines < 10 * 2 * (summary.MOST + 5)
 
 
 @pytest.mark.hosts

@@ -169,7 +169,7 @@ def main(descriptor: int, module: str) -> int | None:
     del sys.path[0]  # where this file is
     modules: dict[str, ModuleType] = {}
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))  # whatever ends, it does not
-    atexit.register(leave_loaded, modules)  # the first that is registered is the last that is called
+    atexit.register(leave_loaded, modules)  # registered first: called last
     program = importlib.import_module(module)
     for each in LOADED[module]:
         importlib.import_module(each)
