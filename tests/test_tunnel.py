@@ -29,8 +29,8 @@ PORT = "5001"
 PUMP_THREADS = {"ttun-up-seal", "ttun-up-send", "ttun-down-recv", "ttun-down-open"}
 
 
-def much(bench: Bench, most: int) -> int:
-    """Bytes: so many MiB with x1 and offload, a quarter where a tunnel is slower."""
+def much(bench: Bench, most: int = 1024) -> int:
+    """Bytes: so many MiB with the default options, a quarter where a tunnel is slower."""
     return most * MIB // (1 if bench.wire == "x1" and not bench.options else 4)
 
 
@@ -56,7 +56,7 @@ def test_much_each_way_at_once_arrives_whole(bench: Bench) -> None:
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
     with ThreadPoolExecutor() as pool:
         transfers = [
-            pool.submit(bench.traffic, CLIENT, action, TUNNEL4[SERVER], PORT, str(much(bench, 256)))
+            pool.submit(bench.traffic, CLIENT, action, TUNNEL4[SERVER], PORT, str(much(bench)))
             for action in ("send", "receive")
         ]
         assert all(transfer.result()["whole"] for transfer in transfers)
@@ -68,7 +68,7 @@ def test_mixed_traffic_arrives_whole(bench: Bench) -> None:
 
     TTUN_TEST_MIB: how much in all; more than the usual for a long run by hand.
     """
-    total = much(bench, int(os.environ.get("TTUN_TEST_MIB", "128")))
+    total = much(bench, int(os.environ.get("TTUN_TEST_MIB", "256")))
     bench.tunnel()
     for addresses in (TUNNEL4, TUNNEL6):
         bench.serve_traffic(SERVER, addresses[SERVER])
@@ -234,7 +234,7 @@ def test_four_pump_threads_carry_everything_and_python_nothing(bench: Bench) -> 
     before = [thread_times(end) for end in ends]
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
     for action in ("send", "receive"):
-        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(much(bench, 512)))["whole"]
+        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(much(bench)))["whole"]
     for end, earlier in zip(ends, before):
         times = thread_times(end)
         assert set(times) >= PUMP_THREADS
