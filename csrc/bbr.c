@@ -12,6 +12,7 @@ enum {
     FULL_FOR = 3,         /* round trips without bandwidth growth */
     HELD_FOR = 10,        /* round trips */
     VALID_FOR = 10000000, /* microseconds: bbr_min_rtt_win_sec */
+    FEW = 16 * 1448,      /* bytes in flight of which four packets are enough for a while */
     /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
      * query earlier, and is in jiffies. */
     EARLIER = 15000,
@@ -49,7 +50,8 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
     }
 }
 
-static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, uint32_t min_rtt) {
+static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, uint64_t bandwidth,
+                          uint32_t min_rtt) {
     if (min_rtt != bbr->min_rtt) {
         bbr->min_rtt = min_rtt;
         bbr->measured_at = now;
@@ -60,8 +62,8 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
         bbr->paused = age < VALID_FOR + (uint64_t)tcp->rtt &&
                       (tcp->unacked > 0 || age + min_rtt < VALID_FOR + LATER);
     else /* the last acknowledgement before it, when it is valid */
-        bbr->paused = tcp->unacked >= BUSY && age + tcp->rtt > VALID_FOR - EARLIER &&
-                      age < VALID_FOR - EARLIER;
+        bbr->paused = tcp->unacked >= BUSY && bandwidth * min_rtt / 1000000 > FEW &&
+                      age + tcp->rtt > VALID_FOR - EARLIER && age < VALID_FOR - EARLIER;
 }
 
 void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) {
@@ -71,5 +73,5 @@ void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) 
         return; /* other congestion controls have another size */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
-    watch_min_rtt(bbr, now, tcp, info.min_rtt);
+    watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
 }

@@ -10,7 +10,8 @@
  * Minimum RTT. Ten seconds after it last measured it, bbr sends only four packets at a time, for
  * 200 ms and a round trip (BBR_PROBE_RTT), and all traffic inside waits. It does not if the flow
  * just restarts from idle: then the next round trip counts (idle_restart). So pause shortly before
- * until nothing is in flight, which takes one round trip.
+ * until nothing is in flight, which takes one round trip. A slow link is left alone: there, four
+ * packets are about what is in flight anyway.
  *
  * Sources: net/ipv4/tcp_bbr.c; struct tcp_bbr_info of linux/inet_diag.h. */
 #ifndef TTUN_BBR_H
