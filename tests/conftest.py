@@ -36,7 +36,7 @@ TESTS_COMPILED = "tests-are-compiled"
 LOAD_ALL = """
 import contextlib, importlib, pkgutil, ttun
 for module in pkgutil.walk_packages(ttun.__path__, "ttun."):
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         importlib.import_module(module.name)
 """
 
