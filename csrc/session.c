@@ -137,9 +137,8 @@ uint64_t ttun_session_counter(struct ttun_session *s, enum ttun_counter which) {
 }
 
 uint64_t ttun_session_silence(struct ttun_session *s) {
-    /* The clock is read second, so it is never behind. */
-    uint64_t last_received = atomic_load(&s->last_received);
-    return now_ms() - last_received;
+    uint64_t last_received = atomic_load(&s->last_received), now = now_ms();
+    return now > last_received ? now - last_received : 0; /* two processors, two views of it */
 }
 
 /* ---- control frames and keys ---------------------------------------------------------------- */
