@@ -25,9 +25,8 @@ PATHS_MAX = 16
 MPTCP_SUBFLOW_ADDRS = 3
 # Family of the local address; the rest of it, and of the peer's: two struct sockaddr_storage
 SUBFLOW_ADDRS = struct.Struct("=H126x128x")
-# struct tcp_info, up to the ms since an acknowledgement was last received: data carry one, too, and
-# Multipath TCP's never take the short cut that leaves it out.
-TCP_INFO = struct.Struct("=56xI")
+# struct tcp_info, up to the ms since data, and an acknowledgement, were last received
+TCP_INFO = struct.Struct("=52x2I")
 MPTCP_TCPINFO = 2
 SUBFLOW_DATA = struct.Struct("=4I")  # own size; subflows; size of tcp_info: kernel's, ours
 
@@ -61,7 +60,7 @@ def silence(sock: socket.socket) -> int | None:
     None if the kernel does not report it.
     """
     paths = _paths(sock, MPTCP_TCPINFO, TCP_INFO.size)
-    return min((TCP_INFO.unpack_from(info)[0] for info in paths), default=None)
+    return min((min(TCP_INFO.unpack_from(info)) for info in paths), default=None)
 
 
 def local_addresses(sock: socket.socket) -> list[str]:
