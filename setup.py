@@ -23,7 +23,8 @@ PUBLIC = {"client", "endpoint", "errors", "lifecycle", "record", "server"}  # ke
 
 # What is read once when the program starts, or never.
 INNER = ("commands", "network", "process", "watch")
-RARE = ("tox/*", "binding.py", "proxy.py", *(f"{package}/[!_]*" for package in INNER))
+ONCE = ("binding", "cli", "congestion", "mptcp", "privileges", "proxy", "transport")
+RARE = ("tox/*", *(f"{name}.py" for name in ONCE), *(f"{package}/[!_]*" for package in INNER))
 
 
 class BuildPython(build_py):  # type: ignore[misc]

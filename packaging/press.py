@@ -29,11 +29,12 @@ class Zopfli:
 
 
 def press(wheel: Path) -> None:
-    """Compress a zip file again, with Zopfli if it is installed."""
+    """Compress a zip file again, with Zopfli if it is installed; omit entries of directories."""
     if zlib is None:
         return
     zipfile._get_compressor = lambda *_: Zopfli()  # type: ignore[attr-defined]
     plain = zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as pressed:
+    with zipfile.ZipFile(wheel, "w") as pressed:
         for item in plain.infolist():
-            pressed.writestr(item, plain.read(item))
+            if not item.is_dir():
+                pressed.writestr(item, plain.read(item), zipfile.ZIP_DEFLATED)

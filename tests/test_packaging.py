@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import wheels
 from compact import compact
+from press import press
 from tunnel import ROOT
 
 WHEELS = ROOT / ".venv" / "wheels"
@@ -129,6 +130,20 @@ def test_the_wheel_is_small_and_stripped(wheel: Path) -> None:
     assert b".debug_info" not in codec
     assert b".symtab" not in codec
     assert "\nLicense-Expression: MIT\n" in metadata
+
+
+def test_a_pressed_wheel_is_a_valid_zip_file(tmp_path: Path) -> None:
+    """Strict installers refuse an entry whose size is not that of its data."""
+    text = b"some text, some text" * 100
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as plain:
+        plain.writestr("a/", b"")
+        plain.writestr("a/b.py", text)
+    press(tmp_path / "a.whl")
+    with zipfile.ZipFile(tmp_path / "a.whl") as pressed:
+        for item in pressed.infolist():
+            assert item.compress_type == zipfile.ZIP_DEFLATED or item.compress_size == item.file_size
+        assert pressed.read("a/b.py") == text
+        assert pressed.getinfo("a/b.py").compress_size < len(text) // 10
 
 
 FOR_ANNOTATIONS = {"__future__", "typing", "collections.abc"}
