@@ -90,7 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, usual)
     if netns.may_make_hosts():
         share_compiled(config)
-        tunnel.cover_run()
+        tunnel.own_mounts()
         if os.environ.get("PYTEST_DEBUG_TEMPROOT") == TEMPORARY and not hasattr(
             config, "workerinput"
         ):

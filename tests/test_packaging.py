@@ -141,7 +141,9 @@ def test_a_pressed_wheel_is_a_valid_zip_file(tmp_path: Path) -> None:
     press(tmp_path / "a.whl")
     with zipfile.ZipFile(tmp_path / "a.whl") as pressed:
         for item in pressed.infolist():
-            assert item.compress_type == zipfile.ZIP_DEFLATED or item.compress_size == item.file_size
+            assert (
+                item.compress_type == zipfile.ZIP_DEFLATED or item.compress_size == item.file_size
+            )
         assert pressed.read("a/b.py") == text
         assert pressed.getinfo("a/b.py").compress_size < len(text) // 10
 

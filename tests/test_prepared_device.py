@@ -47,9 +47,13 @@ class Prepared:
             if each["scope"] == "global"
         ]
 
-    def as_user(self) -> list[str]:
-        """What to put before a command to run it as that user, with no capability."""
+    def as_user(self, first: str = ":") -> list[str]:
+        """What to put before a command to run it as that user, with no capability.
+
+        first: a shell command of root's, for what only the command shall see.
+        """
         script = f"""
+            {first}
             mount -t tmpfs none /mnt
             {opened(ROOT, sys.base_prefix, sys.prefix)}
             exec setpriv --reuid {UID} --regid {UID} --clear-groups --bounding-set=-all "$@"
@@ -60,9 +64,9 @@ class Prepared:
             pytest.skip("no other user can run ttun here")
         return works
 
-    def client(self, *options: str) -> Program:
+    def client(self, *options: str, first: str = ":") -> Program:
         """A client that runs as that user."""
-        works = self.as_user()
+        works = self.as_user(first)
         log = self.bench.directory / f"user{len(self.bench.ends)}.log"
         with log.open("w") as file:
             process = self.bench.pair.start(
@@ -188,5 +192,11 @@ def test_a_device_that_cannot_be_attached_to_is_an_error_that_says_why(
             user = prepared.client("--dev", name)
             assert user.ended() == 1
             assert user.log().count("\nttun: ") == 1 and why in user.log(), user.log()
+        closed = "mount -t tmpfs none /dev/net && mknod -m 600 /dev/net/tun c 10 200"
+        user = prepared.client("--dev", "tun6", first=closed)
+        assert user.ended() == 1
+        node = "/dev/net/tun"
+        why = f"cannot open {node}: permission denied (run with sudo, or chmod 666 {node})"
+        assert f"\nttun: {why}\n" in user.log(), user.log()
     finally:
         prepared.ip("link delete tun6", "link delete tap5", "link delete tunm")

@@ -83,7 +83,7 @@ class Device:
         try:
             self._tun, self.offload = _open(name, offload)
         except OSError as error:
-            if self.prepared:
+            if self.prepared and error.errno != errno.EACCES:  # that one is of the node
                 why = _why_not_attached(error).format(name=name, user=os.geteuid())
                 raise TtunError(f"device {name} {why}") from None
             raise TtunError(_why_no_device(error)) from None
@@ -266,7 +266,7 @@ def _why_not_attached(error: OSError) -> str:
         return "is used by another program (choose another name)"
     if error.errno == errno.EINVAL:
         return "is not a plain TUN device: tap, multi_queue or other (choose another name)"
-    return f"exists, but not for us: {error.strerror or error}"
+    return f"cannot be attached to: {error.strerror or error}"
 
 
 def _why_no_device(error: OSError) -> str:
@@ -277,7 +277,7 @@ def _why_no_device(error: OSError) -> str:
             f"mkdir -p /dev/net && mknod {node} c 10 200)"
         )
     if error.errno == errno.EACCES:
-        return f"cannot open {node}: permission denied (run with sudo)"
+        return f"cannot open {node}: permission denied (run with sudo, or chmod 666 {node})"
     if error.errno == errno.EPERM:
         return "cannot create a TUN device: CAP_NET_ADMIN required in this network namespace"
     return f"cannot open {node}: {error.strerror or error}"

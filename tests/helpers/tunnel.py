@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -75,12 +76,21 @@ def has_thread(pid: int, name: str) -> bool:
     return False
 
 
-def cover_run() -> None:
-    """Give this process, and what it starts, an empty /run; nobody else sees what is in it."""
+def own_mounts() -> None:
+    """Give this process, and what it starts, mounts that nobody else sees: an empty /run, and a
+    TUN device node that every user may open, as udev makes it.
+    """
     if libc.unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     for arguments in (["--make-rprivate", "/"], ["-t", "tmpfs", "none", "/run"]):
         subprocess.run(["mount", *arguments], check=True)
+    node = Path("/dev/net/tun")
+    made = Path("/run/tun")
+    if node.exists() and node.stat().st_mode & 0o666 != 0o666:
+        with contextlib.suppress(PermissionError):  # root of a user namespace
+            os.mknod(made, stat.S_IFCHR, os.makedev(10, 200))
+            made.chmod(0o666)
+            subprocess.run(["mount", "--bind", made, node], check=True)
 
 
 def enter_namespace(name: str) -> None:
