@@ -217,16 +217,22 @@ def test_who_cannot_become_the_user_of_hooks_says_so_and_does_not_start() -> Non
 @pytest.mark.hosts
 @other_users
 @END_TO_END
-def test_hooks_of_a_user_with_one_capability_keep_that_one(bench: Bench, said: Path) -> None:
-    """What replaces root under a service manager that gives CAP_NET_ADMIN alone."""
+@pytest.mark.parametrize("group", [65534, 4])
+def test_hooks_of_a_user_with_one_capability_keep_that_one(
+    bench: Bench, said: Path, group: int
+) -> None:
+    """What replaces root under a service manager that gives CAP_NET_ADMIN alone, and any group."""
     pythons = [each for each in (sys.executable, "/usr/bin/python3") if runs_for_all(each)]
     if not pythons:
         pytest.skip("no Python here that another user may start")
     log = bench.directory / "ambient.log"
     options = ["--hook-user", "65534", "--up", f"grep CapEff /proc/self/status > {said}"]
+    as_user = [
+        str(group) if NO_ROOT[at - 1] == "--regid" else each for at, each in enumerate(NO_ROOT)
+    ]
     with log.open("w") as file:
         started = bench.pair.start(
-            SERVER, [*NO_ROOT, pythons[0], "-m", "ttun", "server", "-k", "secret", *options],
+            SERVER, [*as_user, pythons[0], "-m", "ttun", "server", "-k", "secret", *options],
             stderr=file, environment=paths(),
         )  # fmt: skip
     server = Program(started, log)

@@ -162,8 +162,11 @@ def may_become(user: User) -> bool:
 
 
 def can_be(user: User) -> bool:
-    """Return whether a program that this process starts can run as that user."""
-    return (os.geteuid(), os.getegid()) == (user.uid, user.gid) or may_become(user)
+    """Return whether a program that this process starts can run as that user.
+
+    With any group: Group= of a unit may have chosen another one.
+    """
+    return os.geteuid() == user.uid or may_become(user)
 
 
 def _prctl(option: int, value: int) -> int:

@@ -173,8 +173,11 @@ def _living() -> set[int] | None:
 
 
 def becoming(user: User | None) -> dict[str, Any]:
-    """Return what subprocess.Popen takes to run a program as a user, with its groups."""
-    if user is None or (user.uid, user.gid) == (os.geteuid(), os.getegid()):
+    """Return what subprocess.Popen takes to run a program as a user, with its groups.
+
+    A process that is that user already keeps the groups that it has.
+    """
+    if user is None or user.uid == os.geteuid():
         return {}
     groups = os.getgrouplist(user.name, user.gid)
     return {"user": user.uid, "group": user.gid, "extra_groups": groups}
