@@ -90,6 +90,18 @@ def test_the_sizes_that_a_session_takes(
     lib.ttun_session_free(session)
 
 
+def test_a_session_takes_new_keys_once_and_with_tags_of_the_same_size(
+    ends: tuple[int, int],
+) -> None:
+    session = new_session(ends)
+    state, other = ffi.new("struct ttun_cipher_state *"), ffi.new("struct ttun_cipher_state *")
+    other.tag_size = state.tag_size + 1
+    assert not lib.ttun_session_rekey(session, state, other)
+    assert lib.ttun_session_rekey(session, state, state)
+    assert not lib.ttun_session_rekey(session, state, state), "nobody has changed to them"
+    lib.ttun_session_free(session)
+
+
 def test_without_a_descriptor_there_is_no_session_and_no_memory_is_lost(
     ends: tuple[int, int],
 ) -> None:
