@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from ttun._codec import ffi, lib
+
 from ttun.cipher import EVERYWHERE, TO_SERVER, CipherState
 
 SLOTS, QUEUE = 4, 1 << 20
