@@ -78,6 +78,24 @@ def test_a_local_name_server_is_passed_over_for_its_upstream(far: Bench, stub: N
         upstream.close()
 
 
+def test_a_local_name_server_that_asks_behind_the_tunnel_does_not_hold_the_start_up(
+    far: Bench, stub: NameServer
+) -> None:
+    """As on a router whose LAN resolves at the server: dnsmasq is silent before the tunnel."""
+    stub.silent = True
+    upstream = NameServer(far)
+    upstream.address = FAR
+    place = Path("/run/systemd/resolve/resolv.conf")
+    place.parent.mkdir(parents=True)
+    try:
+        place.write_text(f"nameserver {NAME_SERVER}\n")
+        _, client = by_name(far)
+        assert "cannot resolve" not in client.log()
+        assert not stub.asked
+    finally:
+        upstream.close()
+
+
 def test_a_local_name_server_without_upstream_is_a_line_and_last_addresses_are_dialled(
     far: Bench, stub: NameServer
 ) -> None:

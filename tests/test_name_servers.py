@@ -177,3 +177,22 @@ def test_files_say_which_servers_there_are(tmp_path: Path, monkeypatch: pytest.M
     assert name_servers.is_in_hosts("vpn.example")
     assert not name_servers.is_in_hosts("vpn.example.net")
     assert name_servers.upstream() == ["192.0.2.53", "fe80::1%lo"]
+
+
+def test_on_openwrt_the_servers_of_the_provider_are_beside_the_file_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use, provider = tmp_path / "tmp/resolv.conf", "tmp/resolv.conf.d/resolv.conf.auto"
+    (tmp_path / provider).parent.mkdir(parents=True)
+    (tmp_path / provider).write_text("# Interface wan\nnameserver 192.0.2.53\n")
+    in_use.write_text("search lan\nnameserver 127.0.0.1\nnameserver ::1\n")
+    etc = tmp_path / "resolv.conf"
+    monkeypatch.setattr(name_servers, "RESOLV_CONF", etc)
+    monkeypatch.setattr(name_servers, "UPSTREAM", (tmp_path / "none",))
+    etc.write_text(in_use.read_text())
+    assert name_servers.upstream() == [], "anybody could have written it"
+    etc.unlink()
+    etc.symlink_to("tmp/resolv.conf")
+    assert name_servers.local() == "127.0.0.1"
+    assert name_servers.upstream() == ["192.0.2.53"]
+    assert name_servers.are_outside()

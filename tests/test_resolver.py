@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,10 +129,10 @@ def stop() -> Flag:
 
 def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop: Flag) -> None:
     before = set(children(os.getpid()))  # of other tests
-    found = resolver._in_a_child("localhost", 5, 0, stop)
+    found = resolver._in_a_child(partial(resolver._getaddrinfo, "localhost", 5, 0), stop)
     assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
     with pytest.raises(OSError, match=r"[Nn]ame|known"):
-        resolver._in_a_child("nothing.invalid", 5, 0, stop)
+        resolver._in_a_child(partial(resolver._getaddrinfo, "nothing.invalid", 5, 0), stop)
     assert set(children(os.getpid())) <= before  # zombies are among them
 
 
@@ -169,7 +170,7 @@ def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
     """If SIGCHLD is ignored (inherited), the kernel does it."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        found = resolver._in_a_child("localhost", 5, 0, stop)
+        found = resolver._in_a_child(partial(resolver._getaddrinfo, "localhost", 5, 0), stop)
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
@@ -183,5 +184,9 @@ def test_of_very_many_addresses_some_are_taken(monkeypatch: pytest.MonkeyPatch, 
         return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", address)] * 4000
 
     monkeypatch.setattr(socket, "getaddrinfo", many)
-    assert 1 < len(resolver._in_a_child("many.example", 1, 0, stop)) < 100
+    assert (
+        1
+        < len(resolver._in_a_child(partial(resolver._getaddrinfo, "many.example", 1, 0), stop))
+        < 100
+    )
     assert 1 < len(Resolver("many.example", 1).targets(stop)) < 100

@@ -246,7 +246,8 @@ class Dialer(transport.Dialer):
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the addresses of the name."""
-        return [address for _, address in self._found(self._resolver.first, stop) if address]
+        first = partial(self._resolver.first, outside=self.outside)
+        return [address for _, address in self._found(first, stop) if address]
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return a candidate for each address."""

@@ -34,6 +34,7 @@ UPSTREAM = (  # of systemd-resolved, NetworkManager's dnsmasq, dnsmasq with reso
     Path("/run/NetworkManager/no-stub-resolv.conf"),
     Path("/run/dnsmasq/resolv.conf"),
 )
+OPENWRT = "resolv.conf.d/resolv.conf.auto"  # of netifd, beside the file that RESOLV_CONF links to
 MOST = 6  # servers
 # Seconds: for all responses; until a query is repeated; for the rest once there is an address.
 PATIENCE, REPEAT, REST = 5.0, 1.0, 0.5
@@ -59,7 +60,9 @@ def in_use() -> Iterator[str]:
 
 def upstream() -> list[str]:
     """Return the servers that the one on this machine queries, as far as it tells."""
-    for path in UPSTREAM:
+    # OpenWrt's is in /tmp, where anybody may write: used only if root linked RESOLV_CONF to there.
+    openwrt = Path(os.path.realpath(RESOLV_CONF)).parent / OPENWRT
+    for path in (*UPSTREAM, openwrt):
         if found := [server for server in _servers(path) if not _is_here(server)]:
             return found[:MOST]
     return []

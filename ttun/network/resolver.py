@@ -65,11 +65,7 @@ def look_up(host: str, port: int, stop: Flag, flags: int = 0) -> list[Target]:
 
     Raises OSError with the reason, InterruptedError when stop was set.
     """
-    if found := numeric(host, port, flags):
-        return found
-    if threading.active_count() > 1:
-        return _LookUp(partial(_getaddrinfo, host, port, flags)).wait(FIRST_PATIENCE, stop)
-    return _in_a_child(host, port, flags, stop)
+    return numeric(host, port, flags) or _wait_for(partial(_getaddrinfo, host, port, flags), stop)
 
 
 class Resolver:
@@ -82,9 +78,12 @@ class Resolver:
         self._asked: _LookUp | None = None
         self._told = False  # that a name server on this machine is of no use
 
-    def first(self, stop: Flag) -> list[Target]:
-        """Resolve it with look_up(), and remember the result."""
-        self.known = look_up(self._host, self._port, stop)
+    def first(self, stop: Flag, outside: bool = False) -> list[Target]:
+        """Resolve it as look_up() does, and remember the result. outside: as for targets()."""
+        if outside and not numeric(self._host, self._port):
+            self.known = _wait_for(self._find_first, stop)
+        else:
+            self.known = look_up(self._host, self._port, stop)
         return self.known
 
     def targets(self, stop: Flag, outside: bool = False) -> list[Target]:
@@ -111,6 +110,17 @@ class Resolver:
                 "cannot resolve %s: %s; using its last addresses", self._host, reason(error)
             )
         return self.known
+
+    def _find_first(self) -> list[Target]:
+        """Resolve it before the tunnel takes anything.
+
+        A name server on this machine may ask only servers behind the tunnel, and time out.
+        """
+        found: list[Target] = []
+        if name_servers.local() and not name_servers.is_in_hosts(self._host):
+            with contextlib.suppress(OSError):
+                found = self._ask(name_servers.upstream())
+        return found or _getaddrinfo(self._host, self._port, 0)
 
     def _find_outside(self) -> list[Target]:
         """Resolve it; if a name server on this machine would be asked, ask its upstream."""
@@ -177,13 +187,20 @@ class _LookUp:
         return self._answer
 
 
-def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
-    """Resolve a host in a child process, which is killed when this returns."""
+def _wait_for(find: Callable[[], list[Target]], stop: Flag) -> list[Target]:
+    """Call it where it may hang: in a child process, or on a thread if there are some already."""
+    if threading.active_count() > 1:
+        return _LookUp(find).wait(FIRST_PATIENCE, stop)
+    return _in_a_child(find, stop)
+
+
+def _in_a_child(find: Callable[[], list[Target]], stop: Flag) -> list[Target]:
+    """Call it in a child process, which is killed when this returns."""
     readable, writable = os.pipe()
     try:
         child = os.fork()
         if child == 0:
-            _answer(writable, host, port, flags)
+            _answer(writable, find)
     except BaseException:
         os.close(readable)
         raise
@@ -207,7 +224,7 @@ def _in_a_child(host: str, port: int, flags: int, stop: Flag) -> list[Target]:
     return [Target(family, tuple(sockaddr)) for family, sockaddr in found["targets"]]
 
 
-def _answer(writable: int, host: str, port: int, flags: int) -> None:
+def _answer(writable: int, find: Callable[[], list[Target]]) -> None:
     """Run the child: resolve, write the answer, exit; keep no descriptor of the parent's."""
     try:
         signal.set_wakeup_fd(-1)  # the parent's pipe
@@ -221,7 +238,7 @@ def _answer(writable: int, host: str, port: int, flags: int) -> None:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         os.closerange(writable + 1, 65536 if most == resource.RLIM_INFINITY else min(most, 65536))
         try:
-            found: dict[str, Any] = {"targets": _getaddrinfo(host, port, flags)}
+            found: dict[str, Any] = {"targets": find()}
         except Exception as error:
             found = {"error": reason(error)}
         os.write(writable, json.dumps(found).encode())  # a pipe takes 64 KiB at once
