@@ -88,13 +88,34 @@ def test_what_sends_packets_outside_all_the_same_is_named(far: Bench, what: str)
 
 
 @on_hosts
-def test_rules_that_another_program_removed_are_named_with_the_remedy(far: Bench) -> None:
-    """As systemd-networkd does when it starts. Packets of others go outside from then on."""
+def test_rules_that_another_program_removed_are_restored(far: Bench) -> None:
+    """As netifd and systemd-networkd remove them when they start."""
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    before = sorted(hosts(far).rules())
+    assert leaves_by(far, 0) == "ttun0"
+    ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
+    eventually(lambda: sorted(hosts(far).rules()) == before, "they are back")
+    assert leaves_by(far, 0) == "ttun0"
+    said = client.says("restored rules that another program removed: IPv4 pref 20203 lookup main")
+    assert said.count("IPv") == 6
+    eventually(lambda: client.status()["missing"] == [], "nothing is missing")
+    assert "ttun0 changed" not in client.log()
+    ip(far, "rule del pref 20204")  # one alone, and soon after
+    eventually(lambda: sorted(hosts(far).rules()) == before, "it is back", 100)
+    assert client.stop() == 0
+    assert hosts(far).rules() == []
+
+
+@on_hosts
+def test_rules_that_nobody_can_restore_are_named_with_the_remedy(far: Bench) -> None:
+    """The keeper was killed. Packets of others go outside from then on."""
     far.server()
     client = far.client(*DEFAULT, to=FAR)
     connected(far, client)
     before = hosts(far).rules()
-    assert leaves_by(far, 0) == "ttun0"
+    os.kill(keeper_of(client.process.pid), signal.SIGKILL)
     ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
     assert hosts(far).rules() == [] and leaves_by(far, 0) == "vclient"
     said = client.says("IPv6 rule 20203 lookup main missing", seconds=10)
@@ -108,7 +129,6 @@ def test_rules_that_another_program_removed_are_named_with_the_remedy(far: Bench
     ip(far, "rule del pref 20204")  # one alone
     eventually(lambda: len(client.status()["missing"]) == 1, "it is named")
     assert client.stop() == 0
-    assert hosts(far).rules() == []
 
 
 @on_hosts

@@ -105,6 +105,15 @@ class Endpoint(Lifecycle):
         os.dup(self._device.fileno())
         return self._device.index
 
+    def ask_for_rules(self, restore: Callable[[], object]) -> Sequence[int]:
+        """Have another process restore rules of the default route if this one may not.
+
+        It is called on the endpoint's thread. Return the users whose packets stay outside.
+        """
+        assert self._watch is not None
+        self._watch.restore_rules = restore
+        return self._users
+
     def status(self) -> Status:
         """Return the current status, from any thread."""
         missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []

@@ -274,6 +274,8 @@ def _run(
             raise
     if whole:
         keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
+        users = endpoint.ask_for_rules(keeper.restore_rules)
+        keeper.rules = functools.partial(default_route.restore, users)
     # From here on there is something to clean up.
     signals = Signals(*ENDING, *ENDING_LATER, signal.SIGUSR1)
     device = str(endpoint.status().device)

@@ -110,6 +110,14 @@ def rules(users: Iterable[int]) -> Iterator[Rule]:
             first = max(first, user + 1)
 
 
+def restore(users: Iterable[int]) -> list[str]:
+    """Add the rules that another program removed; return them. Raises OSError."""
+    with contextlib.closing(Netlink()) as link:
+        have = (errno.EEXIST, *NO_FAMILY)
+        missing = [rule for rule in rules(users) if link.order(rule.request(), have)]
+    return [f"IPv{rule.network.version} {rule}" for rule in missing]
+
+
 def remove(index: int) -> None:
     """Remove the rules, unless another device than this has the default route. Raises OSError.
 

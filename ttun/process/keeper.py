@@ -6,8 +6,8 @@
     do at the end. It takes no other command and no path. Before that, Keeper.hold() has waited for
     the keeper of a killed program, if the device had one: --up comes after the last --down.
  3. The program drops its privileges. From then on the keeper takes requests alone, one message of
-    a socketpair each: ``up``, ``down``, ``dial``, ``hangup``, ``background``, and facts. It checks
-    each fact by its form and refuses everything else.
+    a socketpair each: ``up``, ``down``, ``dial``, ``hangup``, ``background``, ``rules``; some with
+    facts. It checks each fact by its form and refuses everything else.
  4. The socketpair ends with the program, however that ends. Then the keeper ends its commands, runs
     --down for a session that has begun, does what the Plan has for the end, and ends itself.
 
@@ -84,6 +84,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "dial": ("number", "host", "port"),
     "hangup": (),
     "background": (),
+    "rules": (),
 }
 
 Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
@@ -130,17 +131,19 @@ class Plan(NamedTuple):
     hooks: Callable[[], Any] | None  # Hooks of commands/hooks.py
     facts: dict[str, str]  # those that stay the same
     via: Via | None
+    rules: Callable[[], list[str]] | None
     at_end: list[Callable[[], object]]
     level: int  # of the log
 
 
 class Keeper:
-    """The program's side. Set hooks, via and at_end, then start()."""
+    """The program's side. Set hooks, via, rules and at_end, then start()."""
 
     def __init__(self) -> None:
         """Need nothing yet."""
         self.hooks: Callable[[], Any] | None = None  # makes Hooks, which run --up and --down
         self.via: Via | None = None
+        self.rules: Callable[[], list[str]] | None = None  # restores those that others removed
         # Called in the keeper in this order, whatever the ones before it raise. Pickled: functions
         # of modules, functools.partial of them.
         self.at_end: list[Callable[[], object]] = []
@@ -188,7 +191,7 @@ class Keeper:
         if entry is not None:
             at_end.insert(0, functools.partial(os.unlink, entry[0], dir_fd=entry[1]))
             passed.append(entry[1])
-        plan = pickle.dumps(Plan(self.hooks, fixed, self.via, at_end, log.level))
+        plan = pickle.dumps(Plan(self.hooks, fixed, self.via, self.rules, at_end, log.level))
         try:
             self._start(plan, passed)
             answer = self._receive(time.monotonic() + START)[0]
@@ -263,6 +266,10 @@ class Keeper:
     def background(self) -> None:
         """Give the terminal back to the program, for good: the peer is connected."""
         self._tell("background", {})
+
+    def restore_rules(self) -> None:
+        """Have the rules restored that another program removed."""
+        self._tell("rules", {})
 
     def close(self) -> None:
         """Have the keeper end its commands, tidy up and end; wait for that, AT_END at most."""

@@ -151,6 +151,9 @@ class Servant:
             self._dialled.hang_up()
         elif request == "background" and self._dialled:
             self._dialled.background()
+        elif request == "rules" and self._plan.rules:
+            if restored := self._plan.rules():
+                self._say(f"restored rules that another program removed: {', '.join(restored)}")
         else:
             raise ValueError(f"nothing to do for {request}")
 

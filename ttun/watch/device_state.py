@@ -35,6 +35,7 @@ class Lack(NamedTuple):
     remedy: str  # "ip route add 203.0.113.0/24 dev ttun0", or empty
     # The same as a netlink request; None if an administrator decides, or it cannot succeed yet.
     order: Callable[[int], Request] | None = None
+    is_rule: bool = False
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Wanted:
             if not rule.is_in(seen.rules):
                 version, words = rule.network.version, str(rule)
                 what = f"IPv{version} rule {' '.join(words.split()[1:4])} missing"
-                found.append(Lack(what, f"ip -{version} rule add {words}", rule.request))
+                found.append(Lack(what, f"ip -{version} rule add {words}", rule.request, True))
         return found
 
     @property
