@@ -225,7 +225,7 @@ procd_open_instance() { echo "open $1"; }
 procd_set_param() { echo "set $*"; }
 procd_close_instance() { echo close; }
 procd_add_reload_trigger() { echo "trigger $1"; }
-. "$0"; start_service; service_triggers
+. "$0"; start_service; service_triggers; echo "at the start $START, at the end $STOP"
 """
 
 
@@ -246,6 +246,7 @@ def test_what_the_init_script_asks_of_procd(shell: list[str]) -> None:
         "set file /etc/ttun/office.psk",
         "set respawn 3600 5 0", "set term_timeout 15", "set env TTUN_LOG=syslog",
         "set stdout 1", "set stderr 1", "close", "trigger ttun",
+        "at the start 90, at the end 10",  # the network: 20 and 90
     ]  # fmt: skip
 
 
