@@ -24,6 +24,7 @@ from tunnel import eventually
 
 from ttun import privileges
 from ttun.errors import TtunError
+from ttun.flag import Flag
 from ttun.process import keeper as module
 from ttun.process.keeper import Keeper, via
 from ttun.process.process_group import becoming
@@ -144,14 +145,14 @@ def test_a_dial_fills_in_host_and_port_and_no_more(keeper: Keeper, said: Path) -
         ("a", "x"),
     ):
         with pytest.raises(OSError, match="cannot dial: malformed"):
-            keeper.dial(host, port)
+            keeper.dial(host, port, Flag())
     assert not said.exists()
 
 
 def test_a_dial_relays_both_ways_and_gives_its_stderr(keeper: Keeper) -> None:
     keeper.via = via("echo ready >&2; cat", None)
     keeper.start({})
-    sock, stderr = keeper.dial("host", "1")
+    sock, stderr = keeper.dial("host", "1", Flag())
     assert os.get_inheritable(sock.fileno()) is os.get_inheritable(stderr) is False
     with sock, open(stderr, "rb") as lines:
         assert lines.readline() == b"ready\n"
@@ -169,12 +170,12 @@ def test_the_group_of_a_dial_ends_with_a_hangup_the_next_dial_or_the_program(
     keeper.start({})
 
     def again() -> None:
-        sock, stderr = keeper.dial("", "")
+        sock, stderr = keeper.dial("", "", Flag())
         os.close(stderr)
         sock.close()
 
     for end in (keeper.hang_up, again, keeper.close):
-        sock, stderr = keeper.dial("", "")
+        sock, stderr = keeper.dial("", "", Flag())
         os.close(stderr)
         before = eventually(lambda: len(running(nap)) >= 2 and running(nap), "it runs")
         end()
@@ -220,7 +221,7 @@ def test_what_cannot_be_started_is_an_error_with_its_reason_and_the_next_dial_wo
     most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(descriptors(pid)), most[1]))
     with pytest.raises(OSError, match="open files") as raised:
-        keeper.dial("", "")
+        keeper.dial("", "", Flag())
     assert raised.value.errno == errno.EMFILE
     resource.prlimit(pid, resource.RLIMIT_NOFILE, most)
     assert dialled(keeper) == b"here\n"
@@ -238,7 +239,7 @@ def test_without_room_for_its_descriptors_here_a_dial_is_an_error_and_keeps_none
     try:
         for _ in range(5):  # one of the two has room
             with pytest.raises(OSError, match="Too many open files"):
-                keeper.dial("", "")
+                keeper.dial("", "", Flag())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
         os.close(used)
@@ -254,14 +255,14 @@ def test_a_dial_of_a_dead_or_stopped_keeper_has_an_end(
     monkeypatch.setattr(module, "DIAL", 0.5)
     os.kill(process(keeper), signal.SIGSTOP)
     with pytest.raises(OSError, match="does not answer"):
-        keeper.dial("late", "")
+        keeper.dial("late", "", Flag())
     os.kill(process(keeper), signal.SIGCONT)
     monkeypatch.setattr(module, "DIAL", 20)
     assert dialled(keeper, "here") == b"here\n", "and not the late answer to the first one"
     os.kill(process(keeper), signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(OSError, match="the keeper process ended"):
-            keeper.dial("", "")
+            keeper.dial("", "", Flag())
 
 
 WHO = "id -u; id -g; id -G; env; grep -E 'NoNewPrivs|CapEff' /proc/self/status"

@@ -19,6 +19,7 @@ from kept import descriptors, process
 from tunnel import eventually
 
 from ttun.commands.hooks import Hooks
+from ttun.flag import Flag
 from ttun.process import keeper as module
 from ttun.process.keeper import Keeper, parse, via
 
@@ -112,7 +113,7 @@ def test_a_hundred_thousand_messages_of_a_program_taken_over_do_no_harm(
     keeper.start({"device": "ttun0", "role": "server"})
     pid, sock = process(keeper), keeper._socket
     assert sock is not None
-    sock_of_dial, stderr = keeper.dial("first", "1")
+    sock_of_dial, stderr = keeper.dial("first", "1", Flag())
     os.close(stderr)
     sock_of_dial.close()
     keeper.hang_up()
@@ -156,7 +157,7 @@ def test_a_hundred_thousand_messages_of_a_program_taken_over_do_no_harm(
     eventually(lambda: (drain(), sorted(descriptors(pid)) == before)[1], "it has no more open", 60)
     assert resident(pid) < memory_before + 4096, "KiB"
     assert dials > 500
-    sock_of_dial, stderr = keeper.dial("last", "1")
+    sock_of_dial, stderr = keeper.dial("last", "1", Flag())
     os.close(stderr)
     sock_of_dial.close()
     keeper.close()

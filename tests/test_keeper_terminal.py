@@ -15,6 +15,7 @@ from tunnel import ROOT
 
 ON_A_TERMINAL = """
 import os, signal, sys, time
+from ttun.flag import Flag
 from ttun.process.keeper import Keeper, via
 from ttun.process import log_writer
 log_writer.install()
@@ -32,7 +33,7 @@ keeper.via = via(sys.argv[1], None)
 keeper.start({})
 before = os.tcgetpgrp(0)
 for seconds in (20, 10):
-    sock, stderr = keeper.dial("host", "1")
+    sock, stderr = keeper.dial("host", "1", Flag())
     sock.settimeout(seconds)
     same = os.tcgetpgrp(0) == before
     print("came", sock.recv(100), "ours", is_ours(), "as before", same, flush=True)

@@ -331,6 +331,24 @@ def test_without_a_thread_a_dial_fails_and_leaves_no_command(
     keeper.close()
 
 
+def test_a_dial_whose_keeper_does_not_answer_ends_with_the_client() -> None:
+    keeper, stop = Keeper(), Flag()
+    dialer = via.Dialer(None, "true", None, keeper)
+    keeper.start({})
+    assert keeper._process is not None
+    os.kill(keeper._process.pid, signal.SIGSTOP)
+    timer = threading.Timer(0.3, stop.set)
+    timer.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(InterruptedError):
+            dialer.candidates(stop)[0].dial(stop)
+        assert time.monotonic() - began < 5
+    finally:
+        os.kill(keeper._process.pid, signal.SIGCONT)
+        keeper.close()
+
+
 @pytest.mark.parametrize(
     ("command", "server"),
     [

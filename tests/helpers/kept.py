@@ -15,6 +15,7 @@ from machine import IS_NOBODY_HERE
 from tunnel import ROOT, children, eventually
 
 from ttun.errors import TtunError
+from ttun.flag import Flag
 from ttun.process.keeper import Keeper
 
 other_users = pytest.mark.skipif(not IS_NOBODY_HERE, reason="no other user in this user namespace")
@@ -84,7 +85,7 @@ def received(sock: socket.socket) -> bytes:
 
 def dialled(made: Keeper, host: str = "", port: str = "") -> bytes:
     """What a command of --via writes, to its end."""
-    sock, stderr = made.dial(host, port)
+    sock, stderr = made.dial(host, port, Flag())
     os.close(stderr)
     with sock:
         return received(sock)

@@ -86,7 +86,7 @@ class Dialer(transport.Dialer):
         over = Flag()
         with tcp.naming("cannot start --via"):
             try:
-                sock, output = self._keeper.dial(*self._address)
+                sock, output = self._keeper.dial(*self._address, stop)
             except BrokenPipeError as error:  # for good: a service manager may start us again
                 raise TtunError(f"cannot start --via: {error.strerror} (restart ttun)") from None
         thread = threading.Thread(

@@ -42,6 +42,7 @@ from typing import Any, Callable, NamedTuple
 
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
+from ttun.flag import Flag
 from ttun.privileges import User
 from ttun.process import log_writer, process_group, syslog
 from ttun.process.signals import ENDING, ENDING_LATER
@@ -194,7 +195,7 @@ class Keeper:
         plan = pickle.dumps(Plan(self.hooks, fixed, self.via, self.rules, at_end, log.level))
         try:
             self._start(plan, passed)
-            answer = self._receive(time.monotonic() + START)[0]
+            answer = self._receive(time.monotonic() + START, Flag())[0]
         except OSError as error:
             self.close()
             raise TtunError(f"cannot start the keeper process: {reason(error)}") from None
@@ -232,11 +233,11 @@ class Keeper:
         """It disconnected: run --down."""
         self._tell("down", facts)
 
-    def dial(self, host: str, port: str) -> tuple[socket.socket, int]:
+    def dial(self, host: str, port: str, stop: Flag) -> tuple[socket.socket, int]:
         """Run the command of --via; return its standard input and output, and a pipe of its stderr.
 
         host, port: for %h and %p, or empty. The command of the dial before ends. Raises OSError
-        with the reason if it cannot be started.
+        with the reason if it cannot be started, InterruptedError when stop was set.
         """
         self._number += 1
         facts = {"number": str(self._number), "host": host, "port": port}
@@ -247,7 +248,7 @@ class Keeper:
         self._send("dial", facts)
         deadline = time.monotonic() + DIAL
         while True:
-            answer, descriptors = self._receive(deadline)
+            answer, descriptors = self._receive(deadline, stop)
             number, _, rest = answer.partition("\0")
             number_of_error, _, why = rest.partition("\0")
             if number == str(self._number):
@@ -302,12 +303,11 @@ class Keeper:
         except OSError:
             raise self._lost() from None
 
-    def _receive(self, deadline: float) -> tuple[str, list[int]]:
+    def _receive(self, deadline: float, stop: Flag) -> tuple[str, list[int]]:
         """Return an answer and the descriptors that came with it. Raises OSError."""
         assert self._socket is not None
-        watch = select.poll()
-        watch.register(self._socket, select.POLLIN)
-        if not watch.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        left = deadline - time.monotonic()
+        if not stop.wait_for(self._socket.fileno(), select.POLLIN, left):
             raise TimeoutError(errno.ETIMEDOUT, "the keeper process does not answer")
         try:
             answer, came, _, _ = self._socket.recvmsg(MOST, socket.CMSG_LEN(8), RECEIVED)
