@@ -178,6 +178,24 @@ def test_strict_reverse_path_filtering_is_refused_with_the_remedy(
     client.says("authenticated")
 
 
+@pytest.mark.parametrize("strict", ["vclient", "wclient"])
+def test_with_a_bound_device_the_filtering_of_that_one_counts(far: Bench, strict: str) -> None:
+    second = LinkEnd(SERVER, "wserver", [f"{SECOND_LINK[SERVER]}/24"])
+    far.pair.link(second, LinkEnd(CLIENT, "wclient", [f"{SECOND_LINK[CLIENT]}/24"]))
+    other = f"default via {SECOND_LINK[SERVER]} dev wclient metric 9"
+    netns.ip("-n", far.pair.names[CLIENT], "route", "add", *other.split())
+    far.run(CLIENT, "sysctl", "-qw", f"net/ipv4/conf/{strict}/rp_filter=1")
+    far.server()
+    client = far.client(*DEFAULT, "--bind", "%wclient", to=FAR)
+    if strict == "vclient":
+        connected(far, client)
+        return
+    assert client.ended() == 1
+    assert "rp_filter is 1 on wclient: " in client.log().splitlines()[-1]
+    client = far.client(*DEFAULT, "--bind", "%wclient", "-s", FAR, to=SECOND_LINK[SERVER])
+    client.says("authenticated")  # that one is on the LAN
+
+
 def test_a_link_with_strict_filtering_that_comes_later_is_named(far: Bench) -> None:
     far.server()
     client = far.client(*DEFAULT, to=FAR)

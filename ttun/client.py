@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -174,7 +175,7 @@ class Client(Endpoint):
             each.outside = default_route
             self._dialers.append(each)
         self._dialer = self._dialers[0]
-        self._known: Sequence[str] = ()  # server addresses that routes could match
+        self._known: list[tuple[str, Dialer]] = []  # server addresses that routes could match
         self._best: str | None = None  # candidate of the last session
 
     def _prepare(self) -> None:
@@ -185,11 +186,11 @@ class Client(Endpoint):
             return
         backoff = Backoff()
         while not self._stop.is_set():
-            known: list[str] = []
+            known: list[tuple[str, Dialer]] = []
             failures = []
             for each in self._dialers:
                 try:
-                    known += each.look_up(self._stop)
+                    known += [(address, each) for address in each.look_up(self._stop)]
                 except InterruptedError:
                     raise
                 except OSError as error:
@@ -211,8 +212,10 @@ class Client(Endpoint):
         return self._dialer.name
 
     def _open(self) -> None:
-        outside = [default_route.OUTSIDE] if self._settings.default_route else []
-        reasons = [self._why_not(address) for address in self._known or outside]
+        known = self._known
+        if self._settings.default_route and not known:
+            known = [(default_route.OUTSIDE, each) for each in self._dialers]
+        reasons = [self._why_not(address, each.device) for address, each in known]
         if reasons and reasons[0] and all(reasons):
             raise reasons[0]
 
@@ -255,8 +258,11 @@ class Client(Endpoint):
             return f"the system was suspended for {self._watch.suspended:.0f} s"
         return super()._why_dead()
 
-    def _why_not(self, address: str) -> TtunError | None:
-        """Return an error if the tunnel would capture its own connection to this address."""
+    def _why_not(self, address: str, bound_to: str | None = None) -> TtunError | None:
+        """Return an error if the tunnel would capture its own connection to this address.
+
+        bound_to: the device that the connection is bound to, which no route changes.
+        """
         assert self._device is not None
         try:
             target = ipaddress.ip_address(address)
@@ -266,8 +272,13 @@ class Client(Endpoint):
             target = target.ipv4_mapped or target
         if target.is_link_local:
             return None
-        tunnel, way = self._device.index, netlink.device_to(target, self._users[0])
-        if way == tunnel:
+        tunnel, way = self._device.index, 0
+        if bound_to is None:
+            way = netlink.device_to(target, self._users[0])
+        else:
+            with contextlib.suppress(OSError):  # it may come later
+                way = socket.if_nametoindex(bound_to)
+        if way == tunnel and bound_to is None:
             found = [each for each in self._settings.routes if target in each]
             route = str(max(found, key=lambda each: each.prefixlen)) if found else "default"
             return UsageError(
@@ -345,7 +356,8 @@ class Client(Endpoint):
         return None
 
     def _dial(self, candidate: Candidate) -> socket.socket:
-        if candidate.address is not None and (why := self._why_not(candidate.address)):
+        address, device = candidate.address, self._dialer.device
+        if address is not None and (why := self._why_not(address, device)):
             raise OSError(str(why))
         return candidate.dial(self._stop)
 

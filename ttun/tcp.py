@@ -242,26 +242,22 @@ class Dialer(transport.Dialer):
         self.name, self._host = str(address), address.host
         self._mptcp, self._control = mptcp, control
         self._binding = None if bind is None else Binding(bind)
+        if self._binding is not None and self._binding.device is not None:
+            self.device = os.fsdecode(self._binding.device)
         self._resolver = Resolver(*address)
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the addresses of the name."""
         first = partial(self._resolver.first, outside=self.outside)
-        return [address for _, address in self._found(first, stop) if address]
+        return [target.sockaddr[0] for target in self._found(first, stop)]
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return a candidate for each address."""
-        return [
-            Candidate(show(target.sockaddr), address, partial(self._dial, target))
-            for target, address in self._found(
-                partial(self._resolver.targets, outside=self.outside), stop
-            )
-        ]
+        found = self._found(partial(self._resolver.targets, outside=self.outside), stop)
+        return [Candidate(show(x.sockaddr), x.sockaddr[0], partial(self._dial, x)) for x in found]
 
-    def _found(
-        self, find: Callable[[Flag], list[Target]], stop: Flag
-    ) -> list[tuple[Target, str | None]]:
-        """Resolve the name; return the targets, each with the address for Candidate."""
+    def _found(self, find: Callable[[Flag], list[Target]], stop: Flag) -> list[Target]:
+        """Resolve the name; return the targets of the families that can be bound."""
         with naming(self._host):
             found = find(stop)
         binding, family = self._binding, ""
@@ -271,9 +267,7 @@ class Dialer(transport.Dialer):
         if not found:
             why = f" ({binding})" if family else ""
             raise OSError(f"{self._host} has no {family}address{why}")
-        # No route catches a connection that is bound to a device.
-        is_free = binding is not None and binding.device is not None
-        return [(target, None if is_free else target.sockaddr[0]) for target in found]
+        return found
 
     def _dial(self, target: Target, stop: Flag) -> socket.socket:
         return connect(target, self._mptcp, stop, self._control, self._binding)

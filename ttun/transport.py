@@ -33,6 +33,7 @@ class Dialer(abc.ABC):
     name: str  # the server, for messages
     # Seconds for a handshake, if connecting may take longer than the usual 10 s.
     patience: float | None = None
+    device: str | None = None  # that its connections are bound to
     outside = False  # the tunnel takes other users' packets, those of a local name server too
 
     def look_up(self, stop: Flag) -> Sequence[str]:
