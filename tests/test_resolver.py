@@ -3,12 +3,13 @@ when it fails."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from machine import names
 from name_server import NAME_SERVER, NameServer, resolv_conf
 from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, children, eventually
 
+import ttun
+from ttun import transport
+from ttun.errors import TtunError
 from ttun.flag import Flag
 from ttun.network import resolver
 from ttun.network.resolver import Resolver
@@ -99,6 +103,25 @@ def test_an_end_whose_resolver_hangs_can_be_stopped(
 
 
 @pytest.mark.hosts
+@pytest.mark.parametrize("route", [None, "203.0.113.0/29"])
+def test_a_name_whose_resolver_hangs_does_not_keep_a_client_from_its_other_server(
+    plain: Bench, name_server: NameServer, route: str | None
+) -> None:
+    """With a route it asks before it opens the device too."""
+    name_server.silent = True
+    (plain.directory / "resolv.conf").write_text(
+        f"nameserver {NAME_SERVER}\noptions timeout:30 attempts:5\n"
+    )
+    plain.server()
+    began = time.monotonic()
+    client = plain.client("-s", SERVER_ADDRESS, *(["--route", route] if route else []), to=NAME)
+    client.says("authenticated", seconds=40 if route is None else 85)
+    print(f"connected after {time.monotonic() - began:.1f} s")
+    assert name_server.asked
+    assert f"cannot connect to {NAME}:20203: no answer from the resolver in 4 s" in client.log()
+
+
+@pytest.mark.hosts
 def test_a_route_that_catches_all_addresses_of_a_name_is_refused(
     plain: Bench, name_server: NameServer
 ) -> None:
@@ -129,10 +152,10 @@ def stop() -> Flag:
 
 def test_a_look_up_without_threads_runs_in_a_child_that_is_gone_afterwards(stop: Flag) -> None:
     before = set(children(os.getpid()))  # of other tests
-    found = resolver._in_a_child(partial(resolver._getaddrinfo, "localhost", 5, 0), stop)
+    found = resolver._in_a_child(partial(resolver._getaddrinfo, "localhost", 5, 0), stop, 60)
     assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
     with pytest.raises(OSError, match=r"[Nn]ame|known"):
-        resolver._in_a_child(partial(resolver._getaddrinfo, "nothing.invalid", 5, 0), stop)
+        resolver._in_a_child(partial(resolver._getaddrinfo, "nothing.invalid", 5, 0), stop, 60)
     assert set(children(os.getpid())) <= before  # zombies are among them
 
 
@@ -150,12 +173,40 @@ def test_there_is_one_look_up_at_a_time_however_long_it_hangs(
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     monkeypatch.setattr(resolver, "PATIENCE", 0.3)
     asking = Resolver("slow.example", 1)
+    for find in (asking.targets, asking.first) * 2:
+        with pytest.raises(TimeoutError, match="no answer from the resolver"):
+            find(stop, patience=0.2)  # type: ignore[operator]
     asking.known = [resolver.Target(socket.AF_INET, ("192.0.2.7", 1))]
     for _ in range(3):
         assert asking.targets(stop)[0].sockaddr == ("192.0.2.7", 1)
     assert len(calls) == 1
     hangs.set()
     assert asking.targets(stop)[0].sockaddr == ("192.0.2.8", 1)
+
+
+@pytest.mark.parametrize(("count", "waits"), [(1, [60.0, 60.0, 60.0]), (2, [4.0, 8.0, 16.0])])
+def test_before_there_are_routes_slow_names_get_more_time_with_each_round(
+    count: int, waits: list[float]
+) -> None:
+    """There the next look-up begins anew: a name that takes longer would never be found."""
+    given = []
+
+    class Slow(transport.Dialer):
+        name = "slow.example"
+
+        def look_up(self, stop: Flag) -> Sequence[str]:
+            given.append(self.name_patience)
+            if len(given) == count * len(waits):
+                raise InterruptedError
+            raise OSError("no answer")
+
+        candidates = kind = None  # type: ignore[assignment]
+
+    routes = [ipaddress.ip_network("203.0.113.0/29")]
+    client = ttun.Client(b"a key of the test", server=[Slow() for _ in range(count)], routes=routes)
+    with pytest.raises(TtunError, match="stopped while opening"):
+        client.open()
+    assert given[::count] == waits
 
 
 def test_a_number_is_looked_up_by_nobody(monkeypatch: pytest.MonkeyPatch, stop: Flag) -> None:
@@ -170,7 +221,7 @@ def test_a_child_is_waited_for_by_whoever_wants_to(stop: Flag) -> None:
     """If SIGCHLD is ignored (inherited), the kernel does it."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        found = resolver._in_a_child(partial(resolver._getaddrinfo, "localhost", 5, 0), stop)
+        found = resolver._in_a_child(partial(resolver._getaddrinfo, "localhost", 5, 0), stop, 60)
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert found[0].sockaddr[:2] in (("127.0.0.1", 5), ("::1", 5))
@@ -186,7 +237,7 @@ def test_of_very_many_addresses_some_are_taken(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(socket, "getaddrinfo", many)
     assert (
         1
-        < len(resolver._in_a_child(partial(resolver._getaddrinfo, "many.example", 1, 0), stop))
+        < len(resolver._in_a_child(partial(resolver._getaddrinfo, "many.example", 1, 0), stop, 60))
         < 100
     )
     assert 1 < len(Resolver("many.example", 1).targets(stop)) < 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import ipaddress
 import logging
@@ -19,6 +18,7 @@ from ttun.endpoint import Endpoint
 from ttun.errors import LACKS, TtunError, UsageError, is_lack
 from ttun.lifecycle import LACK_MOST
 from ttun.network import default_route, name_servers, netlink
+from ttun.network.resolver import AMONG_OTHERS, FIRST_PATIENCE
 from ttun.peer import Peer
 from ttun.settings import (
     CLIENT,
@@ -185,10 +185,12 @@ class Client(Endpoint):
         elif not self._settings.routes:
             return
         backoff = Backoff()
+        patience = self._name_patience()
         while not self._stop.is_set():
             known: list[tuple[str, Dialer]] = []
             failures = []
             for each in self._dialers:
+                each.name_patience = patience
                 try:
                     known += [(address, each) for address in each.look_up(self._stop)]
                 except InterruptedError:
@@ -205,7 +207,11 @@ class Client(Endpoint):
             what = "; ".join(map(str, failures))
             log.warning("cannot resolve %s; retrying in %.1f s", what, wait)
             self._stop.wait(wait)
+            patience = min(2 * patience, FIRST_PATIENCE)  # of a child: it begins anew
         raise InterruptedError
+
+    def _name_patience(self) -> float:
+        return AMONG_OTHERS if len(self._dialers) > 1 else FIRST_PATIENCE
 
     @property
     def _endpoint(self) -> str:
@@ -272,12 +278,7 @@ class Client(Endpoint):
             target = target.ipv4_mapped or target
         if target.is_link_local:
             return None
-        tunnel, way = self._device.index, 0
-        if bound_to is None:
-            way = netlink.device_to(target, self._users[0])
-        else:
-            with contextlib.suppress(OSError):  # it may come later
-                way = socket.if_nametoindex(bound_to)
+        tunnel, way = self._device.index, netlink.device_to(target, self._users[0], bound_to)
         if way == tunnel and bound_to is None:
             found = [each for each in self._settings.routes if target in each]
             route = str(max(found, key=lambda each: each.prefixlen)) if found else "default"
@@ -299,6 +300,7 @@ class Client(Endpoint):
         waits: list[float] = []
         for _ in range(len(self._dialers)):  # not over it: it is turned meanwhile
             self._dialer = self._dialers[0]
+            self._dialer.name_patience = self._name_patience()
             try:
                 peer = self._try(backoff, waits)
             except TtunError as error:  # this one is over for good, or the device is gone

@@ -248,12 +248,14 @@ class Dialer(transport.Dialer):
 
     def look_up(self, stop: Flag) -> Sequence[str]:
         """Return the addresses of the name."""
-        first = partial(self._resolver.first, outside=self.outside)
-        return [target.sockaddr[0] for target in self._found(first, stop)]
+        find = partial(self._resolver.first, outside=self.outside, patience=self.name_patience)
+        return [target.sockaddr[0] for target in self._found(find, stop)]
 
     def candidates(self, stop: Flag) -> Sequence[Candidate]:
         """Return a candidate for each address."""
-        found = self._found(partial(self._resolver.targets, outside=self.outside), stop)
+        find = self._resolver.targets
+        find = partial(find, outside=self.outside, patience=self.name_patience)
+        found = self._found(find, stop)
         return [Candidate(show(x.sockaddr), x.sockaddr[0], partial(self._dial, x)) for x in found]
 
     def _found(self, find: Callable[[Flag], list[Target]], stop: Flag) -> list[Target]:

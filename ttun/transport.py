@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 
 from ttun.errors import TtunError, UsageError
 from ttun.flag import Flag
+from ttun.network.resolver import FIRST_PATIENCE
 from ttun.settings import check_type
 
 
@@ -33,6 +34,8 @@ class Dialer(abc.ABC):
     name: str  # the server, for messages
     # Seconds for a handshake, if connecting may take longer than the usual 10 s.
     patience: float | None = None
+    # Seconds for the first look-up of a name, set by the client: less if it has other servers.
+    name_patience = FIRST_PATIENCE
     device: str | None = None  # that its connections are bound to
     outside = False  # the tunnel takes other users' packets, those of a local name server too
 

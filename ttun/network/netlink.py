@@ -155,14 +155,17 @@ class Netlink:
         return True
 
 
-def device_to(address: Address, user: int) -> int:
+def device_to(address: Address, user: int, bound_to: str | None = None) -> int:
     """Return the index of the device that a user's packets to an address leave through.
 
-    0 where there is no way, or the kernel does not tell.
+    bound_to: the device that their socket is bound to. 0 where there is no way, or the kernel does
+    not tell.
     """
     body = ROUTE.pack(family(address), address.max_prefixlen, *[0] * 7)
     body += attribute(RTA_DST, address.packed) + attribute(RTA_UID, struct.pack("=I", user))
     try:
+        if bound_to is not None:
+            return socket.if_nametoindex(bound_to)
         with contextlib.closing(Netlink()) as link:
             (way,) = link.answers(Request(GET_ROUTE, 0, body))
     except (OSError, ValueError):

@@ -37,6 +37,7 @@ log = logging.getLogger("ttun")
 
 PATIENCE = 2.0  # seconds for a lookup when earlier addresses are known
 FIRST_PATIENCE = 60.0  # seconds for the first lookup: longer than the timeout of the C library
+AMONG_OTHERS = 4.0  # the same where another server can be tried meanwhile, as for a connection
 ANSWER_MAX = 65536  # bytes from the child process
 MOST = 64  # addresses of a name: each may take 14 s to connect and authenticate
 
@@ -65,7 +66,12 @@ def look_up(host: str, port: int, stop: Flag, flags: int = 0) -> list[Target]:
 
     Raises OSError with the reason, InterruptedError when stop was set.
     """
-    return numeric(host, port, flags) or _wait_for(partial(_getaddrinfo, host, port, flags), stop)
+    if found := numeric(host, port, flags):
+        return found
+    find = partial(_getaddrinfo, host, port, flags)
+    if threading.active_count() > 1:
+        return _LookUp(find).wait(FIRST_PATIENCE, stop)
+    return _in_a_child(find, stop, FIRST_PATIENCE)
 
 
 class Resolver:
@@ -78,32 +84,39 @@ class Resolver:
         self._asked: _LookUp | None = None
         self._told = False  # that a name server on this machine is of no use
 
-    def first(self, stop: Flag, outside: bool = False) -> list[Target]:
-        """Resolve it as look_up() does, and remember the result. outside: as for targets()."""
-        if outside and not numeric(self._host, self._port):
-            self.known = _wait_for(self._find_first, stop)
-        else:
-            self.known = look_up(self._host, self._port, stop)
-        return self.known
+    def first(
+        self, stop: Flag, outside: bool = False, patience: float = FIRST_PATIENCE
+    ) -> list[Target]:
+        """Resolve it before the tunnel takes anything, and remember the result.
 
-    def targets(self, stop: Flag, outside: bool = False) -> list[Target]:
+        outside, patience: as for targets().
+        """
+        find = self._find_first if outside else partial(_getaddrinfo, self._host, self._port, 0)
+        if not (found := numeric(self._host, self._port)):
+            if threading.active_count() > 1:
+                found = self._await(find, patience, stop)
+            else:
+                found = _in_a_child(find, stop, patience)
+        self.known = found
+        return found
+
+    def targets(
+        self, stop: Flag, outside: bool = False, patience: float = FIRST_PATIENCE
+    ) -> list[Target]:
         """Resolve it on a thread; return the last result if that fails or takes too long.
 
-        outside: a name server on this machine would send its queries through the tunnel. Raises
-        OSError with the reason if there is no result, InterruptedError when stop was set.
+        outside: a name server on this machine would send its queries through the tunnel. patience:
+        seconds if there is no last result. Raises OSError with the reason then, InterruptedError
+        when stop was set.
         """
         if found := numeric(self._host, self._port):
             return found
         find = self._find_outside if outside else partial(_getaddrinfo, self._host, self._port, 0)
         try:
-            self._asked = self._asked or _LookUp(find)
-            self.known = self._asked.wait(PATIENCE if self.known else FIRST_PATIENCE, stop)
-            self._asked = None
+            self.known = self._await(find, PATIENCE if self.known else patience, stop)
         except InterruptedError:
             raise
         except OSError as error:
-            if not isinstance(error, TimeoutError):
-                self._asked = None  # it has ended; otherwise it is still running
             if not self.known:
                 raise
             log.warning(
@@ -121,6 +134,19 @@ class Resolver:
             with contextlib.suppress(OSError):
                 found = self._ask(name_servers.upstream())
         return found or _getaddrinfo(self._host, self._port, 0)
+
+    def _await(self, find: Callable[[], list[Target]], patience: float, stop: Flag) -> list[Target]:
+        """Wait for a lookup on a thread. One that takes longer goes on, and is the next one too."""
+        self._asked = self._asked or _LookUp(find)
+        try:
+            found = self._asked.wait(patience, stop)
+        except (InterruptedError, TimeoutError):
+            raise
+        except OSError:
+            self._asked = None
+            raise
+        self._asked = None
+        return found
 
     def _find_outside(self) -> list[Target]:
         """Resolve it; if a name server on this machine would be asked, ask its upstream."""
@@ -179,7 +205,7 @@ class _LookUp:
     def wait(self, seconds: float, stop: Flag) -> list[Target]:
         """Return the result. Raises OSError; TimeoutError after so many seconds."""
         if not stop.wait_for(self._done.fileno(), select.POLLIN, seconds):
-            raise TimeoutError(f"no answer from the resolver in {seconds:.0f} s")
+            raise _no_answer(seconds)
         if isinstance(self._answer, Exception):
             renamed = OSError(reason(self._answer))
             renamed.errno = getattr(self._answer, "errno", None)
@@ -187,14 +213,11 @@ class _LookUp:
         return self._answer
 
 
-def _wait_for(find: Callable[[], list[Target]], stop: Flag) -> list[Target]:
-    """Call it where it may hang: in a child process, or on a thread if there are some already."""
-    if threading.active_count() > 1:
-        return _LookUp(find).wait(FIRST_PATIENCE, stop)
-    return _in_a_child(find, stop)
+def _no_answer(seconds: float) -> TimeoutError:
+    return TimeoutError(f"no answer from the resolver in {seconds:.0f} s")
 
 
-def _in_a_child(find: Callable[[], list[Target]], stop: Flag) -> list[Target]:
+def _in_a_child(find: Callable[[], list[Target]], stop: Flag, patience: float) -> list[Target]:
     """Call it in a child process, which is killed when this returns."""
     readable, writable = os.pipe()
     try:
@@ -207,7 +230,7 @@ def _in_a_child(find: Callable[[], list[Target]], stop: Flag) -> list[Target]:
     finally:
         os.close(writable)
     try:
-        answer = _read_all(readable, stop)
+        answer = _read_all(readable, stop, patience)
     finally:
         os.close(readable)
         # If SIGCHLD is ignored (inherited), or another part of the program reaps all children, the
@@ -246,10 +269,12 @@ def _answer(writable: int, find: Callable[[], list[Target]]) -> None:
         os._exit(0)
 
 
-def _read_all(readable: int, stop: Flag) -> bytes:
-    """Return the output of the child process."""
+def _read_all(readable: int, stop: Flag, patience: float) -> bytes:
+    """Return the output of the child process. Raises TimeoutError."""
     answer = b""
-    while len(answer) < ANSWER_MAX and stop.wait_for(readable, select.POLLIN, FIRST_PATIENCE):
+    while len(answer) < ANSWER_MAX:
+        if not stop.wait_for(readable, select.POLLIN, patience):
+            raise _no_answer(patience)
         part = os.read(readable, ANSWER_MAX)
         if not part:
             break
