@@ -30,6 +30,7 @@ from outside import (
 )
 from tunnel import CLIENT, Bench, End, Program, eventually
 
+from ttun.commands import runtime
 from ttun.flag import Flag
 from ttun.lab import netns
 from ttun.network import default_route, name_servers, resolver
@@ -198,26 +199,45 @@ SLOW = """if True:
 """
 
 
-@on_hosts
-@pytest.mark.parametrize("number", ENDING)
-def test_a_signal_while_it_starts_leaves_no_rule(far: Bench, number: signal.Signals) -> None:
-    """Between the rules and the moment when signals stop it in order, which is short."""
+def starting_slowly(far: Bench, *options: str) -> Program:
+    """A client that has made its rules, and is not ready."""
     log = far.directory / "slow.log"
-    options = ["client", "-k", "secret", "-s", FAR, *DEFAULT]
+    arguments = ["client", "-k", "secret", "-s", FAR, *DEFAULT, *options]
     with log.open("w") as file:
         process = far.pair.start(
-            CLIENT, [sys.executable, "-c", SLOW, *options], stderr=file, environment=paths()
+            CLIENT, [sys.executable, "-c", SLOW, *arguments], stderr=file, environment=paths()
         )
     client = Program(process, log)
     client.says("default route: ")
     assert hosts(far).rules() != []
-    process.send_signal(number)
+    return client
+
+
+@on_hosts
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_while_it_starts_leaves_no_rule(far: Bench, number: signal.Signals) -> None:
+    """Between the rules and the moment when signals stop it in order, which is short."""
+    client = starting_slowly(far)
+    client.process.send_signal(number)
     assert client.ended() == 0
     assert hosts(far).rules() == []
     assert f"{number.name}: stopping" in client.log()
 
 
 # ---- a prepared device ----
+
+
+@on_hosts
+def test_kill_9_while_it_starts_leaves_no_rule_either(far: Bench) -> None:
+    """A prepared device keeps its route, and with the rules no packet would leave."""
+    ip(far, "tuntap add dev tun5 mode tun")
+    try:
+        starting_slowly(far, "--dev", "tun5").kill()
+        eventually(lambda: hosts(far).rules() == [], "they are removed")
+        assert "203" not in ip(far, "-4 route show table all dev tun5")
+        assert not [*runtime.SYSTEM.rglob("tun5.*")]
+    finally:
+        ip(far, "link delete tun5")
 
 
 @on_hosts

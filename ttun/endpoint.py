@@ -71,6 +71,8 @@ class Endpoint(Lifecycle):
         self.on_connected = on_connected or self.on_connected
         self.on_disconnected = on_disconnected or self.on_disconnected
         self.on_device: Callable[[str], object] | None = None  # given its name, before packets
+        # Has another process, with privileges, restore the rules of the default route.
+        self.restore_rules: Callable[[], object] | None = None
         super().__init__()
         self.use_keys(keys)
         self._device: Device | None = None
@@ -96,23 +98,14 @@ class Endpoint(Lifecycle):
         self._ks = [psk_key(key) for key in keys]
         self.key_names = [f"{n} of {len(keys)}" for n in range(1, len(keys) + 1)]
 
-    def hold_device(self) -> int:
-        """Keep an open device until the process ends; return the kernel's number for it.
+    def hold_device(self) -> tuple[int, Sequence[int]]:
+        """Keep an open device until the process ends: nothing leaves outside while that stops.
 
-        Nothing leaves outside while the program stops.
+        Return the kernel's number for it, and the users whose packets its default route leaves out.
         """
         assert self._device is not None
         os.dup(self._device.fileno())
-        return self._device.index
-
-    def ask_for_rules(self, restore: Callable[[], object]) -> Sequence[int]:
-        """Have another process restore rules of the default route if this one may not.
-
-        It is called on the endpoint's thread. Return the users whose packets stay outside.
-        """
-        assert self._watch is not None
-        self._watch.restore_rules = restore
-        return self._users
+        return self._device.index, self._users
 
     def status(self) -> Status:
         """Return the current status, from any thread."""
@@ -178,6 +171,7 @@ class Endpoint(Lifecycle):
             for line in default_route.exceptions(self._device.index, self._users):
                 log.warning("%s", line)
         self._watch = DeviceWatch(self._device)
+        self._watch.restore_rules = self.restore_rules
         self._terms = self._terms._replace(features=self._device.offload >> 1)
         self._open()
 

@@ -2,7 +2,8 @@
 
 1. Find the key; make the endpoint from the options.
 2. As root: open the device, the port and the status socket. From here on signals stop it in order.
-3. Start the keeper if something needs it. Drop privileges; then start the threads, the log's first.
+3. Start the keeper if something needs it: for the default route before its rules are made. Drop
+   privileges; then start the threads, the log's first.
 4. Wait for a signal or the endpoint's end, and send keep-alives to the service manager.
 5. Stop the status socket, the endpoint, the hooks, then the keeper.
 """
@@ -255,10 +256,23 @@ def _run(
             keeper.background()
         hooks.up(endpoint.facts())
 
+    def keep(device: str) -> status.StatusSocket:
+        """Make the status socket, and start what tidies up after kill -9."""
+        made = status.StatusSocket(device, user, group)
+        keeper.start(endpoint.facts(), made.entry())
+        return made
+
+    kept: list[status.StatusSocket] = []
+
     def opened(device: str) -> None:
         keeper.hold(device)
-        if whole:  # what comes next, only an end in order removes: until Signals() none ends it
-            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        if whole:  # what comes next stays, unless something removes it
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until Signals() none ends it
+            index, users = endpoint.hold_device()
+            keeper.at_end.append(functools.partial(default_route.remove, index))
+            keeper.rules = functools.partial(default_route.restore, users)
+            endpoint.restore_rules = keeper.restore_rules
+            kept.append(keep(device))
 
     endpoint.on_device = opened
     endpoint.on_connected = connected
@@ -272,18 +286,12 @@ def _run(
         except BaseException:
             endpoint.stop()
             raise
-    if whole:
-        keeper.at_end.append(functools.partial(default_route.remove, endpoint.hold_device()))
-        users = endpoint.ask_for_rules(keeper.restore_rules)
-        keeper.rules = functools.partial(default_route.restore, users)
     # From here on there is something to clean up.
     signals = Signals(*ENDING, *ENDING_LATER, signal.SIGUSR1)
-    device = str(endpoint.status().device)
-    socket_of_status = status.StatusSocket(device, user, group)
     try:
-        keeper.start(endpoint.facts(), socket_of_status.entry())
+        socket_of_status = kept.pop() if kept else keep(str(endpoint.status().device))
     except TtunError:
-        endpoint.stop()  # which removes the rules of the default route
+        endpoint.stop()
         raise
     # Before there are threads. As another user its own connection would go into the tunnel.
     privileges.drop(user, required=whole or options.user is not None)
