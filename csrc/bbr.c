@@ -13,6 +13,7 @@ enum {
     HELD_FOR = 10,        /* round trips */
     VALID_FOR = 10000000, /* microseconds: bbr_min_rtt_win_sec */
     FEW = 16 * 1448,      /* bytes in flight of which four packets are enough for a while */
+    CRAWL = 200000,       /* microseconds that a pause avoids: bbr_probe_rtt_mode_ms */
     /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
      * query earlier, and is in jiffies. */
     EARLIER = 15000,
@@ -63,6 +64,7 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
                       (tcp->unacked > 0 || age + min_rtt < VALID_FOR + LATER);
     else /* the last acknowledgement before it, when it is valid */
         bbr->paused = tcp->unacked >= BUSY && bandwidth * min_rtt / 1000000 > FEW &&
+                      tcp->rtt < 2 * (uint64_t)min_rtt + CRAWL && /* see bbr.h */
                       age + tcp->rtt > VALID_FOR - EARLIER && age < VALID_FOR - EARLIER;
 }
 
