@@ -1,6 +1,7 @@
 #include "bbr.h"
 
 #include <netinet/in.h>
+#include <stddef.h>
 #include <sys/socket.h>
 
 enum {
@@ -25,7 +26,10 @@ struct info {
     uint32_t bandwidth_low, bandwidth_high; /* bytes per second */
     uint32_t min_rtt;                       /* microseconds */
     uint32_t pacing_gain, cwnd_gain;        /* in 256ths */
+    uint32_t more;                          /* bbr2 and bbr3 have the same fields, and more */
 };
+
+enum { INFO_SIZE = offsetof(struct info, more) };
 
 static void limit_pacing(int socket, uint32_t rate) {
     setsockopt(socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
@@ -71,8 +75,10 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
 void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) {
     struct info info;
     socklen_t size = sizeof info;
-    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, &info, &size) < 0 || size != sizeof info)
-        return; /* other congestion controls have another size */
+    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, &info, &size) < 0 || size < INFO_SIZE)
+        info = (struct info){0}; /* another congestion control */
+    if (size != INFO_SIZE)
+        info.min_rtt = 0; /* no pause: bbr2 and bbr3 measure more often, with half of the window */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
     watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
