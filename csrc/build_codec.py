@@ -44,9 +44,14 @@ SPARE = """
 #endif
 """
 LIBC = """
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *data);
+/* linux/if_tun.h, which musl-gcc does not find */
+#define TUNSETIFF _IOW('T', 202, int)
+#define TUNGETFEATURES _IOR('T', 207, unsigned int)
+#define TUNSETOFFLOAD _IOW('T', 208, unsigned int)
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 
