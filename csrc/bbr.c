@@ -1,6 +1,7 @@
 #include "bbr.h"
 
 #include <netinet/in.h>
+#include <stddef.h>
 #include <sys/socket.h>
 
 enum {
@@ -13,6 +14,7 @@ enum {
     HELD_FOR = 10,        /* round trips */
     VALID_FOR = 10000000, /* microseconds: bbr_min_rtt_win_sec */
     FEW = 16 * 1448,      /* bytes in flight of which four packets are enough for a while */
+    CRAWL = 200000,       /* microseconds that a pause avoids: bbr_probe_rtt_mode_ms */
     /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
      * query earlier, and is in jiffies. */
     EARLIER = 15000,
@@ -24,7 +26,10 @@ struct info {
     uint32_t bandwidth_low, bandwidth_high; /* bytes per second */
     uint32_t min_rtt;                       /* microseconds */
     uint32_t pacing_gain, cwnd_gain;        /* in 256ths */
+    uint32_t more;                          /* bbr2 and bbr3 have the same fields, and more */
 };
+
+enum { INFO_SIZE = offsetof(struct info, more) };
 
 static void limit_pacing(int socket, uint32_t rate) {
     setsockopt(socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
@@ -63,14 +68,17 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
                       (tcp->unacked > 0 || age + min_rtt < VALID_FOR + LATER);
     else /* the last acknowledgement before it, when it is valid */
         bbr->paused = tcp->unacked >= BUSY && bandwidth * min_rtt / 1000000 > FEW &&
+                      tcp->rtt < 2 * (uint64_t)min_rtt + CRAWL && /* see bbr.h */
                       age + tcp->rtt > VALID_FOR - EARLIER && age < VALID_FOR - EARLIER;
 }
 
 void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) {
     struct info info;
     socklen_t size = sizeof info;
-    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, &info, &size) < 0 || size != sizeof info)
-        return; /* other congestion controls have another size */
+    if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, &info, &size) < 0 || size < INFO_SIZE)
+        info = (struct info){0}; /* another congestion control */
+    if (size != INFO_SIZE)
+        info.min_rtt = 0; /* no pause: bbr2 and bbr3 measure more often, with half of the window */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
     watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);

@@ -11,7 +11,9 @@
  * 200 ms and a round trip (BBR_PROBE_RTT), and all traffic inside waits. It does not if the flow
  * just restarts from idle: then the next round trip counts (idle_restart). So pause shortly before
  * until nothing is in flight, which takes one round trip. A slow link is left alone: there, four
- * packets are about what is in flight anyway.
+ * packets are about what is in flight anyway. So is one whose smoothed RTT no queue of bbr's (up to
+ * one round trip) explains: a link that stood still for seconds leaves such an RTT behind, and the
+ * pause would last as long.
  *
  * Sources: net/ipv4/tcp_bbr.c; struct tcp_bbr_info of linux/inet_diag.h. */
 #ifndef TTUN_BBR_H

@@ -6,6 +6,7 @@ size: ``-g`` for a debugger, ``-g -O1 -fsanitize=address`` for a sanitizer.
 """
 
 import os
+import platform
 import re
 import shlex
 import sys
@@ -44,11 +45,19 @@ SPARE = """
 #endif
 """
 LIBC = """
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *data);
+/* linux/if_tun.h, which musl-gcc does not find */
+#define TUNSETIFF _IOW('T', 202, int)
+#define TUNGETFEATURES _IOR('T', 207, unsigned int)
+#define TUNSETOFFLOAD _IOW('T', 208, unsigned int)
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
+
+# On these processors, if of 32 bits, 64-bit atomic operations are calls of a library.
+CALLS_ATOMIC = sys.maxsize < 2**32 and platform.machine().startswith(("mips", "ppc"))
 
 # Wheels are for routers, where space is scarce. They omit parts for tests and benchmarks (5 kB),
 # unroll less (2 kB, for 25 % more time per segment; -Os would double it: docs/performance.md) and
@@ -91,6 +100,6 @@ ffibuilder.set_source(
     # Keep assertions in release builds: they guard memory that a peer's input reaches.
     undef_macros=["NDEBUG"],
     extra_compile_args=["-std=c11", *LEVEL.split(), "-Wall", "-Wextra", "-pthread", *FLAGS],
-    libraries=["dl"],
+    libraries=["dl", "atomic"] if CALLS_ATOMIC else ["dl"],
     extra_link_args=["-pthread", *FLAGS, *STRIP],
 )

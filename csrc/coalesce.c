@@ -160,9 +160,7 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
     return true;
 }
 
-/* Returns the vnet header of a packet with a partial checksum. gso_size: segment payload size, or
- * 0.
- */
+/* Returns the vnet header of a packet with a partial checksum. gso_size: of its segments, or 0. */
 static struct ttun_vnet describe(const struct layout *l, uint16_t gso_size) {
     bool udp = l->protocol == PROTO_UDP;
     return (struct ttun_vnet){

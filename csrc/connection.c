@@ -67,7 +67,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     uint8_t info[INFO_SIZE];
     socklen_t size = sizeof info;
     if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < sizeof info) {
-        c->look_at = UINT64_MAX; /* before Linux 4.9 */
+        c->look_at = UINT64_MAX; /* before Linux 4.6 */
         return;
     }
     struct tcp tcp;

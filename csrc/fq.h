@@ -4,7 +4,7 @@
  *  1. ttun_fq_put appends a packet to the flow of its addresses, protocol and ports. A flow without
  *     queued packets counts as new: a ping, keystroke, DNS query or acknowledgement.
  *  2. ttun_fq_take serves new flows before old ones, by deficit round robin over bytes. CoDel drops
- * a packet of a flow whose delay is too high for too long (codel.h).
+ *     a packet of a flow whose delay is too high for too long (codel.h).
  *  3. When the queue is full, the largest flow loses its oldest packets. */
 #ifndef TTUN_FQ_H
 #define TTUN_FQ_H

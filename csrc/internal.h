@@ -33,9 +33,9 @@ struct ttun_session {
     int tun, socket;
     int wake; /* eventfd that wakes the uplink from its poll */
     bool direct;
-    size_t vnet_size; /* of the header before each packet at the device, or 0 */
-    int wire;         /* 0: v1; else TTUN_X1 and the peer's offload bits */
-    uint32_t tag_size;
+    size_t vnet_size;  /* of the header before each packet at the device, or 0 */
+    int wire;          /* 0: v1; else TTUN_X1 and the peer's offload bits */
+    uint32_t tag_size; /* of received frames, under any key */
     struct keys tx, rx;
     pthread_mutex_t keys_lock; /* protects next and ready of both */
     struct control_queue inbox, outbox;

@@ -41,32 +41,45 @@ for module in pkgutil.walk_packages(ttun.__path__, "ttun."):
 """
 
 
+def compiled_before(config: pytest.Config) -> Path | None:
+    """The directory in pytest's cache; None without a cache, or if the cache is another user's."""
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return None
+    try:
+        directory = Path(cache.mkdir("compiled"))
+        directory.chmod(0o755)
+        (directory / TESTS_COMPILED).unlink(missing_ok=True)
+    except OSError:
+        return None
+    return directory
+
+
 def share_compiled(config: pytest.Config) -> None:
     """Let the many programs that tests start find ttun compiled: half of such a start is that.
 
-    pytest's cache keeps it for the next run; without that cache it is made for each run.
+    pytest's cache keeps it for the next run; where that is not possible, each run makes it.
     """
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if hasattr(config, "workerinput"):  # it has all of this from its parent
         return
-    cache = getattr(config, "cache", None)
-    if cache is None:
+    kept = directory = compiled_before(config)
+    if directory is None:
         directory = Path(tempfile.mkdtemp(prefix="ttun-compiled-"))
+        directory.chmod(0o755)  # those that are nobody by then read it too
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
     else:
-        directory = cache.mkdir("compiled")
         sys.pycache_prefix, sys.dont_write_bytecode = str(directory), False
-        (directory / TESTS_COMPILED).unlink(missing_ok=True)
-    directory.chmod(0o755)  # those that are nobody by then read it too
     os.environ["PYTHONPYCACHEPREFIX"] = str(directory)
     newest = max(path.stat().st_mtime for path in (tunnel.ROOT / "ttun").rglob("*.py"))
     made = directory / "ttun-is-compiled"
-    if cache is None or (made.exists() and made.stat().st_mtime > newest):
+    if kept is None or (made.exists() and made.stat().st_mtime > newest):
         return
     # Else the programs that start first all compile what they load, at the same time, and those
     # that may not write compile it each time.
     variables = {**os.environ, **netns.environment()}
     subprocess.run([sys.executable, "-c", LOAD_ALL], env=variables, check=False)
+    made.unlink(missing_ok=True)  # it may be another user's
     made.touch()
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -144,6 +145,21 @@ def test_bbr_need_not_stop_a_download_to_measure_the_minimum_round_trip(tmp_path
             time.sleep(0.1)
         stops = sum(now and not before for before, now in zip(seen, seen[1:]))
         assert stops <= 1, "three without the pauses"
+        linked.is_one_session()
+
+
+def test_a_link_that_stands_still_and_loses_nothing(tmp_path: Path) -> None:
+    """The smoothed round-trip time is three seconds then: no reason to pause that long."""
+    with far(tmp_path, Link(rate=20, rtt=40, queue=400)) as linked, linked.stream("down"):
+        relay = getattr(linked.pair._emulator, "_process", None)
+        if relay is None:
+            pytest.skip("netem cannot stand still")
+        time.sleep(1)
+        relay.send_signal(signal.SIGSTOP)
+        time.sleep(6)  # bbr's minimum stays valid for two seconds
+        relay.send_signal(signal.SIGCONT)
+        time.sleep(0.4)
+        linked.carries("down", 1)
         linked.is_one_session()
 
 

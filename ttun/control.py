@@ -39,7 +39,6 @@ TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15; not for Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds
 STORM_PAUSE = 0.005  # seconds after each frame: limits the CPU time of a flood
 REKEY_TIMEOUT = 60.0  # seconds
-SIOCOUTQ = 0x5411  # linux/sockios.h
 PING_SIZE: int = lib.TTUN_PING_SIZE
 NAMES = {
     lib.TTUN_PING: "PING",
@@ -152,7 +151,7 @@ class Control:
     def _unacknowledged(self) -> int:
         """Return the bytes in the send buffer, unsent or not acknowledged."""
         try:
-            answer = fcntl.ioctl(self._sock, SIOCOUTQ, bytes(4))
+            answer = fcntl.ioctl(self._sock, lib.TIOCOUTQ, bytes(4))
         except OSError:  # MPTCP in an old kernel: count all that was sent
             return 0
         return int(struct.unpack("=i", answer)[0])

@@ -34,7 +34,7 @@ from ttun.settings import MIN_IPV6_MTU, NORMAL, Addresses, Network, Settings
 log = logging.getLogger("ttun")
 
 SIOCSIFADDR, SIOCSIFTXQLEN = 0x8916, 0x8943  # linux/sockios.h
-TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h, as are these
+# linux/if_tun.h
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
 # What to request from the kernel, most capable first, and the matching codec flags.
 OFFLOAD_TCP = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
@@ -201,7 +201,7 @@ class Device:
         """Close the device; the kernel removes it, unless it was prepared."""
         if self.prepared:  # what attaches next may want no offload
             with contextlib.suppress(OSError):
-                fcntl.ioctl(self._tun, TUNSETOFFLOAD, 0)
+                fcntl.ioctl(self._tun, lib.TUNSETOFFLOAD, 0)
         self._tun.close()
 
     def keep_from_children(self) -> None:
@@ -233,12 +233,12 @@ def _open(name: str, offload: bool) -> tuple[Any, int]:
         else:
             for wanted, bits in OFFLOADS:
                 with contextlib.suppress(OSError):
-                    fcntl.ioctl(tun, TUNSETOFFLOAD, wanted)
+                    fcntl.ioctl(tun, lib.TUNSETOFFLOAD, wanted)
                     return tun, bits
             return tun, lib.TTUN_OFFLOAD_VNET
     tun = pytun.TunTapDevice(name=name, flags=flags)
     with contextlib.suppress(OSError):
-        fcntl.ioctl(tun, TUNSETOFFLOAD, 0)  # of a prepared device, after another program
+        fcntl.ioctl(tun, lib.TUNSETOFFLOAD, 0)  # of a prepared device, after another program
     return tun, 0
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ttun import privileges, tox
-from ttun._codec import ffi
+from ttun._codec import ffi, lib
 from ttun.address import Address
 from ttun.commands.doctor_connection import (
     look_at_congestion_control,
@@ -45,7 +45,6 @@ from ttun.settings import SERVER, Network
 DISTRIBUTION, NAMESAKE = "ttun-tunnel", "ttun"  # ours, and another project's on PyPI
 NODE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)  # Documentation/admin-guide/devices.txt
-TUNGETFEATURES, TUNSETIFF = 0x800454CF, 0x400454CA  # linux/if_tun.h, as are these
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 SIOCGIFCONF, SIOCGIFHWADDR = 0x8912, 0x8927  # linux/sockios.h
 ARPHRD_NONE = 0xFFFE  # linux/if_arp.h: of a TUN device
@@ -184,12 +183,12 @@ def look_at_offloads() -> Finding:
     descriptor = os.open(NODE, os.O_RDWR)
     try:
         features = bytearray(4)
-        fcntl.ioctl(descriptor, TUNGETFEATURES, features)
+        fcntl.ioctl(descriptor, lib.TUNGETFEATURES, features)
         if not int.from_bytes(features, sys.byteorder) & IFF_VNET_HDR:
             return Finding(WARN, subject, "no vnet header", ONE_BY_ONE, "Linux 2.6.27 or newer")
         try:
             flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
-            fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", b"ttun%d", flags))
+            fcntl.ioctl(descriptor, lib.TUNSETIFF, struct.pack("16sH22x", b"ttun%d", flags))
         except OSError as error:
             why = "requires CAP_NET_ADMIN" if error.errno == errno.EPERM else str(error)
             mark = FAIL if privileges.has(privileges.NET_ADMIN) else SKIP
@@ -203,12 +202,12 @@ def look_at_offloads() -> Finding:
 
 
 def _offloads_of(descriptor: int) -> Finding:
-    from ttun.device import OFFLOADS, TUNSETOFFLOAD
+    from ttun.device import OFFLOADS
 
     shown = ["vnet header, TCP and UDP", "vnet header, TCP"]
     for (wanted, _), text in zip(OFFLOADS, shown):
         with contextlib.suppress(OSError):
-            fcntl.ioctl(descriptor, TUNSETOFFLOAD, wanted)
+            fcntl.ioctl(descriptor, lib.TUNSETOFFLOAD, wanted)
             if text == shown[0]:
                 return Finding(OK, "offloads", text)
             effect = "a system call for each UDP packet, as of QUIC"
