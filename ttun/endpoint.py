@@ -30,6 +30,7 @@ from ttun.record import MOST_CHARACTERS, Record, Status, carried, in_tunnel, los
 from ttun.session import Session
 from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, check_type
 from ttun.summary import Sessions
+from ttun.users import user_name
 from ttun.watch.device_state import some
 from ttun.watch.device_watch import DeviceWatch
 
@@ -166,7 +167,7 @@ class Endpoint(Lifecycle):
             log.info(
                 "default route: %s for all but the LAN and user %s",
                 self._device.name,
-                ", ".join(map(str, self._users)),
+                ", ".join(map(user_name, self._users)),
             )
             for line in default_route.exceptions(self._device.index, self._users):
                 log.warning("%s", line)
