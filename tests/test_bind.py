@@ -15,7 +15,6 @@ from tunnel import CLIENT, SERVER, SERVER_ADDRESS, Bench, eventually
 import ttun
 from ttun import binding, tcp
 from ttun.binding import Binding
-from ttun.commands import run
 from ttun.errors import TtunError, UsageError
 from ttun.flag import Flag
 from ttun.lab import netns
@@ -353,18 +352,6 @@ def test_an_address_that_another_one_includes_is_not_taken_twice(
     """The kernel would say that the port is in use: by this server itself."""
     with contextlib.closing(plain.on(SERVER, lambda: opened(*given))) as listener:
         assert re.sub(r" \([^)]*\)", "", listener.name) == left
-
-
-@hosts
-def test_the_command_for_the_client_names_an_address_where_the_server_listens(
-    plain: Bench,
-) -> None:
-    def shown(listen: str) -> str:
-        return plain.on(SERVER, lambda: run._our_address(listen, 9))
-
-    assert shown(":7") == shown("0.0.0.0:7") == "192.0.2.1:7"
-    assert shown("[::]:7") == "[2001:db8::1]:7", "it takes IPv6 alone"
-    assert shown("192.0.2.77:0") == "192.0.2.77:9", "the port that the kernel chose"
 
 
 @hosts

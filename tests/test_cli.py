@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually, run_program
+from tunnel import PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually, run_program
 
 import ttun
 from ttun import cli, sodium
@@ -199,35 +198,6 @@ def test_closed_standard_streams_are_no_trouble(tmp_path: Path) -> None:
     close = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     assert run("genkey", prefix=close) == (0, "", "")
     assert run("server", "-m", "none", "-k", "x", prefix=close) == (2, "", "")
-
-
-@pytest.mark.hosts
-def test_a_server_without_a_key_makes_one_and_shows_the_clients_command(bench: Bench) -> None:
-    """On a terminal: /etc is an empty directory of the test's own, seen by this program alone."""
-    etc = bench.directory / "etc"
-    etc.mkdir()
-    script = f'mount --bind {etc} /etc && exec "$@"'
-    own_etc = ["unshare", "--mount", "sh", "-c", script, "sh"]
-    terminal, inside = pty.openpty()
-    with (bench.directory / "log").open("w") as log:
-        command = [*own_etc, *PROGRAM, "server", "-l", ":20204"]
-        server = bench.pair.start(SERVER, command, stdout=inside, stderr=log)
-    os.close(inside)
-    try:
-        shown = b""
-        while b"-s 192.0.2.1:20204" not in shown:
-            shown += os.read(terminal, 1000)
-        key = re.search(rb"sudo ./ttun.py client -k ([0-9a-f]{64}) -s", shown)[1].decode()
-        kept = etc / "ttun" / "psk"
-        assert kept.read_text() == key + "\n"
-        assert kept.stat().st_mode & 0o777 == 0o600
-        assert key not in (bench.directory / "log").read_text()
-        client = bench.start(CLIENT, "client", "-s", "192.0.2.1:20204", "--psk-file", str(kept))
-        client.says("authenticated")
-    finally:
-        server.terminate()
-        server.wait(5)
-        os.close(terminal)
 
 
 @pytest.mark.hosts

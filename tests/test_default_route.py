@@ -308,6 +308,7 @@ def test_a_shared_user_is_a_line(far: Bench) -> None:
     client = far.client("--route", "default", "--user", "nobody", to=FAR)
     client.says("authenticated")
     assert "packets of all programs of user nobody stay outside the tunnel" in client.log()
+    assert "default route: ttun0 for all but the LAN and user nobody\n" in client.log()
     client = far.client(*DEFAULT, to=FAR)
     client.says("another tunnel has it")
     assert "stay outside" not in client.log()

@@ -7,6 +7,7 @@ The tests with frames use a tenth of it and ten times of it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import re
@@ -24,7 +25,7 @@ from tunnel import CLIENT, ROOT, SERVER_ADDRESS, Bench, End, eventually
 
 from ttun import summary
 from ttun.lab import netns
-from ttun.summary import Summary
+from ttun.summary import Sessions, Summary
 
 COUNT = int(os.environ.get("TTUN_TEST_HANDSHAKES", "2000"))
 FLOOD = [sys.executable, str(ROOT / "tests/helpers/flood.py")]
@@ -101,6 +102,64 @@ def test_only_the_first_lines_are_written_and_the_rest_is_summed_up(
     assert caplog.records[-1].getMessage() == "again", "nothing was left out"
 
 
+def test_a_session_has_all_its_lines_or_none_but_one_that_lasts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "ttun")
+    lines = Sessions()
+    for i in range(500):
+        lines.begin(100 + i / 100)
+        lines.say(logging.WARNING, "%d begins", i)
+        lines.say(logging.INFO, "%d ends", i)
+        lines.end()
+        lines.say(logging.INFO, "after %d", i)
+    logged = [
+        (i, text) for i in range(summary.MOST) for text in ("%d begins", "%d ends", "after %d")
+    ]
+    assert [record.getMessage() for record in caplog.records] == [text % i for i, text in logged]
+    caplog.clear()
+    lines.begin(105)
+    lines.say(logging.WARNING, "%d %% begins", 500)
+    lines.tick(109.9)
+    assert not caplog.records
+    lines.tick(110.1)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "491 more sessions in the last 10 s"),
+        ("WARNING", "500 % begins"),
+    ]
+    caplog.clear()
+    lines.tick(140)
+    lines.say(logging.INFO, "ends")
+    lines.end()
+    lines.begin(150)
+    lines.say(logging.INFO, "begins")
+    assert [record.getMessage() for record in caplog.records] == ["ends", "begins"]
+
+
+@pytest.mark.hosts
+def test_sessions_in_a_loop_are_summed_up_but_not_one_that_lasts(plain: Bench) -> None:
+    """With the first ones logged as ever; else a broken peer would fill the log."""
+    server = plain.server()
+    loops = 50
+    for number in range(loops):
+        with connect(plain) as sock:
+            Peer(sock, b"secret").handshake_as_client()
+        if number == 0:
+            server.says("disconnected after")
+    eventually(lambda: server.status()["sessions"] == loops, "each was a session")
+    with connect(plain) as sock:
+        Peer(sock, b"secret").handshake_as_client()
+        name = "{}:{}".format(*sock.getsockname())
+        server.says(f"peer {name} authenticated", seconds=3 * summary.PERIOD)
+        log = server.log()
+        assert summed_up(server, "sessions") > loops / 2
+    server.says(f"peer {name} disconnected")
+    server.stop()
+    assert log.index("connected over tcp") < log.index("authenticated") < log.index("disconnected")
+    for line in ("connected over", "authenticated", "congestion control", "disconnected after"):
+        assert server.log().count(line) <= 3 * summary.MOST, line
+
+
 @pytest.mark.slow
 @pytest.mark.hosts
 @pytest.mark.parametrize("delay", [0, 0.05], ids=["near", "100 ms away"])
@@ -126,6 +185,7 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
         relay.close()
     assert sorted(times)[5] < 2
     assert max(times) < 5, "0.5 s are usual"
+    server.stop()  # it sums up
     assert re.search(r"\d{2,} more handshakes failed in the last \d+ s", server.log())
     lines = len(server.log().splitlines())
     print(f"{lines} lines")
@@ -145,6 +205,7 @@ def test_a_flood_of_malformed_handshakes_leaves_nothing(plain: Bench) -> None:
     assert "Traceback" not in server.log()
     assert "internal error" not in server.log()
     client_gets_in(plain)
+    server.stop()  # it sums up
     lines = server.log().count("connected over")
     assert lines + summed_up(server, "connected") >= 200 + COUNT, "it has met all of them"
     assert summed_up(server, "handshakes failed") > 0.9 * COUNT
@@ -167,7 +228,8 @@ def test_a_flood_of_malformed_frames_leaves_nothing(plain: Bench) -> None:
             length = rng.choice([0, 15, 16, 17, 36, 1296, 65535])
             sock.sendall(struct.pack(">H", length) + rng.randbytes(rng.randrange(length + 1)))
             sock.shutdown(socket.SHUT_WR)
-        server.says("disconnected", times=number + 1)
+            drain(sock)
+    eventually(lambda: server.status()["sessions"] == COUNT // 10, "each was a session")
     eventually(lambda: server.usage()[0] == before[0], "all descriptors are closed")
     assert_small(server.usage()[2] - before[2])
     assert "internal error" not in server.log()

@@ -153,10 +153,10 @@ def copy_through_the_tunnel(bench: Bench, source: Path, target: Path) -> None:
 
 @pytest.mark.hosts
 @every_wire
-def test_a_key_is_changed_over_the_tunnel_in_the_four_steps_of_the_page(
+def test_a_key_is_changed_over_the_tunnel_in_the_five_steps_of_the_page(
     bench: Bench, tmp_path: Path
 ) -> None:
-    assert len(steps()) == 4
+    assert len(steps()) == 5
     ours, theirs = Host(bench, SERVER, tmp_path), Host(bench, CLIENT, tmp_path)
     files(tmp_path, "old")
     for each, options in ((ours, "-l :20203"), (theirs, "-s 192.0.2.1")):
@@ -189,6 +189,8 @@ def test_a_key_is_changed_over_the_tunnel_in_the_four_steps_of_the_page(
     theirs.restart()
     ours.end.says("authenticated", 2)
     bench.answers()
-    assert not (ours.etc / "office.new").exists()
+    theirs.run(steps()[4])
+    for each in (ours, theirs):
+        assert sorted(path.name for path in each.etc.iterdir()) == ["office.conf", "office.psk"]
     assert (ours.etc / "office.psk").read_bytes() == (theirs.etc / "office.psk").read_bytes()
     assert (ours.etc / "office.psk").read_bytes() != (tmp_path / "old").read_bytes()

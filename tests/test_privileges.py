@@ -158,7 +158,7 @@ def test_a_user_namespace_without_nobody(tmp_path: Path, named: bool) -> None:
                 "ttun: cannot switch to user nobody: not mapped in this user namespace\n"
             )
             return
-        eventually(lambda: "dropped privileges: user 0" in log.read_text(), "it goes on")
+        eventually(lambda: "dropped privileges: user root" in log.read_text(), "it goes on")
         assert "user nobody: not mapped in this user namespace; " in log.read_text()
         has_nothing(end.pid, 0, 0)
     finally:

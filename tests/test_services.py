@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -178,6 +179,7 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
 
     server = start(SERVER, "server")
     server.says("listening on")
+    server.says(f"dropped privileges: user {pwd.getpwuid(UID).pw_name}, no capabilities")
     eventually(lambda: len(list(threads(server.process.pid))) > 3, "its threads run")
     has_nothing_left(server)
     client = start(CLIENT, "client", "-s", "192.0.2.1")
@@ -191,7 +193,9 @@ def test_both_ends_run_with_the_one_right_that_their_units_give_and_give_it_up(
     for end in (server, client):
         shown = bench.run(SERVER, *PROGRAM, "show", "ttun0")
         role = "server" if end is server else "client"
-        assert f"ttun0: {role}, user {UID}\n" in shown, "root sees whose word that is"
+        assert f"ttun0: {role}, user {pwd.getpwuid(UID).pw_name}\n" in shown, (
+            "root sees whose word that is"
+        )
         assert end.stop() == 0
     assert [*Path("/run/ttun").rglob("*.sock")] == []
     shutil.rmtree("/run/ttun")

@@ -185,7 +185,7 @@ def test_who_is_not_root_cannot_be_taken_for_a_tunnel_of_root(plain: Bench, fore
     )
     plain.helper(SERVER, sys.executable, "-c", script, str(path), line().decode())
     out = plain.run(SERVER, *PROGRAM, "show")
-    assert out.startswith("ttun0: server, user 65534\n")
+    assert out.startswith("ttun0: server, user nobody\n")
     server.kill()
 
 

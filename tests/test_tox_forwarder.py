@@ -12,11 +12,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from friends import FRIEND, OTHER, Friend, listening, offline_tox, port_of, serving
+from friends import FRIEND, OTHER, Friend, listening, offline_tox, port_of, serving  # noqa: F401
 from toxnet import reset
 from tunnel import eventually
 
@@ -29,18 +28,6 @@ from ttun.tox.protocol import FIRST_WINDOW
 from ttun.tox.server import ForwardingServer
 
 pytestmark = pytest.mark.tox
-
-
-@pytest.fixture
-def server() -> Iterator[ForwardingServer]:
-    with serving() as made:
-        yield made
-
-
-@pytest.fixture
-def target() -> Iterator[socket.socket]:
-    with listening() as made:
-        yield made
 
 
 def test_a_friend_that_left_may_come_back_but_where_it_was_is_forgotten(

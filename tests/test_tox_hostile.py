@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from friends import FRIEND, OTHER, Friend, listening, port_of, serving
+from friends import FRIEND, OTHER, Friend, listening, port_of, serving  # noqa: F401
 from toxnet import on_loop
 from tunnel import eventually
 
@@ -23,18 +23,6 @@ from ttun.tox.protocol import FIRST_WINDOW
 from ttun.tox.server import ForwardingServer
 
 pytestmark = pytest.mark.tox
-
-
-@pytest.fixture
-def server() -> Iterator[ForwardingServer]:
-    with serving() as made:
-        yield made
-
-
-@pytest.fixture
-def target() -> Iterator[socket.socket]:
-    with listening() as made:
-        yield made
 
 
 def test_what_anybody_may_repeat_does_not_fill_the_log(

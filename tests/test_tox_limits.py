@@ -24,7 +24,7 @@ AT_ONCE = 60
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    with Lab(tmp_path, tag="l") as made:
+    with Lab(tmp_path) as made:
         yield made
 
 

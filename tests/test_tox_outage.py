@@ -34,7 +34,7 @@ add rule inet outage out meta l4proto udp drop"""
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    with Lab(tmp_path, tag="o") as made:
+    with Lab(tmp_path) as made:
         made.echo(ECHO)
         yield made
 

@@ -84,7 +84,7 @@ class Ssh:
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
     directory = tmp_path_factory.mktemp("ssh")
-    with Lab(directory, tag="h") as lab:
+    with Lab(directory) as lab:
         made = Ssh(lab, directory)
         (directory / "known").write_text(f"there {(directory / 'host.pub').read_text()}")
         made.sshd.says("Server listening on 127.0.0.1 port 22", seconds=20)

@@ -58,7 +58,7 @@ def ping(lab: Lab, times: int) -> int:
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Program, Program]]:
     directory = tmp_path_factory.mktemp("tox")
-    with Lab(directory, tag="t") as lab:
+    with Lab(directory) as lab:
         server, client, address = tunnel(lab, directory)
         other = lab.tox(
             CLIENT, *ALONE, "-i", address.partition(":")[2], f"-L{TO_ECHO}:127.0.0.1:{ECHO}"
@@ -129,8 +129,7 @@ def behind_nat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, 
     directories = [tmp_path_factory.mktemp(name) for name in ("udp", "relay")]
     with contextlib.ExitStack() as stack:
         open_lab, strict = (
-            stack.enter_context(Lab(directory, tag=tag, nat=True))
-            for directory, tag in zip(directories, "ur")
+            stack.enter_context(Lab(directory, nat=True)) for directory in directories
         )
         strict.drop_udp()
         open_lab.echo(ECHO)
@@ -190,7 +189,7 @@ def test_behind_nat_without_udp(behind_nat: tuple[Lab, Lab]) -> None:
 def test_tox_stays_outside_of_the_default_route(tmp_path: Path) -> None:
     """toxcore opens its sockets as the user whose packets stay outside, also after an outage."""
     user, node = "4711", "203.0.113.1"
-    with Lab(tmp_path, tag="d", nat=True) as lab:
+    with Lab(tmp_path, nat=True) as lab:
         server, client, _ = tunnel(lab, tmp_path, "--route", "default", "--user", user)
         client.says("authenticated", seconds=120)
         assert ping(lab, 3) == 3

@@ -246,7 +246,8 @@ class Client(Endpoint):
             if self._moved:
                 wait = backoff.after_move(time.monotonic())
             if not self._stop.is_set():
-                log.info("reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
+                say: Callable[..., object] = log.log if peer is None else self._sessions.say
+                say(logging.INFO, "reconnecting %s", f"in {wait:.1f} s" if wait else "at once")
                 self._pause(wait)
 
     def _pause(self, seconds: float) -> None:

@@ -25,7 +25,7 @@ import logging
 import os
 import socket
 import struct
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from ttun.errors import TtunError, UsageError
 
@@ -120,15 +120,15 @@ class Choice:
         self._wanted = wanted
         self._lacking: str | None = None  # the last error logged
 
-    def choose(self, sock: socket.socket) -> None:
-        """Choose for a connection; log each error once."""
+    def choose(self, sock: socket.socket, say: Callable[..., object]) -> None:
+        """Choose for a connection; log each error once. say: logs the result, like log.log."""
         why = choose(sock, self._wanted)
         if why is not None and why != self._lacking:
             log.warning("cannot use congestion control %s (see ttun doctor)", why)
         self._lacking = why
         if (stats := tcp_stats(sock)) is not None:
             rtt = "" if stats.min_rtt is None else f", round trip {1000 * stats.min_rtt:.2f} ms"
-            log.info("congestion control %s%s", stats.control, rtt)
+            say(logging.INFO, "congestion control %s%s", stats.control, rtt)
 
 
 def tcp_stats(sock: socket.socket) -> TcpStats | None:

@@ -29,6 +29,8 @@ from ttun.pending import Pending
 from ttun.record import MOST_CHARACTERS, Record, Status, carried, in_tunnel, lost
 from ttun.session import Session
 from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, check_type
+from ttun.summary import Sessions
+from ttun.users import user_name
 from ttun.watch.device_state import some
 from ttun.watch.device_watch import DeviceWatch
 
@@ -80,6 +82,7 @@ class Endpoint(Lifecycle):
         self._pending = Pending(self._stop)
         self._pending.on_failure = self._attempt_failed
         self._record = Record()
+        self._sessions = Sessions()  # their lines in the log
         self._created = time.monotonic()
         self._moved = False  # _why_dead() ended the last connection
 
@@ -166,7 +169,7 @@ class Endpoint(Lifecycle):
             log.info(
                 "default route: %s for all but the LAN and user %s",
                 self._device.name,
-                ", ".join(map(str, self._users)),
+                ", ".join(map(user_name, self._users)),
             )
             for line in default_route.exceptions(self._device.index, self._users):
                 log.warning("%s", line)
@@ -182,6 +185,7 @@ class Endpoint(Lifecycle):
     def _release(self) -> None:
         try:
             self._pending.close()
+            self._sessions.tick(time.monotonic(), end=True)
             self._close()
             if self._watch is not None:
                 self._watch.close()
@@ -195,6 +199,7 @@ class Endpoint(Lifecycle):
         watch, device = self._watch, self._device
         assert watch is not None and device is not None
         watch.look(time.monotonic())
+        self._sessions.tick(time.monotonic())
         if watch.device_gone:
             raise TtunError(f"TUN device lost (was {device.name} removed?)")
         if watch.fileno() >= 0:  # each time, as an error unregisters it
@@ -215,13 +220,14 @@ class Endpoint(Lifecycle):
         """Run a session until it ends; return its duration in seconds."""
         assert self._device is not None
         try:
-            self._congestion.choose(peer.sock)
+            self._congestion.choose(peer.sock, self._sessions.say)
             limits = self._settings.limits
             session = Session(peer.sock, self._device, peer.keys, limits, self._buffers)
         except LACKS as error:
             peer.close()
             why = f"cannot start a session with {peer.name}: {reason(error)}"
-            log.warning("%s", why)
+            self._sessions.say(logging.WARNING, "%s", why)
+            self._sessions.end()
             self._attempt_failed(why)
             return 0.0
         try:
@@ -234,7 +240,8 @@ class Endpoint(Lifecycle):
         finally:
             why = session.wait()
             self._record = self._record.ended(why)
-            log.info(
+            self._sessions.say(
+                logging.INFO,
                 "peer %s disconnected after %.0f s: %s; %s%s",
                 peer.name,
                 session.duration,
@@ -242,6 +249,7 @@ class Endpoint(Lifecycle):
                 carried(session.counters()),
                 lost(session.tcp_stats()),
             )
+            self._sessions.end()
             self._tell(self.on_disconnected, peer.name, why)
         if session.device_lost:
             raise TtunError(f"{why} (was {self._device.name} removed?)")
@@ -292,9 +300,20 @@ class Endpoint(Lifecycle):
             log.exception("callback failed: %s: %s", type(error).__name__, error)
 
     def _authenticated(self, peer: Peer, then: str = "") -> None:
+        """Log that a session begins."""
+        self._sessions.begin(time.monotonic())
         which = f", key {self.key_names[peer.keys.key]}" if len(self._ks) > 1 else ""
-        log.info("peer %s authenticated: %s%s%s", peer.name, peer.keys.describe(), which, then)
+        described = peer.keys.describe()
+        self._sessions.say(
+            logging.INFO, "peer %s authenticated: %s%s%s", peer.name, described, which, then
+        )
         agreement, mtu = peer.keys.agreement, self._terms.mtu
         if agreement and agreement.mtu not in (0, mtu):
             fix = "start both ends with the same -mtu"
-            log.warning("MTU differs: %d here, %d at the peer (%s)", mtu, agreement.mtu, fix)
+            self._sessions.say(
+                logging.WARNING,
+                "MTU differs: %d here, %d at the peer (%s)",
+                mtu,
+                agreement.mtu,
+                fix,
+            )

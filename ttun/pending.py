@@ -97,7 +97,6 @@ class Pending:
                 self._poll.modify(peer.sock, select.POLLRDHUP)
         self._holding = True
         self._announced.clear()
-        self._sum_up(time.monotonic(), end=True)
 
     def release(self) -> None:
         """Start the handshakes of held connections, oldest first; hold no more."""

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from ttun._codec import ffi, lib
 from ttun.errors import TtunError, UsageError
+from ttun.users import user_name
 
 log = logging.getLogger("ttun")
 
@@ -112,7 +113,7 @@ def drop(user: User | None, *, required: bool) -> None:
     while _prctl(lib.PR_CAPBSET_READ, capability) >= 0:
         _prctl(lib.PR_CAPBSET_DROP, capability)
         capability += 1
-    done = f"dropped privileges: user {os.geteuid()}"
+    done = f"dropped privileges: user {user_name(os.geteuid())}"
     if user is not None:
         try:
             _become(user)

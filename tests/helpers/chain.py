@@ -31,7 +31,6 @@ class Chain(Namespaces):
 
     def __init__(self) -> None:
         super().__init__(SERVER, PROXY, CLIENT)
-        self.names = {host: f"{name}_chain" for host, name in self.names.items()}
         self.links = {CLIENT: "near", SERVER: "far"}
 
     def _join(self) -> None:

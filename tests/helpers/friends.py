@@ -6,11 +6,11 @@ the test reads it.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Iterator
 from typing import Callable, TypeVar
 
+import pytest
 from toxnet import on_loop
 from tunnel import eventually
 
@@ -92,7 +92,7 @@ class Friend:
         return eventually(opened, "a tunnel")
 
 
-@contextlib.contextmanager
+@pytest.fixture(name="server")
 def serving() -> Iterator[ForwardingServer]:
     """A server on its loop."""
     loop = Loop(offline_tox())
@@ -103,7 +103,7 @@ def serving() -> Iterator[ForwardingServer]:
     assert loop.error is None
 
 
-@contextlib.contextmanager
+@pytest.fixture(name="target")
 def listening() -> Iterator[socket.socket]:
     """A listening socket; what connects there is not read unless a test does."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:

@@ -26,7 +26,7 @@ class NameServer:
         self.bound_to = address
         self.sock = bench.on(host, self.bound)
         self.over = False
-        self.thread = threading.Thread(target=self.serve)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
 
     def bound(self) -> socket.socket:

@@ -72,10 +72,6 @@ while True:
 class FarHosts(netns.Hosts):
     """The two hosts; the server's host routes the client's, and is all the Internet."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = {host: f"{name}far" for host, name in self.names.items()}
-
     def _join(self) -> None:
         super()._join()
         for address in (FAR, OTHER_FAR, NAME_SERVER, INTERNET):

@@ -1,8 +1,8 @@
 """Machines on which the commands of a page run as they stand, each with its own /etc and /run.
 
-Stood in for is what a namespace cannot have. sudo: the tests are root. apt: the packages are here
-already, so it does what their installation does beyond that. systemctl: it starts what ExecStart=
-of a unit says, as root. All else is real: nft, dnsmasq, tinyproxy, resolvconf, ttun.
+Stood in for is what a namespace cannot have. sudo: the tests are root. apt-get: the packages are
+here already, so it does what their installation does beyond that. systemctl: it starts what
+ExecStart= of a unit says, as root. All else is real: nft, dnsmasq, tinyproxy, resolvconf, ttun.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ ETC = ("passwd", "group", "nsswitch.conf", "hosts", "ld.so.cache", "resolvconf.c
 USER = 4711  # ttun, as make install and systemd-sysusers make it
 SUDO = 'exec "$@"'
 APT = """
-case "$1 $2" in
-"install nftables" | "remove nftables") ;;
-"install dnsmasq") systemctl start dnsmasq ;;
-"remove dnsmasq") systemctl stop dnsmasq ;;
+case "$1 $2 $3" in  # without -y it asks
+"install -y nftables") ;;
+"install -y dnsmasq") systemctl start dnsmasq ;;
+"remove -y dnsmasq") systemctl stop dnsmasq ;;
 # what NetworkManager and dhclient have resolvconf know, and that file without it
-"install openresolv") cp /etc/resolv.conf /run/before; resolvconf -a eth0 < /run/before ;;
-"remove openresolv") cp /run/before /etc/resolv.conf; rm -rf /etc/resolv.conf.bak /etc/unbound ;;
-*) echo "apt: $*?" >&2; exit 1 ;;
+"install -y openresolv") cp /etc/resolv.conf /run/before; resolvconf -a eth0 < /run/before ;;
+"remove -y openresolv") cp /run/before /etc/resolv.conf; rm -rf /etc/resolv.conf.bak /etc/unbound ;;
+*) echo "apt-get: $*?" >&2; exit 1 ;;
 esac
 """
+ASKS = 'echo "apt $1 asks, and the rest of a pasted block is its answer" >&2; exit 1'
 SYSTEMCTL = """
 run() { "$@" > "$place/$unit.log" 2>&1 & echo $! > "/run/$unit.pid"; }
 start() {
@@ -89,8 +90,9 @@ class Machine:
         (etc / "nftables.conf").write_text("flush ruleset\n")
         (etc / "resolv.conf").write_text(f"nameserver {name_server}\noptions timeout:1\n")
         head = f"#!/bin/sh\nset -e\nplace={self.place} units={ROOT}/packaging/systemd now=\n"
-        for name, text in (("sudo", SUDO), ("apt", APT), ("systemctl", SYSTEMCTL),
-                           ("ttun", f'exec {shlex.join(PROGRAM)} "$@"')):  # fmt: skip
+        ttun = f'exec {shlex.join(PROGRAM)} "$@"'
+        for name, text in (("sudo", SUDO), ("apt-get", APT), ("apt", ASKS),
+                           ("systemctl", SYSTEMCTL), ("ttun", ttun)):  # fmt: skip
             (self.place / "bin" / name).write_text(head + text)
             (self.place / "bin" / name).chmod(0o755)
         own = f"mount -t tmpfs none /run; mount --bind {etc} /etc; echo up; exec sleep infinity"

@@ -100,18 +100,16 @@ class Program(tunnel.Program):
 class Lab:
     """The hosts, the bootstrap node, and what a test starts on them."""
 
-    def __init__(self, directory: Path, *, tag: str = "", nat: bool = False) -> None:
+    def __init__(self, directory: Path, *, nat: bool = False) -> None:
         self.directory, self.nat = directory, nat
-        roles = [SERVER, CLIENT, NODE, *(NAT.values() if nat else [])]
-        self.names = {role: f"{netns.PREFIX}-{os.getpid()}-{role}{tag}" for role in roles}
+        self.hosts = netns.Namespaces(SERVER, CLIENT, NODE, *(NAT.values() if nat else []))
+        self.names = self.hosts.names
         self.programs: list[Program] = []
         self.nodes = directory / "nodes.json"
 
     def __enter__(self) -> Lab:
+        self.hosts.__enter__()
         try:
-            for name in self.names.values():
-                netns.ip("netns", "add", name)
-                netns.ip("-n", name, "link", "set", "lo", "up")
             if self.nat:
                 self._wire_nat()
             else:
@@ -129,8 +127,7 @@ class Lab:
         for program in self.programs:
             if program.process.poll() is None:
                 program.kill()
-        for name in self.names.values():
-            netns._remove(name)
+        self.hosts.__exit__()
 
     def _wire(self, a: str, address_a: str | None, b: str, address_b: str | None) -> None:
         """A veth pair between two hosts; its ends are named after the host at the other end."""

@@ -198,5 +198,5 @@ if __name__ == "__main__":
         sys.exit("the soak makes hosts on this machine: sudo make soak")
     if missing := toxlab.why_not():
         sys.exit(f"the soak needs a Tox network: {missing}")
-    with tempfile.TemporaryDirectory() as directory, Lab(Path(directory), tag="s") as lab:
+    with tempfile.TemporaryDirectory() as directory, Lab(Path(directory)) as lab:
         soak(lab, float(sys.argv[1]), int(sys.argv[2]))

@@ -27,6 +27,7 @@ from ttun.commands.terminal import colored, height, is_terminal, width, wrapped
 from ttun.errors import TtunError, printable
 from ttun.process import standard_streams
 from ttun.record import DROPPED, size
+from ttun.users import user_name
 
 BARS = " ▁▂▃▄▅▆▇█"
 GRAPH_WIDTH = 60  # samples, one a second
@@ -136,7 +137,7 @@ def describe_all(tunnels: list[Tunnel]) -> list[list[str]]:
         if alike[tunnel["device"], tunnel["role"]] > 1:
             who = f", netns {_netns(tunnel, names) or 'unknown'}, pid {_pid(tunnel)}"
         if tunnel["uid"] not in (0, os.geteuid()):  # the answer is that user's word only
-            who += f", user {tunnel['uid']}"
+            who += f", user {printable(user_name(tunnel['uid']))}"
         described.append(describe(tunnel, who, names))
     return described
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import itertools
 import json
 import os
 import select
@@ -33,7 +32,6 @@ from ttun.lab import netns
 from ttun.lab.netns import CLIENT, SERVER, Hosts, LinkEnd
 
 SOURCE = Path(__file__).with_suffix(".c")
-_numbers = itertools.count(1)
 MACS = {SERVER: "02:00:00:00:00:01", CLIENT: "02:00:00:00:00:02"}  # locally administered
 DEVICE_QUEUE = 10_000  # packets; so large that only the link drops packets
 ANSWER_TIMEOUT = 10.0  # seconds
@@ -91,8 +89,6 @@ class LinkedHosts(Hosts):
     def __init__(self, link: Link, *, seed: int = 1, emulator: str = "auto") -> None:
         """Choose names. seed: the same seed loses the same frames. emulator: auto, relay, netem."""
         super().__init__()
-        number = next(_numbers)  # unique also within this process
-        self.names = {host: f"{name}_{number}" for host, name in self.names.items()}
         self.link_now = link
         self._is_cut = False
         self._emulator: _Relay | _Netem = choose(emulator)(self, seed)

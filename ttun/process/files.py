@@ -13,7 +13,6 @@ import contextlib
 import errno
 import logging
 import os
-import pwd
 import select
 import stat
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Callable
 
 from ttun.errors import TtunError
+from ttun.users import user_name
 
 log = logging.getLogger("ttun")
 
@@ -144,16 +144,9 @@ def check_owner(path: Path, found: os.stat_result, what: str) -> None:
     if str(found.st_uid) in trusted:
         return
     raise TtunError(
-        f"the {what} {path} belongs to user {_user(found.st_uid)} "
-        f"(chown {_user(os.geteuid())} {path})"
+        f"the {what} {path} belongs to user {user_name(found.st_uid)} "
+        f"(chown {user_name(os.geteuid())} {path})"
     )
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
 
 
 def _is_nameless(found: os.stat_result) -> bool:
