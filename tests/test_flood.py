@@ -44,7 +44,10 @@ def addresses(pair: netns.Hosts) -> Iterator[list[str]]:
 
 
 class Relay:
-    """A relay that delays everything by so many seconds."""
+    """A relay that delays everything by so many seconds, but for the first that the client sends.
+
+    On a long way that comes right behind the last packet of TCP's own handshake.
+    """
 
     def __init__(self, bench: Bench, delay: float) -> None:
         self.bench, self.delay = bench, delay
@@ -59,14 +62,15 @@ class Relay:
                 far = connect(self.bench)
             except OSError:
                 return
-            for pair in ((near, far), (far, near)):
+            for pair in ((near, far, 0.0), (far, near, self.delay)):
                 threading.Thread(target=self.carry, args=pair, daemon=True).start()
 
-    def carry(self, source: socket.socket, target: socket.socket) -> None:
+    def carry(self, source: socket.socket, target: socket.socket, delay: float) -> None:
         try:
             while data := source.recv(65536):
-                time.sleep(self.delay)  # a handshake has one message in flight
+                time.sleep(delay)  # a handshake has one message in flight
                 target.sendall(data)
+                delay = self.delay
             time.sleep(self.delay)
         except OSError:
             pass
@@ -162,11 +166,15 @@ def test_sessions_in_a_loop_are_summed_up_but_not_one_that_lasts(plain: Bench) -
 
 @pytest.mark.slow
 @pytest.mark.hosts
-@pytest.mark.parametrize("delay", [0, 0.05], ids=["near", "100 ms away"])
+@pytest.mark.parametrize("delay", [0, 0.5], ids=["near", "1 s away"])
 def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
     addresses: list[str], plain: Bench, delay: float
 ) -> None:
-    """1,000 connections and 200 more each second, half of them from the client's own address."""
+    """1,000 connections and 200 more each second, half of them from the client's own address.
+
+    Far away its handshake takes longer than the share of that address would last: it is in the way
+    of others then, but they are silent.
+    """
     server = plain.server()
     sources = [x for address in addresses for x in (address, "192.0.2.2")]
     plain.helper(CLIENT, *FLOOD, "hold", SERVER_ADDRESS, "20203", "1000", "200", *sources)
@@ -177,14 +185,14 @@ def test_the_true_client_gets_in_within_two_seconds_through_a_crowd(
         client.says("tun ttun0 up")
         started = time.monotonic()
         client.says("authenticated", seconds=20)
-        times.append(time.monotonic() - started)
+        times.append(time.monotonic() - started - 3 * delay)  # the handshake's own
         client.stop()
         time.sleep(random.uniform(0, 0.5))  # the flood is back before the next
     print(" ".join(f"{seconds:.2f}" for seconds in sorted(times)))  # pytest -rP shows it
     if relay:
         relay.close()
     assert sorted(times)[5] < 2
-    assert max(times) < 5, "0.5 s are usual"
+    assert max(times) < 5, "0.5 s are usual, 0.9 s far away"
     server.stop()  # it sums up
     assert re.search(r"\d{2,} more handshakes failed in the last \d+ s", server.log())
     lines = len(server.log().splitlines())

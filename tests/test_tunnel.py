@@ -34,6 +34,11 @@ def much(bench: Bench, most: int = 1024) -> int:
     return most * MIB // (1 if bench.wire == "x1" and not bench.options else 4)
 
 
+def in_one_session(*ends: End) -> bool:
+    """Whether no session ended: a transfer would survive that, a little later."""
+    return not any("disconnected" in end.log() for end in ends)
+
+
 @every_way
 @pytest.mark.parametrize("cipher", ["chacha20-poly1305", "aes-256-gcm"])
 def test_both_families_are_carried_both_ways(bench: Bench, cipher: str) -> None:
@@ -52,7 +57,7 @@ def test_both_families_are_carried_both_ways(bench: Bench, cipher: str) -> None:
 
 @every_way
 def test_much_each_way_at_once_arrives_whole(bench: Bench) -> None:
-    bench.tunnel()
+    ends = bench.tunnel()
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
     with ThreadPoolExecutor() as pool:
         transfers = [
@@ -60,6 +65,7 @@ def test_much_each_way_at_once_arrives_whole(bench: Bench) -> None:
             for action in ("send", "receive")
         ]
         assert all(transfer.result()["whole"] for transfer in transfers)
+    assert in_one_session(*ends)
 
 
 @every_way
@@ -69,7 +75,7 @@ def test_mixed_traffic_arrives_whole(bench: Bench) -> None:
     TTUN_TEST_MIB: how much in all; more than the usual for a long run by hand.
     """
     total = much(bench, int(os.environ.get("TTUN_TEST_MIB", "256")))
-    bench.tunnel()
+    ends = bench.tunnel()
     for addresses in (TUNNEL4, TUNNEL6):
         bench.serve_traffic(SERVER, addresses[SERVER])
     bulk = total // 8
@@ -95,6 +101,7 @@ def test_mixed_traffic_arrives_whole(bench: Bench) -> None:
         assert all(whole)
         for exchange in datagrams:
             assert exchange.result() > 100, "datagrams came through all the while"
+    assert in_one_session(*ends)
 
 
 def exchange_datagrams(bench: Bench, addresses: dict[str, str], done: threading.Event) -> int:
@@ -173,15 +180,17 @@ def test_a_second_client_waits_until_the_first_leaves(bench: Bench) -> None:
 @every_way
 @pytest.mark.parametrize("mtu", [576, 1280, 1500, 9000, 65519])
 def test_every_mtu_carries_full_packets(bench: Bench, mtu: int) -> None:
-    server, _ = bench.tunnel("-mtu", str(mtu))
+    server, client = bench.tunnel("-mtu", str(mtu))
     link = bench.run(CLIENT, "ip", "link", "show", "ttun0")
     assert f"mtu {mtu}" in link
     assert bench.ping(CLIENT, TUNNEL4[SERVER], 3, mtu - 28) == 3
     with pytest.raises(OSError, match="Message too long"):
         bench.ping(CLIENT, TUNNEL4[SERVER], 1, mtu - 28 + 1)
     bench.serve_traffic(SERVER, TUNNEL4[SERVER])
+    size = 2 * MIB if mtu < 9000 else 64 * MIB  # large frames: until the slots of a ring are full
     for action in ("send", "receive"):
-        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(2 << 20))["whole"]
+        assert bench.traffic(CLIENT, action, TUNNEL4[SERVER], PORT, str(size))["whole"]
+    assert in_one_session(server, client)
     if mtu < 1280:
         assert "no IPv6 in the tunnel: the MTU is below 1280" in server.log()
     else:
