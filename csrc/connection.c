@@ -25,9 +25,8 @@ enum {
     GSO_TIME = 4000,     /* microseconds */
     GSO_LEAST = 1500,
     /* Microseconds. A bulk flow whose congestion control halves its window needs a queue of about
-     * one round trip to keep the link busy; small packets do not wait behind it. And a segment lost
-     * outside the tunnel delays everything by a round trip, which is no reason to drop one inside.
-     */
+     * one round trip to keep the link busy, and of two where segments are lost outside the tunnel:
+     * one of these delays everything by a round trip. Small packets do not wait behind it. */
     TARGET_LEAST = 5000, /* RFC 8289, 4.3 */
     TARGET_MOST = 200000,
     INTERVAL_LEAST = 100000,
@@ -83,8 +82,9 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     c->batch = (size_t)clamp(sealed, SEALED_LEAST, SLOT_SIZE);
     c->gso_max = (size_t)clamp(rate * GSO_TIME / 1000000, GSO_LEAST, SLOT_SIZE);
     c->slots = (unsigned)clamp(sealed / SLOT_SIZE, 1, slots);
-    c->pace.target = clamp(tcp.rtt, TARGET_LEAST, TARGET_MOST);
-    c->pace.interval = clamp(3 * (uint64_t)tcp.rtt, INTERVAL_LEAST, INTERVAL_MOST);
+    uint64_t rtt = tcp.rtt;
+    c->pace.target = clamp(2 * rtt, TARGET_LEAST, TARGET_MOST);
+    c->pace.interval = clamp(6 * rtt, INTERVAL_LEAST, INTERVAL_MOST);
     unsigned least = rate < PAIRS_FROM ? UNSENT_LEAST : UNSENT_LEAST_PAIRS;
     uint32_t unsent = (uint32_t)clamp(rate * UNSENT / 1000000, least, UNSENT_MOST);
     uint32_t slack = c->unsent / 4;
