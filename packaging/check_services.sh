@@ -80,8 +80,8 @@ echo "client=$(systemctl show -P ActiveState ttun-client@home)"
 echo "shown=$(/usr/local/bin/ttun show | grep -c 'protocol: x1')"
 echo "route=$(ip route show 198.51.100.0/24 | wc -l)"
 echo "typo=$(systemctl show -P ActiveState ttun-server@typo) $(systemctl show -P NRestarts ttun-server@typo)"
-echo "said=$(journalctl -b -q -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=ttun-server@typo.service PRIORITY=3 | cut -c 1-12)"
-echo "stamps=$(journalctl -b -q -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=$unit.service PRIORITY=6 | grep -c '^20..[/-]')"
+echo "said=$(journalctl -q -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=ttun-server@typo.service PRIORITY=3 | cut -c 1-12)"
+echo "stamps=$(journalctl -q -o cat _TRANSPORT=stdout _SYSTEMD_UNIT=$unit.service PRIORITY=6 | grep -c '^20..[/-]')"
 echo "asked=$(setpriv --reuid=nobody --regid=nogroup --groups=adm /usr/local/bin/ttun show | grep -c server)"
 echo "user=$(stat -c %U /proc/$(pid))"
 sed -n 's/^CapEff:\s*/capabilities=/p; s/^Seccomp:\s*/seccomp=/p' /proc/$(pid)/status
@@ -91,7 +91,7 @@ echo "sockets=$(find /run/ttun -type s | wc -l)"
 kill -STOP $(pid); sleep 45; state hung
 systemctl stop $unit ttun-client@home; echo "left=$(ls -A /run/ttun)"
 sort -u /hooks.txt
-echo "ended=$(journalctl -b -q -o cat _SYSTEMD_UNIT=$unit.service | grep -c -e '--down: killed')"
+echo "ended=$(journalctl -q -o cat _SYSTEMD_UNIT=$unit.service | grep -c -e '--down: killed')"
 echo "end=$(systemctl show -P Result $unit)"
 END
 cat > "$system/expected.txt" << 'END'
@@ -123,7 +123,7 @@ chroot "$system" systemctl -q enable ttun-server@office ttun-client@home \
     ttun-server@typo ttun-home-session.path report
 chroot "$system" systemctl -q mask systemd-udevd console-getty getty@tty1
 
-rm -f "$system/report.txt"
+rm -rf "$system/report.txt" "$system/var/log/journal" # of earlier runs
 # With --kill-child, killing this also kills the systemd in the namespace.
 unshare --mount sh -ec '
     mount --make-rprivate /
