@@ -240,6 +240,8 @@ class Endpoint(Lifecycle):
         finally:
             why = session.wait()
             self._record = self._record.ended(why)
+            if self._stop.is_set():  # it is the last one
+                self._sessions.tick(time.monotonic(), end=True)
             self._sessions.say(
                 logging.INFO,
                 "peer %s disconnected after %.0f s: %s; %s%s",
