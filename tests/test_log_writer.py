@@ -300,7 +300,8 @@ def test_a_server_whose_log_nobody_reads_serves_and_ends(
         server.terminate()
         assert server.wait(10) == 0
         if read_at_last:
-            assert pipe.read().rpartition("SIGTERM: stopping\n")[2].count("disconnected after") == 1
+            _, stopping, after = pipe.read().rpartition("SIGTERM: stopping\n")
+            assert stopping and after.count("disconnected after") == 1
         client.says("disconnected")
     finally:
         server.kill()
