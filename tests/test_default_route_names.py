@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import resolved
+from carried import needs_socat
 from machine import IS_NOBODY_HERE
 from name_server import NameServer, resolv_conf
 from outside import (
@@ -191,3 +192,41 @@ def test_a_real_local_name_server_is_passed_over_too(far: Bench, real_stub: None
         follows(far, client, server, upstream)
     finally:
         upstream.close()
+
+
+def test_without_a_name_server_in_resolv_conf_the_one_on_this_machine_is_asked(
+    far: Bench, tmp_path: Path
+) -> None:
+    """As the C library does it; until that knows the name no rule is made."""
+    with resolv_conf(tmp_path, "", "# nothing: "):
+        server = far.server()
+        client = far.client(*DEFAULT, to=NAME)
+        client.says("cannot resolve", times=2, seconds=60)
+        assert hosts(far).rules() == []
+        made = NameServer(far, CLIENT, "127.0.0.1")
+        made.address = FAR
+        try:
+            connected(far, client)
+            made.silent = True
+            server.stop()
+            far.server()
+            client.says("authenticated", 2, seconds=60)
+        finally:
+            made.close()
+        assert "the name server 127.0.0.1 sends its queries through the tunnel" in client.log()
+
+
+@needs_socat
+def test_a_command_that_has_to_ask_a_local_name_server_is_warned_of(
+    far: Bench, tmp_path: Path
+) -> None:
+    """By address it connects; a name server elsewhere is no reason to warn."""
+    far.server()
+    command = ("client", "-k", "secret", *DEFAULT, "--via", f"socat - TCP:{FAR}:20203")
+    said = "--via cannot look names up while there is no session: the name server 127.0.0.53"
+    for server, warns in (("127.0.0.53", True), (NAME_SERVER, False)):
+        with resolv_conf(tmp_path, server):
+            client = far.start(CLIENT, *command)
+            connected(far, client)
+            assert (said in client.log()) == warns
+            assert client.stop() == 0

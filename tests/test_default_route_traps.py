@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from carried import needs_socat
 from kept import is_gone, keeper_of, paths
 from machine import IS_NOBODY_HERE
-from name_server import NAME_SERVER, NameServer, resolv_conf
+from name_server import NAME_SERVER
 from outside import (
     DEFAULT,
     FAR,
     INTERNET6,
-    NAME,
     Capture,
     connected,
     hosts,
@@ -320,29 +318,6 @@ def test_rules_that_a_dead_keeper_leaves_are_named_and_harmless(far: Bench, numb
 # ---- names ----
 
 
-@on_hosts
-def test_without_a_name_server_in_resolv_conf_the_one_on_this_machine_is_asked(
-    far: Bench, tmp_path: Path
-) -> None:
-    """As the C library does it; until that knows the name no rule is made."""
-    with resolv_conf(tmp_path, "", "# nothing: "):
-        server = far.server()
-        client = far.client(*DEFAULT, to=NAME)
-        client.says("cannot resolve", times=2, seconds=60)
-        assert hosts(far).rules() == []
-        made = NameServer(far, CLIENT, "127.0.0.1")
-        made.address = FAR
-        try:
-            connected(far, client)
-            made.silent = True
-            server.stop()
-            far.server()
-            client.says("authenticated", 2, seconds=60)
-        finally:
-            made.close()
-        assert "the name server 127.0.0.1 sends its queries through the tunnel" in client.log()
-
-
 @pytest.mark.parametrize("what", ["empty", "comment", "dangling", "missing", "directory"])
 def test_what_names_no_server_stands_for_the_one_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -390,20 +365,3 @@ def test_when_the_c_library_fails_its_servers_are_asked_directly(
     with pytest.raises(OSError, match="temporary failure"):
         Resolver("known", 1).targets(Flag())
     assert len(broken) == 2
-
-
-@on_hosts
-@needs_socat
-def test_a_command_that_has_to_ask_a_local_name_server_is_warned_of(
-    far: Bench, tmp_path: Path
-) -> None:
-    """By address it connects; a name server elsewhere is no reason to warn."""
-    far.server()
-    command = ("client", "-k", "secret", *DEFAULT, "--via", f"socat - TCP:{FAR}:20203")
-    said = "--via cannot look names up while there is no session: the name server 127.0.0.53"
-    for server, warns in (("127.0.0.53", True), (NAME_SERVER, False)):
-        with resolv_conf(tmp_path, server):
-            client = far.start(CLIENT, *command)
-            connected(far, client)
-            assert (said in client.log()) == warns
-            assert client.stop() == 0
