@@ -151,11 +151,12 @@ def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def share_out(items: list[pytest.Item], workers: int) -> None:
-    """Order them so that each worker, which takes a run of them, begins with those that wait.
+    """Order them so that of three workers, which take a run of them each, two begin with those that wait.
 
-    Those of a module that start something together stay with one worker. None of them is left over
-    at the end.
+    So the processors have work from the start. Those of a module that start something together stay
+    with one worker. None of them is left over at the end.
     """
+    waiting = workers - workers // 3
     slow: dict[object, list[pytest.Item]] = {}
     quick: list[pytest.Item] = []
     for item in items:
@@ -169,7 +170,8 @@ def share_out(items: list[pytest.Item], workers: int) -> None:
     left = len(items)
     items.clear()
     for number in range(workers):
-        share = [item for group in groups[number::workers] for item in group]
+        begin = groups[number::waiting] if number < waiting else []
+        share = [item for group in begin for item in group]
         more = max(left // (workers - number) - len(share), 0)
         items += share + quick[:more]
         del quick[:more]

@@ -41,7 +41,7 @@ def test_tunnel_measures_everything_of_every_target(tmp_path: Path) -> None:
     me = " ".join(PROGRAM)
     other = f"{me} server -k x :: {me} client -k x -s {{peer}}"
     done = subprocess.run(
-        [*PROGRAM, "bench", "tunnel", "--rounds", "1", "--seconds", "0.1", "--json", str(report),
+        [*PROGRAM, "bench", "tunnel", "--rounds", "1", "--seconds", "0.03", "--json", str(report),
          "--against", other],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -7,7 +7,7 @@ KEY``. So errors name options and not values.
 from __future__ import annotations
 
 import argparse
-import difflib
+import os
 import re
 import sys
 import textwrap
@@ -27,7 +27,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str, **named: Any) -> None:
         """Leave 52 of 80 columns to the text."""
-        super().__init__(prog, max_help_position=26, **named)
+        # argparse makes one for each option, and would import much to find the width.
+        super().__init__(prog, max_help_position=26, width=_columns() - 2, **named)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """Return ``-m, --cipher CIPHER``: no second ``-cipher``, and the value once."""
@@ -94,9 +95,20 @@ class Parser(argparse.ArgumentParser):
         """Reject an unknown command without showing it."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            like = difflib.get_close_matches(str(value), choices, 1)
+            like = _closest(str(value), choices)
             why = [f"choose from {', '.join(choices)}", *_did_you_mean(like)]
             raise argparse.ArgumentError(action, f"unknown command ({'; '.join(why)})")
+
+
+def _columns() -> int:
+    """Return the width of the terminal, as shutil.get_terminal_size() does."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):  # closed, none, or no terminal
+        return 80
 
 
 def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int, int]]:
@@ -197,11 +209,17 @@ def _why_unknown(argument: str, names: Iterable[str]) -> str:
     like = [name for name in known if len(word) > 1 and name.startswith(word)]
     is_shown = like or len(typed) == 2
     like = like or [name for name in known if word.startswith(name)]
-    like = like or difflib.get_close_matches(word, known, 1)
+    like = like or _closest(word, known)
     what = f"unknown option {typed}" if is_shown else "unknown option"
     more = [] if is_shown else [NOT_SHOWN]
     more += _did_you_mean([f"--{name}" for name in like])
     return f"{what} ({'; '.join(more)})" if more else what
+
+
+def _closest(word: str, known: Sequence[str]) -> list[str]:
+    import difflib  # after an error only: programs start often, and on slow machines
+
+    return difflib.get_close_matches(word, known, 1)
 
 
 def _did_you_mean(names: Sequence[str]) -> list[str]:

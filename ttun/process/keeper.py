@@ -27,7 +27,6 @@ import errno
 import functools
 import logging
 import os
-import pickle
 import pwd
 import re
 import select
@@ -192,6 +191,8 @@ class Keeper:
         if entry is not None:
             at_end.insert(0, functools.partial(os.unlink, entry[0], dir_fd=entry[1]))
             passed.append(entry[1])
+        import pickle  # by a program that needs a keeper only: it takes a while to load
+
         plan = pickle.dumps(Plan(self.hooks, fixed, self.via, self.rules, at_end, log.level))
         try:
             self._start(plan, passed)
