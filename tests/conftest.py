@@ -151,7 +151,7 @@ def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def share_out(items: list[pytest.Item], workers: int) -> None:
-    """Order them so that of three workers, which take a run of them each, two begin with those that wait.
+    """Order them so that of three workers, which take a run each, two begin with those that wait.
 
     So the processors have work from the start. Those of a module that start something together stay
     with one worker. None of them is left over at the end.

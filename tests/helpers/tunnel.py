@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -341,8 +342,8 @@ class Bench:
 
     def devices(self, host: str) -> list[str]:
         """The names of the TUN devices on a host."""
-        shown = json.loads(netns.ip("-n", self.pair.names[host], "-json", "link", "show"))
-        return [link["ifname"] for link in shown if link["ifname"].startswith("ttun")]
+        names = [name for _, name in self.on(host, socket.if_nameindex)]
+        return [name for name in names if name.startswith("ttun")]
 
     def close(self) -> None:
         for end in self.ends:
