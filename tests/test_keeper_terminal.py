@@ -98,7 +98,7 @@ def test_a_command_has_the_terminal_until_its_end() -> None:
         made.types("hunter2\n")
         text = made.says("then ours True")
         assert "came b'hunter2\\n' ours False" in text
-        made.shown = b""
+        made.shown = made.shown.partition(b"then ours True")[2]  # it may have asked again already
         made.says("password: ")
         made.types("hunter3\n")
         assert "came b'hunter3\\n' ours False" in made.says("end ours True")
