@@ -305,8 +305,10 @@ class Tree:
                 [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                  "-m", "not slow", *options, *tests],
                 cwd=self.home, stdout=said, stderr=subprocess.DEVNULL,
-                # Compiled files are told apart by seconds and size, which a mutant may share.
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, start_new_session=True,
+                # Compiled files are told apart by seconds and size, which a mutant may share. What
+                # make sets is relative, and some tests run where there is no directory.
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""},
+                start_new_session=True,
             )  # fmt: skip
             try:
                 failed = process.wait(end - time.monotonic()) != 0
