@@ -217,6 +217,13 @@ def test_a_household_goes_through_the_server_and_back_to_what_it_was(tmp_path: P
             machine.run("systemctl restart nftables")
         allowed = {(6, SERVER, 20203), (17, EDGE, 53)}
         only_through_the_tunnel(world, "pc", allowed)
+        router.run("systemctl stop ttun-client@exit")
+        with router.capture() as capture:
+            assert world.get("pc") == "failed:", "names are not resolved"
+            assert world["pc"].python(GET, f"http://{WEB}/").startswith("failed:")
+        assert targets(capture) == set(), "nothing goes outside"
+        router.run("systemctl start ttun-client@exit")
+        eventually(lambda: world.get("pc") == SERVER, "the web again", 60)
         router.run(undo)
         world.undo(at_server)
         assert router.state() == at_home
