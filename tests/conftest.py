@@ -153,10 +153,9 @@ def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 def share_out(items: list[pytest.Item], workers: int) -> None:
     """Order them so that of three workers, which take a run each, two begin with those that wait.
 
-    So the processors have work from the start. Those of a module that start something together stay
-    with one worker. None of them is left over at the end.
+    So the processors have work from the start, unless most of them wait. Those of a module that
+    start something together stay with one worker. None of them is left over at the end.
     """
-    waiting = workers - workers // 3
     slow: dict[object, list[pytest.Item]] = {}
     quick: list[pytest.Item] = []
     for item in items:
@@ -167,6 +166,7 @@ def share_out(items: list[pytest.Item], workers: int) -> None:
         else:
             quick.append(item)
     groups = sorted(slow.values(), key=len, reverse=True)
+    waiting = workers - workers // 3 if len(quick) > len(items) // 2 else workers
     left = len(items)
     items.clear()
     for number in range(workers):
