@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from machine import Clock
 from peer import X1Peer
-from pending_rig import Harness, is_open
+from pending_rig import Harness, is_open, no_descriptors
 from shaking import K, marked_nonce, shake, terms
 from ttun._codec import ffi
 from x1_rig import rigged
@@ -362,19 +362,6 @@ def test_a_server_guesses_no_cause(harness: Harness) -> None:
     assert [why.partition(" failed: ")[2] for why in whys] == [
         "connection closed during the handshake"
     ]
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    """This process has all that it may have."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with socket.socket() as free:
-        next_one = free.fileno()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_shortage_that_lasts_is_one_line(

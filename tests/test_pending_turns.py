@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from peer import X1Peer
-from pending_rig import Harness, is_open
+from pending_rig import Harness, is_open, no_descriptors
 from shaking import K, marked_nonce, terms
 
 from ttun import handshake, pending, summary, tcp
@@ -203,6 +203,19 @@ def test_a_connection_that_cannot_be_set_up_is_closed_and_told_of(
     harness.turns(0.3)
     assert is_open(second)
     assert len(harness.pending._half_open) == 1
+
+
+def test_without_a_descriptor_the_oldest_pending_one_makes_way_at_once(harness: Harness) -> None:
+    first = harness.connect()
+    harness.turns()
+    with socket.socket() as second, no_descriptors():
+        second.connect(("127.0.0.1", harness.listener.port))
+        harness.turns(0.3)
+        assert not is_open(first)
+        second.sendall(bytes(16))
+        harness.turns(0.3)
+        second.settimeout(5)
+        assert len(second.recv(16)) == 16, "and the next is served"
 
 
 def test_the_log_names_who_begins_a_handshake_and_who_fails(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import socket
 import time
+from collections.abc import Iterator
 
 from shaking import K, terms
 
@@ -52,6 +55,19 @@ class Harness:
         self.listener.close()
         for sock in self.socks:
             sock.close()
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process has all that it may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as free:
+        next_one = free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def is_open(sock: socket.socket) -> bool:
