@@ -35,7 +35,7 @@ def dials(listener: socket.socket, seconds: float, *, close: bool = False) -> in
     return len(accepted)
 
 
-def open_ports(bench: Bench) -> set[str]:
+def heard_ports(bench: Bench) -> set[str]:
     """Ports of clients whose connections have sent something that the server has read."""
     shown = bench.run(SERVER, "ss", "-tinH", "state", "established", "( sport = :20203 )")
     lines = shown.splitlines()
@@ -180,10 +180,10 @@ def test_strangers_who_wait_do_not_keep_a_client_from_waiting(plain: Bench) -> N
     for sock in nonsense:
         sock.sendall(bytes(100))
     server.says("waiting: another client is connected")  # of these, as it is said once per address
-    before = open_ports(plain)
+    before = heard_ports(plain)
     second, began = plain.client(), time.monotonic()
     # The nonce of the second shows the key; before the server has read it, it is a stranger too.
-    eventually(lambda: open_ports(plain) - before, "the server has read what the second sent")
+    eventually(lambda: heard_ports(plain) - before, "the server has read what the second sent")
     nonsense += [connect(plain) for _ in range(60)]
     for sock in nonsense:
         with contextlib.suppress(OSError):

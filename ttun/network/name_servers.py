@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import secrets
 import select
 import socket
 import struct
@@ -132,7 +133,7 @@ def query(name: str, kind: int) -> bytes:
     labels = name.rstrip(".").encode("idna").split(b".")
     if not all(labels):
         raise ValueError("an empty label")
-    head = HEADER.pack(int.from_bytes(os.urandom(2), "big"), RECURSION, 1, 0, 0, 0)
+    head = HEADER.pack(secrets.randbelow(1 << 16), RECURSION, 1, 0, 0, 0)
     encoded = b"".join(bytes([len(label)]) + label for label in [*labels, b""])
     return head + encoded + struct.pack(">2H", kind, INTERNET)
 

@@ -7,7 +7,6 @@ KEY``. So errors name options and not values.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import textwrap
@@ -27,8 +26,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str, **named: Any) -> None:
         """Leave 52 of 80 columns to the text."""
-        # argparse makes one for each option, and would import much to find the width.
-        super().__init__(prog, max_help_position=26, width=_columns() - 2, **named)
+        super().__init__(prog, max_help_position=26, **named)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """Return ``-m, --cipher CIPHER``: no second ``-cipher``, and the value once."""
@@ -98,17 +96,6 @@ class Parser(argparse.ArgumentParser):
             like = _closest(str(value), choices)
             why = [f"choose from {', '.join(choices)}", *_did_you_mean(like)]
             raise argparse.ArgumentError(action, f"unknown command ({'; '.join(why)})")
-
-
-def _columns() -> int:
-    """Return the width of the terminal, as shutil.get_terminal_size() does."""
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns) > 0:
-        return int(columns)
-    try:
-        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
-    except (AttributeError, ValueError, OSError):  # closed, none, or no terminal
-        return 80
 
 
 def find_secrets(arguments: Sequence[str], parser: Parser) -> Iterator[tuple[int, int]]:
