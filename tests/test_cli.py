@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tunnel import PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually, run_program
+from tunnel import CLIENT, PROGRAM, ROOT, SCRIPT, SERVER, Bench, eventually, run_program
 
 import ttun
 from ttun import cli, sodium
@@ -229,6 +229,19 @@ def test_a_key_does_not_stay_in_the_process_list(bench: Bench, option: tuple[str
     assert key.encode() not in line
     assert len(key) * b"*" + b"\0-l\0:5\0" in line
     assert b"server\0" in line
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("bench", ["x1"], indirect=True)
+@pytest.mark.parametrize("name", ["TTUN_PSK", "TTUN_PROXY"])
+def test_a_secret_does_not_stay_in_the_environment_that_proc_shows(bench: Bench, name: str) -> None:
+    secret = "http://user:of-this-very-test@127.0.0.1:9"
+    environment = {"TTUN_PSK": "the key of another", name: secret}
+    client = bench.start(CLIENT, "client", "-s", "127.0.0.1:9", environment=environment)
+    client.says("tun ttun0 up")
+    shown = Path(f"/proc/{client.process.pid}/environ").read_bytes()
+    assert b"%b=%b\0" % (name.encode(), len(secret) * b"*") in shown
+    assert secret.encode() not in shown
 
 
 @pytest.mark.hosts
