@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from kept import is_gone, keeper_of, paths
-from machine import IS_NOBODY_HERE
+from machine import IS_NOBODY_HERE, cpu
 from name_server import NAME_SERVER
 from outside import (
     DEFAULT,
@@ -102,9 +102,43 @@ def test_rules_that_another_program_removed_are_restored(far: Bench) -> None:
     eventually(lambda: client.status()["missing"] == [], "nothing is missing")
     assert "ttun0 changed" not in client.log()
     ip(far, "rule del pref 20204")  # one alone, and soon after
-    eventually(lambda: sorted(hosts(far).rules()) == before, "it is back", 100)
+    eventually(lambda: sorted(hosts(far).rules()) == before, "it is back")
+    assert "ttun0 changed" not in client.log()
     assert client.stop() == 0
     assert hosts(far).rules() == []
+
+
+@on_hosts
+def test_rules_are_restored_whatever_the_program_waits_for(far: Bench) -> None:
+    """It may look up a name, or dial, for seconds. Here it is stopped."""
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    before = sorted(hosts(far).rules())
+    client.process.send_signal(signal.SIGSTOP)
+    ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
+    eventually(lambda: sorted(hosts(far).rules()) == before, "they are back", 3)
+    client.process.send_signal(signal.SIGCONT)
+    assert client.stop() == 0
+    assert hosts(far).rules() == []
+
+
+@on_hosts
+def test_a_program_that_removes_our_rules_all_the_time_costs_little(far: Bench) -> None:
+    """The keeper is told of it thousands of times a second."""
+    far.server()
+    client = far.client(*DEFAULT, to=FAR)
+    connected(far, client)
+    before = sorted(hosts(far).rules())
+    pid = keeper_of(client.process.pid)
+    batch = far.directory / "batch"
+    batch.write_text("rule add pref 99 lookup 99\nrule del pref 99\n" * 20_000)
+    used, began = cpu(pid), time.monotonic()
+    ip(far, f"-force -batch {batch}")
+    ip(far, "-4 rule flush protocol 203")
+    took = time.monotonic() - began
+    eventually(lambda: sorted(hosts(far).rules()) == before, "they are back")
+    assert cpu(pid) - used < 0.1 + took / 4
 
 
 @on_hosts

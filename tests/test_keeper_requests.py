@@ -77,7 +77,7 @@ FACTS = [
 SEEDS = [
     b"up\0peer=192.0.2.1:20203\0transport=tcp\0wire=x1\0cipher=aegis-256",
     b"down\0peer=192.0.2.1:20203\0wire=x1\0reason=the peer closed the connection",
-    b"hangup", b"background", b"rules", b"run\0command=id", b'{"do": "up", "command": "id"}', b"",
+    b"hangup", b"background", b"run\0command=id", b'{"do": "up", "command": "id"}', b"",
 ]  # fmt: skip
 DIAL = b"dial\0number=7\0host=example.net\0port=22"
 ODD = [

@@ -73,8 +73,8 @@ class Endpoint(Lifecycle):
         self.on_connected = on_connected or self.on_connected
         self.on_disconnected = on_disconnected or self.on_disconnected
         self.on_device: Callable[[str], object] | None = None  # given its name, before packets
-        # Has another process, with privileges, restore the rules of the default route.
-        self.restore_rules: Callable[[], object] | None = None
+        # Another process, with privileges, restores and removes the rules of the default route.
+        self.rules_are_kept = False
         super().__init__()
         self.use_keys(keys)
         self._device: Device | None = None
@@ -174,7 +174,7 @@ class Endpoint(Lifecycle):
             for line in default_route.exceptions(self._device.index, self._users):
                 log.warning("%s", line)
         self._watch = DeviceWatch(self._device)
-        self._watch.restore_rules = self.restore_rules
+        self._watch.rules_are_kept = self.rules_are_kept
         self._terms = self._terms._replace(features=self._device.offload >> 1)
         self._open()
 
@@ -192,7 +192,7 @@ class Endpoint(Lifecycle):
         finally:
             if self._device is not None:
                 self._device.close()
-                if self._device.outside:
+                if self._device.outside and not self.rules_are_kept:
                     default_route.release(self._device.index)
 
     def _look(self) -> float:

@@ -270,8 +270,8 @@ def _run(
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until Signals() none ends it
             index, users = endpoint.hold_device()
             keeper.at_end.append(functools.partial(default_route.remove, index))
-            keeper.rules = functools.partial(default_route.restore, users)
-            endpoint.restore_rules = keeper.restore_rules
+            keeper.rules = functools.partial(default_route.RuleKeeper, users)
+            endpoint.rules_are_kept = True
             kept.append(keep(device))
 
     endpoint.on_device = opened

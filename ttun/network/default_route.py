@@ -110,12 +110,57 @@ def rules(users: Iterable[int]) -> Iterator[Rule]:
             first = max(first, user + 1)
 
 
-def restore(users: Iterable[int]) -> list[str]:
-    """Add the rules that another program removed; return them. Raises OSError."""
-    with contextlib.closing(Netlink()) as link:
+class RuleKeeper:
+    """Restores the rules that another program removes, SETTLE after it did and once in EVERY.
+
+    Call tend() when the descriptor is readable, and when ``due`` has come (time.monotonic()). It
+    never blocks. Between a removal and ``due`` nothing is heard, so a flood costs little.
+    """
+
+    SETTLE, EVERY = 0.2, 1.0  # seconds; rules are removed one after the other
+
+    def __init__(self, users: Iterable[int]) -> None:
+        """Subscribe to changes of rules. users: whose packets stay outside. Raises TtunError."""
+        self._users = [*users]
+        self.due: float | None = None
+        self._not_before = 0.0
+        try:
+            self._link, self._orders = Netlink(), Netlink()
+            self._link.join(netlink.RULES)
+        except OSError as error:
+            raise TtunError(
+                f"cannot watch the rules of the default route: {reason(error)}"
+            ) from None
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._link.fileno()
+
+    def tend(self, now: float) -> list[str]:
+        """Return the rules that were restored. Raises OSError, and tries again later."""
+        if self.due is None and self._is_told_of_a_removal():
+            self.due = max(now + self.SETTLE, self._not_before)
+            self._link.leave(netlink.RULES)
+        if self.due is None or now < self.due:
+            return []
+        self.due = self._not_before = now + self.EVERY
+        self._link.join(netlink.RULES)  # before they are looked at
         have = (errno.EEXIST, *NO_FAMILY)
-        missing = [rule for rule in rules(users) if link.order(rule.request(), have)]
-    return [f"IPv{rule.network.version} {rule}" for rule in missing]
+        missing = [rule for rule in rules(self._users) if self._orders.order(rule.request(), have)]
+        self.due = None
+        return [f"IPv{rule.network.version} {rule}" for rule in missing]
+
+    def _is_told_of_a_removal(self) -> bool:
+        told = False
+        while True:
+            try:
+                told |= any(x.kind == netlink.DEL_RULE for x in self._link.receive())
+            except BlockingIOError:
+                return told
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                told = True  # perhaps
 
 
 def remove(index: int) -> None:

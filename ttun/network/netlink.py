@@ -15,7 +15,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ttun.settings import Address, Network
@@ -32,6 +32,7 @@ NEW_ADDRESS, DEL_ADDRESS, GET_ADDRESS = 20, 21, 22
 NEW_ROUTE, DEL_ROUTE, GET_ROUTE = 24, 25, 26
 NEW_RULE, DEL_RULE, GET_RULE = 32, 33, 34
 GROUPS = (1, 5, 7, 8, 9, 11, 19)  # links; addresses, routes and rules of IPv4, those of IPv6
+RULES = (8, 19)  # of GROUPS
 RTA_DST, RTA_OIF, RTA_MULTIPATH, RTA_UID = 1, 4, 9, 25
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 PROTOCOL_BOOT, SCOPE_LINK, UNICAST, UNREACHABLE = 3, 253, 1, 7
@@ -100,14 +101,14 @@ class Netlink:
         """Close it."""
         self._sock.close()
 
-    def join(self) -> None:
+    def join(self, groups: Iterable[int] = GROUPS) -> None:
         """Subscribe to change notifications. Raises OSError."""
-        for group in GROUPS:
+        for group in groups:
             self._sock.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
 
-    def leave(self) -> None:
+    def leave(self, groups: Iterable[int] = GROUPS) -> None:
         """Unsubscribe from change notifications. Raises OSError."""
-        for group in GROUPS:
+        for group in groups:
             self._sock.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, group)
 
     def ask(self, request: Request) -> int:

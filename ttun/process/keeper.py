@@ -6,8 +6,9 @@
     do at the end. It takes no other command and no path. Before that, Keeper.hold() has waited for
     the keeper of a killed program, if the device had one: --up comes after the last --down.
  3. The program drops its privileges. From then on the keeper takes requests alone, one message of
-    a socketpair each: ``up``, ``down``, ``dial``, ``hangup``, ``background``, ``rules``; some with
-    facts. It checks each fact by its form and refuses everything else.
+    a socketpair each: ``up``, ``down``, ``dial``, ``hangup``, ``background``; some with facts. It
+    checks each fact by its form and refuses everything else. It restores the rules of the default
+    route without a request.
  4. The socketpair ends with the program, however that ends. Then the keeper ends its commands, runs
     --down for a session that has begun, does what the Plan has for the end, and ends itself.
 
@@ -84,7 +85,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "dial": ("number", "host", "port"),
     "hangup": (),
     "background": (),
-    "rules": (),
 }
 
 Facts = Mapping[str, "str | None"]  # name without ``TTUN_`` in front, in lower case -> value
@@ -131,7 +131,7 @@ class Plan(NamedTuple):
     hooks: Callable[[], Any] | None  # Hooks of commands/hooks.py
     facts: dict[str, str]  # those that stay the same
     via: Via | None
-    rules: Callable[[], list[str]] | None
+    rules: Callable[[], Any] | None  # RuleKeeper of network/default_route.py
     at_end: list[Callable[[], object]]
     level: int  # of the log
 
@@ -143,7 +143,7 @@ class Keeper:
         """Need nothing yet."""
         self.hooks: Callable[[], Any] | None = None  # makes Hooks, which run --up and --down
         self.via: Via | None = None
-        self.rules: Callable[[], list[str]] | None = None  # restores those that others removed
+        self.rules: Callable[[], Any] | None = None  # makes a RuleKeeper
         # Called in the keeper in this order, whatever the ones before it raise. Pickled: functions
         # of modules, functools.partial of them.
         self.at_end: list[Callable[[], object]] = []
@@ -268,10 +268,6 @@ class Keeper:
     def background(self) -> None:
         """Give the terminal back to the program, for good: the peer is connected."""
         self._tell("background", {})
-
-    def restore_rules(self) -> None:
-        """Have the rules restored that another program removed."""
-        self._tell("rules", {})
 
     def close(self) -> None:
         """Have the keeper end its commands, tidy up and end; wait for that, AT_END at most."""

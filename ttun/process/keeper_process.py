@@ -1,8 +1,8 @@
 """The keeper process itself: keeper.py starts it, and says what it is for.
 
  1. main() sees to its signals and its log, and reads the Plan from standard input.
- 2. Servant waits for requests and for the end of the command of --via, on the main thread. --up and
-    --down have a thread of their own (commands/hooks.py).
+ 2. Servant waits for requests, for the end of the command of --via and for removed rules, on the
+    main thread. --up and --down have a thread of their own (commands/hooks.py).
  3. Dialled runs the command of --via. ssh asks for a password on /dev/tty, and a process of another
     session cannot open that. So until background() the command stays in the terminal's session, in
     a process group of its own that is the foreground one.
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from ttun import privileges
 from ttun.errors import TtunError, printable, reason
@@ -77,6 +78,7 @@ class Servant:
         """Start nothing yet."""
         self._plan, self._control = plan, control
         self._hooks = plan.hooks() if plan.hooks else None
+        self._rules: Any = None  # a RuleKeeper
         self._session: Facts | None = None
         self._index = 0
         with contextlib.suppress(OSError):
@@ -90,25 +92,38 @@ class Servant:
         try:
             if self._hooks:
                 self._hooks.start()
+            if self._plan.rules:
+                self._rules = self._plan.rules()
         except TtunError as error:
             answer = str(error)
         watch = select.poll()
         watch.register(self._control, select.POLLIN | select.POLLRDHUP)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(answer.encode())
-            while self._serve(watch.poll(self._dialled.tick() if self._dialled else None)):
+            if self._rules is not None:
+                watch.register(self._rules.fileno(), select.POLLIN)
+            while self._serve(dict(watch.poll(self._patience()))):
                 pass
 
-    def _serve(self, events: list[tuple[int, int]]) -> bool:
+    def _patience(self) -> float | None:
+        """Return for how many milliseconds there is nothing to do, unless something happens."""
+        found = [self._dialled.tick()] if self._dialled else []
+        if self._rules and self._rules.due is not None:
+            found.append(1000 * max(0.0, self._rules.due - time.monotonic()))
+        return min((each for each in found if each is not None), default=None)
+
+    def _serve(self, events: dict[int, int]) -> bool:
         """Do what is due; return whether the program is there."""
         try:
             if self._dialled:
                 self._dialled.tend()
-            if events:
+            if what := events.get(self._control.fileno()):
                 data = self._control.recv(MOST + 1, socket.MSG_DONTWAIT)
-                if not data and events[0][1] != select.POLLIN:
+                if not data and what != select.POLLIN:
                     return False
                 self._do(data)
+            if self._rules and (restored := self._rules.tend(time.monotonic())):
+                self._say(f"restored rules that another program removed: {', '.join(restored)}")
         except (BrokenPipeError, ConnectionResetError):
             raise
         except ValueError as error:
@@ -151,9 +166,6 @@ class Servant:
             self._dialled.hang_up()
         elif request == "background" and self._dialled:
             self._dialled.background()
-        elif request == "rules" and self._plan.rules:
-            if restored := self._plan.rules():
-                self._say(f"restored rules that another program removed: {', '.join(restored)}")
         else:
             raise ValueError(f"nothing to do for {request}")
 

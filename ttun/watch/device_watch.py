@@ -3,7 +3,7 @@
  1. state_reader.py reads the state of both through rtnetlink after every change.
  2. Deviations from the wanted state (device_state.py) are in ``missing`` and, when they change, in
     the log, with the commands that restore it. With CAP_NET_ADMIN, addresses, routes and rules are
-    restored automatically; without it rules are, if ``restore_rules`` is set.
+    restored automatically. If ``rules_are_kept``, another process restores rules.
  3. A connection whose local address was removed is dead: ``lost_local`` says so (roaming.py).
 
 The endpoint's thread calls look() when the descriptor is readable, when ``due`` has passed (which
@@ -17,7 +17,6 @@ import logging
 import socket
 import time
 from functools import partial
-from typing import Callable
 
 from ttun.device import Device
 from ttun.watch.device_state import Lack, Seen, Wanted, describe, key
@@ -28,7 +27,7 @@ log = logging.getLogger("ttun")
 
 RETRY = 60.0  # seconds until the netlink socket is opened again after an error
 MEND_INTERVAL = 10.0  # seconds between attempts to restore
-ASKED_TIME = 1.0  # seconds until what restore_rules does is missing still
+KEPT_TIME = 1.5  # seconds until a rule that another process should have restored is missing
 LINES, LINE_AFTER = 20, 30.0  # log lines about changes: a burst of 20, then one per 30 s
 
 
@@ -37,8 +36,7 @@ class DeviceWatch:
 
     missing: deviations, as text; the list is replaced, never modified, so any thread may read it.
     device_gone: the device was removed. lost_local: why the connection given to
-    watch_connection() is dead, judged by its local address. restore_rules: has a process with
-    privileges restore rules, and does not wait for it.
+    watch_connection() is dead, judged by its local address. rules_are_kept: see above.
     """
 
     def __init__(self, device: Device) -> None:
@@ -48,7 +46,7 @@ class DeviceWatch:
         self.missing: list[str] = []
         self.device_gone = False
         self.lost_local: str | None = None
-        self.restore_rules: Callable[[], object] | None = None
+        self.rules_are_kept = False
         self._sleep = Sleep()
         self._local: LocalAddress | None = None
         self._reader: StateReader | None = None
@@ -60,6 +58,7 @@ class DeviceWatch:
         self._lines, self._lines_at = float(LINES), 0.0
         self._may_mend, self._mend_at = True, 0.0
         self._put_back: list[str] = []
+        self._no_rule_since: float | None = None
         self.look(time.monotonic())
 
     def fileno(self) -> int:
@@ -150,22 +149,31 @@ class DeviceWatch:
 
     def _mend(self, reader: StateReader, lacks: list[Lack], now: float) -> bool:
         """Request what is missing from the kernel; return whether to wait for the result."""
+        if self._is_being_kept(reader, lacks, now):
+            return True
         mendable = [(lack, lack.order) for lack in lacks if lack.order is not None]
-        may_ask = not self._may_mend and self.restore_rules and any(x.is_rule for x in lacks)
-        if not may_ask and not (mendable and self._may_mend):
+        if not mendable or not self._may_mend:
             return False
         if now < self._mend_at:
             reader.read_within(now, self._mend_at - now)
             return False
         self._mend_at = now + MEND_INTERVAL
-        if may_ask and self.restore_rules:
-            self.restore_rules()
-            reader.read_within(now, ASKED_TIME)
-            return True
         for lack, order in mendable:
             reader.request(order(self._device.index), partial(self._ordered, lack))
         reader.read_within(now, 0)
         return True
+
+    def _is_being_kept(self, reader: StateReader, lacks: list[Lack], now: float) -> bool:
+        """Return whether the other process may still restore the rules that are missing."""
+        if not self.rules_are_kept or not any(lack.is_rule for lack in lacks):
+            self._no_rule_since = None
+            return False
+        if self._no_rule_since is None:
+            self._no_rule_since = now
+        left = self._no_rule_since + KEPT_TIME - now
+        if left > 0:
+            reader.read_within(now, left)
+        return left > 0
 
     def _ordered(self, lack: Lack, failed: int) -> None:
         if failed == errno.EPERM:  # privileges were dropped for good
