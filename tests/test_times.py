@@ -127,6 +127,9 @@ def test_a_ping_follows_two_and_a_half_seconds_of_silence(clock: Clock, codec: C
         assert PING not in frames_until_it_has_looked(rig)
         clock.ahead = codec.silence = 3
         rig.peer.receive_control(PING)
+        assert PING not in frames_until_it_has_looked(rig), "the next one is due later"
+        clock.ahead, codec.silence = 9, 0
+        assert PING not in frames_until_it_has_looked(rig), "the peer is heard"
 
 
 def test_a_peer_that_takes_nothing_is_gone_after_sixteen_seconds(
