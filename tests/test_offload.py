@@ -149,6 +149,12 @@ def test_a_header_that_contradicts_its_packet_is_refused() -> None:
     short = bytearray(data)
     short[32] = 0x40
     assert segment(good, bytes(short)) is None, "a TCP header of 16 bytes"
+    assert segment(PLAIN, b"") is None
+    packet = Packet(payload=b"\x55" * 3000)  # a TCP header is wherever it is looked for
+    good, data = packet.vnet(1000), packet.partial()
+    assert segment(good, data) is not None
+    assert segment((*good[:4], 24, good[5]), data) is None, "not where the IP header ends"
+    assert segment(good, b"\x75" + data[1:]) is None, "of neither version"
 
 
 def test_no_header_leads_out_of_its_packet() -> None:
