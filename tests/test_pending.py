@@ -65,6 +65,18 @@ def test_the_oldest_silent_connection_makes_way(harness: Harness) -> None:
     assert all(map(is_open, [*talkers, younger, latest]))
 
 
+def test_of_those_that_spoke_any_one_makes_way(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opens many cannot know which."""
+    monkeypatch.setattr(pending.random, "choice", lambda many: many[-1])
+    talkers = [harness.connect(b"1") for _ in range(FEW)]
+    harness.turns(0.1)
+    harness.connect(b"1")
+    harness.turns(0.1)
+    assert list(map(is_open, talkers)) == [*[True] * (FEW - 1), False]
+
+
 @pytest.fixture
 def full_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     """With the full limit, descriptors for both ends of each connection, and all the time."""

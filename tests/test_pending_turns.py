@@ -47,6 +47,17 @@ def test_a_client_that_has_sent_its_nonce_only_waits() -> None:
         assert lasts(waiting)
 
 
+def test_a_flag_that_a_forked_process_sets_stops_this_one(harness: Harness) -> None:
+    """They share its descriptor, which stays readable: a loop that ignored it would spin."""
+    child = os.fork()
+    if child == 0:
+        harness.stop.set()
+        os._exit(0)
+    os.waitpid(child, 0)
+    harness.turns()
+    assert harness.stop.is_set()
+
+
 def test_a_descriptor_that_is_gone_is_reported_once() -> None:
     waiting = Pending(Flag())
     reading, writing = os.pipe()
