@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 import resource
 import socket
 import time
@@ -59,15 +61,20 @@ class Harness:
 
 @contextlib.contextmanager
 def no_descriptors() -> Iterator[None]:
-    """This process has all that it may have."""
+    """This process has all that it may have, and what it closes it may have again."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with socket.socket() as free:
+    gc.collect()  # or sockets of tests before would be closed meanwhile
+    with contextlib.ExitStack() as opened:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        while (free := opened.enter_context(socket.socket())).fileno() < highest:
+            pass  # below the limit, no number is free
         next_one = free.fileno()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        free.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def is_open(sock: socket.socket) -> bool:
