@@ -138,9 +138,11 @@ class RuleKeeper:
 
     def tend(self, now: float) -> list[str]:
         """Return the rules that were restored. Raises OSError, and tries again later."""
-        if self.due is None and self._is_told_of_a_removal():
+        if self._is_told_of_a_removal() and self.due is None:
             self.due = max(now + self.SETTLE, self._not_before)
             self._link.leave(netlink.RULES)
+            while self._is_told_of_a_removal():
+                pass  # until nothing is left: the descriptor is not readable meanwhile
         if self.due is None or now < self.due:
             return []
         self.due = self._not_before = now + self.EVERY
@@ -151,16 +153,16 @@ class RuleKeeper:
         return [f"IPv{rule.network.version} {rule}" for rule in missing]
 
     def _is_told_of_a_removal(self) -> bool:
-        told = False
-        while True:
-            try:
-                told |= any(x.kind == netlink.DEL_RULE for x in self._link.receive())
-            except BlockingIOError:
-                return told
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                told = True  # perhaps
+        """Read what has come, up to a removal; return whether there was one."""
+        try:
+            while not any(x.kind == netlink.DEL_RULE for x in self._link.receive()):
+                pass
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # some were lost
+                raise
+        return True
 
 
 def remove(index: int) -> None:
