@@ -86,13 +86,18 @@ def test_what_sends_packets_outside_all_the_same_is_named(far: Bench, what: str)
     assert "dev vclient" in ip(far, command)
 
 
-@on_hosts
-def test_rules_that_another_program_removed_are_restored(far: Bench) -> None:
-    """As netifd and systemd-networkd remove them when they start."""
+def with_rules(far: Bench) -> tuple[End, list[str]]:
+    """A connected client, and its rules."""
     far.server()
     client = far.client(*DEFAULT, to=FAR)
     connected(far, client)
-    before = sorted(hosts(far).rules())
+    return client, sorted(hosts(far).rules())
+
+
+@on_hosts
+def test_rules_that_another_program_removed_are_restored(far: Bench) -> None:
+    """As netifd and systemd-networkd remove them when they start."""
+    client, before = with_rules(far)
     assert leaves_by(far, 0) == "ttun0"
     ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
     eventually(lambda: sorted(hosts(far).rules()) == before, "they are back")
@@ -110,10 +115,7 @@ def test_rules_that_another_program_removed_are_restored(far: Bench) -> None:
 @on_hosts
 def test_rules_are_restored_whatever_the_program_waits_for(far: Bench) -> None:
     """It may look up a name, or dial, for seconds. Here it is stopped."""
-    far.server()
-    client = far.client(*DEFAULT, to=FAR)
-    connected(far, client)
-    before = sorted(hosts(far).rules())
+    client, before = with_rules(far)
     client.process.send_signal(signal.SIGSTOP)
     ip(far, "-4 rule flush protocol 203", "-6 rule flush protocol 203")
     eventually(lambda: sorted(hosts(far).rules()) == before, "they are back", 3)
@@ -125,10 +127,7 @@ def test_rules_are_restored_whatever_the_program_waits_for(far: Bench) -> None:
 @on_hosts
 def test_a_program_that_removes_our_rules_all_the_time_costs_little(far: Bench) -> None:
     """The keeper is told of it thousands of times a second."""
-    far.server()
-    client = far.client(*DEFAULT, to=FAR)
-    connected(far, client)
-    before = sorted(hosts(far).rules())
+    client, before = with_rules(far)
     pid = keeper_of(client.process.pid)
     batch = far.directory / "batch"
     batch.write_text("rule add pref 99 lookup 99\nrule del pref 99\n" * 20_000)
