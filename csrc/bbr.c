@@ -15,6 +15,11 @@ enum {
     VALID_FOR = 10000000, /* microseconds: bbr_min_rtt_win_sec */
     FEW = 16 * 1448,      /* bytes in flight of which four packets are enough for a while */
     CRAWL = 200000,       /* microseconds that a pause avoids: bbr_probe_rtt_mode_ms */
+    SEGMENT = 1448,       /* bytes */
+    SLOW = 150000,        /* bytes per second; up to here bbr sends one segment at a time */
+    QUEUE_MOST = 4,       /* segments in flight that the link does not hold */
+    QUEUE_LEAST = 2,      /* of which the link is never idle */
+    SLOWED_FOR = 2,       /* round trips, if the queue is that of others */
     /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
      * query earlier, and is in jiffies. */
     EARLIER = 15000,
@@ -35,6 +40,11 @@ static void limit_pacing(int socket, uint32_t rate) {
     setsockopt(socket, SOL_SOCKET, OPTION_MAX_PACING_RATE, &rate, sizeof rate);
 }
 
+/* Paces below the rate. On a slow link bbr may take it for a sixth more than it is. */
+static void slow_down(int socket, uint64_t bandwidth) {
+    limit_pacing(socket, (uint32_t)(bandwidth - bandwidth / (bandwidth < SLOW ? 4 : 10)));
+}
+
 static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                           uint64_t bandwidth, uint32_t gain) {
     bool busy = gain >= STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
@@ -50,7 +60,7 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
         bbr->full_since = now;
     } else if (now - bbr->full_since > FULL_FOR * (uint64_t)tcp->rtt &&
                tcp->rtt > tcp->min_rtt + queued) {
-        limit_pacing(socket, (uint32_t)(bandwidth - bandwidth / 10));
+        slow_down(socket, bandwidth);
         bbr->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
     }
 }
@@ -72,14 +82,32 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
                       age + tcp->rtt > VALID_FOR - EARLIER && age < VALID_FOR - EARLIER;
 }
 
+static void watch_queue(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
+                        uint64_t bandwidth, uint32_t min_rtt, uint32_t gain) {
+    uint64_t held = bandwidth * min_rtt / 1000000 / SEGMENT; /* by the link */
+    if (bbr->slowed_until != 0) {
+        bool drained = tcp->unacked <= held + QUEUE_LEAST;
+        if (!drained && now < bbr->slowed_until)
+            return;
+        limit_pacing(socket, UINT32_MAX);
+        bbr->slowed_until = 0;
+        bbr->free_until = drained ? now : now + SLOWED_FOR * (uint64_t)tcp->rtt;
+    } else if (min_rtt > 0 && gain < STARTUP && bandwidth < SLOW && now >= bbr->free_until &&
+               tcp->unacked > held + QUEUE_MOST) {
+        slow_down(socket, bandwidth);
+        bbr->slowed_until = now + SLOWED_FOR * (uint64_t)tcp->rtt;
+    }
+}
+
 void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) {
     struct info info;
     socklen_t size = sizeof info;
     if (getsockopt(socket, IPPROTO_TCP, OPTION_CC_INFO, &info, &size) < 0 || size < INFO_SIZE)
         info = (struct info){0}; /* another congestion control */
     if (size != INFO_SIZE)
-        info.min_rtt = 0; /* no pause: bbr2 and bbr3 measure more often, with half of the window */
+        info.min_rtt = 0; /* bbr2 and bbr3 measure more often, with half of the window: no pause */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
     watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
+    watch_queue(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
 }

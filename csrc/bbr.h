@@ -15,6 +15,12 @@
  * one round trip) explains: a link that stood still for seconds leaves such an RTT behind, and the
  * pause would last as long.
  *
+ * Slow links. bbr wants three segments in flight beyond what the link holds, an even number, and
+ * two more when it probes (bbr_quantization_budget()). At 1 Mbit/s each of them is 12 ms of queue.
+ * So keep it at two to four: pace at three quarters of the rate until it is short. The link stays
+ * busy, so bbr measures it as before. A queue of other traffic does not get short: then stop
+ * slowing down for as long as it was tried.
+ *
  * Sources: net/ipv4/tcp_bbr.c; struct tcp_bbr_info of linux/inet_diag.h. */
 #ifndef TTUN_BBR_H
 #define TTUN_BBR_H
@@ -29,6 +35,8 @@ struct bbr {
     uint32_t min_rtt;        /* microseconds */
     uint64_t measured_at;    /* when bbr measured it; microseconds */
     bool paused;             /* send nothing */
+    uint64_t slowed_until;   /* end of pacing below the rate, at the latest; 0: not slowed down */
+    uint64_t free_until;     /* do not slow down again before */
 };
 
 /* Fields of struct tcp_info. */
@@ -38,8 +46,8 @@ struct tcp {
     uint32_t rtt, min_rtt; /* microseconds */
 };
 
-/* Does both for a socket. Call it every 10 ms, or more often in a pause. now: microseconds. Does
- * nothing for a socket with another congestion control. */
+/* Does all of this for a socket. Call it every 10 ms, or more often in a pause. now: microseconds.
+ * Does nothing for a socket with another congestion control. */
 void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp);
 
 #endif

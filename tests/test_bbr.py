@@ -1,4 +1,4 @@
-"""When the connection pauses for bbr (csrc/bbr.h), on a link and a kernel that are simulated."""
+"""When the connection pauses or slows down for bbr (csrc/bbr.h); link and kernel are simulated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ int getsockopt(int socket, int level, int option, void *value, socklen_t *size) 
     memcpy(value, info, *size);
     return 0;
 }
-int setsockopt(int socket, int level, int option, const void *value, socklen_t size) { return 0; }
+unsigned pacing = ~0u;
+int setsockopt(int socket, int level, int option, const void *value, socklen_t size) {
+    memcpy(&pacing, value, sizeof pacing);
+    return 0;
+}
 """
 BBR, BBR3, DCTCP = 20, 52, 16  # bytes of what the kernel tells of it
 RTT, QUEUED, MBIT = 40_000, 15_000, 125_000  # microseconds; bytes per second
@@ -40,7 +44,8 @@ class Bbr(ctypes.Structure):
     """struct bbr"""
 
     _fields_ = [("startup", ctypes.c_uint64 * 3), ("min_rtt", ctypes.c_uint32),
-                ("measured_at", ctypes.c_uint64), ("paused", ctypes.c_bool)]  # fmt: skip
+                ("measured_at", ctypes.c_uint64), ("paused", ctypes.c_bool),
+                ("slow_links", ctypes.c_uint64 * 2)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +116,47 @@ def test_other_congestion_controls_have_no_pause(code: ctypes.CDLL, size: int) -
 def test_a_pause_ends_with_bbr(code: ctypes.CDLL) -> None:
     """Another holder of the socket has chosen another congestion control."""
     assert len(pauses(code, later=DCTCP)) == 1
+
+
+SEGMENT, SLOW_RTT, UNLIMITED = 1448, 30_000, 2**32 - 1
+
+
+def queue(
+    code: ctypes.CDLL, size: int = BBR, *, rate: int = MBIT, others: int = 0
+) -> tuple[list[float], float]:
+    """The segments that wait, every 10 ms of a minute, and the share of it that was slowed down.
+
+    bbr paces at 1.25 times the rate for all of it. others: segments in flight, whatever it does.
+    """
+    ctypes.c_uint.in_dll(code, "info_size").value = size
+    info = (ctypes.c_ubyte * 64).in_dll(code, "info")
+    struct.pack_into("=5I", info, 0, rate, 0, SLOW_RTT, 320, 512)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    pacing.value = UNLIMITED
+    bbr, held = Bbr(), rate * SLOW_RTT / SECOND / SEGMENT
+    in_flight, waiting, slowed = held, [], 0
+    for now in range(SECOND, 61 * SECOND, 10_000):
+        tcp = Tcp(rate, others or int(in_flight), 3 * SLOW_RTT, SLOW_RTT)
+        code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
+        sent = min(1.25 * rate, pacing.value)
+        in_flight += 0.01 * (sent - rate * min(1, in_flight / held)) / SEGMENT
+        waiting.append(in_flight - held)
+        slowed += sent < rate
+    return waiting, slowed / len(waiting)
+
+
+def test_the_queue_of_a_slow_link_is_short_and_never_empty(code: ctypes.CDLL) -> None:
+    waiting, _ = queue(code)
+    assert max(waiting) < 6, "bbr alone would want seven and more"
+    assert min(waiting[100:]) > 1.5, "where it ends, bbr measures less"
+
+
+def test_a_queue_of_others_does_not_slow_it_down_for_good(code: ctypes.CDLL) -> None:
+    _, slowed = queue(code, others=20)
+    assert 0.4 < slowed < 0.6
+
+
+@pytest.mark.parametrize(("size", "rate"), [(BBR, 2 * MBIT), (BBR3, MBIT), (DCTCP, MBIT)])
+def test_no_other_link_is_slowed_down(code: ctypes.CDLL, size: int, rate: int) -> None:
+    _, slowed = queue(code, size, rate=rate)
+    assert slowed == 0
