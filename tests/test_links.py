@@ -154,12 +154,15 @@ def test_an_upload_over_a_slow_link_makes_a_short_queue(tmp_path: Path) -> None:
     """Usually 3.8 kB wait; 6.2 kB with bbr alone (csrc/bbr.h), 20 ms more."""
     with far(tmp_path, Link(rate=10, rate_up=1, rtt=30)) as linked, linked.stream("up"):
         bbr(linked)
-        time.sleep(5)
-        waiting = []
-        for _ in range(100):
-            waiting.append(linked.pair.counters()[UP].waiting)
-            time.sleep(0.05)
-        assert 0 < statistics.mean(waiting) < 5000
+
+        def is_short() -> bool:
+            waiting = []
+            for _ in range(100):
+                waiting.append(linked.pair.counters()[UP].waiting)
+                time.sleep(0.05)
+            return 0 < statistics.mean(waiting) < 5000
+
+        eventually(is_short, "a short queue", 25)
         linked.is_one_session()
 
 
