@@ -7,19 +7,18 @@
 enum {
     OPTION_CC_INFO = 26, /* linux/tcp.h */
     OPTION_MAX_PACING_RATE = 47,
-    STARTUP = 2 * 256,    /* the gain is 2.89 in startup and at most 1.25 later */
-    BUSY = 8,             /* segments in flight */
-    QUEUED = 5000,        /* microseconds above the minimum RTT that show a queue */
-    FULL_FOR = 3,         /* round trips without bandwidth growth */
-    HELD_FOR = 10,        /* round trips */
-    VALID_FOR = 10000000, /* microseconds: bbr_min_rtt_win_sec */
-    FEW = 16 * 1448,      /* bytes in flight of which four packets are enough for a while */
-    CRAWL = 200000,       /* microseconds that a pause avoids: bbr_probe_rtt_mode_ms */
-    SEGMENT = 1448,       /* bytes */
-    SLOW = 150000,        /* bytes per second; up to here bbr sends one segment at a time */
-    QUEUE_MOST = 4,       /* segments in flight that the link does not hold */
-    QUEUE_LEAST = 2,      /* of which the link is never idle */
-    SLOWED_FOR = 2,       /* round trips, if the queue is that of others */
+    STARTUP = 2 * 256,      /* the gain is 2.89 in startup and at most 1.25 later */
+    BUSY = 8,               /* segments in flight */
+    QUEUED = 5000,          /* microseconds above the minimum RTT that show a queue */
+    FULL_FOR = 3,           /* round trips without bandwidth growth */
+    HELD_FOR = 10,          /* round trips */
+    VALID_FOR = 10000000,   /* microseconds: bbr_min_rtt_win_sec */
+    FEW = 16 * 1448,        /* bytes in flight of which four packets are enough for a while */
+    CRAWL = 200000,         /* microseconds that a pause avoids: bbr_probe_rtt_mode_ms */
+    SLOW = 150000,          /* bytes per second; up to here bbr sends one segment at a time */
+    QUEUE_MOST = 4 * 1448,  /* bytes in flight that the link does not hold */
+    QUEUE_LEAST = 2 * 1448, /* of which the link is never idle */
+    SLOWED_FOR = 2,         /* round trips, if the queue is that of others */
     /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
      * query earlier, and is in jiffies. */
     EARLIER = 15000,
@@ -84,16 +83,16 @@ static void watch_min_rtt(struct bbr *bbr, uint64_t now, const struct tcp *tcp, 
 
 static void watch_queue(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                         uint64_t bandwidth, uint32_t min_rtt, uint32_t gain) {
-    uint64_t held = bandwidth * min_rtt / 1000000 / SEGMENT; /* by the link */
+    uint64_t held = bandwidth * min_rtt / 1000000; /* by the link */
     if (bbr->slowed_until != 0) {
-        bool drained = tcp->unacked <= held + QUEUE_LEAST;
+        bool drained = tcp->in_flight <= held + QUEUE_LEAST;
         if (!drained && now < bbr->slowed_until)
             return;
         limit_pacing(socket, UINT32_MAX);
         bbr->slowed_until = 0;
         bbr->free_until = drained ? now : now + SLOWED_FOR * (uint64_t)tcp->rtt;
     } else if (min_rtt > 0 && gain < STARTUP && bandwidth < SLOW && now >= bbr->free_until &&
-               tcp->unacked > held + QUEUE_MOST) {
+               tcp->in_flight > held + QUEUE_MOST) {
         slow_down(socket, bandwidth);
         bbr->slowed_until = now + SLOWED_FOR * (uint64_t)tcp->rtt;
     }

@@ -35,8 +35,12 @@ enum {
     INFO_UNACKED = 24,      /* u32, segments */
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
+    INFO_ACKED = 120,       /* u64, bytes */
     INFO_MIN_RTT = 148,     /* u32, microseconds */
-    INFO_SIZE = 152,
+    INFO_LEAST = 152,
+    INFO_SENT = 200,          /* u64, bytes; since Linux 4.19 */
+    INFO_RETRANSMITTED = 208, /* u64, bytes of those */
+    INFO_SIZE = 216,
     OPTION_INFO = 11,
     OPTION_NOTSENT_LOWAT = 25
 };
@@ -63,15 +67,20 @@ void connection_init(struct connection *c, int socket, unsigned slots) {
 void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     if (now < c->look_at)
         return;
-    uint8_t info[INFO_SIZE];
+    uint8_t info[INFO_SIZE] = {0};
     socklen_t size = sizeof info;
-    if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < sizeof info) {
+    if (getsockopt(c->socket, IPPROTO_TCP, OPTION_INFO, info, &size) < 0 || size < INFO_LEAST) {
         c->look_at = UINT64_MAX; /* before Linux 4.6 */
         return;
     }
     struct tcp tcp;
     memcpy(&tcp.pacing_rate, info + INFO_PACING_RATE, sizeof tcp.pacing_rate);
     memcpy(&tcp.unacked, info + INFO_UNACKED, sizeof tcp.unacked);
+    uint64_t sent, retransmitted, acked;
+    memcpy(&sent, info + INFO_SENT, sizeof sent);
+    memcpy(&retransmitted, info + INFO_RETRANSMITTED, sizeof retransmitted);
+    memcpy(&acked, info + INFO_ACKED, sizeof acked);
+    tcp.in_flight = sent > retransmitted + acked ? sent - retransmitted - acked : 0;
     memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
     memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);
     bbr_look(&c->bbr, c->socket, now, &tcp);

@@ -31,13 +31,15 @@ int setsockopt(int socket, int level, int option, const void *value, socklen_t s
 BBR, BBR3, DCTCP = 20, 52, 16  # bytes of what the kernel tells of it
 RTT, QUEUED, MBIT = 40_000, 15_000, 125_000  # microseconds; bytes per second
 SECOND = 1_000_000
+SEGMENT = 1448  # bytes
 
 
 class Tcp(ctypes.Structure):
     """struct tcp"""
 
-    _fields_ = [("pacing_rate", ctypes.c_uint64), ("unacked", ctypes.c_uint32),
-                ("rtt", ctypes.c_uint32), ("min_rtt", ctypes.c_uint32)]  # fmt: skip
+    _fields_ = [("pacing_rate", ctypes.c_uint64), ("in_flight", ctypes.c_uint64),
+                ("unacked", ctypes.c_uint32), ("rtt", ctypes.c_uint32),
+                ("min_rtt", ctypes.c_uint32)]  # fmt: skip
 
 
 class Bbr(ctypes.Structure):
@@ -82,7 +84,8 @@ def pauses(
     while now < 36 * SECOND:
         struct.pack_into("=5I", info, 0, rate, 0, min_rtt, 256, 512)
         is_drained = paused_at is not None and now > paused_at + RTT + QUEUED
-        tcp = Tcp(rate, 0 if is_drained else 100, smoothed, RTT)
+        segments = 0 if is_drained else 100
+        tcp = Tcp(rate, segments * SEGMENT, segments, smoothed, RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         if bbr.paused and paused_at is None:
             paused_at, told.value = now, later or size
@@ -118,11 +121,16 @@ def test_a_pause_ends_with_bbr(code: ctypes.CDLL) -> None:
     assert len(pauses(code, later=DCTCP)) == 1
 
 
-SEGMENT, SLOW_RTT, UNLIMITED = 1448, 30_000, 2**32 - 1
+SLOW_RTT, UNLIMITED = 30_000, 2**32 - 1
 
 
 def queue(
-    code: ctypes.CDLL, size: int = BBR, *, rate: int = MBIT, others: int = 0
+    code: ctypes.CDLL,
+    size: int = BBR,
+    *,
+    rate: int = MBIT,
+    others: int = 0,
+    size_each: int = SEGMENT,
 ) -> tuple[list[float], float]:
     """The segments that wait, every 10 ms of a minute, and the share of it that was slowed down.
 
@@ -136,7 +144,8 @@ def queue(
     bbr, held = Bbr(), rate * SLOW_RTT / SECOND / SEGMENT
     in_flight, waiting, slowed = held, [], 0
     for now in range(SECOND, 61 * SECOND, 10_000):
-        tcp = Tcp(rate, others or int(in_flight), 3 * SLOW_RTT, SLOW_RTT)
+        segments = others or int(in_flight)
+        tcp = Tcp(rate, segments * size_each, segments, 3 * SLOW_RTT, SLOW_RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         sent = min(1.25 * rate, pacing.value)
         in_flight += 0.01 * (sent - rate * min(1, in_flight / held)) / SEGMENT
@@ -159,4 +168,10 @@ def test_a_queue_of_others_does_not_slow_it_down_for_good(code: ctypes.CDLL) -> 
 @pytest.mark.parametrize(("size", "rate"), [(BBR, 2 * MBIT), (BBR3, MBIT), (DCTCP, MBIT)])
 def test_no_other_link_is_slowed_down(code: ctypes.CDLL, size: int, rate: int) -> None:
     _, slowed = queue(code, size, rate=rate)
+    assert slowed == 0
+
+
+def test_acknowledgements_of_a_download_are_not_slowed_down(code: ctypes.CDLL) -> None:
+    """Many are in flight, but they are small."""
+    _, slowed = queue(code, others=20, size_each=150)
     assert slowed == 0
