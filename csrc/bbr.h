@@ -19,8 +19,8 @@
  * two more when it probes (bbr_quantization_budget()). At 1 Mbit/s each of them is 12 ms of queue.
  * So keep it at two to four: pace at three quarters of the rate until it is short. The link stays
  * busy, so bbr measures it as before. A queue of other traffic does not get short: then stop
- * slowing down for as long as it was tried. Count bytes: the acknowledgements of a download are many
- * segments, and no queue.
+ * slowing down for as long as it was tried. Count bytes: the acknowledgements of a download are
+ * many segments, and no queue.
  *
  * Sources: net/ipv4/tcp_bbr.c; struct tcp_bbr_info of linux/inet_diag.h. */
 #ifndef TTUN_BBR_H
