@@ -16,8 +16,9 @@ from toxnet import on_loop
 from tunnel import eventually
 
 from ttun.summary import MOST
-from ttun.tox import connecting, packet, protocol
-from ttun.tox.instance import FriendPacket, FriendRequest
+from ttun.tox import connecting, packet, protocol, toxcore
+from ttun.tox import server as server_module
+from ttun.tox.instance import FriendPacket, FriendRequest, FriendStatus
 from ttun.tox.packet import MAX_DATA, TCP, pack
 from ttun.tox.protocol import FIRST_WINDOW
 from ttun.tox.server import ForwardingServer
@@ -97,6 +98,127 @@ def test_a_name_that_nobody_answers_for_is_given_up(
     eventually(lambda: (friend.talk(), len(friend.refusals) == 100)[1], "all answers")
     assert set(friend.refusals) == {packet.NAME}
     assert not server._connector._names
+
+
+def test_a_friend_that_comes_and_goes_has_no_more_lookups(
+    server: ForwardingServer, target: socket.socket, names: Names
+) -> None:
+    """Each time it came back, it had a new share, while the old lookups went on."""
+    hostile = Friend(server, FRIEND)
+    for _ in range(connecting.SHARE):
+        for _ in range(connecting.MAX_LOOKUPS):
+            hostile.mux.request(names.SLOW, 1, object())
+        hostile.talk()
+        server.loop.call(lambda: server.on_event(FriendStatus(FRIEND, toxcore.OFFLINE)))
+        hostile = Friend(server, FRIEND)
+    other = Friend(server, OTHER)
+    other.mux.request("localhost", port_of(target), object())
+    eventually(lambda: (other.talk(), len(other.mux.tunnels) == 1)[1], "the other's tunnel")
+
+
+def test_a_friend_that_comes_and_goes_does_not_fill_the_log(
+    server: ForwardingServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two packets of one byte make toxcore report it offline and online again."""
+    caplog.set_level(logging.INFO, "ttun")
+    deleted: list[int] = []
+
+    def flap() -> None:
+        key = os.urandom(31) + b"\0"
+        server.on_event(FriendRequest(key, b"x\0"))
+        (friend,) = server.loop.tox.friends()
+        monkeypatch.setattr(server.loop.tox, "delete_friend", deleted.append)
+        for _ in range(300):
+            server.on_event(FriendStatus(friend, toxcore.UDP))
+            server.on_event(FriendStatus(friend, toxcore.OFFLINE))
+        server._forget()
+
+    on_loop(server.loop, flap)
+    said = [record.getMessage() for record in caplog.records]
+    assert 0 < sum("connected" in line for line in said) <= MOST
+    assert len(deleted) == 1
+    server.loop.stop()
+    assert "590 more" in caplog.text, "the rest is counted"
+
+
+def test_a_name_that_cannot_be_one_takes_no_time(server: ForwardingServer) -> None:
+    """Python's IDNA encoder took 7 ms of the loop for each: 140 packets a second held up all."""
+    friend = Friend(server, FRIEND)
+    friend.forge(*[
+        pack(packet.REQUESTTUNNEL, 80, packet.U32.pack(number) + b"\xff" * (MAX_DATA - 4))
+        for number in range(500)
+    ])  # fmt: skip
+    assert friend.said.count(packet.DENYTUNNEL) == 500
+    assert not server._connector._attempts
+
+
+def test_of_a_name_with_thousands_of_addresses_a_few_are_tried(
+    server: ForwardingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is up to the owner of the name. To 4000 without a route, it took 83 ms of the loop."""
+    tried: list[object] = []
+    found = [(socket.AF_INET, 1, 6, "", (f"224.0.{i >> 8}.{i & 255}", 9)) for i in range(4000)]
+    create = socket.socket
+
+    def look_up(*_: object, flags: int = 0, **__: object) -> list[Any]:
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror
+        return found
+
+    def count(*arguments: Any) -> socket.socket:
+        tried.append(arguments)
+        return create(*arguments)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(connecting.socket, "socket", count)
+    friend = Friend(server, FRIEND)
+    friend.mux.request("many.invalid", 9, object())
+    eventually(lambda: (friend.talk(), friend.refusals)[1], "an answer")
+    assert friend.refusals == [packet.UNREACHABLE]
+    assert 1 < len(tried) < 20
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """An address that does not answer: the kernel has no room for one more connection there."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.2", 0), backlog=0))
+        for _ in range(3):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        yield full.getsockname()
+
+
+def test_a_target_with_an_address_that_does_not_answer_is_reached_at_the_next(
+    server: ForwardingServer, silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where IPv6 has a default route to nowhere: the first address had all the time."""
+    monkeypatch.setattr(connecting, "CONNECT_TIMEOUT", 4.0)
+    port = silent[1]
+    found = [(socket.AF_INET, 1, 6, "", (host, port)) for host in (silent[0], "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    friend = Friend(server, FRIEND)
+    with socket.create_server(("127.0.0.1", port)):
+        friend.mux.request("two.invalid", port, object())
+        eventually(
+            lambda: (friend.talk(), friend.refusals or friend.mux.tunnels)[1], "an answer", 30
+        )
+    assert not friend.refusals
+
+
+def test_attempts_to_connect_count_as_connections(
+    server: ForwardingServer, silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight friends whose targets did not answer had all 8192 descriptors; toxcore had none."""
+    monkeypatch.setattr(server_module, "MAX_STREAMS", 20)
+    friends = [Friend(server, number) for number in (FRIEND, OTHER)]
+    for friend in friends:
+        for _ in range(15):
+            friend.mux.request(*silent, object())
+        friend.talk()
+    assert len(server._connector._attempts) == 20
+    assert friends[0].refusals + friends[1].refusals == [packet.FULL] * 10
 
 
 @pytest.mark.parametrize("extended", [False, True])

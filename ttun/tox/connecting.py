@@ -2,7 +2,8 @@
 
 1. Use a numeric address directly. Resolve a name on a thread, at most MAX_LOOKUPS at a time, and
    not all for one owner.
-2. Try the addresses one after the other, all within CONNECT_TIMEOUT.
+2. Try the first MAX_ADDRESSES one after the other, all within CONNECT_TIMEOUT. Each has an equal
+   part of the time that is left, so that one that does not answer leaves some to the next.
 3. Give the caller the connected socket, or the reason for the failure.
 """
 
@@ -25,6 +26,7 @@ from ttun.tox.loop import Loop
 log = logging.getLogger("ttun")
 
 CONNECT_TIMEOUT = 15.0  # seconds for all addresses of a target together
+MAX_ADDRESSES = 8  # its owner may give a name thousands, and each takes some of the loop's time
 MAX_LOOKUPS = 64  # concurrent name lookups; further names wait
 SHARE = 4  # one owner gets at most a quarter of them
 LOOKUP_TIMEOUT = 30.0  # seconds, with the wait; a client waits no longer (client.WAIT_ANSWER)
@@ -34,16 +36,23 @@ Done = Callable[["socket.socket | None", int], None]  # the socket, or a DENYTUN
 
 
 class Connector:
-    """All connection attempts, each on behalf of an owner. Use it only on the loop's thread."""
+    """All connection attempts, each on behalf of an owner. Use it only on the loop's thread.
+
+    owner: a friend's number, so that a friend who comes back is the same owner.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._attempts: set[_Attempt] = set()
         self._names: deque[_Attempt] = deque()  # waiting for a lookup
         self._lookups = 0
-        self._of: Counter[object] = Counter()  # lookups by owner
+        self._of: Counter[int] = Counter()  # lookups by owner
 
-    def connect(self, owner: object, host: str, port: int, done: Done) -> None:
+    def __len__(self) -> int:
+        """Return the number of attempts."""
+        return len(self._attempts)
+
+    def connect(self, owner: int, host: str, port: int, done: Done) -> None:
         """Connect to a target and pass the result to done, unless given up before."""
 
         def over(sock: socket.socket | None, reason: int) -> None:
@@ -60,18 +69,18 @@ class Connector:
         else:
             attempt.begin(addresses)
 
-    def give_up(self, owner: object) -> None:
+    def give_up(self, owner: int) -> None:
         """Cancel the attempts of an owner without calling done."""
-        for attempt in [each for each in self._attempts if each.owner is owner]:
+        for attempt in [each for each in self._attempts if each.owner == owner]:
             attempt.close()
             self._attempts.discard(attempt)
-        self._names = deque(each for each in self._names if each.owner is not owner)
+        self._names = deque(each for each in self._names if each.owner != owner)
 
     def on_tick(self, now: float) -> None:
         """Time out attempts."""
         late = [each for each in self._attempts if each.deadline <= now]
         for attempt in late:
-            attempt.fail(attempt.reason)
+            attempt.go_on()
         if late:  # some of them may have waited for a lookup
             self._names = deque(each for each in self._names if each in self._attempts)
 
@@ -117,11 +126,12 @@ class Connector:
 class _Attempt:
     """One connection attempt."""
 
-    def __init__(self, loop: Loop, owner: object, host: str, port: int, done: Done) -> None:
+    def __init__(self, loop: Loop, owner: int, host: str, port: int, done: Done) -> None:
         self.owner = owner
         self.deadline = time.monotonic() + LOOKUP_TIMEOUT
         self._loop, self._host, self._port, self._done = loop, host, port, done
         self._addresses: list[Sockaddr] = []
+        self._end = 0.0  # of the time for all addresses
         self._sock: socket.socket | None = None
         self.reason = packet.NAME
 
@@ -133,9 +143,9 @@ class _Attempt:
 
     def begin(self, addresses: list[Sockaddr]) -> None:
         """Connect to the first address that answers."""
-        self._addresses = addresses
+        self._addresses = addresses[:MAX_ADDRESSES]
         self.reason = packet.UNREACHABLE if addresses else packet.NAME
-        self.deadline = time.monotonic() + CONNECT_TIMEOUT
+        self._end = time.monotonic() + CONNECT_TIMEOUT
         self._next()
 
     def _next(self) -> None:
@@ -151,11 +161,18 @@ class _Attempt:
             error = sock.connect_ex(address)
             if error in (0, errno.EINPROGRESS):
                 self._sock = sock
+                now = time.monotonic()
+                self.deadline = now + (self._end - now) / (1 + len(self._addresses))
                 self._loop.add(sock, self._on_ready)
                 return
             self._note(error)
             sock.close()
         self.fail(self.reason)
+
+    def go_on(self) -> None:
+        """Give up this address for the next; fail when none is left."""
+        self.close()
+        self._next()
 
     def fail(self, reason: int) -> None:
         """Close the socket and report the reason."""
@@ -180,8 +197,7 @@ class _Attempt:
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             self._note(error)
-            self.close()
-            self._next()
+            self.go_on()
             return
         try:
             sock.getpeername()

@@ -41,6 +41,7 @@ class Forwarder:
         self._way = ""  # how we are connected to the network
         self._bootstrap = Bootstrap(loop)
         # What a peer can cause as often as it likes must not fill the disk.
+        self.changes = Summary("%d more connections and disconnections of peers", logging.INFO)
         self.restarts = Summary("%d more restarts of peers", logging.INFO)
         self.refusals = Summary("%d more targets refused", logging.INFO)
         self.requests = Summary("%d more friend requests")
@@ -87,7 +88,7 @@ class Forwarder:
                 self.lose(link)
         elif link is not None:
             link.way = way
-            log.info("peer %s: now over %s", link.name, way)
+            self.changes.log(time.monotonic(), "peer %s: now over %s", link.name, way)
         else:
             self._meet(event.friend, way)
 
@@ -98,14 +99,15 @@ class Forwarder:
             server=self.is_server, first_id=int.from_bytes(os.urandom(4), "big"), growth=self.growth
         )
         link = self.links[friend] = Link(self.loop, mux, friend, name, way)
-        log.info("peer %s connected over %s", name, way)
+        self.changes.log(time.monotonic(), "peer %s connected over %s", name, way)
         self.on_link(link)
         return link
 
     def lose(self, link: Link) -> None:
         """Close all streams of a friend that is offline."""
         del self.links[link.friend]
-        log.info("peer %s disconnected: %d connections closed", link.name, len(link.streams.all))
+        text = "peer %s disconnected: %d connections closed"
+        self.changes.log(time.monotonic(), text, link.name, len(link.streams.all))
         link.drop()
         self.on_lost(link)
 
@@ -123,7 +125,7 @@ class Forwarder:
             self.on_restarted(link)
 
     def _sum_up(self, now: float, *, end: bool = False) -> None:
-        for summary in (self.restarts, self.refusals, self.requests):
+        for summary in (self.changes, self.restarts, self.refusals, self.requests):
             summary.tick(now, end=end)
 
     def on_tick(self, now: float) -> None:
@@ -145,7 +147,8 @@ class Forwarder:
         any_full, first = False, math.inf
         for link in links:
             if len(link.mux.control) > protocol.MAX_CONTROL:
-                log.warning("peer %s: control queue full: disconnecting", link.name)
+                if self.changes.count(now):
+                    log.warning("peer %s: control queue full: disconnecting", link.name)
                 self.lose(link)
                 continue
             full, again = link.fill(now)

@@ -338,7 +338,8 @@ class Multiplexer:
         if len(self.tunnels) + len(self.asked) > MAX_TUNNELS:
             self.deny(forward_id, FULL)
             return None
-        if not host or not host.isprintable() or port == 0:
+        # Python's IDNA encoder takes milliseconds for a long name: a name that needs it is refused.
+        if not host or not host.isascii() or not host.isprintable() or port == 0:
             self.deny(forward_id, NAME)
             return None
         return Requested(forward_id, host, port)

@@ -28,7 +28,7 @@ from ttun.tox.rules import allowed
 
 log = logging.getLogger("ttun")
 
-MAX_STREAMS = 4096  # connections of all friends together
+MAX_STREAMS = 4096  # connections of all friends together, with those being made
 MAX_FRIENDS = 256  # online, and as many offline; beyond that the longest offline is removed
 
 # Takes a connected socket and the peer's name; returns False if it accepts no more.
@@ -57,7 +57,7 @@ class ForwardingServer(Forwarder):
         self._targets = targets
         self._connector = Connector(loop)
         self._offline: dict[int, bytes] = {}  # keys of friends, the longest offline first
-        self._left: list[int] = []  # friends that went offline since the last tick
+        self._left: set[int] = set()  # friends that went offline since the last tick
 
     def on_request(self, request: FriendRequest) -> None:
         """Accept a friend, or log why not. The message may be a secret and is never logged."""
@@ -98,8 +98,8 @@ class ForwardingServer(Forwarder):
     def on_lost(self, link: Link) -> None:
         """Cancel its connection attempts. It may return without a new friend request."""
         self._offline[link.friend] = self.loop.tox.friend_key(link.friend)
-        self._left.append(link.friend)
-        self._connector.give_up(link)
+        self._left.add(link.friend)
+        self._connector.give_up(link.friend)
 
     def _forget(self) -> None:
         """Re-add friends that went offline; remove the longest offline if there are too many.
@@ -121,7 +121,7 @@ class ForwardingServer(Forwarder):
 
     def on_restarted(self, link: Link) -> None:
         """Cancel its connection attempts."""
-        self._connector.give_up(link)
+        self._connector.give_up(link.friend)
 
     def on_requested(self, link: Link, request: protocol.Requested) -> None:
         """Connect a friend to a target."""
@@ -136,15 +136,15 @@ class ForwardingServer(Forwarder):
             answer(_connect_inside(self._targets[target], link.name), packet.FULL)
         else:
             log.debug("peer %s: connecting to %s:%d", link.name, *target)
-            self._connector.connect(link, *target, answer)
+            self._connector.connect(link.friend, *target, answer)
 
     def _is_full(self, link: Link) -> bool:
         """Return whether this friend, or all friends together, are at the connection limit.
 
         It counts streams, because those of slow readers outlive their tunnels.
         """
-        streams = sum(len(each.streams.all) for each in self.links.values())
-        return len(link.streams.all) >= protocol.MAX_TUNNELS or streams >= MAX_STREAMS
+        total = sum(len(each.streams.all) for each in self.links.values()) + len(self._connector)
+        return len(link.streams.all) >= protocol.MAX_TUNNELS or total >= MAX_STREAMS
 
     def _answer(
         self, link: Link, request: protocol.Requested, sock: socket.socket | None, reason: int
