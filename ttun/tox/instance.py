@@ -205,6 +205,15 @@ class Tox:
         """Remove a friend and close the connection."""
         self._lib.tox_friend_delete(self._tox, friend, self._error)
 
+    def forget_request(self, key: bytes) -> None:
+        """Have toxcore report the next friend request of a key that is no friend.
+
+        It drops the requests of a key that it has reported, until that friend is removed.
+        """
+        friend = self.accept_friend(key)
+        if friend is not None:
+            self.delete_friend(friend)
+
     def friends(self) -> list[int]:
         """Return the numbers of all friends."""
         friends = self._ffi.new("uint32_t[]", self._lib.tox_self_get_friend_list_size(self._tox))

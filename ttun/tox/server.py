@@ -14,6 +14,7 @@ import hmac
 import logging
 import socket
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Callable
 
@@ -29,7 +30,11 @@ from ttun.tox.rules import allowed
 log = logging.getLogger("ttun")
 
 MAX_STREAMS = 4096  # connections of all friends together, with those being made
+REFUSED_FOR = 30.0  # seconds: a request arrives several times, and is repeated by the minute
+MAX_REFUSED = 32  # keys whose requests toxcore remembers
 MAX_FRIENDS = 256  # online, and as many offline; beyond that the longest offline is removed
+
+NOT_LISTED = "its Tox ID is not allowed by -i"  # for as long as this server runs
 
 # Takes a connected socket and the peer's name; returns False if it accepts no more.
 Take = Callable[[socket.socket, str], bool]
@@ -57,6 +62,7 @@ class ForwardingServer(Forwarder):
         self._targets = targets
         self._connector = Connector(loop)
         self._offline: dict[int, bytes] = {}  # keys of friends, the longest offline first
+        self._refused: deque[tuple[float, bytes]] = deque(maxlen=MAX_REFUSED)  # keys, and when
         self._left: set[int] = set()  # friends that went offline since the last tick
 
     def on_request(self, request: FriendRequest) -> None:
@@ -66,6 +72,8 @@ class ForwardingServer(Forwarder):
         if reason is None and self._accept(request.key):
             log.info("friend request from %s accepted", name)
             return
+        if reason is not None and reason != NOT_LISTED:
+            self._refused.append((time.monotonic(), request.key))
         what = f"ignored: {reason}" if reason else "failed: toxcore cannot add the friend"
         self.requests.log(time.monotonic(), "friend request from %s %s", name, what)
 
@@ -84,7 +92,7 @@ class ForwardingServer(Forwarder):
             if not hmac.compare_digest(given, self._secret):
                 return "wrong secret"
         if self._keys is not None and request.key not in self._keys:
-            return "its Tox ID is not allowed by -i"
+            return NOT_LISTED
         if len(self.links) >= MAX_FRIENDS:
             return "too many friends online"
         if len(self._offline) >= 2 * MAX_FRIENDS:
@@ -100,6 +108,11 @@ class ForwardingServer(Forwarder):
         self._offline[link.friend] = self.loop.tox.friend_key(link.friend)
         self._left.add(link.friend)
         self._connector.give_up(link.friend)
+
+    def _hear_refused(self, now: float) -> None:
+        """Hear those again who were refused some time ago: the secret may be the right one now."""
+        while self._refused and now - self._refused[0][0] >= REFUSED_FOR:
+            self.loop.tox.forget_request(self._refused.popleft()[1])
 
     def _forget(self) -> None:
         """Re-add friends that went offline; remove the longest offline if there are too many.
@@ -163,6 +176,7 @@ class ForwardingServer(Forwarder):
         super().on_tick(now)
         self._connector.on_tick(now)
         self._forget()
+        self._hear_refused(now)
 
     def on_stop(self) -> None:
         """Close everything."""
