@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from tunnel import PROGRAM
 from ttun.address import Address
 from ttun.commands.parser import Parser
 from ttun.errors import TtunError, UsageError
-from ttun.tox import instance, options, rules, toxcore, transport
+from ttun.tox import instance, nodes, options, rules, toxcore, transport
 from ttun.tox.options import Forward, Options
 
 ID = "1B9A5FD500A45D4719DA3EA9535A4913AC4763811D90F243A32458698BDEDD0121206484ECB5"
@@ -138,6 +139,30 @@ def test_an_empty_secret_of_the_environment_is_none_and_behind_s_a_mistake(
 def test_a_proxy(value: str, proxy: instance.Proxy | None) -> None:
     assert read(ALL_PROXY=value).proxy == proxy
     assert read(all_proxy=value).proxy == proxy
+
+
+def test_behind_a_proxy_there_is_no_relay_unless_asked_for() -> None:
+    """It listened on all addresses, beside the proxy that all traffic is to go through."""
+    assert read(ALL_PROXY="socks5://h:1").relay_port == 0
+    assert read("-t", "443", ALL_PROXY="socks5://h:1").relay_port == 443
+    assert read().relay_port is None
+
+
+def test_behind_a_proxy_no_name_of_a_node_is_looked_up(tmp_path: Path) -> None:
+    node = {"port": 33445, "public_key": "00" * 32}
+    file = tmp_path / "nodes.json"
+    file.write_text(json.dumps({"nodes": [{**node, "ipv4": "node.invalid", "ipv6": "-"}]}))
+    done = subprocess.run(
+        [*PROGRAM, "tox", "-t", "0", "-s", "x", "-C", str(tmp_path), "-b", str(file)],
+        capture_output=True, text=True, timeout=20, check=False,
+        env={**os.environ, "ALL_PROXY": "socks5h://127.0.0.1:9"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "behind a proxy" in done.stderr
+    file.write_text(
+        json.dumps({"nodes": [{**node, "ipv4": "node.invalid", "ipv6": "2001:db8::1"}]})
+    )
+    assert [each.host for each in nodes.load(file, proxied=True)] == ["2001:db8::1"]
 
 
 @pytest.mark.parametrize("value", ["h:1", "ftp://h:1", "socks5://h", "socks5://u:p@h:1"])

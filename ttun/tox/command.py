@@ -48,7 +48,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     _set_log_level(asked)
     toxcore.load()  # before going to the background, where an error would be invisible
     listeners = _listen(asked.forwards)
-    known = nodes.load(asked.nodes)
+    known = nodes.load(asked.nodes, proxied=asked.proxy is not None)
     targets = rules.load(asked.rules) if asked.rules and not asked.client else None
     pid_file = daemon.open_pid_file(asked.pid_file) if asked.pid_file else None
     if asked.user is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import json
 import pkgutil
 import random
@@ -38,10 +39,11 @@ class Node(NamedTuple):
     relay_ports: tuple[int, ...]
 
 
-def load(path: Path | None) -> list[Node]:
+def load(path: Path | None, *, proxied: bool = False) -> list[Node]:
     """Return the nodes in a file; None for the system's file, or else the packaged one.
 
-    Entries without a usable address and key are skipped. Raises TtunError.
+    proxied: without those given by name. toxcore passes addresses to a proxy, so this host would
+    look up the names. Entries without a usable address and key are skipped. Raises TtunError.
     """
     if path is None:
         path = SYSTEM_FILE if SYSTEM_FILE.exists() else PACKAGED_FILE
@@ -61,7 +63,19 @@ def load(path: Path | None) -> list[Node]:
         ) from None
     if not nodes:
         raise TtunError(f"no usable bootstrap node in {path}")
+    if proxied:
+        nodes = [node for node in nodes if _is_numeric(node.host)]
+        if not nodes:
+            raise TtunError(f"only names of nodes in {path} (behind a proxy, use IP addresses)")
     return nodes
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _nodes(entry: dict[str, Any]) -> list[Node]:

@@ -26,7 +26,7 @@ SECRET_VARIABLE = "TUNTOX_SHARED_SECRET"
 DEFAULT_DIRECTORY = Path("/etc/tuntox")
 WITH_VALUE = "iLWPCsfItubFU"
 FLAGS = "dqSzpV"
-# Schemes of ALL_PROXY. Names always go to the proxy unresolved, which is what the h asks for.
+# Schemes of ALL_PROXY. The h asks not to look up names on this host: see nodes.load().
 PROXIES = {
     **dict.fromkeys(("socks", "socks5", "socks5h"), toxcore.PROXY_SOCKS5),
     "http": toxcore.PROXY_HTTP,
@@ -121,7 +121,7 @@ def build_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("-I", dest="id_file", metavar="FILE", type=Path, help="write the Tox ID to FILE")
     add(
         "-t", dest="relay_port", metavar="PORT", type=_checked(_relay_port),
-        help="TCP relay port, 0 to disable the relay (default: random)",
+        help="TCP relay port, 0 to disable the relay (default: random; behind a proxy 0)",
     )  # fmt: skip
     add(
         "-u", dest="udp_ports", metavar="FROM:TO", type=_checked(_udp_ports),
@@ -177,6 +177,8 @@ def read(
         user=given.user,
         proxy=parse_proxy(environment.get("ALL_PROXY") or environment.get("all_proxy")),
     )
+    if options.proxy is not None and options.relay_port is None:
+        options.relay_port = 0  # it would listen beside the proxy
     if options.client and len(options.ids) != 1:
         raise UsageError("a client needs one -i (the server's Tox ID or its name)")
     if options.pipe and (options.forwards or options.ping or options.daemonize):
