@@ -19,6 +19,7 @@ from ttun.tox.instance import Event, FriendPacket, FriendRequest, FriendStatus, 
 from ttun.tox.link import UNKNOWN_WAY, Link
 from ttun.tox.loop import Loop
 from ttun.tox.nodes import Bootstrap, Node
+from ttun.tox.stream import Streams
 
 log = logging.getLogger("ttun")
 
@@ -144,6 +145,7 @@ class Forwarder:
         links = list(self.links.values())
         for link in links:
             link.streams.flush()
+        self._limit_memory()
         any_full, first = False, math.inf
         for link in links:
             if len(link.mux.control) > protocol.MAX_CONTROL:
@@ -154,6 +156,16 @@ class Forwarder:
             full, again = link.fill(now)
             any_full, first = any_full or full, min(first, again)
         return any_full, first
+
+    def _limit_memory(self) -> None:
+        """Reset connections while too much waits for slow readers, of the friend with most of it.
+
+        What one friend leaves unread takes no connection from another.
+        """
+        while self.growth.buffered > protocol.MAX_BUFFERED:
+            max(
+                (link.streams for link in self.links.values()), key=Streams.buffered
+            ).reset_largest()
 
     def on_stop(self) -> None:
         """Close everything; send queued packets as far as toxcore takes them now."""

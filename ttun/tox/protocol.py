@@ -47,8 +47,7 @@ FIRST_WINDOW = 256 << 10  # bytes, the initial window in each direction
 MAX_WINDOW = 4 << 20
 MAX_GROWTH = 64 << 20  # bytes that all windows of a process may grow together
 BUFFER = 4 << 20  # bytes buffered for a slow reader of a tunnel with Tuntox, which has no windows
-# Bytes buffered in a process. Beyond that, a tunnel with more than its share is closed.
-MAX_BUFFERED, SHARE = 128 << 20, 32 << 10
+MAX_BUFFERED = 128 << 20  # bytes buffered in a process; beyond that, connections are reset
 MAX_TUNNELS = 1024  # per friend
 MAX_CONTROL = 4096  # packets in the control queue of one friend
 
@@ -130,7 +129,6 @@ class Tunnel:
     granted_at: float = 0.0
     ended: bool = False  # we sent EOF
     overrun: bool = False  # the peer exceeded the window or the buffer
-    crowded: bool = False  # its buffer is to be discarded
 
     def room(self) -> int:
         """Return how many bytes the next packet may carry."""
@@ -319,8 +317,7 @@ class Multiplexer:
             tunnel.overrun = tunnel.receive_window < 0
         else:
             tunnel.overrun = tunnel.buffered > BUFFER
-        tunnel.crowded = self._growth.buffered > MAX_BUFFERED and tunnel.buffered > SHARE
-        if tunnel.overrun or tunnel.crowded:
+        if tunnel.overrun:
             self.close(tunnel)
             return Closed(tunnel)
         return Data(tunnel, data)

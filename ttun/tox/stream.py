@@ -53,6 +53,14 @@ class Streams:
             for stream in writing:
                 stream.flush()
 
+    def buffered(self) -> int:
+        """Return how many received bytes wait for their sockets."""
+        return sum(stream.tunnel.buffered for stream in self.all)
+
+    def reset_largest(self) -> None:
+        """Reset the connection with the largest buffer."""
+        max(self.all, key=lambda stream: stream.tunnel.buffered).reset()
+
     def take_turn(self, send: Send) -> bool:
         """Let the next stream send; return whether toxcore accepted everything."""
         turn = self.sending[0].send(send)
@@ -152,8 +160,6 @@ class Stream:
         elif isinstance(event, protocol.Ended):
             self._remote_ended = True
             self._set_dirty()
-        elif event.tunnel.crowded:
-            self.reset()
         else:
             self._remote_close(aborted=event.tunnel.extended or event.tunnel.overrun)
 
