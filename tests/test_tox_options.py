@@ -262,6 +262,31 @@ def test_a_missing_library_is_one_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("MemoryError", "ttun: not enough memory"),
+        (
+            "OSError(28, 'No space left on device')",
+            "ttun: cannot write the output: No space left on device",
+        ),
+    ],
+)
+def test_a_lack_that_ends_the_loop_is_named(tmp_path: Path, raised: str, said: str) -> None:
+    """As where the disk is full that takes the line of -p. It was an internal error."""
+    ending = (
+        f"import sys; import ttun.tox.server as s\ndef end(*_): raise {raised}\n"
+        "s.ForwardingServer.on_tick = end\nfrom ttun.cli import main\n"
+        f"sys.exit(main(['tox', '-t', '0', '-s', 'x', '-C', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run(
+        [PROGRAM[0], "-c", ending], capture_output=True, text=True, check=False, timeout=60,
+        cwd=Path(PROGRAM[1]).parent,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == said
+
+
 def test_a_client_may_name_its_server(tmp_path: Path) -> None:
     """A name is as good as an ID: what then is missing is the library that was hidden."""
     (tmp_path / "ttun").mkdir()

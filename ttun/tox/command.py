@@ -189,11 +189,8 @@ class _End:
         if received:
             log.info("%s: stopping", signal.Signals(received).name)
         self._loop.stop()
-        error = self._loop.error
-        if isinstance(error, TtunError):
-            raise error
-        if error is not None:
-            raise TtunError(f"internal error: {type(error).__name__}: {error}")
+        if self._loop.error is not None:
+            raise self._loop.error
         return self._code
 
 
