@@ -50,6 +50,29 @@ def test_what_anybody_may_repeat_does_not_fill_the_log(
     assert "290 more friend requests in the last" in caplog.text, "the rest is counted"
 
 
+def test_who_is_accepted_and_what_it_says_wrongly_does_not_fill_the_log_either(
+    server: ForwardingServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a secret, each new key is a friend; each time one comes online, it may err anew."""
+    caplog.set_level(logging.INFO, "ttun")
+
+    def repeat() -> None:
+        for _ in range(100):
+            server.on_event(FriendRequest(os.urandom(31) + b"\0", b"ttun\0"))
+            server.on_event(FriendStatus(FRIEND, toxcore.UDP))
+            for _ in range(3):
+                server.on_event(FriendPacket(FRIEND, b"nonsense"))
+            server.on_event(FriendStatus(FRIEND, toxcore.OFFLINE))
+
+    on_loop(server.loop, repeat)
+    said = [record.getMessage() for record in caplog.records]
+    for what in (" accepted", "bad packet"):
+        assert 0 < sum(what in line for line in said) <= MOST, what
+    server.loop.stop()
+    assert "90 more friend requests accepted in the last" in caplog.text
+    assert "290 more bad packets in the last" in caplog.text
+
+
 class Names:
     """getaddrinfo(), with names for which nobody answers until the end of the test."""
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from ttun.summary import Summary
 from ttun.tox.forwarder import Forwarder
 from ttun.tox.instance import Tox
 from ttun.tox.link import Link
@@ -40,7 +41,7 @@ def test_a_full_queue_is_waited_for() -> None:
     """toxcore has room again after a millisecond or two; 15,000 rounds a second were seen."""
     loop = Loop(Tox(udp_ports=None))
     mux = Multiplexer(server=True, first_id=0, growth=Growth())
-    link = Link(loop, mux, 7, "a friend whom toxcore does not know")
+    link = Link(loop, mux, 7, "a friend whom toxcore does not know", "UDP", bad=Summary("%d"))
     full, again = link.fill(time.monotonic())
     assert full
     assert again == math.inf, "the loop comes again when toxcore's interval is over"

@@ -46,6 +46,11 @@ class Forwarder:
         self.restarts = Summary("%d more restarts of peers", logging.INFO)
         self.refusals = Summary("%d more targets refused", logging.INFO)
         self.requests = Summary("%d more friend requests")
+        self.accepted = Summary("%d more friend requests accepted", logging.INFO)
+        self.bad = Summary("%d more bad packets")
+        self._summaries = (
+            self.changes, self.restarts, self.refusals, self.requests, self.accepted, self.bad
+        )  # fmt: skip
 
     def on_event(self, event: Event) -> None:
         """Handle an event of toxcore's."""
@@ -99,7 +104,7 @@ class Forwarder:
         mux = protocol.Multiplexer(
             server=self.is_server, first_id=int.from_bytes(os.urandom(4), "big"), growth=self.growth
         )
-        link = self.links[friend] = Link(self.loop, mux, friend, name, way)
+        link = self.links[friend] = Link(self.loop, mux, friend, name, way, bad=self.bad)
         self.changes.log(time.monotonic(), "peer %s connected over %s", name, way)
         self.on_link(link)
         return link
@@ -126,7 +131,7 @@ class Forwarder:
             self.on_restarted(link)
 
     def _sum_up(self, now: float, *, end: bool = False) -> None:
-        for summary in (self.changes, self.restarts, self.refusals, self.requests):
+        for summary in self._summaries:
             summary.tick(now, end=end)
 
     def on_tick(self, now: float) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from typing import Callable
 
 from ttun.errors import ProtocolError
+from ttun.summary import Summary
 from ttun.tox import protocol
 from ttun.tox.loop import Loop
 from ttun.tox.protocol import TUNNEL_EVENTS, Event, Multiplexer, Tunnel
@@ -100,21 +101,21 @@ log = logging.getLogger("ttun")
 CLOCK = struct.Struct(">d")  # seconds of our clock: what a PING carries
 MAX_ROUND_TRIP = 60.0  # seconds
 UNKNOWN_WAY = "an unknown transport"
-COMPLAINTS = 5  # warnings about a peer's bad packets; further ones go to the debug log
+COMPLAINTS = 5  # warnings about a link's bad packets; further ones go to the debug log
 
 
 class Link:
-    """An online friend. way: the transport to it, for the log."""
+    """An online friend. way: the transport to it, for the log. bad: counts all bad packets."""
 
     def __init__(
-        self, loop: Loop, mux: Multiplexer, friend: int, name: str, way: str = UNKNOWN_WAY
+        self, loop: Loop, mux: Multiplexer, friend: int, name: str, way: str, *, bad: Summary
     ) -> None:
         self.mux, self.friend, self.name, self.way = mux, friend, name, way
         self.streams = Streams(loop, mux)
         self.heard = self.pinged = time.monotonic()
         self._toxcore_send = functools.partial(loop.tox.send, friend)
         self._pace = Pace(self.heard)
-        self._complaints = 0
+        self._bad, self._complaints = bad, 0
 
     def receive(self, data: bytes) -> Event | None:
         """Handle a packet; return an event for the role, or None."""
@@ -123,8 +124,11 @@ class Link:
             event = self.mux.receive(data)
         except ProtocolError as error:
             self._complaints += 1
-            level = logging.WARNING if self._complaints <= COMPLAINTS else logging.DEBUG
-            log.log(level, "peer %s: bad packet dropped: %s", self.name, error)
+            text = "peer %s: bad packet dropped: %s"
+            if self._complaints <= COMPLAINTS:
+                self._bad.log(self.heard, text, self.name, error)
+            else:
+                log.debug(text, self.name, error)
             return None
         if isinstance(event, TUNNEL_EVENTS):
             stream = event.tunnel.owner

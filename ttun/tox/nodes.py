@@ -112,6 +112,7 @@ class Bootstrap:
         self._next = now + INTERVAL
         if not self._busy:
             some = random.sample(nodes, min(len(nodes), AT_ONCE))
+            some.sort(key=lambda node: not _is_numeric(node.host))  # names may take long
             look_up = functools.partial(self._look_up, some)
             with contextlib.suppress(RuntimeError):  # cannot start a thread: try again later
                 threading.Thread(target=look_up, name="ttun-nodes", daemon=True).start()

@@ -70,7 +70,7 @@ class ForwardingServer(Forwarder):
         name = identity.short_name(request.key)
         reason = self._why_not(request)
         if reason is None and self._accept(request.key):
-            log.info("friend request from %s accepted", name)
+            self.accepted.log(time.monotonic(), "friend request from %s accepted", name)
             return
         if reason is not None and reason != NOT_LISTED:
             self._refused.append((time.monotonic(), request.key))
