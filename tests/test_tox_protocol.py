@@ -366,6 +366,28 @@ def test_a_peer_that_says_hello_again_has_lost_everything() -> None:
     tunnel(reborn, server)
 
 
+def test_hellos_that_cross_come_to_an_end() -> None:
+    """The friend came, left and came again before the first answer: each HELLO caused another."""
+    client = mux(server=False)
+    servers = [mux(server=True, first_id=first_id) for first_id in (1000, 2000, 3000)]
+    for server in servers[:-1]:
+        carry(server, client)
+    server = servers[-1]
+    for _ in range(5):
+        packets_ = list(client.control), list(server.control)
+        client.control.clear()
+        server.control.clear()
+        for packet in packets_[0]:
+            server.receive(packet)
+        for packet in packets_[1]:
+            client.receive(packet)
+    assert not client.control
+    assert not server.control
+    assert client.extended
+    assert server.extended
+    tunnel(client, server)
+
+
 @pytest.mark.parametrize("host", [b"", b"\n", b"\xff\0x"])
 def test_a_request_for_no_host_is_refused(host: bytes) -> None:
     client, server = pair()

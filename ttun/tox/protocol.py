@@ -49,6 +49,7 @@ MAX_GROWTH = 64 << 20  # bytes that all windows of a process may grow together
 BUFFER = 4 << 20  # bytes buffered for a slow reader of a tunnel with Tuntox, which has no windows
 MAX_BUFFERED = 128 << 20  # bytes buffered in a process; beyond that, connections are reset
 MAX_TUNNELS = 1024  # per friend
+ANSWER = 1  # flag of a HELLO that answers a second one: it is not answered in turn
 MAX_CONTROL = 4096  # packets in the control queue of one friend
 
 
@@ -364,9 +365,11 @@ class Multiplexer:
         if not self.extended:
             self.extended = True
             return None
+        if data[1] & ANSWER:
+            return None  # to a HELLO of ours, after one that was on its way
         # A second HELLO: the peer lost its state, our HELLO included.
         self.reset()
-        self._say_hello()
+        self._say_hello(ANSWER)
         return Restarted()
 
     def _push_unless_many(self, kind: int, data: bytes) -> None:
@@ -374,8 +377,8 @@ class Multiplexer:
         if len(self.control) < MAX_CONTROL // 2:
             self.control.append(pack(kind, 0, data))
 
-    def _say_hello(self) -> None:
-        self.control.append(pack(HELLO, 0, b"\x01\x00"))
+    def _say_hello(self, flags: int = 0) -> None:
+        self.control.append(pack(HELLO, 0, bytes([1, flags])))
 
     def _take_id(self, most: int, used: dict[int, Tunnel] | dict[int, Hashable]) -> int:
         """Return the next free ID."""
