@@ -122,6 +122,23 @@ def test_what_was_asked_for_waits_for_a_server_that_starts_afresh(server: Server
     server.accepts(request)
 
 
+def test_an_application_that_has_vanished_is_noticed(server: Server) -> None:
+    """Where -L listens for other hosts, one may lose its power while nothing is to be said."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = server.client
+        on_loop(client.loop, lambda: client.listen(listener.dup(), ("target", 80)))
+        with socket.create_connection(listener.getsockname()) as app:
+
+            def find() -> socket.socket | None:
+                socks = (each.sock for each in list(client._waiting))
+                name = app.getsockname()
+                tcp = (each for each in socks if each.family == socket.AF_INET)
+                return next((each for each in tcp if each.getpeername() == name), None)
+
+            waiting = eventually(find, "its connection")
+            assert waiting.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 def test_what_comes_before_toxcore_tells_of_the_server_is_heard(server: Server) -> None:
     """Its HELLO: else this client takes it for Tuntox, and the end of its input ends all."""
     (friend,) = on_loop(server.client.loop, server.client.loop.tox.friends)

@@ -131,6 +131,15 @@ def test_a_window_of_small_packets_takes_no_more_memory_than_one_of_large_ones(
         assert len(stream._buffer) < 4 * FIRST_WINDOW // MAX_DATA
 
 
+def test_a_target_that_has_vanished_is_noticed(
+    server: ForwardingServer, target: socket.socket
+) -> None:
+    """One that lost its power took one of 1024 connections for good, if nothing was to be said."""
+    Friend(server, FRIEND).open(port_of(target))
+    (stream,) = server.links[FRIEND].streams.all
+    assert stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 def test_a_storm_of_requests_is_refused_beyond_the_bound(
     server: ForwardingServer, target: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ class _OpenPort:
             except OSError:
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # it may be another host
             if self._target is None:
                 self._client.talk_socks(sock)
             else:

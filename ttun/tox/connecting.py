@@ -206,4 +206,5 @@ class _Attempt:
         self._loop.remove(sock)
         self._sock = None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # the target may vanish
         self._done(sock, 0)
