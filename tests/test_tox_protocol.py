@@ -213,7 +213,7 @@ def test_who_overruns_its_window_loses_that_tunnel_alone() -> None:
 
 
 def test_a_window_grows_where_the_round_trip_is_long_and_within_the_budget() -> None:
-    growth = Growth(3 * FIRST_WINDOW)
+    growth = Growth(7 * FIRST_WINDOW)
     client, server = mux(server=False), mux(server=True, growth=growth)
     carry(client, server)
     carry(server, client)
@@ -225,13 +225,39 @@ def test_a_window_grows_where_the_round_trip_is_long_and_within_the_budget() -> 
         theirs.buffered += theirs.window // 4
         server.consumed(theirs, theirs.window // 4, now)
     assert theirs.window == 4 * FIRST_WINDOW
-    assert growth.left == 0
+    assert growth.left == 4 * FIRST_WINDOW
     carry(server, client)
     _, slow = tunnel(client, server)
     server.consumed(slow, FIRST_WINDOW, now + 10)
     assert slow.window == FIRST_WINDOW
     server.close(theirs)
-    assert growth.left == 3 * FIRST_WINDOW
+    assert growth.left == 7 * FIRST_WINDOW
+
+
+def test_windows_of_one_friend_leave_room_for_those_of_another() -> None:
+    """A friend chooses its round trip by when it answers a PING: its windows took all there was."""
+    growth = Growth()
+    greedy, good = (mux(server=True, growth=growth) for _ in range(2))
+    now = 1000.0
+
+    def grown(server: Multiplexer, tunnels: int) -> int:
+        """Use up each window often; return the size of the last one."""
+        nonlocal now
+        client = mux(server=False)
+        carry(client, server)
+        carry(server, client)
+        server.round_trip = 60.0
+        for _ in range(tunnels):
+            _, theirs = tunnel(client, server)
+            for _ in range(20):
+                now += 0.1
+                theirs.buffered += theirs.window // 4
+                server.consumed(theirs, theirs.window // 4, now)
+            carry(server, client)
+        return theirs.window
+
+    grown(greedy, 100)
+    assert grown(good, 2) == protocol.MAX_WINDOW
 
 
 def test_half_a_connection_ends_and_the_other_half_goes_on() -> None:

@@ -143,9 +143,12 @@ class Growth:
         self.left = left
         self.buffered = 0
 
-    def take(self, size: int) -> bool:
-        """Take size bytes if available."""
-        if size > self.left:
+    def take(self, size: int, own: int) -> bool:
+        """Take size bytes, if that leaves as much as the windows of this friend have grown.
+
+        own: how much that is already.
+        """
+        if own + size > self.left - size:
             return False
         self.left -= size
         return True
@@ -164,7 +167,7 @@ class Multiplexer:
         self.round_trip: float | None = None  # seconds, of the last PING
         self._server = server
         self._next_id = first_id
-        self._growth = growth
+        self._growth, self._grown = growth, 0  # bytes that our windows have grown
         self._requests: dict[int, Hashable] = {}
         self.asked: set[int] = set()  # forward IDs that the client is waiting for
         self.extended = False
@@ -226,8 +229,10 @@ class Multiplexer:
             return
         grant = tunnel.consumed
         quick = self.round_trip is not None and now - tunnel.granted_at < self.round_trip / 2
-        if quick and tunnel.window < MAX_WINDOW and self._growth.take(tunnel.window):
+        may_grow = quick and tunnel.window < MAX_WINDOW
+        if may_grow and self._growth.take(tunnel.window, self._grown):
             grant += tunnel.window
+            self._grown += tunnel.window
             tunnel.window *= 2
         tunnel.consumed, tunnel.granted_at = 0, now
         tunnel.receive_window += grant
@@ -258,7 +263,9 @@ class Multiplexer:
         """Remove a tunnel that both sides have closed."""
         if self.tunnels.get(tunnel.id) is tunnel:
             del self.tunnels[tunnel.id]
-            self._growth.left += tunnel.window - FIRST_WINDOW
+            grown = tunnel.window - FIRST_WINDOW
+            self._growth.left += grown
+            self._grown -= grown
 
     def ping(self, data: bytes) -> None:
         """Request a PONG with the same data."""
