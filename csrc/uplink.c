@@ -210,12 +210,13 @@ static bool seal_batch(struct ttun_session *s, struct slot *slot) {
     uint64_t packets = 0, bytes = 0;
     slot->begin = slot->end = 0;
     while (SLOT_SIZE - slot->end >= FRAME_MAX && slot->end < s->connection.batch && !is_over(s)) {
-        if (slot->end == 0)
-            slot->since = now_us();
-        if (slot->end == 0 && control_queue_has(&s->outbox))
+        bool first = slot->end == 0;
+        if (first && control_queue_has(&s->outbox))
             seal_control(s, slot);
         size_t size;
         const uint8_t *packet = next_packet(s, slot->end == 0, &size);
+        if (first)
+            slot->since = now_us(); /* not before: it may have waited for the packet */
         if (packet == NULL) {
             if (slot->end > 0)
                 break;

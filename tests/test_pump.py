@@ -354,6 +354,29 @@ def test_a_sender_is_told_of_a_connection_that_stays_behind(buffers: Buffers) ->
         sender.join()
 
 
+def test_a_connection_that_keeps_up_drops_nothing_however_its_packets_come(rig: Rig) -> None:
+    """A pause between two packets of the device is not a delay of the connection.
+
+    Every 3 ms, one slot waits for 1 ms. A busy machine may make it more for a while.
+    """
+    slot = [bytes(60000)] * 4
+    dropped: list[int] = []
+    while 0 not in dropped and len(dropped) < 3:
+        before = rig.session.counters().congested
+        for _ in range(300):
+            for packet in slot:
+                rig.device.outside.send(packet)
+            time.sleep(0.001)
+            rest = sum(len(packet) + 18 for packet in slot)
+            with contextlib.suppress(socket.timeout):  # one was dropped
+                rig.peer.sock.settimeout(0.1)
+                while rest > 0:
+                    rest -= len(rig.peer.sock.recv(rest))
+            time.sleep(0.0014)
+        dropped.append(rig.session.counters().congested - before)
+    assert 0 in dropped
+
+
 def test_who_makes_the_socket_non_blocking_ends_and_loses_nothing(rig: Rig) -> None:
     """O_NONBLOCK belongs to the open file, which a parent process or another thread may share."""
     with rig.session._sock.dup() as shared:
