@@ -53,6 +53,7 @@ int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *dat
 #define TUNSETIFF _IOW('T', 202, int)
 #define TUNGETFEATURES _IOR('T', 207, unsigned int)
 #define TUNSETOFFLOAD _IOW('T', 208, unsigned int)
+#define TUNSETVNETHDRSZ _IOW('T', 216, int)
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 from machine import IS_NOBODY_HERE, opened, threads
+from pytun import IFF_NO_PI, IFF_TUN, IFF_VNET_HDR, TunTapDevice
+from ttun._codec import lib
 from tunnel import CLIENT, PROGRAM, ROOT, Bench, Program
 
 from ttun.lab import netns
@@ -103,6 +108,20 @@ def test_a_user_without_privileges_attaches_to_it(bench: Bench, prepared: Prepar
         assert client.stop() == 0
         assert "incomplete" not in client.log() and "missing" not in client.log()
         assert prepared.addresses() == ADDRESSES
+
+
+def test_another_program_may_have_left_a_longer_header(bench: Bench, prepared: Prepared) -> None:
+    """With num_buffers (linux/virtio_net.h), as virtual machines have it: 12 bytes, not 10."""
+
+    def use() -> None:
+        with contextlib.closing(TunTapDevice("tun5", IFF_TUN | IFF_NO_PI | IFF_VNET_HDR)) as device:
+            fcntl.ioctl(device, lib.TUNSETVNETHDRSZ, struct.pack("=i", 12))
+
+    bench.on(CLIENT, use)
+    prepared.ip(*COMPLETE)
+    bench.server()
+    prepared.client(*ROUTES).says("authenticated")
+    bench.answers()
 
 
 def test_doctor_knows_that_a_tunnel_runs_on_it(bench: Bench, prepared: Prepared) -> None:

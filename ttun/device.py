@@ -36,6 +36,7 @@ log = logging.getLogger("ttun")
 SIOCSIFADDR, SIOCSIFTXQLEN = 0x8916, 0x8943  # linux/sockios.h
 # linux/if_tun.h
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
+VNET_SIZE = 10  # bytes: struct virtio_net_hdr
 # What to request from the kernel, most capable first, and the matching codec flags.
 OFFLOAD_TCP = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
 OFFLOADS = [
@@ -231,6 +232,8 @@ def _open(name: str, offload: bool) -> tuple[Any, int]:
                 raise
             log.info("no offload: this kernel lacks IFF_VNET_HDR")
         else:
+            # A prepared device keeps the size that another program has set.
+            fcntl.ioctl(tun, lib.TUNSETVNETHDRSZ, struct.pack("=i", VNET_SIZE))
             for wanted, bits in OFFLOADS:
                 with contextlib.suppress(OSError):
                     fcntl.ioctl(tun, lib.TUNSETOFFLOAD, wanted)
