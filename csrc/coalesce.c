@@ -14,7 +14,7 @@
 #include "offload.h"
 #include "packet.h"
 
-/* UDP_MAX_SEGMENTS of linux/udp.h: the kernel's limit. */
+/* UDP_MAX_SEGMENTS of linux/udp.h since Linux 6.10; TTUN_SEGMENTS_MAX before. */
 enum { UDP_SEGMENTS_MAX = 128 };
 
 /* Returns the pseudo-header sum (RFC 9293, 3.1; RFC 8200, 8.1). size: of transport header and
@@ -236,6 +236,9 @@ bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_
         (vnet->gso_type != TTUN_GSO_NONE && gso_size == 0) ||
         !is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
+    if (gso_size > 0 && l.protocol == PROTO_UDP &&
+        size - l.headers_size > (size_t)gso_size * TTUN_SEGMENTS_MAX)
+        return false; /* an older kernel of the peer would reject it */
     struct ttun_vnet same = describe(&l, gso_size);
     return same.gso_type == vnet->gso_type && same.checksum_start == vnet->checksum_start &&
            same.checksum_offset == vnet->checksum_offset &&

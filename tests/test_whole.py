@@ -37,7 +37,7 @@ GSO_MIN, UDP_SEGMENTS_MAX = 8, 128
 @PROTOCOLS
 @pytest.mark.parametrize("gso_size", [8, 1000, 1240])
 def test_the_header_is_the_one_that_the_kernel_had(v6: bool, udp: bool, gso_size: int) -> None:
-    packet = Packet(v6=v6, udp=udp, payload=random.Random(1).randbytes(min(100 * gso_size, 60000)))
+    packet = Packet(v6=v6, udp=udp, payload=random.Random(1).randbytes(min(60 * gso_size, 60000)))
     vnet = packet.vnet(gso_size)
     assert stays_whole(vnet, packet.partial())
     assert restore(packet.partial(), gso_size) == (vnet, packet.partial())
@@ -110,6 +110,18 @@ def test_the_unusual_is_cut_by_the_sender_and_refused_by_the_receiver(why: str) 
     packet, gso_size = UNFIT[why]
     assert not stays_whole(packet.vnet(gso_size), packet.partial())
     assert restore(packet.partial(), gso_size) is None
+
+
+@FAMILIES
+@pytest.mark.parametrize(("count", "whole"), [(64, True), (65, False), (128, False)])
+def test_the_sender_cuts_more_segments_of_udp_than_every_kernel_takes(
+    v6: bool, count: int, whole: bool
+) -> None:
+    """64 was UDP_MAX_SEGMENTS of linux/udp.h until Linux 6.10; TCP has no such limit."""
+    for udp in (True, False):
+        packet = Packet(v6=v6, udp=udp, payload=bytes(count * 100))
+        assert stays_whole(packet.vnet(100), packet.partial()) == (whole or not udp)
+        assert restore(packet.partial(), 100) == (packet.vnet(100), packet.partial())
 
 
 def test_fin_and_push_are_of_the_last_segment() -> None:
