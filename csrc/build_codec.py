@@ -6,7 +6,6 @@ size: ``-g`` for a debugger, ``-g -O1 -fsanitize=address`` for a sanitizer.
 """
 
 import os
-import platform
 import re
 import shlex
 import sys
@@ -57,8 +56,9 @@ int capget(uint8_t *header, uint8_t *data), capset(uint8_t *header, uint8_t *dat
 """
 STRIP = [] if "TTUN_CFLAGS" in os.environ else ["-s", "-Wl,--gc-sections,--build-id=none"]
 
-# On these processors, if of 32 bits, 64-bit atomic operations are calls of a library.
-CALLS_ATOMIC = sys.maxsize < 2**32 and platform.machine().startswith(("mips", "ppc"))
+# With 32 bits, 64-bit atomic operations may be calls of a library: on MIPS, PowerPC, and on any ARM
+# if the compiler's default is ARMv6 (Raspberry Pi OS). The linker omits it if there is none.
+ATOMIC = ["-Wl,--as-needed,-latomic"] if sys.maxsize < 2**32 else []
 
 # Wheels are for routers, where space is scarce. They omit parts for tests and benchmarks (5 kB),
 # unroll less (2 kB, for 25 % more time per segment; -Os would double it: docs/performance.md) and
@@ -101,6 +101,6 @@ ffibuilder.set_source(
     # Keep assertions in release builds: they guard memory that a peer's input reaches.
     undef_macros=["NDEBUG"],
     extra_compile_args=["-std=c11", *LEVEL.split(), "-Wall", "-Wextra", "-pthread", *FLAGS],
-    libraries=["dl", "atomic"] if CALLS_ATOMIC else ["dl"],
-    extra_link_args=["-pthread", *FLAGS, *STRIP],
+    libraries=["dl"],
+    extra_link_args=["-pthread", *FLAGS, *STRIP, *ATOMIC],
 )

@@ -250,6 +250,23 @@ def test_make_says_that_it_takes_a_network_and_with_the_wheels_takes_none(tree: 
     assert with_tools.stderr.splitlines()[:-1] == said, "what the tests take is not there"
 
 
+@pytest.mark.parametrize("most", [2**31 - 1, 2**63 - 1], ids=["32-bit", "64-bit"])
+def test_a_32_bit_system_may_take_atomic_operations_from_libatomic(
+    tree: Path, tmp_path: Path, most: int
+) -> None:
+    """Whatever `uname -m` says: the compiler of Raspberry Pi OS makes code for ARMv6 everywhere.
+
+    This processor has them all, so the codec does without.
+    """
+    script = f"import sys; sys.maxsize = {most}; sys.argv[0] = 'setup.py'; import setup"
+    args = ("build_ext", "--build-lib", tmp_path)
+    done = run(sys.executable, "-c", script, *args, cwd=tree, TTUN_CFLAGS="-O0")
+    assert done.returncode == 0, done.stderr
+    assert ("-latomic" in done.stdout) == (most < 2**32)
+    (made,) = tmp_path.glob("ttun/_codec*.so")
+    assert b"libc.so" in made.read_bytes() and b"libatomic" not in made.read_bytes()
+
+
 @long
 def test_root_leaves_nothing_of_roots_in_a_users_tree(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(WHEELS, tree / ".venv" / "wheels")
