@@ -33,6 +33,7 @@ struct bbr {
     uint64_t most_bandwidth; /* in startup; bytes per second */
     uint64_t full_since;     /* no bandwidth growth since; microseconds */
     uint64_t held_until;     /* end of the pacing limit; 0: no limit */
+    uint64_t looked_at;      /* the last call; microseconds */
     uint32_t min_rtt;        /* microseconds */
     uint64_t measured_at;    /* when bbr measured it; microseconds */
     bool paused;             /* send nothing */

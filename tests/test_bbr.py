@@ -45,7 +45,7 @@ class Tcp(ctypes.Structure):
 class Bbr(ctypes.Structure):
     """struct bbr"""
 
-    _fields_ = [("startup", ctypes.c_uint64 * 3), ("min_rtt", ctypes.c_uint32),
+    _fields_ = [("startup", ctypes.c_uint64 * 4), ("min_rtt", ctypes.c_uint32),
                 ("measured_at", ctypes.c_uint64), ("paused", ctypes.c_bool),
                 ("slow_links", ctypes.c_uint64 * 2)]  # fmt: skip
 
@@ -175,3 +175,40 @@ def test_acknowledgements_of_a_download_are_not_slowed_down(code: ctypes.CDLL) -
     """Many are in flight, but they are small."""
     _, slowed = queue(code, others=20, size_each=150)
     assert slowed == 0
+
+
+def startup(code: ctypes.CDLL, looks: list[tuple[int, int]]) -> list[int]:
+    """The limits of pacing in bytes per second, after each look at a connection in startup.
+
+    looks: (microseconds since the last one, segments in flight). The bandwidth does not grow, and
+    the smoothed round trip is that of delayed acknowledgements or of a queue.
+    """
+    ctypes.c_uint.in_dll(code, "info_size").value = BBR
+    info = (ctypes.c_ubyte * 64).in_dll(code, "info")
+    struct.pack_into("=5I", info, 0, 2 * MBIT, 0, RTT, 739, 739)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    pacing.value = UNLIMITED
+    bbr, now, limits = Bbr(), SECOND, []
+    for after, segments in looks:
+        now += after
+        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, RTT + QUEUED, RTT)
+        code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
+        limits.append(pacing.value)
+    return limits
+
+
+def test_a_startup_without_growth_is_held_below_its_rate_for_a_while(code: ctypes.CDLL) -> None:
+    limits = startup(code, [(10_000, 30)] * 75)
+    held = [number for number, limit in enumerate(limits) if limit < UNLIMITED]
+    assert set(limits) == {UNLIMITED, 2 * MBIT * 9 // 10}
+    assert 3 * (RTT + QUEUED) < held[0] * 10_000 < 5 * (RTT + QUEUED)
+    assert 9 * (RTT + QUEUED) < len(held) * 10_000 < 11 * (RTT + QUEUED)
+
+
+@pytest.mark.parametrize("before", [0, 30], ids=["little", "busy"])
+def test_what_follows_a_silence_is_not_taken_for_a_startup_without_growth(
+    code: ctypes.CDLL, before: int
+) -> None:
+    """Its bandwidth is that of the little traffic before: it would take seconds to send."""
+    limits = startup(code, [(10_000, before), (500_000, 30), (10_000, 30), (10_000, 30)])
+    assert set(limits) == {UNLIMITED}
