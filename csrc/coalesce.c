@@ -26,14 +26,8 @@ static uint64_t pseudo_sum(const uint8_t *packet, uint8_t protocol, size_t size)
     return v6 ? ttun_sum(sum, packet + 8, 32) : ttun_sum(sum, packet + 12, 8);
 }
 
-/* Layout of a packet that may be coalesced: offset of TCP or UDP, size of all headers. */
-struct layout {
-    size_t transport, headers_size;
-    uint8_t protocol;
-};
-
 /* Returns whether this is a complete TCP or UDP packet with no IP options; sets the layout. */
-static bool find_transport(const uint8_t *packet, size_t size, struct layout *l) {
+static bool find_transport(const uint8_t *packet, size_t size, struct ttun_layout *l) {
     if (size >= IPV6_HEADER && packet[0] >> 4 == 6) {
         l->transport = IPV6_HEADER;
         l->protocol = packet[6]; /* neither TCP nor UDP if there are extension headers */
@@ -62,7 +56,7 @@ static bool find_transport(const uint8_t *packet, size_t size, struct layout *l)
  * complement, 0xffff is a second zero, which no sender computes (except for UDP) and segmenting
  * would not reproduce, so it counts as unusual. */
 static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
-                     struct layout *l) {
+                     struct ttun_layout *l) {
     if (!find_transport(packet, size, l) || l->headers_size == size)
         return false;
     if (l->transport == IPV4_HEADER &&
@@ -84,12 +78,12 @@ static bool is_plain(const struct ttun_coalescer *c, const uint8_t *packet, size
 
 /* Returns whether the headers equal those that segmenting would give this packet. */
 static bool follows(const struct ttun_coalescer *c, const uint8_t *packet, size_t size,
-                    const struct layout *l) {
+                    const struct ttun_layout *l) {
     const uint8_t *first = c->parts[1].iov_base;
     size_t payload = size - l->headers_size;
-    if (!c->open || l->headers_size != c->headers_size || l->transport != c->transport ||
-        payload > c->vnet.gso_size || c->segments == TTUN_SEGMENTS_MAX ||
-        c->size + payload > TTUN_COALESCED_MAX)
+    if (!c->open || l->headers_size != c->layout.headers_size ||
+        l->transport != c->layout.transport || payload > c->vnet.gso_size ||
+        c->segments == TTUN_SEGMENTS_MAX || c->size + payload > TTUN_COALESCED_MAX)
         return false;
     if (l->transport == IPV4_HEADER) {
         /* Version and TOS; identification, incremented; flags, TTL, protocol; addresses. */
@@ -121,7 +115,7 @@ void ttun_coalescer_init(struct ttun_coalescer *c, bool tcp, bool udp) {
 }
 
 bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
-    struct layout l = {0};
+    struct ttun_layout l = {0};
     bool plain = (c->segments == 0 || c->open) && is_plain(c, packet, size, &l);
     if (c->segments > 0) {
         if (!plain || !follows(c, packet, size, &l))
@@ -146,12 +140,8 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
     c->size = size;
     c->open = plain;
     if (plain) {
-        c->transport = l.transport;
-        c->headers_size = l.headers_size;
+        c->layout = l;
         c->vnet.gso_size = (uint16_t)(size - l.headers_size);
-        c->vnet.gso_type = l.protocol == PROTO_UDP      ? TTUN_GSO_UDP
-                           : l.transport == IPV6_HEADER ? TTUN_GSO_TCP6
-                                                        : TTUN_GSO_TCP4;
         if (l.protocol == PROTO_TCP) {
             c->next_sequence = get32(packet + l.transport + 4) + c->vnet.gso_size;
             c->open = !(packet[l.transport + 13] & PSH);
@@ -161,7 +151,7 @@ bool ttun_coalesce(struct ttun_coalescer *c, uint8_t *packet, size_t size) {
 }
 
 /* Returns the vnet header of a packet with a partial checksum. gso_size: of its segments, or 0. */
-static struct ttun_vnet describe(const struct layout *l, uint16_t gso_size) {
+static struct ttun_vnet describe(const struct ttun_layout *l, uint16_t gso_size) {
     bool udp = l->protocol == PROTO_UDP;
     return (struct ttun_vnet){
         .flags = TTUN_NEEDS_CHECKSUM,
@@ -177,7 +167,7 @@ static struct ttun_vnet describe(const struct layout *l, uint16_t gso_size) {
 }
 
 /* Returns the partial checksum of such a packet. */
-static uint16_t partial_sum(const uint8_t *packet, size_t size, const struct layout *l) {
+static uint16_t partial_sum(const uint8_t *packet, size_t size, const struct ttun_layout *l) {
     return ttun_fold(pseudo_sum(packet, l->protocol, size - l->transport));
 }
 
@@ -188,14 +178,13 @@ unsigned ttun_flush(struct ttun_coalescer *c) {
         c->vnet = (struct ttun_vnet){0};
         return segments == 0 ? 0 : 2;
     }
-    struct layout l = {.transport = c->transport, .headers_size = c->headers_size};
+    const struct ttun_layout *l = &c->layout;
     uint8_t *first = c->parts[1].iov_base;
-    l.protocol = c->vnet.gso_type == TTUN_GSO_UDP ? PROTO_UDP : PROTO_TCP;
     set_ip_length(first, c->size);
-    if (l.protocol == PROTO_UDP)
-        put16(first + c->transport + 4, (uint16_t)(c->size - c->transport));
-    c->vnet = describe(&l, c->vnet.gso_size);
-    store_sum(first + l.transport + c->vnet.checksum_offset, partial_sum(first, c->size, &l));
+    if (l->protocol == PROTO_UDP)
+        put16(first + l->transport + 4, (uint16_t)(c->size - l->transport));
+    c->vnet = describe(l, c->vnet.gso_size);
+    store_sum(first + l->transport + c->vnet.checksum_offset, partial_sum(first, c->size, l));
     return 1 + segments;
 }
 
@@ -203,7 +192,7 @@ unsigned ttun_flush(struct ttun_coalescer *c) {
 
 /* Returns whether this packet can be sent unsegmented; sets the layout. */
 static bool is_offloadable(const uint8_t *packet, size_t size, uint16_t gso_size, bool tcp,
-                           bool udp, struct layout *l) {
+                           bool udp, struct ttun_layout *l) {
     if (size > TTUN_PACKET_MAX || !find_transport(packet, size, l) ||
         !(l->protocol == PROTO_TCP ? tcp : udp))
         return false;
@@ -218,7 +207,7 @@ static bool is_offloadable(const uint8_t *packet, size_t size, uint16_t gso_size
 
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp) {
-    struct layout l = {0};
+    struct ttun_layout l = {0};
     if (!is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
     *vnet = describe(&l, gso_size);
@@ -228,12 +217,11 @@ bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uin
 
 bool ttun_stays_whole(const struct ttun_vnet *vnet, const uint8_t *packet, size_t size, bool tcp,
                       bool udp) {
-    struct layout l = {0};
+    struct ttun_layout l = {0};
     uint16_t gso_size = vnet->gso_type == TTUN_GSO_NONE ? 0 : vnet->gso_size;
     /* Coalescing at the receiver saves more than skipping a checksum. */
     bool coalescable = gso_size == 0 && size <= TTUN_COALESCED_MAX / 2;
     if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || coalescable ||
-        (vnet->gso_type != TTUN_GSO_NONE && gso_size == 0) ||
         !is_offloadable(packet, size, gso_size, tcp, udp, &l))
         return false;
     if (gso_size > 0 && l.protocol == PROTO_UDP &&

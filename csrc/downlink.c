@@ -54,7 +54,7 @@ static bool flush_coalescer(struct ttun_session *s) {
         return true;
     for (unsigned i = 1; i < parts; i++)
         bytes += s->coalescer.parts[i].iov_len;
-    bytes += (packets - 1) * s->coalescer.headers_size; /* as they were in frames */
+    bytes += (packets - 1) * s->coalescer.layout.headers_size; /* as they were in frames */
     return write_packet(s, s->coalescer.parts, parts, packets, bytes);
 }
 

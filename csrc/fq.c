@@ -119,7 +119,6 @@ static void append(struct ttun_fq *fq, struct fq_list *list, struct fq_flow *flo
     uint16_t number = (uint16_t)(flow - fq->flows);
     flow->next = NONE;
     flow->listed = true;
-    flow->is_new = list == &fq->new_flows;
     if (list->first == NONE)
         list->first = number;
     else
@@ -210,10 +209,9 @@ size_t ttun_fq_take(struct ttun_fq *fq, uint8_t *out, uint64_t now,
             flow->deficit -= (int32_t)size;
             return size;
         }
-        bool was_new = flow->is_new;
         remove_first(fq, list);
         /* A new flow becomes an old one before it can be new again (RFC 8290, 4.2). */
-        if (was_new && fq->old_flows.first != NONE)
+        if (list == &fq->new_flows && fq->old_flows.first != NONE)
             append(fq, &fq->old_flows, flow);
     }
 }

@@ -26,7 +26,6 @@ struct fq_flow {
     uint16_t head, tail; /* packets, as indices of their first cells */
     uint16_t next;       /* in the same list */
     bool listed;
-    bool is_new;
     int32_t deficit;
     uint32_t bytes; /* queued */
     uint32_t cells;

@@ -59,13 +59,19 @@ const uint8_t *ttun_next_segment(struct ttun_segmenter *g, size_t *size);
 
 /* ---- coalesce ---- */
 
+/* Of a packet that may be coalesced: offset of TCP or UDP, size of all headers. */
+struct ttun_layout {
+    size_t transport, headers_size;
+    uint8_t protocol;
+};
+
 struct ttun_coalescer {
     struct ttun_vnet vnet;
     bool tcp, udp;     /* which protocols to coalesce */
     bool open;         /* another packet may follow */
     unsigned segments; /* coalesced so far; 0: empty */
     size_t size;       /* headers once, and all payloads */
-    size_t transport, headers_size;
+    struct ttun_layout layout;
     uint32_t next_sequence;
     /* The vnet header, the first packet, the payloads of the others. */
     struct iovec parts[2 + TTUN_SEGMENTS_MAX];

@@ -45,10 +45,9 @@ bool ttun_segment(struct ttun_segmenter *g, const struct ttun_vnet *vnet, uint8_
     if (!udp && vnet->gso_type != (v6 ? TTUN_GSO_TCP6 : TTUN_GSO_TCP4))
         return false;
     /* The transport header starts where the checksum does, possibly after extension headers. */
-    size_t ip = v6 ? IPV6_HEADER : (packet[0] & 15u) * 4u;
     size_t start = vnet->checksum_start;
     if (!(vnet->flags & TTUN_NEEDS_CHECKSUM) || start < (v6 ? IPV6_HEADER : IPV4_HEADER) ||
-        (v6 ? start < ip : start != ip || packet[0] >> 4 != 4) ||
+        (!v6 && (start != (packet[0] & 15u) * 4u || packet[0] >> 4 != 4)) ||
         start + (udp ? UDP_HEADER : TCP_HEADER) > size)
         return false;
     size_t headers = start + (udp ? UDP_HEADER : (packet[start + 12] >> 4) * 4u);
