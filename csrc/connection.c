@@ -11,7 +11,7 @@ enum {
     EVERY = 10000, /* microseconds between queries */
     EVERY_PAUSED = CONNECTION_PAUSE * 1000,
     /* Microseconds. The socket is writable when half of the unsent limit is left. Measured
-     * (docs/performance.md): with less it runs dry, more only adds latency. */
+     * (docs/performance.md): with less it runs dry between two wake-ups, more only adds latency. */
     UNSENT = 4000,
     SEALED = 2000,
     /* Bytes. When the socket becomes writable, a segment must still be unsent, or bbr considers the

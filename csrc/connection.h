@@ -2,9 +2,7 @@
  *
  * A sealed packet has its nonce, and so a fixed position: later packets cannot overtake it. So only
  * as much is sealed and passed to the kernel as the connection carries in a few milliseconds; the
- * rest waits in a queue where small packets can overtake (fq.h). With much less, the socket would
- * run dry between two wake-ups, bbr would consider the flow application-limited and not measure the
- * link.
+ * rest waits in a queue where small packets can overtake (fq.h).
  *
  * The rate comes from the kernel: its pacing rate, which it maintains even for a congestion control
  * that does not pace. If there is none (Multipath TCP, Unix sockets) or the connection is faster

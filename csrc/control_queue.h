@@ -43,8 +43,7 @@ static inline bool control_queue_has(struct control_queue *q) {
     return atomic_load_explicit(&q->filled, memory_order_acquire) != 0;
 }
 
-/* Takes the frame of the lowest type; waits for at most `milliseconds`. Returns 1 with a frame, 0
- * after the timeout, -1 if the queue is closed. */
+/* As ttun_session_take; the lowest type comes first. */
 int control_queue_take(struct control_queue *q, struct ttun_control *frame, long milliseconds);
 
 #endif

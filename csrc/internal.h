@@ -78,16 +78,12 @@ static inline bool is_over(struct ttun_session *s) {
     return atomic_load(&s->reason) != TTUN_RUNNING;
 }
 
-/* Wakes the uplink. */
 void wake_uplink(struct ttun_session *s);
 
 /* Switches a direction to its next key. Returns false if there is none. */
 bool next_key(struct ttun_session *s, struct keys *keys);
 
-/* Monotonic time in milliseconds, accurate to a few. */
-uint64_t now_ms(void);
-
-/* Monotonic time in microseconds. */
-uint64_t now_us(void);
+/* Monotonic time; now_ms is accurate to a few milliseconds. */
+uint64_t now_ms(void), now_us(void);
 
 #endif

@@ -8,8 +8,7 @@
  *     coalesce   consecutive packets  ->  one GSO packet for the kernel
  *
  * coalesce followed by segment gives the same bytes. If the peer has offloads too, a packet is sent
- * unsegmented, with its gso_size as the only metadata. Pure functions: no descriptors, allocations
- * or copies of payloads. */
+ * unsegmented, with its gso_size as the only metadata. No payload is copied. */
 #ifndef TTUN_OFFLOAD_H
 #define TTUN_OFFLOAD_H
 
@@ -92,9 +91,7 @@ unsigned ttun_flush(struct ttun_coalescer *c);
 
 /* Restores the vnet header of an offloaded packet, and the pseudo-header sum in its checksum field.
  * gso_size: 0 for a single packet, else the segment payload size. tcp, udp: offloads of this
- * device. Returns false unless it is a TCP or UDP packet without fragmentation, IP options or
- * extension headers, and with correct lengths. A gso_size other than 0 must be at least
- * TTUN_GSO_MIN, with more than one segment and without SYN, RST, URG and CWR. */
+ * device. Returns false if it breaks a rule of docs/protocol.md, "Offload packets". */
 bool ttun_restore_vnet(struct ttun_vnet *vnet, uint8_t *packet, size_t size, uint16_t gso_size,
                        bool tcp, bool udp);
 

@@ -1,5 +1,4 @@
-/* Process functions that Python lacks: exit on a signal during a blocking C call, and overwrite the
- * command line that other processes see. cffi parses this file. Sources: signal-safety(7),
+/* Process functions that Python lacks. cffi parses this file. Sources: signal-safety(7),
  * getauxval(3). */
 #ifndef TTUN_PROCESS_H
 #define TTUN_PROCESS_H

@@ -1,8 +1,7 @@
 /* Creates and ends a session, and gives Python access to its counters, control frames and keys.
  *
- * end_session stores the first reason only, closes both rings and the inbox, wakes the uplink's
- * poll and shuts the socket down. ttun_session_new allocates all memory and the one descriptor:
- * mutexes and condition variables need neither in glibc and musl, so making them cannot fail. */
+ * ttun_session_new allocates all memory and the one descriptor: mutexes and condition variables
+ * need neither in glibc and musl, so making them cannot fail. */
 #define _GNU_SOURCE
 #include "internal.h"
 

@@ -13,12 +13,9 @@
  *  4. downlink open: opens each frame of a slot in place, coalesces consecutive packets, and writes
  *     them to the device.
  *
- * The two threads of a direction share a ring buffer (ring.h). With `direct` the first one empties
- * a slot itself while the second is idle; a send that would block is left to the second.
- *
- * In protocol x1 GSO packets are sent unsegmented if the peer has offloads, and there are control
- * frames. Those of the peer go to the inbox; those from Python come from the outbox, which the
- * uplink checks before each batch. SWITCH is the last frame under the old key of its direction. The
+ * The two threads of a direction share a ring buffer (ring.h). In protocol x1 GSO packets are sent
+ * unsegmented if the peer has offloads, and there are control frames (control_queue.h), which the
+ * uplink seals before each batch. SWITCH is the last frame under the old key of its direction. The
  * next keys are set before, so no thread waits for them. */
 #ifndef TTUN_SESSION_H
 #define TTUN_SESSION_H
