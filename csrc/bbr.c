@@ -11,7 +11,7 @@ enum {
     BUSY = 8,               /* segments in flight */
     QUEUED = 5000,          /* microseconds above the minimum RTT that show a queue */
     FULL_FOR = 3,           /* round trips without bandwidth growth */
-    IDLE = 100000,          /* microseconds, or a round trip: between two looks at a busy flow */
+    IDLE = 50000,           /* microseconds, or a round trip: between two looks at a busy flow */
     HELD_FOR = 10,          /* round trips */
     VALID_FOR = 10000000,   /* microseconds: bbr_min_rtt_win_sec */
     FEW = 16 * 1448,        /* bytes in flight of which four packets are enough for a while */
@@ -49,9 +49,7 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
                           uint64_t bandwidth, uint32_t gain) {
     bool busy = gain >= STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
     uint64_t queued = tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED;
-    /* After a silence the bandwidth is that of the little traffic before, and the smoothed RTT that
-     * of delayed acknowledgements. */
-    bool resumed = now - bbr->looked_at > (tcp->rtt > IDLE ? tcp->rtt : IDLE);
+    bool silent = now - bbr->looked_at > (tcp->rtt > IDLE ? tcp->rtt : IDLE);
     bbr->looked_at = now;
     if (bbr->held_until != 0) {
         if (gain >= STARTUP && now < bbr->held_until)
@@ -59,7 +57,10 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
         limit_pacing(socket, UINT32_MAX);
         bbr->held_until = 0;
         bbr->full_since = now;
-    } else if (!busy || resumed || bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
+    } else if (!busy) {
+        bbr->full_since = 0;
+    } else if (bbr->full_since == 0 || silent ||
+               bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
         bbr->full_since = now;
     } else if (now - bbr->full_since > FULL_FOR * (uint64_t)tcp->rtt &&

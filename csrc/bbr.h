@@ -5,7 +5,8 @@
  * sends at the rate of its acknowledgements, which is that of the link, while startup paces at 2.89
  * times that. So startup would last for ever, with a queue of two round trips in the network and
  * the losses of a full one. If the bandwidth stops growing and there is a queue, limit the pacing
- * to just below the rate until bbr notices.
+ * to just below the rate until bbr notices. Count from when the connection got busy: after a
+ * silence, bandwidth and RTT are those of little traffic and its delayed acknowledgements.
  *
  * Minimum RTT. Ten seconds after it last measured it, bbr sends only four packets at a time, for
  * 200 ms and a round trip (BBR_PROBE_RTT), and all traffic inside waits. It does not if the flow
@@ -31,7 +32,7 @@
 
 struct bbr {
     uint64_t most_bandwidth; /* in startup; bytes per second */
-    uint64_t full_since;     /* no bandwidth growth since; microseconds */
+    uint64_t full_since;     /* busy and no bandwidth growth since; microseconds; 0: not busy */
     uint64_t held_until;     /* end of the pacing limit; 0: no limit */
     uint64_t looked_at;      /* the last call; microseconds */
     uint32_t min_rtt;        /* microseconds */

@@ -177,21 +177,21 @@ def test_acknowledgements_of_a_download_are_not_slowed_down(code: ctypes.CDLL) -
     assert slowed == 0
 
 
-def startup(code: ctypes.CDLL, looks: list[tuple[int, int]]) -> list[int]:
+def startup(code: ctypes.CDLL, looks: list[tuple[int, int]], rtt: int = RTT) -> list[int]:
     """The limits of pacing in bytes per second, after each look at a connection in startup.
 
     looks: (microseconds since the last one, segments in flight). The bandwidth does not grow, and
-    the smoothed round trip is that of delayed acknowledgements or of a queue.
+    the smoothed round trip is that of delayed acknowledgements or of a queue. rtt: the shortest.
     """
     ctypes.c_uint.in_dll(code, "info_size").value = BBR
     info = (ctypes.c_ubyte * 64).in_dll(code, "info")
-    struct.pack_into("=5I", info, 0, 2 * MBIT, 0, RTT, 739, 739)
+    struct.pack_into("=5I", info, 0, 2 * MBIT, 0, rtt, 739, 739)
     pacing = ctypes.c_uint.in_dll(code, "pacing")
     pacing.value = UNLIMITED
     bbr, now, limits = Bbr(), SECOND, []
     for after, segments in looks:
         now += after
-        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, RTT + QUEUED, RTT)
+        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, rtt + QUEUED, rtt)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         limits.append(pacing.value)
     return limits
@@ -205,10 +205,10 @@ def test_a_startup_without_growth_is_held_below_its_rate_for_a_while(code: ctype
     assert 9 * (RTT + QUEUED) < len(held) * 10_000 < 11 * (RTT + QUEUED)
 
 
-@pytest.mark.parametrize("before", [0, 30], ids=["little", "busy"])
+@pytest.mark.parametrize(("before", "silence"), [(0, 52_000), (0, 500_000), (30, 500_000)])
 def test_what_follows_a_silence_is_not_taken_for_a_startup_without_growth(
-    code: ctypes.CDLL, before: int
+    code: ctypes.CDLL, before: int, silence: int
 ) -> None:
     """Its bandwidth is that of the little traffic before: it would take seconds to send."""
-    limits = startup(code, [(10_000, before), (500_000, 30), (10_000, 30), (10_000, 30)])
-    assert set(limits) == {UNLIMITED}
+    looks = [(10_000, before), (silence, 30), (10_000, 30), (10_000, 30)]
+    assert set(startup(code, looks, rtt=2_000)) == {UNLIMITED}
