@@ -24,8 +24,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     MUST((vnet.gso_type == TTUN_GSO_NONE) == (gso_size == 0));
     MUST(memcmp(packet, in.bytes, field) == 0);
     MUST(memcmp(packet + field + 2, in.bytes + field + 2, in.left - field - 2) == 0);
+    /* A sender segments more UDP than older kernels accept. */
+    bool many = vnet.gso_type == TTUN_GSO_UDP &&
+                in.left - vnet.header_size > (size_t)gso_size * TTUN_SEGMENTS_MAX;
     if (gso_size > 0)
-        MUST(ttun_stays_whole(&vnet, packet, in.left, tcp, udp));
+        MUST(ttun_stays_whole(&vnet, packet, in.left, tcp, udp) == !many);
 
     struct ttun_segmenter g;
     size_t length, payload = 0;
