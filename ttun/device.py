@@ -232,8 +232,8 @@ def _open(name: str, offload: bool) -> tuple[Any, int]:
                 raise
             log.info("no offload: this kernel lacks IFF_VNET_HDR")
         else:
-            # A prepared device keeps the size that another program has set.
-            fcntl.ioctl(tun, lib.TUNSETVNETHDRSZ, struct.pack("=i", VNET_SIZE))
+            with contextlib.suppress(OSError):  # a prepared device keeps what another program set
+                fcntl.ioctl(tun, lib.TUNSETVNETHDRSZ, struct.pack("=i", VNET_SIZE))
             for wanted, bits in OFFLOADS:
                 with contextlib.suppress(OSError):
                     fcntl.ioctl(tun, lib.TUNSETOFFLOAD, wanted)
