@@ -1,6 +1,14 @@
-/* Coalesces packets into one GSO packet for the kernel, and restores the vnet header of offloaded
- * packets. The kernel gets both with a partial checksum and completes it. That would hide
- * corruption, so a packet with a wrong checksum is never coalesced. */
+/* Coalesces packets into one GSO packet for the kernel:
+ *
+ *  1. ttun_coalesce checks that a packet continues its flow, has no unusual headers, and valid
+ *     checksums. Coalesced packets are passed with a partial checksum, which the kernel completes:
+ *     that would hide corruption, so a packet with a wrong checksum is never coalesced.
+ *  2. ttun_flush sets the lengths in the headers of the first packet.
+ *
+ * For offloaded packets, between two ends with offloads:
+ *
+ *  3. ttun_stays_whole checks whether the peer can restore the vnet header.
+ *  4. ttun_restore_vnet restores it from the packet alone, and rejects malformed ones. */
 #include <string.h>
 
 #include "offload.h"

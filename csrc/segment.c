@@ -1,7 +1,10 @@
-/* Segments a GSO packet from the kernel for a peer without offloads. Only headers are copied: they
- * move in front of each part of the payload, over the previous one. As in the kernel, the checksum
- * is computed from the pseudo-header sum in its field, with the length replaced. The addresses are
- * not used: with a routing header or a source route the final destination is elsewhere. */
+/* Segments a GSO packet from the kernel for a peer without offloads:
+ *
+ *  1. ttun_segment validates the vnet header against the packet.
+ *  2. ttun_next_segment moves the headers in front of each part of the payload, over the previous
+ *     payload, so that only headers are copied. As in the kernel, the checksum is computed from the
+ *     pseudo-header sum in its field, with the length replaced. The addresses are not used: with a
+ *     routing header or a source route the final destination is elsewhere. */
 #include <assert.h>
 #include <string.h>
 
