@@ -179,7 +179,8 @@ class Lifecycle(abc.ABC):
         thread = threading.get_ident()
         if self._runner is not None:
             return self._runner == thread
-        return self._taken["start" if self._is_open else "open"][0] == thread
+        # Not by _is_open, which open() may set on another thread meanwhile.
+        return (self._taken.get("start") or self._taken["open"])[0] == thread
 
     def _main(self) -> None:
         if not self._take("run"):
