@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from peer import PING, PONG, REKEY, SWITCH, checksum
@@ -220,6 +221,32 @@ def test_a_peer_that_says_nothing_is_gone(impatient: None) -> None:
         assert "peer timed out" in rig.ended()
         assert time.monotonic() - started + 0.1 >= control.DEAD_AFTER
         assert time.monotonic() - started < control.LOST_AFTER
+
+
+def test_an_end_that_was_stopped_first_reads_what_came_meanwhile(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGSTOP, say. When all its threads run again, this one may be the first."""
+    stopped = 0.0
+
+    class Codec:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def ttun_session_silence(self, session: object) -> float:
+            return float(lib.ttun_session_silence(session) + 1000 * stopped)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped, sleep=time.sleep)
+    with rigged() as rig:
+        monkeypatch.setattr(control, "time", clock)
+        monkeypatch.setattr(control, "lib", Codec())
+        rig.carries()
+        stopped = 20.0
+        time.sleep(5 * control.LOOK_AT_CLOCK)
+        assert rig.session.control is not None
+        assert rig.session.control.reason is None
+        rig.carries()
+        assert "peer timed out" in rig.ended(), "it did not come back"
 
 
 def test_a_slow_link_with_a_full_queue_is_not_dead_but_not_forever(impatient: None) -> None:

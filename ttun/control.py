@@ -37,6 +37,7 @@ PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
 RETRANSMIT_WITHIN = 2000  # ms
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15; not for Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds
+STOPPED = 5.0  # seconds between two looks: this end did not run, and may have frames to read
 STORM_PAUSE = 0.005  # seconds after each frame: limits the CPU time of a flood
 REKEY_TIMEOUT = 60.0  # seconds
 PING_SIZE: int = lib.TTUN_PING_SIZE
@@ -70,6 +71,7 @@ class Control:
         self._ping = b""
         self._acknowledged = -1
         self._progress_at = 0.0
+        self._runs_since = float("-inf")
         self._pair: KeyPair | None = None  # the client's, until the server's REKEY
         self._expected: int | None = None  # the next frame of a rekey in progress
         self._rekey_at = 0.0
@@ -141,7 +143,9 @@ class Control:
         acknowledged = sent - self._unacknowledged()
         if acknowledged > self._acknowledged:
             self._acknowledged, self._progress_at = acknowledged, now
-        silence = lib.ttun_session_silence(self._c) / 1000
+        if now - self._looked_at >= STOPPED:  # SIGSTOP, a frozen container or virtual machine
+            self._runs_since = now
+        silence = min(lib.ttun_session_silence(self._c) / 1000, now - self._runs_since)
         if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= DEAD_AFTER:
             raise ProtocolError(f"peer timed out: last received {silence:.0f} s ago")
         if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:
