@@ -195,6 +195,18 @@ def test_an_address_that_was_never_on_a_link_is_not_missed(plain: Bench, end: Wa
         stays(end)
 
 
+def test_a_socket_of_another_network_namespace_is_not_judged_by_the_addresses_here(
+    plain: Bench, end: Watched
+) -> None:
+    """As a program, or systemd with NetworkNamespacePath=, may give one."""
+    listener = plain.on(SERVER, lambda: tcp.listen(Address("", PORT), None))
+    with listener, plain.on(CLIENT, lambda: socket.create_connection((SERVER_ADDRESS, PORT), 10)):
+        listener.setblocking(True)
+        with listener.accept()[0] as sock:
+            watch(end, sock)
+            stays(end)
+
+
 def test_a_socket_that_is_no_connection_over_ip_has_no_address() -> None:
     for pair in (socket.socketpair(), [socket.socket(), socket.socket()]):
         for sock in pair:

@@ -25,6 +25,7 @@ NLM_REQUEST, NLM_MULTI, NLM_ACK, NLM_DUMP = 0x01, 0x02, 0x04, 0x300
 NLM_DUMP_INTERRUPTED, NLM_EXCLUSIVE, NLM_CREATE = 0x10, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 SOL_NETLINK, ADD_MEMBERSHIP, DROP_MEMBERSHIP, STRICT_CHECK = 270, 1, 2, 12
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 # linux/rtnetlink.h
 NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
@@ -100,6 +101,16 @@ class Netlink:
     def close(self) -> None:
         """Close it."""
         self._sock.close()
+
+    def sees(self, sock: socket.socket) -> bool:
+        """Return whether a socket is in this network namespace. True where the kernel does not tell
+        (before Linux 5.14).
+        """
+        option = socket.SOL_SOCKET, SO_NETNS_COOKIE, 8
+        try:
+            return sock.getsockopt(*option) == self._sock.getsockopt(*option)
+        except OSError:
+            return True
 
     def join(self, groups: Iterable[int] = GROUPS) -> None:
         """Subscribe to change notifications. Raises OSError."""

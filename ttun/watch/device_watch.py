@@ -19,6 +19,7 @@ import time
 from functools import partial
 
 from ttun.device import Device
+from ttun.errors import reason
 from ttun.watch.device_state import Lack, Seen, Wanted, describe, key
 from ttun.watch.roaming import LocalAddress, Sleep
 from ttun.watch.state_reader import StateReader
@@ -96,28 +97,29 @@ class DeviceWatch:
     def look(self, now: float) -> None:
         """Process some of the pending changes; never block, never raise."""
         self._sleep.look()
+        try:
+            self._look(now)
+        except (OSError, MemoryError) as error:  # no netlink, or a temporary shortage
+            self._complain(error)
+
+    def _look(self, now: float) -> None:
         if not self.device_gone and self._device.is_gone():
             self.device_gone, self.missing = True, ["device removed"]
-        try:
-            if self._reader is None:
-                if now < self._open_at:
-                    return
-                self._open_at = now + RETRY
-                self._reader = StateReader(self._device.index, self._wanted)
-                self._reader.addresses = self._local.addresses if self._local else set()
-            seen = self._reader.look(now)
-        except OSError as error:  # no netlink, or a temporary shortage
-            self._complain(error)
-            return
+        if self._reader is None:
+            if now < self._open_at:
+                return
+            self._open_at = now + RETRY
+            self._reader = StateReader(self._device.index, self._wanted)
+            self._reader.addresses = self._local.addresses if self._local else set()
+        seen = self._reader.look(now)
         if seen is not None and not self.device_gone:
             self._complained = False
             self._judge(self._reader, seen, now)
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: BaseException) -> None:
         if not self._complained:
             self._complained = True
-            why = error.strerror or error
-            log.warning("cannot monitor %s: netlink: %s", self._device.name, why)
+            log.warning("cannot monitor %s: netlink: %s", self._device.name, reason(error))
 
     def _judge(self, reader: StateReader, seen: Seen, now: float) -> None:
         if not self._read_before:  # connected routes differ between kernels
@@ -133,9 +135,10 @@ class DeviceWatch:
         self._put_back = []
         if not self._mend(reader, lacks, now):
             self._say(lacks, now)
-        if self._local is not None and self.lost_local is None:
-            self.lost_local, again = self._local.judge(seen, now)
-            reader.addresses = self._local.addresses
+        local = self._local
+        if local is not None and self.lost_local is None and reader.sees(local.sock):
+            self.lost_local, again = local.judge(seen, now)
+            reader.addresses = local.addresses
             if again is not None:
                 reader.read_within(now, again)
 

@@ -43,14 +43,14 @@ class LocalAddress:
 
     def __init__(self, sock: socket.socket) -> None:
         """sock: connected; the caller keeps ownership."""
-        self._sock = sock
+        self.sock = sock
         self.addresses = local_addresses(sock)
         self._known = False  # one of them was seen on a link
         self._away_since: float | None = None
 
     def judge(self, seen: Seen, now: float) -> tuple[str | None, float | None]:
         """Return why the connection is dead or None, and seconds until the next check or None."""
-        self.addresses |= local_addresses(self._sock)
+        self.addresses |= local_addresses(self.sock)
         owners = {x: links for x, links in seen.owners.items() if x in self.addresses}
         self._known = self._known or bool(owners)
         if any(links & seen.links_up for links in owners.values()):
@@ -85,8 +85,8 @@ class LocalAddress:
     def _has_other_way(self) -> bool:
         """Return whether there is a route to the peer from another local address."""
         try:
-            with socket.socket(self._sock.family, socket.SOCK_DGRAM) as probe:
-                probe.connect(self._sock.getpeername())  # sends nothing
+            with socket.socket(self.sock.family, socket.SOCK_DGRAM) as probe:
+                probe.connect(self.sock.getpeername())  # sends nothing
                 return not local_addresses(probe) & self.addresses
         except OSError:
             return False

@@ -74,6 +74,10 @@ class StateReader:
         """Close the socket."""
         self._link.close()
 
+    def sees(self, sock: socket.socket) -> bool:
+        """Return whether a socket is in the network namespace that this reads."""
+        return self._link.sees(sock)
+
     @property
     def due(self) -> float:
         """When to call look() at the latest (time.monotonic())."""
@@ -90,7 +94,7 @@ class StateReader:
         began = time.thread_time()
         try:
             seen = self._look(now)
-        except OSError:
+        except (OSError, MemoryError):
             self._break_off(now + BACKSTOP)
             raise
         self._spent += time.thread_time() - began
