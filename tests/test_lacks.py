@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from embedded import run
 from lacks import lives, no_descriptors, no_threads
 from machine import IS_NOBODY_HERE
 from peer import Peer
@@ -200,3 +201,30 @@ def test_too_few_descriptors_at_the_start_are_one_line(plain: Bench, role: str) 
         if done.returncode == 1:
             assert "Traceback" not in done.stderr, (limit, done.stderr)
     assert 124 in outcomes or 0 in outcomes, "with enough of them it runs"
+
+
+def test_a_session_survives_a_time_without_memory_for_what_the_kernel_says(plain: Bench) -> None:
+    """The device is looked at also while the endpoint waits because of a lack."""
+    client = plain.client()
+    printed = run(
+        plain,
+        SERVER,
+        """
+        from ttun.network import netlink
+
+        def receive(self):
+            raise MemoryError
+
+        server = ttun.Server(b"secret")
+        server.start()
+        until(lambda: server.status().peer)
+        usual, netlink.Netlink.receive = netlink.Netlink.receive, receive
+        time.sleep(4)
+        netlink.Netlink.receive = usual
+        print("over:", server.wait(1), "peer:", server.status().peer is not None)
+        server.stop()
+        """,
+    )
+    assert printed.count("cannot monitor ttun0: netlink: MemoryError") == 1
+    assert "over: False peer: True" in printed
+    assert lives(client)
