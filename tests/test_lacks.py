@@ -228,3 +228,28 @@ def test_a_session_survives_a_time_without_memory_for_what_the_kernel_says(plain
     assert printed.count("cannot monitor ttun0: netlink: MemoryError") == 1
     assert "over: False peer: True" in printed
     assert lives(client)
+
+
+def test_a_shortage_during_a_dial_has_a_name(plain: Bench) -> None:
+    printed = run(
+        plain,
+        CLIENT,
+        """
+        import errno
+
+        class Dialer(ttun.Dialer):
+            name = "there"
+
+            def kind(self, sock):
+                return "tcp"
+
+            def candidates(self, stop):
+                def first(stop): raise MemoryError
+                def second(stop): raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                return [ttun.Candidate("there", None, each) for each in (first, second)]
+
+        with ttun.Client(b"secret", server=Dialer()) as client:
+            until(lambda: client.status().failed_attempts)
+        """,
+    )
+    assert "cannot connect to there: MemoryError; Too many open files\n" in printed

@@ -81,6 +81,18 @@ def test_the_kernel_says_which_way_the_connection_would_go(
 
 
 @pytest.mark.hosts
+def test_a_route_of_another_program_is_not_called_an_option(plain: Bench) -> None:
+    """As a routing daemon on the tunnel may add one."""
+    client = plain.client()
+    client.says("Connection refused")
+    plain.run(CLIENT, "ip", "route", "add", "192.0.2.1", "dev", "ttun0")
+    client.says(
+        "cannot connect to 192.0.2.1:20203: a route of ttun0 (ip route get 192.0.2.1) would route "
+        "the tunnel's own connection to 192.0.2.1 into the tunnel"
+    )
+
+
+@pytest.mark.hosts
 def test_a_route_is_as_ip_route_makes_it(plain: Bench) -> None:
     networks = {"-4": "203.0.113.0/24", "-6": "2001:db8:f::/48"}
     server = plain.server(*(word for each in networks.values() for word in ("--route", each)))

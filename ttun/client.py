@@ -15,7 +15,7 @@ from typing import Callable
 
 from ttun import handshake, privileges, proxy, tcp
 from ttun.endpoint import Endpoint
-from ttun.errors import LACKS, TtunError, UsageError, is_lack
+from ttun.errors import LACKS, TtunError, UsageError, is_lack, reason
 from ttun.lifecycle import LACK_MOST
 from ttun.network import default_route, name_servers, netlink
 from ttun.network.resolver import AMONG_OTHERS, FIRST_PATIENCE
@@ -282,14 +282,16 @@ class Client(Endpoint):
         tunnel, way = self._device.index, netlink.device_to(target, self._users[0], bound_to)
         if way == tunnel and bound_to is None:
             found = [each for each in self._settings.routes if target in each]
-            route = str(max(found, key=lambda each: each.prefixlen)) if found else "default"
-            return UsageError(
-                f"--route {route} would route the tunnel's own connection to {address} into the "
-                "tunnel"
-            )
+            what = f"a route of {self._device.name} (ip route get {address})"
+            if found:
+                what = f"--route {max(found, key=lambda each: each.prefixlen)}"
+            elif self._settings.default_route:
+                what = "--route default"
+            why = f"{what} would route the tunnel's own connection to {address} into the tunnel"
+            return UsageError(why)
         if way and self._settings.default_route:
-            why = default_route.why_dropped(target, way, tunnel)
-            return TtunError(why) if why else None
+            dropped = default_route.why_dropped(target, way, tunnel)
+            return TtunError(dropped) if dropped else None
         return None
 
     def _connect(self, backoff: Backoff) -> tuple[Peer | None, float]:
@@ -314,8 +316,7 @@ class Client(Endpoint):
             if peer is not None or self._stop.is_set():
                 return peer, 0.0
             self._dialers.rotate(-1)
-        usual = backoff.after_failure(time.monotonic()) if len(waits) == 0 else 0.0
-        return None, min(waits, default=usual)
+        return None, min(waits) if waits else backoff.after_failure(time.monotonic())
 
     def _try(self, backoff: Backoff, waits: list[float]) -> Peer | None:
         """Dial each address of a server and shake hands, until one has proved the key.
@@ -350,7 +351,7 @@ class Client(Endpoint):
         if failures and not self._stop.is_set():
             name = self._dialer.name
             named = (f"{name}: ", f"{name.rpartition(':')[0]}: ")  # the server is named once
-            reasons = [str(x).removeprefix(named[0]).removeprefix(named[1]) for x in failures]
+            reasons = [reason(x).removeprefix(named[0]).removeprefix(named[1]) for x in failures]
             why = "; ".join(reasons)
             log.warning("cannot connect to %s: %s", name, why)
             self._attempt_failed(why)
@@ -377,24 +378,22 @@ class Client(Endpoint):
         attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
         try:
             self._watch_connection(attempt.sock)
-            answered_after: float | None = None  # until its first byte
+            answered_after = float("inf")  # until its first byte
             while not self._stop.is_set():
                 why = self._why_dead()
                 if why is not None and self._pending.is_pending(attempt):
                     self._pending.give_up(attempt, why)
                     self._moved = True
-                if answered_after is None and attempt.spoke:
-                    answered_after = time.monotonic() - began
+                if attempt.spoke:
+                    answered_after = min(answered_after, time.monotonic() - began)
                 if not self._pending.is_pending(attempt):
-                    waited = patience is None and (
-                        answered_after is None or answered_after > WAITED
-                    )
+                    waited = patience is None and answered_after > WAITED
                     return None, time.monotonic() - began if waited else None
                 peer = self._pending.turn()
                 if peer is not None:
                     return peer._replace(name=self._dialer.name), None
         except BaseException as error:  # or it would go on beside the next attempt
             if self._pending.is_pending(attempt):
-                self._pending.give_up(attempt, str(error))
+                self._pending.give_up(attempt, reason(error))
             raise
         raise InterruptedError
