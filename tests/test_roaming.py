@@ -177,6 +177,31 @@ def test_a_link_that_is_down_is_waited_for_unless_there_is_another_way(
                 goes(end, f"the link of local address {OURS4} is down")
 
 
+def test_a_link_that_was_never_up_is_not_missed(plain: Bench, end: Watched) -> None:
+    """The kernel takes packets to all of its addresses, through whatever link they come."""
+    address, there = "203.0.113.9", ["-n", plain.pair.names[SERVER], "route"]
+    end.shell(f"ip link add wa type veth peer name wb && ip address add {address}/32 dev wa")
+    netns.ip(*there, "add", address, "via", netns.IPV4[CLIENT])
+    try:
+        with connection(plain, SERVER_ADDRESS, address) as sock:
+            watch(end, sock)
+            stays(end)
+            end.ip("address", "del", f"{address}/32", "dev", "wa")
+            goes(end, removed(address))
+    finally:
+        netns.ip(*there, "del", address)
+        end.ip("link", "delete", "wa")
+
+
+def test_a_connection_that_is_bound_to_a_link_has_no_other_way(plain: Bench, end: Watched) -> None:
+    with connection(plain, SERVER_ADDRESS, OURS4) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"vclient")
+        watch(end, sock)
+        with plain.link_down(CLIENT), another_way(end):
+            stays(end)
+        stays(end)
+
+
 def test_a_link_that_is_gone_ends_its_connection(plain: Bench, end: Watched) -> None:
     back = ["route", "add", "198.51.100.0/24", "via", netns.IPV4[CLIENT]]
     netns.ip("-n", plain.pair.names[SERVER], *back)

@@ -45,7 +45,7 @@ class LocalAddress:
         """sock: connected; the caller keeps ownership."""
         self.sock = sock
         self.addresses = local_addresses(sock)
-        self._known = False  # one of them was seen on a link
+        self._known = self._was_up = False  # one of them was seen on a link; on one that was up
         self._away_since: float | None = None
 
     def judge(self, seen: Seen, now: float) -> tuple[str | None, float | None]:
@@ -53,7 +53,10 @@ class LocalAddress:
         self.addresses |= local_addresses(self.sock)
         owners = {x: links for x, links in seen.owners.items() if x in self.addresses}
         self._known = self._known or bool(owners)
-        if any(links & seen.links_up for links in owners.values()):
+        is_up = any(links & seen.links_up for links in owners.values())
+        self._was_up = self._was_up or is_up
+        # Else it came through another link: the kernel is reached at the addresses of all links.
+        if is_up or (owners and not self._was_up):
             self._away_since = None
             return None, None
         if not self._known and self._is_local():
@@ -86,6 +89,8 @@ class LocalAddress:
         """Return whether there is a route to the peer from another local address."""
         try:
             with socket.socket(self.sock.family, socket.SOCK_DGRAM) as probe:
+                device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE
+                probe.setsockopt(*device, self.sock.getsockopt(*device, 16))
                 probe.connect(self.sock.getpeername())  # sends nothing
                 return not local_addresses(probe) & self.addresses
         except OSError:
