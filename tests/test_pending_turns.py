@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from peer import X1Peer
@@ -21,6 +22,7 @@ from ttun.cipher import TO_SERVER
 from ttun.flag import Flag
 from ttun.peer import HalfOpen
 from ttun.pending import Pending
+from ttun.server import Server
 
 
 @pytest.fixture
@@ -68,6 +70,29 @@ def test_a_descriptor_that_is_gone_is_reported_once() -> None:
     assert lasts(waiting)
     waiting.close()
     os.close(reading)
+
+
+def test_a_session_whose_threads_see_the_reset_later_is_not_waited_for_a_second() -> None:
+    """The kernel wakes the endpoint and the threads of the session at once."""
+
+    class Late:
+        control = object()
+
+        def __init__(self, sock: socket.socket) -> None:
+            self.fileno, self.over_at = sock.fileno, time.monotonic() + 0.03
+
+        @property
+        def is_over(self) -> bool:
+            return time.monotonic() >= self.over_at
+
+    server = Server(b"secret")
+    server._watch = SimpleNamespace(lost_local=None, watch_connection=lambda _: None)  # type: ignore[assignment]
+    ours, theirs = socket.socketpair()
+    with ours:
+        theirs.close()
+        late = Late(ours)
+        server._attend(late, ours)  # type: ignore[arg-type]
+        assert time.monotonic() - late.over_at < 0.5
 
 
 def test_a_nonce_may_come_in_parts(harness: Harness) -> None:

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 
 import pytest
 from peer import PING, PONG, REKEY, SWITCH, X1Peer
@@ -67,6 +68,16 @@ def test_our_client_rekeys_when_it_is_due_not_at_the_next_check_of_the_timers() 
             eventually(lambda n=number: rig.session.control.rekeys == n + 1, "it has gone on")
         took = time.monotonic() - began
     assert 0.2 < took < control.LOOK_AT_CLOCK * 2, "three checks of the timers take longer"
+
+
+def test_the_key_of_a_rekey_that_was_not_completed_is_wiped_with_the_session() -> None:
+    """The endpoint keeps the session, for its counters."""
+    with rigged("client", limits=AT_ONCE) as rig:
+        rig.carries()
+        assert rig.session.control is not None
+        pair = weakref.ref(eventually(lambda: rig.session.control._pair, "a rekey"))
+        rig.end()
+        assert pair() is None
 
 
 def test_without_packets_no_key_is_changed() -> None:

@@ -87,6 +87,7 @@ class Control:
         if self._thread.ident is not None:
             self._thread.join()
         self._agreement.p.wipe()
+        self._pair = None  # of a rekey that was not completed: its last reference
         self._c = None  # so that the session can be freed
 
     def _run(self) -> None:

@@ -20,6 +20,7 @@ from typing import Callable, ClassVar
 from ttun import congestion
 from ttun.device import Device
 from ttun.errors import LACKS, TtunError, UsageError, reason
+from ttun.flag import SLICE
 from ttun.handshake import agreeable, psk_key
 from ttun.lifecycle import Lifecycle
 from ttun.mptcp import Watch
@@ -37,6 +38,7 @@ from ttun.watch.device_watch import DeviceWatch
 log = logging.getLogger("ttun")
 
 MISSING_SHOWN = 32  # items in Status.missing
+SOON = 0.02  # seconds until the threads of a session notice that its connection was reset
 
 
 class Endpoint(Lifecycle):
@@ -278,7 +280,9 @@ class Endpoint(Lifecycle):
                     session.end(why)
                     break
                 try:
-                    peer = self._pending.turn()
+                    peer = self._pending.turn(
+                        SLICE if descriptor in self._pending.watched else SOON
+                    )
                 except LACKS as error:  # affects new connections only
                     if not lacking:
                         log.warning("not accepting connections: %s", reason(error))

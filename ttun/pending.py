@@ -61,6 +61,7 @@ class Pending:
         self._stop = stop
         self._poll = select.poll()
         self._poll.register(stop, select.POLLIN)
+        self.watched: set[int] = set()  # descriptors given to watch(), until an error of them
         self._half_open: dict[int, HalfOpen] = {}  # by descriptor, oldest first
         self._host: Host | None = None
         self._silent = False  # never answer an unauthenticated client
@@ -81,10 +82,12 @@ class Pending:
 
     def watch(self, descriptor: int, events: int = 0) -> None:
         """Have turn() return on events of this descriptor; the caller handles them."""
+        self.watched.add(descriptor)
         self._poll.register(descriptor, events)
 
     def unwatch(self, descriptor: int) -> None:
         """Stop watching a descriptor, if it is watched."""
+        self.watched.discard(descriptor)
         with contextlib.suppress(KeyError):
             self._poll.unregister(descriptor)
 
