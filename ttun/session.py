@@ -103,23 +103,19 @@ class Session:
             lib.ttun_downlink_receive,
             lib.ttun_downlink_open,
         ]
-        self._threads = [
-            threading.Thread(target=body, args=(session,), name="ttun-pump", daemon=True)
-            for body in bodies
-        ]
-        started = []
+        self._threads: list[threading.Thread] = []
         try:
-            for thread in self._threads:
+            for body in bodies:
+                thread = threading.Thread(
+                    target=body, args=(session,), name="ttun-pump", daemon=True
+                )
                 thread.start()
-                started.append(thread)
+                self._threads.append(thread)
             if self.control is not None:
                 self.control.start()
         except BaseException as error:  # threads must not outlive the socket
-            self._threads = started
             self.end(str(error))
             self.wait()
-            if isinstance(error, RuntimeError):  # no thread available
-                raise OSError(str(error)) from None
             raise
 
     def fileno(self) -> int:
