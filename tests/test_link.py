@@ -9,12 +9,14 @@ import threading
 
 import pytest
 from connections import KINDS, connected, need_mptcp
+from pending_rig import no_descriptors
 
 from ttun import tcp
 from ttun.address import Address
 from ttun.client import Backoff
 from ttun.errors import TtunError, UsageError
 from ttun.flag import Flag
+from ttun.network.resolver import Target
 
 
 @pytest.mark.parametrize(
@@ -252,3 +254,12 @@ def test_only_a_long_session_ends_the_back_off() -> None:
     assert backoff.after_failure(now=161) > 20
     backoff.after_session(61, now=300)
     assert backoff.after_failure(now=361) <= 1
+
+
+def test_a_lack_is_not_taken_for_a_kernel_without_mptcp(caplog: pytest.LogCaptureFixture) -> None:
+    """With a descriptor a moment later, the connection would be plain TCP until it ends."""
+    need_mptcp()
+    target, stop = Target(socket.AF_INET, ("127.0.0.1", 1)), Flag()
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        tcp.connect(target, True, stop)
+    assert caplog.messages == []

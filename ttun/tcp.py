@@ -19,7 +19,7 @@ from typing import Callable
 from ttun import congestion, transport
 from ttun.address import Address, parse_host_port
 from ttun.binding import Binding
-from ttun.errors import ProtocolError, TtunError, reason
+from ttun.errors import ProtocolError, TtunError, is_lack, reason
 from ttun.flag import Flag
 from ttun.network import resolver
 from ttun.network.resolver import Resolver, SocketAddress, Target
@@ -164,7 +164,7 @@ def _open(family: int, mptcp: bool, control: str, *, quietly: bool) -> socket.so
         try:
             sock = socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP)
         except OSError as error:
-            if error.errno == errno.EAFNOSUPPORT:
+            if error.errno == errno.EAFNOSUPPORT or is_lack(error):
                 raise
             if not quietly:
                 log.warning("no Multipath TCP in this kernel: %s; using TCP", reason(error))
