@@ -81,10 +81,11 @@ def test_the_address_of_the_peer_is_the_other_one_of_two(
     local: str, peer: str | None, other: str | None
 ) -> None:
     class Fake:
-        mtu, has_ipv6 = 1280, False
+        name, mtu, has_ipv6 = "ttun0", 1280, False
         addresses = Addresses.parse(CLIENT_DEFAULTS, local4=local, peer4=peer)
 
-    assert in_tunnel(Fake()) == {"mtu": 1280, "local4": local, "peer4": other}  # type: ignore[arg-type]
+    shown = {"device": "ttun0", "mtu": 1280, "local4": local, "peer4": other}
+    assert in_tunnel(Fake()) == shown  # type: ignore[arg-type]
     Fake.has_ipv6 = True
     found = in_tunnel(Fake())  # type: ignore[arg-type]
     assert (found["local6"], found["peer6"]) == ("fc11::2/126", "fc11::1")

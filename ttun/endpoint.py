@@ -117,7 +117,6 @@ class Endpoint(Lifecycle):
         missing = some(self._watch.missing, MISSING_SHOWN) if self._watch else []
         return self._record.status(
             role=self.role,
-            device=self._device.name if self._device else None,
             missing=missing,
             uptime=time.monotonic() - self._created,
             endpoint=self._endpoint[:MOST_CHARACTERS],
@@ -126,8 +125,7 @@ class Endpoint(Lifecycle):
 
     def facts(self) -> dict[str, str | None]:
         """Return what stays the same during a session, as text."""
-        device = self._device.name if self._device else None
-        return self._record.facts(self.role, device, in_tunnel(self._device))
+        return self._record.facts(self.role, in_tunnel(self._device))
 
     # ---- overridden by Server and Client ----
 

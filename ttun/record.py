@@ -122,11 +122,11 @@ class Record(NamedTuple):
             **ends,
         )
 
-    def facts(self, role: str, device: str | None, ends: dict[str, Any]) -> dict[str, str | None]:
+    def facts(self, role: str, ends: dict[str, Any]) -> dict[str, str | None]:
         """Return what stays the same during a session, as text. ends: see in_tunnel()."""
         return {
             "role": role,
-            "device": device,
+            "device": ends["device"],
             "peer": self.peer,
             "transport": self.transport.partition(" ")[0],  # without the proxy
             "wire": self.wire,
@@ -139,9 +139,10 @@ class Record(NamedTuple):
 def in_tunnel(device: Device | None) -> dict[str, Any]:
     """Return the fields of Status that a device has."""
     if device is None:
-        return {}
+        return {"device": None}
     ours = device.addresses
     found = {
+        "device": device.name,
         "mtu": device.mtu,
         "local4": str(ours.ipv4),
         "peer4": _other(ours.ipv4, ours.peer4),
