@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -101,6 +102,32 @@ def test_a_time_out_ends_all_processes_of_a_command_also_those_that_ignore_sigte
     made.down(facts("first"))
     made.close()
     assert "--up: timed out: terminated all its processes after 1 s" in says.text
+
+
+def test_a_process_that_proc_hides_is_killed_too(said: Path, nap: str) -> None:
+    # hidepid=2, as ProtectProc=invisible of the units, hides a program that its user cannot read.
+    # It hides nothing from group 0.
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=2 none /proc && exec "$@"',
+              "sh", "setpriv", "--regid", "65534", "--clear-groups",
+              "--bounding-set", "-all", "--inh-caps", "-all"]  # fmt: skip
+    if subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount /proc here")
+    program = said.with_name("sleep")
+    shutil.copy(shutil.which("sleep") or "", program)
+    program.chmod(0o111)
+    code = """if True:
+        import sys
+        from ttun.process.process_group import ProcessGroup, end
+        group = ProcessGroup(sys.argv[1], {}, print)
+        sys.stdin.readline()
+        end([group])"""
+    command = f"trap '' TERM; exec {program} {nap}"
+    process = subprocess.Popen(
+        [*hidden, sys.executable, "-c", code, command], stdin=subprocess.PIPE, cwd=ROOT
+    )
+    eventually(lambda: running(nap), "it runs")
+    process.communicate(b"\n", timeout=20)
+    assert running(nap) == []
 
 
 def test_what_a_command_leaves_in_the_background_lives_as_long_as_the_program(

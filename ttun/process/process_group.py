@@ -147,29 +147,31 @@ def end(groups: Sequence[ProcessGroup]) -> None:
             for group in left:
                 group.read(TICK / len(left))
             left = [group for group in left if group.is_alive()]
-            if (living := _living()) is not None:
-                left = [group for group in left if group.number in living]
+            zombies = _zombies()
+            left = [group for group in left if group.number not in zombies]
     for group in groups:
         group.close()
 
 
-def _living() -> set[int] | None:
-    """Return the process groups that have more than zombies; None if /proc does not show it.
+def _zombies() -> set[int]:
+    """Return the process groups of which /proc shows zombies and nothing else.
 
-    A zombie whose parent has ended stays until process 1 reaps it, which may take seconds.
+    A zombie whose parent has ended stays until process 1 reaps it, which may take seconds. A group
+    that /proc hides (hidepid, ProtectProc= of systemd) is not known to be one.
     """
-    groups = set()
-    try:
+    shown, living = set(), set()
+    with contextlib.suppress(OSError, ValueError):
         for name in os.listdir("/proc"):
             if name.isdigit():
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     stat = Path("/proc", name, "stat").read_bytes()
                     state, _, group = stat.rpartition(b")")[2].split()[:3]  # proc_pid_stat(5)
+                    shown.add(int(group))
                     if state not in (b"Z", b"X"):
-                        groups.add(int(group))
-    except (OSError, ValueError):
-        return None
-    return groups if os.getpgrp() in groups else None  # else it is the /proc of another namespace
+                        living.add(int(group))
+        if os.getpgrp() in living:  # else it is the /proc of another namespace
+            return shown - living
+    return set()
 
 
 def becoming(user: User | None) -> dict[str, Any]:
