@@ -1,4 +1,4 @@
-"""Rate-limited logging of events that a peer can cause: the first few, then a summary."""
+"""Rate-limited logging of events that others can cause: the first few, then a summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,34 @@ import logging
 log = logging.getLogger("ttun")
 
 MOST, PERIOD = 10, 10.0  # lines, seconds
+
+
+class Allowance:
+    """How many lines may be logged: a burst, then one in so many seconds.
+
+    Times are those of time.monotonic().
+    """
+
+    def __init__(self, burst: int, after: float) -> None:
+        """Allow a burst. after: seconds until another line is allowed."""
+        self._burst, self._after = burst, after
+        self._left, self._at = float(burst), 0.0
+
+    def room(self, now: float) -> int:
+        """Return how many lines are allowed."""
+        self._left = min(self._burst, self._left + (now - self._at) / self._after)
+        self._at = now
+        return int(self._left)
+
+    def use(self, lines: int) -> None:
+        """Count lines that room() allowed."""
+        self._left -= lines
+
+    def take(self, now: float) -> bool:
+        """Return whether a line is allowed, and count it."""
+        allowed = self.room(now) >= 1
+        self.use(allowed)
+        return allowed
 
 
 class Summary:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -36,6 +37,7 @@ from ttun.privileges import User
 from ttun.process import process_group
 from ttun.process.keeper import Facts
 from ttun.process.process_group import TICK, ProcessGroup
+from ttun.summary import Allowance
 
 log = logging.getLogger("ttun")
 
@@ -45,6 +47,8 @@ AT_END = 15.0  # seconds: more than both, and killing what does not stop
 RETRY, RETRY_MOST = 0.5, 8.0  # seconds until starting a command is retried, first and at most
 MOST_WAITING = 16  # sessions
 MOST_LEFT = 16  # commands with processes in the background
+# Lines of all commands' stderr in the log, as sessions may come and go: so many, then one in 3 s.
+LINES, LINE_AFTER = 60, 3.0
 SECRETS = (key.VARIABLE, "TUNTOX_SHARED_SECRET")  # variables that commands do not get
 PROXY = proxy.VARIABLE.encode()
 
@@ -70,7 +74,9 @@ class Hooks:
         self._latest: _Session | None = None
         self._left_out = 0
         self._closed: float | None = None  # when, by time.monotonic()
-        self._background: list[ProcessGroup] = []  # used by the thread only
+        self._background: list[ProcessGroup] = []  # used by the thread only, as is what follows
+        self._allowance = Allowance(LINES, LINE_AFTER)
+        self._unsaid = 0  # lines
 
     def start(self) -> None:
         """Start the thread, after privileges are dropped: the commands inherit what it has.
@@ -128,6 +134,8 @@ class Hooks:
             elif self._commands["down"] is not None:
                 log.warning("skipped --down: --up did not run")
         process_group.end(self._background)
+        if self._unsaid:
+            self._sum_up()
 
     def _next(self) -> _Session | None:
         """Wait for the next session; None when the program ends."""
@@ -150,7 +158,7 @@ class Hooks:
         return session.left or {**session.came, "reason": "stopped"}
 
     def _await(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition or the program's end, and serve the processes in the background.
+        """Wait for a condition or the program's end, and do meanwhile what is due.
 
         Once a second: the number of a group that has ended is reused some day, but not that soon.
         """
@@ -159,14 +167,28 @@ class Hooks:
             with self._changed:
                 if self._closed is not None or condition():
                     return
-                self._changed.wait(1.0 if self._background else None)
+                self._changed.wait(1.0 if self._background or self._unsaid else None)
 
     def _tend(self) -> None:
+        """Serve the processes in the background, and the log."""
+        if self._unsaid and self._allowance.take(time.monotonic()):
+            self._sum_up()
         for group in self._background[:]:
             group.read(0)
             if not group.is_alive():
                 group.close()
                 self._background.remove(group)
+
+    def _say(self, name: str, line: str) -> None:
+        """Log or count a line of a command."""
+        if self._allowance.take(time.monotonic()):
+            log.info("--%s: %s", name, line)
+        else:
+            self._unsaid += 1
+
+    def _sum_up(self) -> None:
+        log.info("--up, --down: and %d more lines", self._unsaid)
+        self._unsaid = 0
 
     def _execute(self, name: str, facts: Facts, at_end: float) -> bool:
         """Run a command to its end; return whether it ran.
@@ -199,10 +221,7 @@ class Hooks:
         self, name: str, command: str, facts: Facts, left: Callable[[], float]
     ) -> ProcessGroup | None:
         """Start a command, with retries while resources are lacking; return None on failure."""
-
-        def say(line: str) -> None:
-            log.info("--%s: %s", name, line)
-
+        say = functools.partial(self._say, name)
         delay = RETRY
         while True:
             try:

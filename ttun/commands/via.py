@@ -27,6 +27,7 @@ from ttun.errors import TtunError, UsageError, printable
 from ttun.flag import Flag
 from ttun.process import keeper
 from ttun.process.process_group import CHUNK, MOST_BYTES
+from ttun.summary import Allowance
 from ttun.transport import Candidate
 
 log = logging.getLogger("ttun")
@@ -138,20 +139,18 @@ class _Lines:
 
     def __init__(self) -> None:
         """Begin with nothing."""
-        self._room, self._at = float(LINES), 0.0
+        self._allowance = Allowance(LINES, LINE_AFTER)
         self._rest = b""  # what has come of the next line
         self._left_out = 0
 
     def take(self, data: bytes, now: float) -> None:
         """Log the lines that data ends."""
-        self._room = min(LINES, self._room + (now - self._at) / LINE_AFTER)
-        self._at = now
-        *lines, rest = (self._rest + data).split(b"\n", int(self._room))
+        *lines, rest = (self._rest + data).split(b"\n", self._allowance.room(now))
         if lines:
             self._sum_up()
         for line in lines:
             log.info("--via: %s", printable(os.fsdecode(line[:MOST_BYTES].rstrip(b"\r"))))
-        self._room -= len(lines)
+        self._allowance.use(len(lines))
         self._left_out += rest.count(b"\n")
         self._rest = rest[rest.rfind(b"\n") + 1 :][:MOST_BYTES]
 

@@ -20,6 +20,7 @@ from functools import partial
 
 from ttun.device import Device
 from ttun.errors import reason
+from ttun.summary import Allowance
 from ttun.watch.device_state import Lack, Seen, Wanted, describe, key
 from ttun.watch.roaming import LocalAddress, Sleep
 from ttun.watch.state_reader import StateReader
@@ -56,7 +57,7 @@ class DeviceWatch:
         self._read_before = False
         self._said: list[Lack] = []  # as last logged
         self._was_complete = not device.prepared
-        self._lines, self._lines_at = float(LINES), 0.0
+        self._lines = Allowance(LINES, LINE_AFTER)
         self._may_mend, self._mend_at = True, 0.0
         self._put_back: list[str] = []
         self._no_rule_since: float | None = None
@@ -130,7 +131,7 @@ class DeviceWatch:
         self.missing = [lack.what for lack in lacks]
         self._was_complete |= not lacks
         self._follow_name(seen, now)
-        if self._put_back and self._may_say(now):
+        if self._put_back and self._lines.take(now):
             log.info("restored on %s: %s", self._device.name, ", ".join(self._put_back))
         self._put_back = []
         if not self._mend(reader, lacks, now):
@@ -144,7 +145,7 @@ class DeviceWatch:
 
     def _follow_name(self, seen: Seen, now: float) -> None:
         if seen.name is not None and seen.name != self._device.name:
-            if self._may_say(now):
+            if self._lines.take(now):
                 log.info("%s was renamed to %s", self._device.name, seen.name)
             self._device.name = seen.name
 
@@ -187,7 +188,7 @@ class DeviceWatch:
     def _say(self, lacks: list[Lack], now: float) -> None:
         """Log changes since the last line about them."""
         before, after = ({x.what for x in found} for found in (self._said, lacks))
-        if before == after or not self._may_say(now):
+        if before == after or not self._lines.take(now):
             return  # the next reading tries again
         self._said = lacks
         if after - before:
@@ -198,12 +199,3 @@ class DeviceWatch:
             log.warning("%s is still incomplete: %s", self._device.name, describe(lacks))
         else:
             log.info("%s is complete again", self._device.name)
-
-    def _may_say(self, now: float) -> bool:
-        """Return whether the rate limit allows a log line, and count it."""
-        self._lines = min(LINES, self._lines + (now - self._lines_at) / LINE_AFTER)
-        self._lines_at = now
-        if self._lines < 1:
-            return False
-        self._lines -= 1
-        return True
