@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import functools
 import importlib
@@ -209,6 +210,20 @@ def test_how_a_command_ended_is_said_also_if_the_program_hangs_up_at_once(
         keeper.hang_up()
     keeper.close()
     assert capfd.readouterr().err.count("--via: exit code 7") == 8
+
+
+def test_its_lines_have_the_time_zone_of_the_programs(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TZ", "XXX-9")  # east of Greenwich
+    keeper.via = via("exit 7", None)
+    keeper.start({})
+    assert dialled(keeper) == b""
+    keeper.close()
+    (line,) = (x for x in capfd.readouterr().err.splitlines() if "exit code 7" in x)
+    written = datetime.datetime.strptime(line[:19], "%Y/%m/%d %H:%M:%S")
+    ahead = written - datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+    assert round(ahead.total_seconds() / 3600) == 9
 
 
 def test_what_cannot_be_started_is_an_error_with_its_reason_and_the_next_dial_works(

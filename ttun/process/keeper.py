@@ -54,7 +54,8 @@ MOST = 4096  # bytes of a message
 LOST = "the keeper process ended"
 KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-LOGGED = ("JOURNAL_STREAM", syslog.VARIABLE)  # the same for the keeper's own log
+LOGGED = ("JOURNAL_STREAM", syslog.VARIABLE)  # the same for the keeper's own log, as is
+ZONE = "TZ"  # which --up and --down get too
 # By the keeper: what ends the program, SIGABRT being that of a service manager's watchdog.
 IGNORED = (*ENDING, *ENDING_LATER, signal.SIGABRT, signal.SIGUSR1)
 RECEIVED = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
@@ -209,12 +210,13 @@ class Keeper:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             code = START_CODE.format(sys.path, theirs.fileno())
+            kept = {name: os.environ[name] for name in (*LOGGED, ZONE) if name in os.environ}
             # What is typed at a terminal reaches the keeper too: not before it ignores that.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
             try:
                 self._process = process_group.start(
                     [sys.executable, "-IB", "-c", code],
-                    env={"PATH": PATH, **{x: os.environ[x] for x in LOGGED if x in os.environ}},
+                    env={"PATH": PATH, **kept},
                     stdin=subprocess.PIPE,
                     stdout=log_writer.STDERR,
                     pass_fds=[theirs.fileno(), *passed],
