@@ -285,6 +285,25 @@ def test_bad_usage_is_not_retried_by_procd_and_signals_reach_the_tunnel(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_signal_before_the_tunnel_starts_spares_whoever_has_an_old_ones_number(
+    shell: list[str], tmp_path: Path
+) -> None:
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    with subprocess.Popen(["sleep", "100"]) as other:
+        (tmp_path / "run.office.pid").write_text(f"{other.pid}\n")
+        # The signal comes while the script looks whether that is its tunnel.
+        script = f"grep() {{ kill -TERM $$; return 1; }}\n{RUN}"
+        command = [*shell, "-c", script, INIT, "sh", "-c", SLOW]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=30, cwd=tmp_path)
+        code = other.poll()
+        other.kill()
+    assert code is None
+    assert b"not found" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("shell", SHELLS[1:])
 def test_other_commands_of_the_init_script_do_not_wait_for_a_tunnel(
     shell: list[str], tmp_path: Path
