@@ -88,6 +88,11 @@ def test_no_traceback_in_an_odd_place(place: str) -> None:
         check(run(line.split(), PLACES[place]))
 
 
+def test_without_proc_a_tunnel_says_that_this_is_why_show_does_not_see_it() -> None:
+    done = run(["server", "-k", KEY, "--stdio"], PLACES["no /proc"])
+    assert "/run/ttun: /proc is not mounted" in done.stderr
+
+
 USAGE = 2
 BYTES = os.fsdecode(b"\xff\xfe")
 VALUES = [  # a command line, its exit code, and what it says
@@ -109,6 +114,8 @@ VALUES = [  # a command line, its exit code, and what it says
     (["server", "--psk-file", "/dev/\x1b[31m"], 1, r"/dev/\x1b[31m: No such file"),
     (["server", "--psk-file", BYTES], 1, "key file not found"),
     (["server", "--psk-file", "/"], 1, "Is a directory"),
+    (["server", "--psk-file", ""], USAGE, "--psk-file: the file name is empty"),
+    (["client", "-s", "h", "--psk-file="], USAGE, "--psk-file: the file name is empty"),
     (["server", "--psk-file", "/dev/zero"], 1, "is a device"),
     (["client", "-k", KEY, "-s", "h:1", "--rekey", "nan"], USAGE, "--rekey nan"),
     (["client", "-k", KEY, "-s", "tox:" + BYTES], USAGE, "Tox ID"),

@@ -39,7 +39,7 @@ def find_all(given: str | None, files: Sequence[str]) -> list[bytes]:
         return [] if found is None else [found]
     if len(files) > MAX_KEYS:
         raise UsageError(f"--psk-file: {len(files)} files are too many (at most {MAX_KEYS})")
-    return [read_file(Path(file)) for file in files]
+    return [read_file(file) for file in files]
 
 
 def find(given: str | None, file: str | None) -> bytes | None:
@@ -51,7 +51,7 @@ def find(given: str | None, file: str | None) -> bytes | None:
     if given is not None:
         return _not_empty(os.fsencode(given or ""), "-k")  # argparse makes [] of -k=--
     if file is not None:
-        return read_file(Path(file))
+        return read_file(file)
     if VARIABLE in os.environ:
         return _not_empty(os.environb[VARIABLE.encode()], VARIABLE)
     try:
@@ -62,8 +62,11 @@ def find(given: str | None, file: str | None) -> bytes | None:
     return read_file(DEFAULT_FILE)
 
 
-def read_file(path: Path) -> bytes:
+def read_file(name: str | Path) -> bytes:
     """Return the key in a pipe, or in a file that no other user can read or change."""
+    if not str(name):  # an empty variable in a script
+        raise UsageError("--psk-file: the file name is empty")
+    path = Path(name)
     if not os.path.lexists(path) and not _is_name_of_file(path):
         # It may be a key in the place of a file name, so it is not shown.
         raise TtunError("key file not found (--psk-file takes a file name, -k the key itself)")

@@ -89,8 +89,6 @@ def connect(sock: socket.socket, directory: int, name: str) -> int:
 
 def bind(sock: socket.socket, directory: int, name: str) -> None:
     """Bind sock to a name in a directory. Raises OSError."""
-    if not _OURS.exists():
-        raise OSError(errno.ENOENT, "/proc is not mounted")
     sock.bind(str(_OURS / str(directory) / name))
 
 
@@ -110,6 +108,8 @@ def entries(directory: int) -> tuple[dict[str, bool], bool]:
 
 def make(path: Path) -> int:
     """Open one of the directories to listen in; create it if it is missing. Raises OSError."""
+    if not _OURS.exists():
+        raise OSError(errno.ENOENT, "/proc is not mounted")
     made = False
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o755)
