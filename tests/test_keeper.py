@@ -119,6 +119,22 @@ def test_what_hangs_at_the_end_does_not_hold_it(
 LIMITED = module.START_CODE.replace("main({}", "main.__globals__.update(AT_END=1)\nmain({}")
 
 
+def test_the_end_of_a_keeper_is_waited_for_and_told_once(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The program closes it as what runs its hooks, and as what keeps its rules."""
+    keeper.at_end.append(os.getpid)
+    keeper.start({})
+    pid = process(keeper)
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(module, "AT_END", 0)
+    keeper.close()
+    keeper.close()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert caplog.text.count("the keeper process did not end") == 1
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "import time; time.sleep(600)"])
 def test_a_keeper_that_does_not_start_is_one_line(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch, code: str

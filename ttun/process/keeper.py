@@ -151,7 +151,7 @@ class Keeper:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
-        self._is_ready = False
+        self._is_ready = self._is_awaited = False
         self._number = 0  # of a dial
 
     def hold(self, device: str) -> None:
@@ -277,7 +277,8 @@ class Keeper:
         sock, self._socket = self._socket, None
         if sock is not None:
             sock.close()
-        if self._process is not None:
+        if self._process is not None and not self._is_awaited:
+            self._is_awaited = True
             try:
                 code = self._process.wait(AT_END + 1)
                 if code and self._is_ready:
