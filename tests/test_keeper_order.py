@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -67,22 +68,39 @@ def test_a_start_that_waits_can_be_ended(plain: Bench) -> None:
     os.kill(old, signal.SIGCONT)
 
 
-def test_a_name_is_free_again_when_its_keeper_has_ended(keeper: Keeper) -> None:
-    keeper.at_end.append(os.getpid)
+def test_a_name_is_free_again_when_its_keeper_has_ended(keeper: Keeper, tmp_path: Path) -> None:
+    begun, over = tmp_path / "begun", tmp_path / "over"
+    keeper.at_end.append(functools.partial(os.mkdir, str(begun)))
+    keeper.at_end.append(functools.partial(time.sleep, 1))
+    keeper.at_end.append(functools.partial(os.mkdir, str(over)))
     keeper.hold(DEVICE)
     keeper.start({})
     assert is_held()
+    ending = threading.Thread(target=keeper.close)
+    ending.start()
+    eventually(begun.exists, "its end has begun")
     with kept.made() as second:
-        waited = threading.Thread(target=second.hold, args=[DEVICE])
-        waited.start()
-        time.sleep(0.3)
-        assert waited.is_alive()
-        keeper.close()
-        waited.join(10)
-        assert not waited.is_alive()
+        second.hold(DEVICE)
+        assert over.exists()
+        ending.join(10)
         assert is_held()
         second.start({})  # which needs no process
         assert not is_held()
+
+
+def test_the_keeper_of_a_program_that_is_there_is_not_waited_for(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its device was renamed, and the next tunnel has the old name."""
+    keeper.at_end.append(os.getpid)
+    keeper.hold(DEVICE)
+    keeper.start({})
+    with kept.made() as second:
+        for _ in range(200):  # more than may wait to be accepted
+            started = time.monotonic()
+            second.hold(DEVICE)
+            assert time.monotonic() - started < 5
+    assert caplog.text == ""
 
 
 def test_a_keeper_that_does_not_end_is_waited_for_no_longer_than_it_may_take(

@@ -50,6 +50,7 @@ from ttun.process.signals import ENDING, ENDING_LATER
 log = logging.getLogger("ttun")
 
 START, DIAL, AT_END = 30.0, 10.0, 30  # seconds
+SOON = 0.2  # seconds that a keeper has to hang up
 MOST = 4096  # bytes of a message
 LOST = "the keeper process ended"
 KEPT = ("PATH", "SSH_AUTH_SOCK", "TERM", "LANG", "LC_ALL")  # of our environment, for --via
@@ -134,6 +135,7 @@ class Plan(NamedTuple):
     via: Via | None
     rules: Callable[[], Any] | None  # RuleKeeper of network/default_route.py
     at_end: list[Callable[[], object]]
+    held: int | None  # the socket that has the keeper's name
     level: int  # of the log
 
 
@@ -157,7 +159,8 @@ class Keeper:
     def hold(self, device: str) -> None:
         """Be the only keeper of an open device: wait for that of a killed program to end.
 
-        AT_END at most. A keeper has the name as long as it runs, in its network namespace.
+        AT_END at most. A keeper has the name as long as it runs, in its network namespace. While
+        its program is there, its device was renamed: then it hangs up at once.
         """
         name = f"\0ttun-keeper-{device}"
         with contextlib.suppress(OSError):
@@ -168,10 +171,11 @@ class Keeper:
                 peer = earlier.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
                 _, user, _ = struct.unpack("3i", peer)  # struct ucred
                 if user in (0, os.geteuid()):  # else anybody's
-                    log.info("waiting for the keeper process of a killed ttun")
                     watch = select.poll()
                     watch.register(earlier, 0)  # for its end
-                    watch.poll(1000 * (AT_END + 1))
+                    if not watch.poll(1000 * SOON):
+                        log.info("waiting for the keeper process of a killed ttun")
+                        watch.poll(1000 * (AT_END + 1))
             self._held.bind(name)
             self._held.listen()
 
@@ -184,9 +188,12 @@ class Keeper:
         """
         with self._held or contextlib.nullcontext() as held:
             if self.hooks or self.via or self.at_end:
-                self._make_ready(facts, entry, [held.fileno()] if held else [])
+                self._make_ready(facts, entry, held)
 
-    def _make_ready(self, facts: Facts, entry: tuple[str, int] | None, passed: list[int]) -> None:
+    def _make_ready(
+        self, facts: Facts, entry: tuple[str, int] | None, held: socket.socket | None
+    ) -> None:
+        passed = [held.fileno()] if held else []
         fixed = {name: value or "" for name, value in facts.items() if name not in SESSION}
         at_end = [*self.at_end]
         if entry is not None:
@@ -194,7 +201,8 @@ class Keeper:
             passed.append(entry[1])
         import pickle  # by a program that needs a keeper only: it takes a while to load
 
-        plan = pickle.dumps(Plan(self.hooks, fixed, self.via, self.rules, at_end, log.level))
+        name = held.fileno() if held else None
+        plan = pickle.dumps(Plan(self.hooks, fixed, self.via, self.rules, at_end, name, log.level))
         try:
             self._start(plan, passed)
             answer = self._receive(time.monotonic() + START, Flag())[0]

@@ -79,6 +79,7 @@ class Servant:
         self._plan, self._control = plan, control
         self._hooks = plan.hooks() if plan.hooks else None
         self._rules: Any = None  # a RuleKeeper
+        self._held = None if plan.held is None else socket.socket(fileno=plan.held)
         self._session: Facts | None = None
         self._index = 0
         with contextlib.suppress(OSError):
@@ -102,6 +103,8 @@ class Servant:
             self._control.send(answer.encode())
             if self._rules is not None:
                 watch.register(self._rules.fileno(), select.POLLIN)
+            if self._held is not None:
+                watch.register(self._held, select.POLLIN)
             while self._serve(dict(watch.poll(self._patience()))):
                 pass
 
@@ -122,6 +125,8 @@ class Servant:
                 if not data and what != select.POLLIN:
                     return False
                 self._do(data)
+            if self._held is not None and self._held.fileno() in events:
+                self._held.accept()[0].close()  # see Keeper.hold()
             if self._rules and (restored := self._rules.tend(time.monotonic())):
                 self._say(f"restored rules that another program removed: {', '.join(restored)}")
         except (BrokenPipeError, ConnectionResetError):
