@@ -89,7 +89,7 @@ def test_a_name_is_free_again_when_its_keeper_has_ended(keeper: Keeper, tmp_path
 
 
 def test_the_keeper_of_a_program_that_is_there_is_not_waited_for(
-    keeper: Keeper, caplog: pytest.LogCaptureFixture
+    keeper: Keeper, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its device was renamed, and the next tunnel has the old name."""
     keeper.at_end.append(os.getpid)
@@ -100,7 +100,10 @@ def test_the_keeper_of_a_program_that_is_there_is_not_waited_for(
             started = time.monotonic()
             second.hold(DEVICE)
             assert time.monotonic() - started < 5
-    assert caplog.text == ""
+        second.at_end.append(os.getpid)
+        second.start({})  # without the name, which the first one keeps
+        assert is_held()
+    assert caplog.text + capfd.readouterr().err == ""
 
 
 def test_a_keeper_that_does_not_end_is_waited_for_no_longer_than_it_may_take(

@@ -163,8 +163,8 @@ class Keeper:
         its program is there, its device was renamed: then it hangs up at once.
         """
         name = f"\0ttun-keeper-{device}"
-        with contextlib.suppress(OSError):
-            self._held = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as failed:
+            held = failed.enter_context(socket.socket(socket.AF_UNIX))
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as earlier:
                 earlier.setblocking(False)
                 earlier.connect(name)
@@ -176,8 +176,10 @@ class Keeper:
                     if not watch.poll(1000 * SOON):
                         log.info("waiting for the keeper process of a killed ttun")
                         watch.poll(1000 * (AT_END + 1))
-            self._held.bind(name)
-            self._held.listen()
+            held.bind(name)
+            held.listen()
+            failed.pop_all()
+            self._held = held
 
     def start(self, facts: Facts, entry: tuple[str, int] | None = None) -> None:
         """Start the process, if anything needs it, and wait until it is ready. Raises TtunError.
