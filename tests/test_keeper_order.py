@@ -13,11 +13,12 @@ from pathlib import Path
 
 import kept
 import pytest
-from kept import as_root, is_gone, keeper_of, other_users, process
+from kept import as_root, dialled, is_gone, keeper_of, other_users, process
+from machine import cpu
 from tunnel import SERVER, Bench, eventually
 
 from ttun.process import keeper as module
-from ttun.process.keeper import Keeper
+from ttun.process.keeper import Keeper, via
 
 DEVICE = f"test{os.getpid()}"
 NAME = f"\0ttun-keeper-{DEVICE}"
@@ -104,6 +105,21 @@ def test_the_keeper_of_a_program_that_is_there_is_not_waited_for(
         second.start({})  # without the name, which the first one keeps
         assert is_held()
     assert caplog.text + capfd.readouterr().err == ""
+
+
+def test_a_flood_of_connections_to_the_name_costs_no_core_and_holds_up_no_request(
+    keeper: Keeper,
+) -> None:
+    keeper.via = via("echo here", None)
+    keeper.hold(DEVICE)
+    keeper.start({})
+    before, until = cpu(process(keeper)), time.monotonic() + 2
+    while time.monotonic() < until:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.setblocking(False)
+            sock.connect_ex(NAME)
+    assert cpu(process(keeper)) - before < 0.5
+    assert dialled(keeper) == b"here\n"
 
 
 def test_a_keeper_that_does_not_end_is_waited_for_no_longer_than_it_may_take(

@@ -37,6 +37,8 @@ from ttun.summary import Summary
 
 log = logging.getLogger("ttun")
 
+PAUSE = 0.001  # seconds after a connection, which any user may make: a flood costs no core
+
 
 def main(descriptor: int, path: list[str]) -> None:
     """Be the keeper, on a socket that the program has the other end of.
@@ -127,6 +129,7 @@ class Servant:
                 self._do(data)
             if self._held is not None and self._held.fileno() in events:
                 self._held.accept()[0].close()  # see Keeper.hold()
+                time.sleep(PAUSE)
             if self._rules and (restored := self._rules.tend(time.monotonic())):
                 self._say(f"restored rules that another program removed: {', '.join(restored)}")
         except (BrokenPipeError, ConnectionResetError):
