@@ -6,6 +6,7 @@ import random
 import struct
 
 import pytest
+from multiplexers import carry, mux, original, pair, tunnel
 
 from ttun.errors import ProtocolError
 from ttun.tox import packet as packets
@@ -31,58 +32,11 @@ from ttun.tox.protocol import (
     Data,
     Denied,
     Ended,
-    Event,
-    Growth,
-    MaySend,
-    Multiplexer,
     Opened,
     Pong,
     Requested,
     Restarted,
-    Tunnel,
 )
-
-
-def mux(*, server: bool, first_id: int = 100, growth: Growth | None = None) -> Multiplexer:
-    return Multiplexer(server=server, first_id=first_id, growth=growth or Growth())
-
-
-def carry(source: Multiplexer, target: Multiplexer) -> list[Event]:
-    """Hand over everything that waits; what it meant."""
-    events = []
-    while source.control:
-        event = target.receive(source.control.popleft())
-        if event is not None:
-            events.append(event)
-    return events
-
-
-def pair() -> tuple[Multiplexer, Multiplexer]:
-    """A ttun client and a ttun server that have exchanged their HELLO."""
-    client, server = mux(server=False), mux(server=True, first_id=7000)
-    carry(client, server)
-    carry(server, client)
-    return client, server
-
-
-def tunnel(
-    client: Multiplexer, server: Multiplexer, owner: str = "stream"
-) -> tuple[Tunnel, Tunnel]:
-    """An open tunnel: the client's end and the server's."""
-    forward_id = client.request("127.0.0.1", 22, owner)
-    assert carry(client, server) == [Requested(forward_id, "127.0.0.1", 22)]
-    theirs = server.accept(forward_id, "target")
-    assert theirs is not None
-    (opened,) = carry(server, client)
-    assert isinstance(opened, Opened)
-    assert opened.owner == owner
-    return opened.tunnel, theirs
-
-
-def original(server: Multiplexer) -> None:
-    """Forget what was said to an original, which ignores HELLO."""
-    assert [unpack(packet)[0] for packet in server.control] == [HELLO]
-    server.control.clear()
 
 
 @pytest.mark.parametrize(
@@ -181,83 +135,6 @@ def test_a_flood_of_pings_is_not_answered_without_bound() -> None:
     for _ in range(3 * protocol.MAX_CONTROL):
         server.receive(pack(PING, 0, b"x"))
     assert len(server.control) <= protocol.MAX_CONTROL
-
-
-def test_each_side_may_send_a_window_and_then_what_it_was_granted() -> None:
-    client, server = pair()
-    ours, theirs = tunnel(client, server)
-    sent = 0
-    while ours.room():
-        piece = bytes(ours.room())
-        assert isinstance(server.receive(client.data(ours, piece)), Data)
-        client.sent(ours, len(piece))
-        sent += len(piece)
-    assert sent == FIRST_WINDOW
-    server.consumed(theirs, 1000, now=100.0)
-    assert not server.control, "a window that small is not worth a packet"
-    server.consumed(theirs, FIRST_WINDOW - 1000, now=100.0)
-    assert carry(server, client) == [MaySend(ours)]
-    assert ours.send_window == FIRST_WINDOW
-    assert ours.room() == MAX_DATA
-
-
-def test_who_overruns_its_window_loses_that_tunnel_alone() -> None:
-    client, server = pair()
-    ours, theirs = tunnel(client, server)
-    other, others = tunnel(client, server)
-    for _ in range(FIRST_WINDOW // MAX_DATA):
-        server.receive(client.data(ours, bytes(MAX_DATA)))
-    assert server.receive(client.data(ours, bytes(MAX_DATA))) == Closed(theirs)
-    assert carry(server, client) == [Closed(ours)]
-    assert server.receive(client.data(other, b"x")) == Data(others, b"x")
-
-
-def test_a_window_grows_where_the_round_trip_is_long_and_within_the_budget() -> None:
-    growth = Growth(7 * FIRST_WINDOW)
-    client, server = mux(server=False), mux(server=True, growth=growth)
-    carry(client, server)
-    carry(server, client)
-    server.round_trip = 1.0
-    _, theirs = tunnel(client, server)
-    now = 1000.0
-    for _ in range(20):
-        now += 0.1
-        theirs.buffered += theirs.window // 4
-        server.consumed(theirs, theirs.window // 4, now)
-    assert theirs.window == 4 * FIRST_WINDOW
-    assert growth.left == 4 * FIRST_WINDOW
-    carry(server, client)
-    _, slow = tunnel(client, server)
-    server.consumed(slow, FIRST_WINDOW, now + 10)
-    assert slow.window == FIRST_WINDOW
-    server.close(theirs)
-    assert growth.left == 7 * FIRST_WINDOW
-
-
-def test_windows_of_one_friend_leave_room_for_those_of_another() -> None:
-    """A friend chooses its round trip by when it answers a PING: its windows took all there was."""
-    growth = Growth()
-    greedy, good = (mux(server=True, growth=growth) for _ in range(2))
-    now = 1000.0
-
-    def grown(server: Multiplexer, tunnels: int) -> int:
-        """Use up each window often; return the size of the last one."""
-        nonlocal now
-        client = mux(server=False)
-        carry(client, server)
-        carry(server, client)
-        server.round_trip = 60.0
-        for _ in range(tunnels):
-            _, theirs = tunnel(client, server)
-            for _ in range(20):
-                now += 0.1
-                theirs.buffered += theirs.window // 4
-                server.consumed(theirs, theirs.window // 4, now)
-            carry(server, client)
-        return theirs.window
-
-    grown(greedy, 100)
-    assert grown(good, 2) == protocol.MAX_WINDOW
 
 
 def test_half_a_connection_ends_and_the_other_half_goes_on() -> None:
