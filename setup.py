@@ -23,7 +23,10 @@ PUBLIC = {"client", "endpoint", "errors", "lifecycle", "record", "server"}  # ke
 
 # What is read once when the program starts, or never.
 INNER = ("commands", "network", "process", "watch")
-ONCE = ("binding", "cli", "congestion", "mptcp", "privileges", "proxy", "transport")
+ONCE = (
+    "address", "binding", "cli", "congestion", "conversation", "flag", "mptcp", "peer",
+    "privileges", "proxy", "summary", "transport", "users", "x1",
+)  # fmt: skip
 RARE = ("tox/*", *(f"{name}.py" for name in ONCE), *(f"{package}/[!_]*" for package in INNER))
 
 
