@@ -14,6 +14,7 @@ STATES = {
     "open": "end.open()",
     "running": "end.start()",
     "over": "end.start(); end.stop()",
+    "given up": "end.stop()",
 }
 # What each call does: rejected or not, and whether the endpoint has stopped afterwards.
 TABLE = [
@@ -37,6 +38,9 @@ TABLE = [
     ("over", "end.stop()", False, True),
     ("over", "end.port", False, True),
     ("over", "end.use_keys([b'another'])", True, True),
+    ("given up", "end.open()", True, True),
+    ("given up", "end.start()", True, True),
+    ("given up", "end.use_keys([b'another'])", True, True),
 ]
 
 

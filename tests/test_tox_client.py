@@ -264,6 +264,18 @@ def test_a_socks_client_that_is_refused_reads_why(
             assert app.recv(1) == b"", "an end, no reset"
 
 
+def test_a_socks_client_that_says_nothing_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tox_client, "SOCKS_TIMEOUT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        on_loop(server.client.loop, lambda: server.client.listen(listener, None))
+        with socket.create_connection(listener.getsockname()) as app:
+            app.settimeout(20)
+            app.sendall(b"\5")
+            assert app.recv(1) == b""
+
+
 def test_a_client_takes_any_port_and_a_server_one_that_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

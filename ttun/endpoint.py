@@ -90,10 +90,11 @@ class Endpoint(Lifecycle):
 
     def use_keys(self, keys: Sequence[bytes]) -> None:
         """Replace the pre-shared keys. Raises UsageError for an invalid one, TtunError after
-        start(): the keys of a handshake must not change during it.
+        start(): the keys of a handshake must not change during it; after stop() nothing uses them.
         """
-        if "start" in self._taken:
-            raise TtunError(f"this {self.role} was already started (create another)")
+        if "start" in self._taken or self._over.is_set():
+            what = "started" if "start" in self._taken else "stopped"
+            raise TtunError(f"this {self.role} was already {what} (create another)")
         for key in keys:
             check_type("the key", key, bytes)
         if not all(keys) or not keys:
