@@ -78,6 +78,8 @@ def make_musl(platform: str, processor: str, root: Path) -> None:
 
 
 if __name__ == "__main__":
+    if unknown := set(sys.argv[1:]) - set(NAMES):
+        sys.exit(f"{', '.join(unknown)}: choose from {', '.join(NAMES)}")
     WORK.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[1:] or NAMES:
         qemu = PROCESSORS.get(name.partition("-")[2], ("", ""))[1]

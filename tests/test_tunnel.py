@@ -343,12 +343,15 @@ def test_a_kernel_without_mptcp_gets_a_line_and_plain_tcp(bench: Bench) -> None:
             bench.run(host, "sh", "-c", "echo 1 > /proc/sys/net/mptcp/enabled")
 
 
-def test_the_demo_ends_with_a_table_and_leaves_nothing() -> None:
+def test_the_demo_ends_with_a_table_and_leaves_nothing(tmp_path: Path) -> None:
+    """Nor does it take anything from where it is started: a proxy, or a module."""
     from tunnel import PROGRAM
 
+    (tmp_path / "json.py").write_text("raise SystemExit('another json')")
     demo = subprocess.Popen(
         [*PROGRAM, "demo", "--size", "16"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "TTUN_PROXY": "http://192.0.2.9:3128"},
     )  # fmt: skip
     out, err = demo.communicate(timeout=100)
     assert demo.returncode == 0, err

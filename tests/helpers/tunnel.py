@@ -308,9 +308,10 @@ class Bench:
         """Start a program and wait for the first line that it says."""
         process: subprocess.Popen[str]
         *python, module = netns.python(forked.TRAFFIC)
-        if list(arguments[:3]) == [*python, module] and forked.can(module):
+        size = len(python) + 1
+        if list(arguments[:size]) == [*python, module] and forked.can(module):
             name = self.pair.names[host]
-            process = forked.start(module, arguments[3:], None, namespace=name)
+            process = forked.start(module, arguments[size:], None, namespace=name)
         else:
             process = self.pair.start(
                 host, arguments, environment=netns.environment(), stdout=subprocess.PIPE

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 
 from ttun.cipher import CIPHERS, CipherState, fast
 from ttun.errors import TtunError, UsageError
-from ttun.lab import machine, netns, table
+from ttun.lab import machine, netns, report, table
 from ttun.lab.demo import end, measured, serve
 from ttun.lab.netns import Hosts
 from ttun.lab.progress import Progress
@@ -111,19 +110,21 @@ def tunnel(
     targets = [*own, *(competitor(text) for text in competitors)]
     if plot_file is not None:
         from ttun.lab import plot  # raises now, not after the measurement, if matplotlib is missing
+    report.check(json_file, plot_file)
     if not netns.may_make_hosts():
         raise TtunError("this needs root, to make two hosts on this machine (use sudo)")
     if len({target.name for target in targets}) < len(targets):
         raise UsageError("two benchmark targets have the same name (put NAME= in front of one)")
     results: dict[str, list[Figures]] = {target.name: [] for target in targets}
     each = START + PINGS + 8 * (seconds + OVERHEAD) + 1.5  # seconds
-    with Hosts() as pair, Progress(each * rounds * len(targets)) as progress:
+    with Progress(each * rounds * len(targets)) as progress:
         for number in range(rounds):
             for place, target in enumerate(targets):
                 before = (number * len(targets) + place) * each
                 progress.begin(f"round {number + 1} of {rounds}: {target.name}", before)
                 try:
-                    figures = _measure(pair, target, seconds, progress)
+                    with Hosts() as pair:  # new ones: a target may leave something behind
+                        figures = _measure(pair, target, seconds, progress)
                 except TtunError as error:
                     if target in own:
                         raise
@@ -137,7 +138,7 @@ def tunnel(
     how = table.rounds(rounds, seconds)
     print(f"{machine.name()}\n{how}\n")
     print(f"{_tables(medians)}\n\n{LEGEND}")
-    report = {
+    found = {
         "ttun": __version__,
         "machine": machine.describe(),
         "rounds": rounds,
@@ -145,10 +146,12 @@ def tunnel(
         "medians": medians,
         "runs": results,
     }
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
-    if plot_file is not None:
-        plot.draw(medians, f"{machine.name()}; {how}", Path(plot_file))
+    try:
+        if json_file is not None:
+            report.write_json(json_file, found)
+    finally:
+        if plot_file is not None:
+            plot.draw(medians, f"{machine.name()}; {how}", Path(plot_file))
     return 0
 
 
@@ -183,18 +186,23 @@ def _measure(pair: Hosts, target: Target, seconds: float, progress: Progress) ->
         for name, size in (("datagrams", 64), ("datagrams_full", 1200)):
             flooded = run(f"{size}-byte datagrams", "datagrams", size, 0, seconds)
             figures[name] = flooded["arrived"] / flooded["seconds"]
+        pings = max(10, int(seconds * 50))
+        longest = 10 + 2 * pings  # seconds: more than all pings take if none is answered
         load = pair.start(
             netns.CLIENT,
-            netns.python("ttun.lab.traffic", "flood", target.address, PORT, "1", str(seconds + 1)),
+            netns.python("ttun.lab.traffic", "flood", target.address, PORT, "1", str(longest)),
             environment=netns.environment(),
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         running.callback(end, load)
         time.sleep(0.5)
         figures["ping_loaded"] = _median_ms(
-            run("ping under load", "ping", 56, 0.01, where=str(max(10, int(seconds * 50))))
+            run("ping under load", "ping", 56, 0.01, where=str(pings))
         )
-        load.wait()
+        if load.poll() is not None:
+            raise TtunError(f"{target.name}: ping under load: the load failed")
+        end(load)
         figures["memory"] = max((_peak_memory(process) for process in ends), default=0.0)
         return figures
 
@@ -208,8 +216,8 @@ def _await(pair: Hosts, target: Target) -> None:
 
 
 def _median_ms(times: list[float | None]) -> float:
-    answered = [seconds * 1000 for seconds in times if seconds is not None]
-    return statistics.median(answered) if answered else float("inf")
+    """Return the median of pings. One without an answer took longer than all others."""
+    return statistics.median(math.inf if each is None else each * 1000 for each in times)
 
 
 def _cpu(ends: list[subprocess.Popen[str]]) -> float:

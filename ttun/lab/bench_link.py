@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ttun.errors import TtunError, UsageError
-from ttun.lab import link_report, machine, netns, table
+from ttun.lab import link_report, machine, netns, report, table
 from ttun.lab.demo import end, serve
 from ttun.lab.link_emulator import Link, LinkedHosts, choose
 from ttun.lab.netns import CLIENT, SERVER
@@ -160,6 +160,7 @@ def run(
     if plot_file is not None:
         from ttun.lab import plot  # raises now, not after the measurement, if matplotlib is missing
     choose(plan.emulator)  # as above
+    report.check(json_file, plot_file)
     if not netns.may_make_hosts():
         raise TtunError("this needs root, to make two hosts on this machine (use sudo)")
     links = [replace(plan.link, loss=loss) for loss in plan.losses]
@@ -175,7 +176,7 @@ def run(
     how = f"{plan.link}; {plan.congestion}"
     often = table.rounds(plan.rounds, plan.seconds)
     print(link_report.render([machine.name(), how, often], plan.losses, summaries))
-    report = {
+    found = {
         "ttun": __version__,
         "machine": machine.describe(),
         "link": {"rate": plan.link.rate, "rate_up": plan.link.up, "rtt": plan.link.rtt,
@@ -190,10 +191,13 @@ def run(
             for at, loss in enumerate(plan.losses)
         ],
     }  # fmt: skip
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
-    if plot_file is not None:
-        plot.draw_link(plan.losses, summaries, f"{machine.name()}; {how}; {often}", Path(plot_file))
+    try:
+        if json_file is not None:
+            report.write_json(json_file, found)
+    finally:
+        if plot_file is not None:
+            caption = f"{machine.name()}; {how}; {often}"
+            plot.draw_link(plan.losses, summaries, caption, Path(plot_file))
     return 0 if all(len(each) == len(names) for each in summaries) else 1
 
 
@@ -300,8 +304,7 @@ class Load:
                 raise TtunError(f"no answer to a ping within {START_TIMEOUT:.0f} s")
             time.sleep(0.1)
         where = self._address, PORT, case.congestion
-        if serve(pair, running, "ttun.lab.link_traffic", *where) != "ready\n":
-            raise TtunError("the traffic server did not start on the address of the server's end")
+        serve(pair, running, "ttun.lab.link_traffic", *where)
 
     def _is_answered(self) -> bool:
         with contextlib.suppress(TtunError):  # no route there yet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 
 from ttun.commands.parser import add_command, number
 from ttun.errors import UsageError
@@ -101,10 +100,11 @@ def _bench_options(command: Parser, seconds: float) -> None:
 
 def run_demo(options: argparse.Namespace) -> int:
     """``ttun demo``."""
-    from ttun.lab import demo
+    from ttun.lab import demo, netns
 
     if not 1 <= options.size <= MOST_MIB:
         raise UsageError(f"--size {options.size} is out of range (1 to {MOST_MIB} MiB)")
+    netns.end_as_by_ctrl_c()
     return demo.run(options.size)
 
 
@@ -117,9 +117,10 @@ def run_bench_codec(_: argparse.Namespace) -> int:
 
 def run_bench_tunnel(options: argparse.Namespace) -> int:
     """``ttun bench tunnel``."""
-    from ttun.lab import bench
+    from ttun.lab import bench, netns
 
     _check_amount(options)
+    netns.end_as_by_ctrl_c()
     return bench.tunnel(
         options.rounds, options.seconds, options.against, options.json, options.plot
     )
@@ -127,7 +128,7 @@ def run_bench_tunnel(options: argparse.Namespace) -> int:
 
 def run_bench_link(options: argparse.Namespace) -> int:
     """``ttun bench link``."""
-    from ttun.lab import bench_link
+    from ttun.lab import bench_link, netns
 
     _check_amount(options)
     plan = bench_link.Plan(
@@ -138,13 +139,13 @@ def run_bench_link(options: argparse.Namespace) -> int:
         options.congestion_control,
         options.emulator,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the hosts are removed
+    netns.end_as_by_ctrl_c()
     return bench_link.run(plan, options.against, options.json, options.plot)
 
 
 def _check_amount(options: argparse.Namespace) -> None:
-    if options.rounds < 1 or not 0 < options.seconds < 3600:
-        raise UsageError("out of range: --rounds (1 or more) or --seconds (less than 3600)")
+    if options.rounds < 1 or not 0.01 <= options.seconds <= 3600:
+        raise UsageError("out of range: --rounds (1 or more) or --seconds (0.01 to 3600)")
 
 
 COMMANDS = {

@@ -13,16 +13,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ttun.commands import key, terminal
+from ttun.commands import terminal
 from ttun.errors import TtunError
 from ttun.lab import machine, netns
 from ttun.lab.netns import CLIENT, SERVER, Hosts
@@ -43,7 +43,6 @@ def run(size: int) -> int:
     if not netns.may_make_hosts():
         print("not root: continuing as root of a user namespace", file=sys.stderr, flush=True)
         netns.enter_user_namespace(netns.python("ttun", "demo", "--size", str(size)))
-    signal.signal(signal.SIGTERM, _interrupt)  # the hosts are removed then too
     steps = _Steps(size)
     with steps.progress, tempfile.TemporaryDirectory() as directory:
         steps.next("creating two network namespaces joined by a veth pair")
@@ -58,10 +57,6 @@ def run(size: int) -> int:
     print("", *terminal.wrapped(f"One TCP stream: {SECONDS:g} s each way. {where}", 0), sep="\n")
     print("The tunnel works." if not failed else "The tunnel does not work: see FAIL above.")
     return 1 if failed else 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 class _Steps:
@@ -80,7 +75,7 @@ class _Steps:
 
 def _measure(pair: Hosts, directory: Path, size: int, steps: _Steps) -> list[Row]:
     rows: list[Row] = []
-    psk = netns.environment(TTUN_PSK=key.generate())
+    environment = netns.environment_of_ends()
     server = netns.python("ttun", "server")
     client = netns.python("ttun", "client", "-s", netns.IPV4[SERVER])
     with contextlib.ExitStack() as running:
@@ -90,7 +85,7 @@ def _measure(pair: Hosts, directory: Path, size: int, steps: _Steps) -> list[Row
         ends = []
         for host, command in ((SERVER, server), (CLIENT, client)):
             log = running.enter_context(logs[host].open("w"))
-            ends.append(pair.start(host, command, environment=psk, stdout=log, stderr=log))
+            ends.append(pair.start(host, command, environment=environment, stdout=log, stderr=log))
             running.callback(end, ends[-1])
         _await_tunnel(pair, ends, logs)
         rows.append(("tunnel up", f"after {time.monotonic() - started:.1f} s", True))
@@ -145,21 +140,25 @@ def _throughput(pair: Hosts, action: str, name: str) -> Row:
     return name, "transfer failed" if rate is None else f"{rate / 1e9:.2f} Gbit/s", bool(rate)
 
 
-def serve(pair: Hosts, running: contextlib.ExitStack, module: str, *arguments: str) -> str:
-    """Start a traffic server on the server's host; return what it prints first.
+def serve(pair: Hosts, running: contextlib.ExitStack, module: str, *arguments: str) -> None:
+    """Start a traffic server on the server's host. Raises TtunError if it does not start.
 
-    running: stops it.
+    arguments: its address and port first. running: stops it.
     """
     server = pair.start(
         SERVER,
         netns.python(module, "serve", *arguments),
         environment=netns.environment(),
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the client's side says what failed
     )
     running.callback(end, server)
     assert server.stdout is not None
     running.callback(server.stdout.close)
-    return server.stdout.readline()
+    told = select.select([server.stdout], [], [], START_TIMEOUT)[0]
+    if not told or server.stdout.readline() != "ready\n":
+        where = ":".join(arguments[:2])
+        raise TtunError(f"the traffic server cannot listen on {where}, at the server's end")
 
 
 def measured(pair: Hosts, *arguments: str) -> Any:

@@ -166,7 +166,7 @@ class _Relay:
         if process is None:
             return
         with process:  # closes its pipes; it ends at the end of its stdin
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 process.communicate(timeout=ANSWER_TIMEOUT)
             process.kill()
 

@@ -16,18 +16,25 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from ttun import privileges
+from ttun import privileges, proxy
+from ttun.commands import key
 from ttun.errors import TtunError
+from ttun.process import syslog
+from ttun.process.signals import ENDING
 
 SERVER, CLIENT = "server", "client"
 PREFIX = "ttun"
 IPV4 = {SERVER: "192.0.2.1", CLIENT: "192.0.2.2"}
 IPV6 = {SERVER: "2001:db8::1", CLIENT: "2001:db8::2"}  # RFC 3849
 INSIDE = "TTUN_IN_USER_NAMESPACE"
+# Unlike -m: with nothing of the directory that the program was started in, where others may write.
+RUN = "import sys; sys.path[:] = filter(None, sys.path); import runpy; \
+runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 _numbers = itertools.count()
 Self = TypeVar("Self", bound="Namespaces")  # typing.Self from Python 3.11 on
 
@@ -63,8 +70,9 @@ class Namespaces:
 
     def __exit__(self, *what: object) -> None:
         """Remove the hosts."""
-        for name in self.names.values():
-            _remove(name)
+        with _undisturbed():
+            for name in self.names.values():
+                _remove(name)
 
     def _join(self) -> None:
         """Make the links between the hosts."""
@@ -121,13 +129,28 @@ class Hosts(Namespaces):
 
 def python(module: str, *arguments: str) -> list[str]:
     """Return the command line that runs a module of this package with this Python."""
-    return [sys.executable, "-m", module, *arguments]
+    return [sys.executable, "-c", RUN, module, *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
     """Return the environment in which Python finds this package from any directory."""
     home = str(Path(__file__).resolve().parents[2])
     return {"PYTHONPATH": home, "PYTHONUNBUFFERED": "1", **more}
+
+
+def environment_of_ends() -> dict[str, str]:
+    """Return the environment of both ends of a tunnel: a new key, and nothing of the user's own."""
+    return environment(TTUN_PSK=key.generate(), **{proxy.VARIABLE: "", syslog.VARIABLE: ""})
+
+
+def end_as_by_ctrl_c() -> None:
+    """Have SIGTERM, and SIGHUP of a terminal that closes, raise KeyboardInterrupt.
+
+    Hosts are removed then. A signal that was ignored at the start stays ignored (nohup).
+    """
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def ip(*arguments: str) -> str:
@@ -166,6 +189,30 @@ def enter_user_namespace(arguments: Sequence[str]) -> None:
     os.execvp(wrapped[0], [*wrapped, *arguments])
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put signals off to the end of the block: a second Ctrl-C would leave something behind.
+
+    The mask is for ip(8), which the terminal would end too; the handlers for this process, where
+    another thread may receive what the main thread blocks.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    taken = [number for number in ENDING if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in taken}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def _remove(name: str) -> None:
     """Kill all processes in a namespace and remove it, with its devices."""
     with contextlib.suppress(TtunError):
@@ -178,7 +225,7 @@ def _remove(name: str) -> None:
 def _sweep() -> None:
     """Remove the namespaces of processes that no longer run."""
     for line in ip("netns", "list").splitlines():
-        match = re.match(rf"{PREFIX}-(\d+)-\w+", line)
+        match = re.fullmatch(rf"{PREFIX}-(\d+)-\w*\d", line.partition(" ")[0])
         if match and not _is_running(int(match[1])):
             _remove(match[0])
 

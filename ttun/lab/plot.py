@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ttun.errors import TtunError
+from ttun.lab import report
 
 try:
     import matplotlib
@@ -160,7 +161,7 @@ def _save(figure: Any, caption: str, file: Path) -> None:
         for what in ("fill", "stroke")
     )
     style = f"<style>@media(prefers-color-scheme:dark){{{dark}}}</style>\n <defs>"
-    file.write_text(drawn.getvalue().replace("<defs>", style, 1), encoding="utf-8")
+    report.write(file, drawn.getvalue().replace("<defs>", style, 1))
 
 
 def _shown(value: float) -> str:

@@ -6,6 +6,7 @@ server's end.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ttun.commands import key
 from ttun.errors import TtunError, UsageError
 from ttun.lab import netns
 from ttun.lab.netns import CLIENT, SERVER, Hosts
@@ -41,7 +41,7 @@ def ttun(*options: str) -> Target:
     """Return ttun with some options on both ends."""
 
     def start(pair: Hosts) -> Ends:
-        environment = netns.environment(TTUN_PSK=key.generate())
+        environment = netns.environment_of_ends()
         server = netns.python("ttun", "server", *options)
         client = netns.python("ttun", "client", "-s", netns.IPV4[SERVER], *options)
         return [
@@ -137,7 +137,8 @@ def _start_wireguard(pair: Hosts, program: str) -> Ends:
     ends, keys = [], {host: _run("wg", "genkey").strip() for host in (SERVER, CLIENT)}
     public = {host: _run("wg", "pubkey", given=keys[host]).strip() for host in keys}
     for host, other, address in ((SERVER, CLIENT, TUNNEL), (CLIENT, SERVER, "10.1.1.2")):
-        device = f"wg-{host}"  # names its control socket, in a directory that both hosts share
+        # Names its control socket, in a directory that all hosts of this machine share.
+        device = f"wg-{os.getpid()}{host[0]}"
         ends.append(_quietly(pair, host, [program, "-f", device]))
         config = f"[Interface]\nListenPort = 51820\nPrivateKey = {keys[host]}\n[Peer]\n"
         config += f"PublicKey = {public[other]}\nAllowedIPs = 0.0.0.0/0\n"

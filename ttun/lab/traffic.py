@@ -62,7 +62,7 @@ def _answer(sock: socket.socket) -> None:
             elif action == DRAIN:
                 _send_for(sock, size / 1000)
             else:
-                _count_datagrams(sock)
+                _count_datagrams(sock, size / 1000)
         except OSError as error:
             print(f"transfer failed: {error}", file=sys.stderr)
 
@@ -185,16 +185,18 @@ def datagrams(
         return {"sent": sent, "arrived": arrived, "seconds": elapsed}
 
 
-def _count_datagrams(control: socket.socket) -> None:
+def _count_datagrams(control: socket.socket, seconds: float) -> None:
     with socket.socket(control.family, socket.SOCK_DGRAM) as receiver:
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         receiver.bind((control.getsockname()[0], 0))
         receiver.settimeout(0.3)
         control.sendall(struct.pack(">Q", receiver.getsockname()[1]))
         done = threading.Event()
+        control.settimeout(seconds + PATIENCE)
 
         def await_end() -> None:
-            control.recv(1)
+            with contextlib.suppress(OSError):
+                control.recv(1)
             done.set()
 
         threading.Thread(target=await_end, daemon=True).start()
