@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 import pytest
@@ -116,6 +117,24 @@ def test_a_web_browser_is_recognised_after_18_bytes() -> None:
     steps.send(request[:16])
     with pytest.raises(ProtocolError, match="not a ttun peer"):
         steps.send(request[16:18])
+
+
+@pytest.mark.parametrize("wire", ["v1", "auto", "x1"])
+@pytest.mark.parametrize(
+    ("greeting", "what"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "HTTP (a captive portal?)"),
+        (b"HTTP/1.0 302 Found\r\n", "HTTP (a captive portal?)"),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "SSH (another port?)"),
+    ],
+)
+def test_a_server_of_another_protocol_is_named_and_no_key_suspected(
+    wire: str, greeting: bytes, what: str
+) -> None:
+    steps = handshake.client(K, V1._replace(wire=wire))
+    next(steps)
+    with pytest.raises(ProtocolError, match=re.escape(f"not a ttun peer: it speaks {what}")):
+        steps.send(greeting[:16])
 
 
 def test_a_pending_handshake_wants_few_bytes() -> None:

@@ -31,6 +31,7 @@ class Conversation(Generic[Result]):
         self._received = bytearray(received)
         self._wanted: int | None = None  # None: not started
         self.heard = False  # whether any byte was received
+        self.answered = False  # whether all bytes were received that the protocol wanted first
 
     def advance(self) -> Result | None:
         """Run until the protocol ends and return its result, or None if more input is needed.
@@ -64,6 +65,7 @@ class Conversation(Generic[Result]):
                 raise ProtocolError(CLOSED)
             self.heard = True
             self._received += data
+        self.answered = True
         taken = bytes(self._received[:size])
         del self._received[:size]
         return taken

@@ -40,6 +40,11 @@ NONCE_SIZE = 16  # bytes of Nc and of Ns
 MAGIC = b"TTUN/v1\0"
 NOT_X1 = "protocol v1, or different pre-shared key"
 NOT_OPENED = "authentication failed (different pre-shared key or cipher?)"
+# What no random Ns begins with: from 7 bytes on, that is once in 10^16 connections.
+GREETINGS = {
+    b"HTTP/1.": "HTTP (a captive portal?)",
+    b"SSH-2.0-": "SSH (another port?)",
+}
 
 
 class Terms(NamedTuple):
@@ -103,6 +108,9 @@ def client(k: bytes, terms: Terms) -> Steps:
     """Run the client's side of the handshake."""
     client_nonce = _nonce(k, TO_SERVER, terms.wire != "v1")
     server_nonce = yield client_nonce, NONCE_SIZE
+    for greeting, what in GREETINGS.items():
+        if server_nonce.startswith(greeting):
+            raise ProtocolError(f"not a ttun peer: it speaks {what}")
     is_x1 = terms.wire != "v1" and x1.is_marked(k, TO_CLIENT, server_nonce)
     if not is_x1 and terms.wire == "x1":
         raise ProtocolError(_why_not_x1(terms))

@@ -69,7 +69,7 @@ class HalfOpen:
         """Return why its handshake failed; for a client with the probable cause."""
         if not self.dialled or (self.spoke and why not in CLOSES):
             return why
-        if self.spoke:
+        if self.handshake is not None and self.handshake.answered:
             return f"{why} (probably a different pre-shared key, or with v1 a different cipher)"
         if why in CLOSES:
             return f"{why}, before the server answered (does a ttun server listen there?)"
