@@ -6,6 +6,7 @@ Tests DeviceWatch alone; test_local_address.py tests complete endpoints.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tunnel import CLIENT, ROOT, SERVER, SERVER_ADDRESS, Bench, eventually
@@ -175,6 +177,24 @@ def test_a_link_that_is_down_is_waited_for_unless_there_is_another_way(
             stays(end)
             with another_way(end):
                 goes(end, f"the link of local address {OURS4} is down")
+
+
+def test_the_other_way_is_seen_where_binding_takes_a_capability(
+    plain: Bench, end: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Linux 5.7, also to bind to no device."""
+
+    class Old(socket.socket):
+        def setsockopt(self, level: int, option: int, *value: Any) -> None:
+            if (level, option) == (socket.SOL_SOCKET, socket.SO_BINDTODEVICE):
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            super().setsockopt(level, option, *value)
+
+    with connection(plain, SERVER_ADDRESS, OURS4) as sock:
+        watch(end, sock)
+        monkeypatch.setattr(socket, "socket", Old)
+        with plain.link_down(CLIENT), another_way(end):
+            goes(end, f"the link of local address {OURS4} is down")
 
 
 def test_a_link_that_was_never_up_is_not_missed(plain: Bench, end: Watched) -> None:

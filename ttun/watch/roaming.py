@@ -90,7 +90,8 @@ class LocalAddress:
         try:
             with socket.socket(self.sock.family, socket.SOCK_DGRAM) as probe:
                 device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE
-                probe.setsockopt(*device, self.sock.getsockopt(*device, 16))
+                if bound_to := self.sock.getsockopt(*device, 16):
+                    probe.setsockopt(*device, bound_to)  # CAP_NET_RAW before Linux 5.7
                 probe.connect(self.sock.getpeername())  # sends nothing
                 return not local_addresses(probe) & self.addresses
         except OSError:
