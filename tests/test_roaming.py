@@ -233,6 +233,22 @@ def test_a_link_that_is_gone_ends_its_connection(plain: Bench, end: Watched) -> 
     netns.ip("-n", plain.pair.names[SERVER], "route", "del", "198.51.100.0/24")
 
 
+def test_an_address_that_the_tunnel_has_too_is_missed_on_its_link(
+    plain: Bench, end: Watched
+) -> None:
+    """As where a hotel's network is the tunnel's: no connection comes through its own tunnel."""
+    address, there = "10.1.1.1", ["-n", plain.pair.names[SERVER], "route"]
+    end.ip("address", "add", f"{address}/24", "dev", "vclient")
+    netns.ip(*there, "add", address, "via", netns.IPV4[CLIENT])
+    try:
+        with connection(plain, SERVER_ADDRESS, address) as sock:
+            watch(end, sock)
+            end.ip("address", "del", f"{address}/24", "dev", "vclient")
+            goes(end, removed(address))
+    finally:
+        netns.ip(*there, "del", address)
+
+
 def test_an_address_that_was_never_on_a_link_is_not_missed(plain: Bench, end: Watched) -> None:
     with connection(plain, "127.0.0.1", "127.0.0.2") as sock:
         watch(end, sock)

@@ -224,7 +224,7 @@ class StateReader:
         index, address = netlink.index_of(message), address_of(message)
         if index == self._index:
             self._seen.take_address(message)
-        if address in self.addresses:
+        elif address in self.addresses:  # no connection comes through its own tunnel
             self._seen.owners.setdefault(address, set()).add(index)
 
     def _end_addresses(self, failed: int) -> None:
