@@ -36,6 +36,7 @@ BLOCK = 1 << 20
 ICMP_ECHO, ICMPV6_ECHO, ICMP_REPLY, ICMPV6_REPLY = 8, 128, 0, 129
 IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2  # linux/in.h, linux/in6.h
 PATIENCE = 30.0  # seconds without a byte until a transfer has failed
+LONGEST = 3600.0  # seconds of datagrams, as many as --seconds may be
 
 
 def serve(address: str, port: int) -> None:
@@ -192,7 +193,7 @@ def _count_datagrams(control: socket.socket, seconds: float) -> None:
         receiver.settimeout(0.3)
         control.sendall(struct.pack(">Q", receiver.getsockname()[1]))
         done = threading.Event()
-        control.settimeout(seconds + PATIENCE)
+        control.settimeout(min(seconds, LONGEST) + PATIENCE)
 
         def await_end() -> None:
             with contextlib.suppress(OSError):
