@@ -21,8 +21,9 @@ enum {
     QUEUE_LEAST = 2 * 1448, /* of which the link is never idle */
     SLOWED_FOR = 2,         /* round trips, if the queue is that of others */
     /* Microseconds by which bbr's time of the measurement may differ from ours: it was up to a
-     * query earlier, and is in jiffies. */
-    EARLIER = 15000,
+     * query earlier, or somewhat more on a busy machine, and is in jiffies. As much is needed
+     * again until the query that begins the pause. */
+    EARLIER = 30000,
     LATER = 5000
 };
 
