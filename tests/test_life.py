@@ -212,6 +212,30 @@ def test_stop_from_a_callback_does_not_wait_for_itself(plain: Bench) -> None:
     assert "over: True" in printed
 
 
+def test_two_whose_callbacks_stop_each_other_end(plain: Bench) -> None:
+    """Each waited for the other one for good, and so did every later stop()."""
+    program = """
+        import socket
+        one, other = socket.socketpair()
+        given = ttun.GivenSockets()
+        server = ttun.Server(b"secret", listen=given)
+        client = ttun.Client(b"secret", server=ttun.GivenSocket(other))
+        both = threading.Barrier(2)
+        def stop(end):
+            both.wait(20)
+            end.stop()
+        server.on_connected = lambda peer: stop(client)
+        client.on_connected = lambda peer: stop(server)
+        given.give(one, "the client")
+        server.start()
+        client.start()
+        until(lambda: server.wait(0) and client.wait(0))
+        print("devices left:", devices())
+        os._exit(0)
+    """
+    assert "devices left: []" in run(plain, CLIENT, program)
+
+
 def test_what_a_callback_raises_is_a_line_and_the_session_stays(plain: Bench) -> None:
     client = plain.client()
     printed = run(

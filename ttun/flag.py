@@ -27,6 +27,12 @@ class Flag:
         self._beat_at = time.monotonic()
         self.on_beat: Callable[[], float] | None = None
 
+    def __del__(self) -> None:
+        """Close it: else Python warns of sockets that nobody closed."""
+        with contextlib.suppress(AttributeError):  # no descriptor was available
+            self._readable.close()
+            self._writable.close()
+
     def fileno(self) -> int:
         """Return the descriptor to poll. Do not read from it."""
         return self._readable.fileno()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import logging
 import os
+import select
 import threading
 import time
 from typing import Callable, ClassVar, TypeVar
@@ -21,6 +22,8 @@ log = logging.getLogger("ttun")
 
 LACK_FIRST, LACK_MOST = 1.0, 4.0  # seconds until the next attempt, doubled each time
 ALIVE_WITHIN = 10.0  # seconds
+
+_running = threading.local()  # stop: the flag of the endpoint whose thread this is
 
 _L = TypeVar("_L", bound="Lifecycle")
 
@@ -96,8 +99,13 @@ class Lifecycle(abc.ABC):
         self._stop.set()
         if self._take("open") or (self._is_open and self._take("start")):
             self._finish()  # not running: no thread does it
-        elif not self._depends_on_this_thread():
-            self._over.wait()
+        elif not self._interrupted_here():
+            waiting = select.poll()
+            # In a callback, at most until its own endpoint is to stop: two whose callbacks stop
+            # each other would wait forever.
+            for flag in (self._over, getattr(_running, "stop", self._over)):
+                waiting.register(flag, select.POLLIN)
+            waiting.poll()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the endpoint to stop, at most timeout seconds; return whether it has.
@@ -108,7 +116,7 @@ class Lifecycle(abc.ABC):
             raise TtunError("wait() in a callback would wait for itself")
         over = self._over.wait(timeout)
         if over and self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # not with the frames of all earlier callers
         return over
 
     def when_over(self, call: Callable[[], object]) -> None:
@@ -170,22 +178,17 @@ class Lifecycle(abc.ABC):
         self._process = os.getpid()
         return True
 
-    def _depends_on_this_thread(self) -> bool:
-        """Return whether waiting here for the endpoint to stop would deadlock.
-
-        It would on the endpoint's thread, and in a signal handler that interrupted open(), start()
-        or stop().
-        """
-        thread = threading.get_ident()
-        if self._runner is not None:
-            return self._runner == thread
+    def _interrupted_here(self) -> bool:
+        """Return whether this is a signal handler that interrupted open(), start() or stop()."""
         # Not by _is_open, which open() may set on another thread meanwhile.
-        return (self._taken.get("start") or self._taken["open"])[0] == thread
+        thread = (self._taken.get("start") or self._taken["open"])[0]
+        return self._runner is None and thread == threading.get_ident()
 
     def _main(self) -> None:
         if not self._take("run"):
             return
         self._runner = threading.get_ident()
+        _running.stop = self._stop
         self._stop.on_beat = self._look
         wait = LACK_FIRST
         try:
@@ -201,8 +204,9 @@ class Lifecycle(abc.ABC):
                     wait = min(2 * wait, LACK_MOST)
         except TtunError as error:
             self._error = error
-        except BaseException as error:  # a bug: log one line, without a traceback
+        except BaseException as error:  # a bug, or one of a Dialer or Listener of the program
             self._error = TtunError(f"internal error: {type(error).__name__}: {error}")
+            self._error.__cause__ = error
         finally:
             self._finish()
 
