@@ -17,7 +17,7 @@ from shaking import K, marked_nonce, terms
 from tunnel import CLIENT, Bench
 
 import ttun
-from ttun import handshake
+from ttun import handshake, tcp
 from ttun.cipher import TO_SERVER
 from ttun.flag import Flag
 from ttun.peer import Host
@@ -168,7 +168,7 @@ def test_no_peer_sends_this_process_a_signal(given: ttun.GivenSockets, ends: End
         harness.turns()
         ours, theirs = ends
         theirs.close()
-        attempt = harness.pending.add(ours, "x", "socket", handshake.client(K, terms()))
+        attempt = harness.pending.add(ours, "x", tcp.kind, handshake.client(K, terms()))
         harness.turns()
         assert not harness.pending.is_pending(attempt)
         assert not harness.pending._half_open

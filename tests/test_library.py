@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import re
@@ -10,17 +11,20 @@ import socket
 import ssl
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from ttun._codec import lib
 from tunnel import CLIENT, ROOT, SERVER, Bench
 
 import ttun
+from ttun import handshake
 from ttun.cipher import CIPHERS
 from ttun.commands import answer
 from ttun.flag import Flag
+from ttun.handshake import Terms
+from ttun.peer import Host
 from ttun.pending import Pending
 from ttun.settings import MAX_MTU
 
@@ -116,8 +120,7 @@ def test_what_is_no_plain_socket_is_refused_and_stays_the_callers() -> None:
         ("x", "must be socket, not str"),
         (datagrams, "must be a stream socket"),
     ):
-        dialled = partial(Pending(Flag()).add, name="x", transport="x", steps=None)
-        for take in (ttun.GivenSocket, lambda sock: ttun.GivenSockets().give(sock, "x"), dialled):
+        for take in (ttun.GivenSocket, lambda sock: ttun.GivenSockets().give(sock, "x")):
             with pytest.raises(ttun.UsageError, match=says):
                 take(wrong)  # type: ignore[arg-type]
     for sock in (wrapped, theirs, datagrams, others):
@@ -140,11 +143,124 @@ def test_what_is_no_plain_socket_is_refused_and_stays_the_callers() -> None:
         ("listen", 20203, "listen must be str or Listener, not int"),
         ("takeover", None, "takeover must be bool, not NoneType"),
         ("on_connected", "echo", "a callback must be callable, not str"),
+        pytest.param("mtu", 10**5000, "mtu is out of range", id="huge"),
+        ("limits", ttun.Limits(10**5000), "a limit is out of range"),
+        ("listen", "\ud800", "listen is not valid Unicode text"),
     ],
 )
 def test_wrong_values_are_refused_at_once(option: str, value: object, says: str) -> None:
     with pytest.raises(ttun.UsageError, match=re.escape(says)):
         ttun.Server(b"secret", **{option: value})  # type: ignore[arg-type]
+
+
+class Mine(ttun.Dialer, ttun.Listener):
+    """A program's own: it hands over one socket."""
+
+    name = "mine"
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def candidates(self, stop: Flag) -> list[ttun.Candidate]:
+        return [ttun.Candidate("mine", None, lambda stop: self.sock)]
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def accept(self) -> ttun.Arrival:
+        return ttun.Arrival(self.sock, "mine", "mine")
+
+    def kind(self, sock: socket.socket) -> str:
+        raise LookupError("kind")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("proxy", b"http://192.0.2.1:3128", "proxy must be str or None, not bytes"),
+        ("proxy", "http://\ud800@192.0.2.1:3128", "proxy is not valid Unicode text"),
+        ("bind", Path("/"), "bind must be str or None, not PosixPath"),
+        ("bind", "%\ud800", "bind is not valid Unicode text"),
+        ("users", [10**5000], "a user is out of range"),
+    ],
+)
+def test_so_are_those_of_a_client(option: str, value: object, says: str) -> None:
+    with pytest.raises(ttun.UsageError, match=re.escape(says)):
+        ttun.Client(b"secret", server="192.0.2.1", **{option: value})  # type: ignore[arg-type]
+
+
+def test_names_and_later_keys_are_checked_too() -> None:
+    ours, theirs = socket.socketpair()
+    nameless = Mine(ours)
+    nameless.name = None  # type: ignore[assignment]
+    server = ttun.Server(b"secret")
+    for use in (
+        lambda: ttun.Client(b"secret", server=nameless),
+        lambda: ttun.Server(b"secret", listen=nameless),
+        lambda: ttun.GivenSocket(ours, 5),  # type: ignore[arg-type]
+        lambda: ttun.GivenSockets().give(ours, b"x"),  # type: ignore[arg-type]
+        lambda: ttun.GivenSockets().give(ours, "x", 5),  # type: ignore[arg-type]
+        lambda: server.use_keys(None),  # type: ignore[arg-type]
+        lambda: server.use_keys({b"x"}),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ttun.UsageError, match="must be"):
+            use()
+    with ours, theirs:
+        assert ours.fileno() >= 0, "it stays the caller's"
+
+
+def test_a_list_that_changes_later_changes_no_settings() -> None:
+    networks = [ipaddress.ip_network("10.2.0.0/16")]
+    settings = ttun.Settings(routes=networks)
+    networks.append("10.3.0.0/16")  # type: ignore[arg-type]
+    assert settings.routes == (ipaddress.ip_network("10.2.0.0/16"),)
+    hash(settings)
+
+
+@pytest.mark.parametrize("what", ["datagrams", "tls", "kind"])
+def test_a_socket_of_no_use_is_closed(what: str) -> None:
+    """Nobody else can: the program has handed it over."""
+    for use in (dials, accepts):
+        ours, theirs = socket.socketpair()
+        raised: type[Exception] = ttun.UsageError
+        if what == "datagrams":
+            ours.close()
+            ours = socket.socket(type=socket.SOCK_DGRAM)
+        elif what == "tls":
+            ours = ssl.create_default_context().wrap_socket(
+                ours, do_handshake_on_connect=False, server_hostname="x"
+            )
+        else:
+            raised = LookupError
+        with theirs, pytest.raises(raised):
+            use(Mine(ours))
+        assert ours.fileno() == -1
+
+
+def test_what_a_dialer_raises_keeps_nothing_else_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch of the device stayed open."""
+
+    def fail() -> None:
+        raise LookupError("close")
+
+    mine = Mine(socket.socket())
+    monkeypatch.setattr(mine, "close", fail)
+    client = ttun.Client(b"secret", server=mine)
+    client._watch = watch = Mock()
+    with mine.sock, pytest.raises(LookupError):
+        client._release()
+    watch.close.assert_called_once_with()
+
+
+def dials(mine: Mine) -> None:
+    client = ttun.Client(b"secret", server=mine)
+    client._shake_hands(mine.sock, mine.candidates(Flag())[0])
+
+
+def accepts(mine: Mine) -> None:
+    pending = Pending(Flag())
+    pending._host = Host(mine, lambda: handshake.server(bytes(32), Terms()), lambda _: False, False)
+    pending._accept()
 
 
 def test_the_largest_mtu_is_what_fits_one_frame_of_the_codec() -> None:

@@ -19,7 +19,7 @@ from ttun._codec import ffi
 from x1_rig import rigged
 
 import ttun
-from ttun import handshake, pending, summary
+from ttun import handshake, pending, summary, tcp
 from ttun.cipher import TO_SERVER
 from ttun.flag import Flag
 from ttun.peer import SILENT_AFTER, HalfOpen, Peer
@@ -358,7 +358,7 @@ def test_a_client_is_told_the_probable_cause(heard: bytes, ending: str, said: st
     waiting.on_failure = whys.append
     ours, theirs = socket.socketpair()
     with theirs, contextlib.closing(waiting):
-        attempt = waiting.add(ours, "peer", "tcp", handshake.client(K, terms()), 0.3)
+        attempt = waiting.add(ours, "peer", tcp.kind, handshake.client(K, terms()), 0.3)
         theirs.sendall(heard)
         while waiting.is_pending(attempt):
             waiting.turn(0.1)

@@ -43,7 +43,7 @@ def test_a_client_that_has_sent_its_nonce_only_waits() -> None:
     waiting = Pending(Flag())
     ours, theirs = socket.socketpair()
     with theirs, contextlib.closing(waiting):
-        waiting.add(ours, "peer", "tcp", handshake.client(K, terms()))
+        waiting.add(ours, "peer", tcp.kind, handshake.client(K, terms()))
         waiting.turn(0.3)
         assert len(theirs.recv(100)) == 16
         assert lasts(waiting)

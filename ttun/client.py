@@ -27,6 +27,7 @@ from ttun.settings import (
     Limits,
     Network,
     Settings,
+    check_type,
     several,
 )
 from ttun.transport import Candidate, Dialer
@@ -168,10 +169,13 @@ class Client(Endpoint):
             buffers, device, addresses, routes, limits, default_route, users,
         )  # fmt: skip
         super().__init__([key], settings, on_connected, on_disconnected)
+        check_type("proxy", proxy, str, type(None))
+        check_type("bind", bind, str, type(None))
         self._dialers = collections.deque[Dialer]()
         for each in several("server", server, str, Dialer):
             if isinstance(each, str):
                 each = dialer(each, mptcp, congestion_control, through=proxy, bind=bind)  # noqa: PLW2901
+            check_type("the name of a dialer", getattr(each, "name", None), str)
             each.outside = default_route
             self._dialers.append(each)
         self._dialer = self._dialers[0]
@@ -375,7 +379,7 @@ class Client(Endpoint):
         began = time.monotonic()
         steps = handshake.client(self._ks[0], self._terms)
         patience = self._dialer.patience
-        attempt = self._pending.add(sock, candidate.name, self._dialer.kind(sock), steps, patience)
+        attempt = self._pending.add(sock, candidate.name, self._dialer.kind, steps, patience)
         try:
             self._watch_connection(attempt.sock)
             answered_after = float("inf")  # until its first byte

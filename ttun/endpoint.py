@@ -29,7 +29,7 @@ from ttun.peer import Peer
 from ttun.pending import Pending
 from ttun.record import MOST_CHARACTERS, Record, Status, carried, in_tunnel, lost
 from ttun.session import Session
-from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, check_type
+from ttun.settings import BUFFERS, MAX_KEYS, Addresses, Settings, several
 from ttun.summary import Sessions
 from ttun.users import user_name
 from ttun.watch.device_state import some
@@ -55,7 +55,7 @@ class Endpoint(Lifecycle):
 
     def __init__(
         self,
-        keys: Sequence[bytes],
+        keys: bytes | Sequence[bytes],
         settings: Settings,
         on_connected: Callable[[str], object] | None = None,
         on_disconnected: Callable[[str, str], object] | None = None,
@@ -88,21 +88,20 @@ class Endpoint(Lifecycle):
         self._created = time.monotonic()
         self._moved = False  # _why_dead() ended the last connection
 
-    def use_keys(self, keys: Sequence[bytes]) -> None:
+    def use_keys(self, keys: bytes | Sequence[bytes]) -> None:
         """Replace the pre-shared keys. Raises UsageError for an invalid one, TtunError after
         start(): the keys of a handshake must not change during it; after stop() nothing uses them.
         """
         if "start" in self._taken or self._over.is_set():
             what = "started" if "start" in self._taken else "stopped"
             raise TtunError(f"this {self.role} was already {what} (create another)")
-        for key in keys:
-            check_type("the key", key, bytes)
-        if not all(keys) or not keys:
+        found = several("the key", keys, bytes)
+        if not all(found):
             raise UsageError("the key is empty")
-        if len(keys) > MAX_KEYS:
-            raise UsageError(f"{len(keys)} keys are too many (at most {MAX_KEYS})")
-        self._ks = [psk_key(key) for key in keys]
-        self.key_names = [f"{n} of {len(keys)}" for n in range(1, len(keys) + 1)]
+        if len(found) > MAX_KEYS:
+            raise UsageError(f"{len(found)} keys are too many (at most {MAX_KEYS})")
+        self._ks = [psk_key(key) for key in found]
+        self.key_names = [f"{n} of {len(self._ks)}" for n in range(1, len(self._ks) + 1)]
 
     def hold_device(self) -> tuple[int, Sequence[int]]:
         """Keep an open device until the process ends: nothing leaves outside while that stops.
@@ -187,9 +186,9 @@ class Endpoint(Lifecycle):
         try:
             self._pending.close()
             self._sessions.tick(time.monotonic(), end=True)
-            self._close()
             if self._watch is not None:
                 self._watch.close()
+            self._close()  # last: a Dialer or Listener of the program may raise
         finally:
             if self._device is not None:
                 self._device.close()

@@ -115,16 +115,16 @@ class Pending:
         self,
         sock: socket.socket,
         name: str,
-        transport: str,
+        kind: Callable[[socket.socket], str],
         steps: Steps,
         seconds: float | None = None,
     ) -> HalfOpen:
-        """Start a handshake over a connected socket. transport: e.g. "tcp".
+        """Take ownership of a connected socket, and start a handshake. kind: of its Dialer.
 
         seconds: its time limit, if not TIMEOUT.
         """
         now = time.monotonic()
-        sock = self._prepare(sock)
+        sock, transport = self._prepare(sock, kind)
         talk = Conversation(sock, steps)
         deadline = now + (seconds or TIMEOUT)
         peer = HalfOpen(sock, name, transport, name, now, deadline, talk, dialled=True)
@@ -200,14 +200,11 @@ class Pending:
             except OSError as error:
                 self._cannot_accept(error)
                 return
-            sock = arrival.sock
             try:
-                kind = self._host.listener.kind(sock)
-                sock = self._prepare(sock)
+                sock, kind = self._prepare(arrival.sock, self._host.listener.kind)
                 self._accepted(sock, arrival.name, arrival.source, kind)
                 self._told = False
             except OSError as error:  # e.g. no kernel memory
-                sock.close()
                 self._cannot_accept(error)
                 return
 
@@ -352,13 +349,23 @@ class Pending:
     # ---- bookkeeping ----
 
     @staticmethod
-    def _prepare(sock: socket.socket) -> socket.socket:
-        """Return a socket that nobody else can close: its number may soon be another file's."""
-        if type(checked(sock)) is socket.socket and sock.fileno() >= 0:
-            sock = socket.socket(fileno=sock.detach())
-        sock.setblocking(False)
+    def _prepare(
+        sock: socket.socket, kind: Callable[[socket.socket], str]
+    ) -> tuple[socket.socket, str]:
+        """Return its kind and a socket that nobody else can close: its number may soon be another
+        file's. Close one of no use.
+        """
+        try:
+            transport = kind(checked(sock))
+            if type(sock) is socket.socket and sock.fileno() >= 0:
+                sock = socket.socket(fileno=sock.detach())
+            sock.setblocking(False)
+        except BaseException:
+            if isinstance(sock, socket.socket):
+                sock.close()
+            raise
         tcp.tune(sock)
-        return sock
+        return sock, transport
 
     def _admit(self, peer: HalfOpen, events: int) -> None:
         self._half_open[peer.sock.fileno()] = peer

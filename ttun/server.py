@@ -81,12 +81,12 @@ class Server(Endpoint):
             cipher, wire, mtu, mptcp, offload, congestion_control,
             buffers, device, addresses, routes, limits,
         )  # fmt: skip
-        check_type("the key", key, bytes, Sequence)
-        keys = [key] if isinstance(key, bytes) else key
-        super().__init__(keys, settings, on_connected, on_disconnected)
-        several("listen", listen, str, Listener)
+        super().__init__(key, settings, on_connected, on_disconnected)
         check_type("takeover", takeover, bool)
-        if not isinstance(listen, Listener):
+        if isinstance(listen, Listener):
+            check_type("the name of a listener", getattr(listen, "name", None), str)
+        else:
+            several("listen", listen, str, Listener)
             listen = tcp.Listener(listen, mptcp, congestion_control)
         self._listener = listen
         self._takeover = takeover

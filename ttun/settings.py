@@ -7,6 +7,7 @@ gets the whole object. Creating Settings validates them, before anything is open
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar, Union
@@ -27,10 +28,19 @@ MAX_KEY_LIFE = 120.0  # seconds; a server ends an x1 session after twice as much
 
 
 def check_type(name: str, value: Any, *kinds: type) -> None:
-    """Raise UsageError, without showing the value, if it has none of these types."""
+    """Raise UsageError, without showing the value, if it has none of these types, or cannot be
+    printed: an integer of thousands of digits, text that is not Unicode.
+    """
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise UsageError(f"{name} must be {wanted}, not {type(value).__name__}")
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise UsageError(f"{name} is out of range")
+    if isinstance(value, str):
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            raise UsageError(f"{name} is not valid Unicode text") from None
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,8 @@ class Settings:
         """Validate every option."""
         for name, kinds in self.KINDS.items():
             check_type(name, getattr(self, name), *kinds)
+        for name in ("routes", "users"):  # a list could change later, unchecked
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.wire not in WIRES:
             raise UsageError(f"unknown wire {self.wire!r}: choose {', '.join(WIRES)}")
         if not MIN_MTU <= self.mtu <= MAX_MTU:

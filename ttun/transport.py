@@ -115,6 +115,7 @@ class GivenSocket(Dialer):
 
     def __init__(self, sock: socket.socket, name: str = "the given socket") -> None:
         """Take ownership of a connected stream socket. name: for messages. Raises UsageError."""
+        check_type("the name", name, str)
         self.name = name
         self._sock: socket.socket | None = checked(sock)
 
@@ -163,6 +164,8 @@ class GivenSockets(Listener):
         serves: the caller then keeps the socket. Raises UsageError for another kind of socket.
         """
         checked(sock)
+        check_type("the name", name, str)
+        check_type("the source", source, str, type(None))
         if len(self._waiting) >= self.MOST or self._process not in (None, os.getpid()):
             return False
         arrival = Arrival(sock, name, source or name)
