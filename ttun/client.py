@@ -45,14 +45,9 @@ def is_tox(server: str) -> bool:
 
 
 def dialer(
-    server: str,
-    mptcp: bool | None,
-    control: str,
-    nodes: Path | None = None,
-    *,
-    through: str | None = None,
-    bind: str | None = None,
-) -> Dialer:
+    server: str, mptcp: bool | None, control: str, nodes: Path | None = None, *,
+    through: str | None = None, bind: str | None = None,
+) -> Dialer:  # fmt: skip
     """Return the Dialer for a server address of any kind. Raises TtunError.
 
     mptcp, control, bind: see tcp.Dialer. nodes: a file with bootstrap nodes of the Tox network.
@@ -208,8 +203,8 @@ class Client(Endpoint):
                 log.info("cannot resolve %s", failures[0])  # works behind the rules too
                 return
             wait = backoff.after_failure(time.monotonic())
-            what = "; ".join(map(str, failures))
-            log.warning("cannot resolve %s; retrying in %.1f s", what, wait)
+            why = "; ".join(map(str, failures))
+            log.warning("cannot resolve %s; retrying in %.1f s", why, wait)
             self._stop.wait(wait)
             patience = min(2 * patience, FIRST_PATIENCE)  # of a child: it begins anew
         raise InterruptedError
@@ -354,9 +349,9 @@ class Client(Endpoint):
             failures.append(error)
         if failures and not self._stop.is_set():
             name = self._dialer.name
-            named = (f"{name}: ", f"{name.rpartition(':')[0]}: ")  # the server is named once
-            reasons = [reason(x).removeprefix(named[0]).removeprefix(named[1]) for x in failures]
-            why = "; ".join(reasons)
+            host = name.rpartition(":")[0]  # the server is named once
+            reasons = (reason(x).removeprefix(f"{name}: ") for x in failures)
+            why = "; ".join(each.removeprefix(f"{host}: ") for each in reasons)
             log.warning("cannot connect to %s: %s", name, why)
             self._attempt_failed(why)
         if any(map(is_lack, failures)):

@@ -125,8 +125,7 @@ class Pending:
         """
         now = time.monotonic()
         sock, transport = self._prepare(sock, kind)
-        talk = Conversation(sock, steps)
-        deadline = now + (seconds or TIMEOUT)
+        talk, deadline = Conversation(sock, steps), now + (seconds or TIMEOUT)
         peer = HalfOpen(sock, name, transport, name, now, deadline, talk, dialled=True)
         self._admit(peer, select.POLLOUT)
         return peer
