@@ -231,7 +231,7 @@ def test_how_a_command_ended_is_said_also_if_the_program_hangs_up_at_once(
 def test_its_lines_have_the_time_zone_of_the_programs(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TZ", "XXX-9")  # east of Greenwich
+    monkeypatch.setenv("TZ", "JST-9")  # east of Greenwich
     keeper.via = via("exit 7", None)
     keeper.start({})
     assert dialled(keeper) == b""

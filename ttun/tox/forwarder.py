@@ -168,9 +168,11 @@ class Forwarder:
         What one friend leaves unread takes no connection from another.
         """
         while self.growth.buffered > protocol.MAX_BUFFERED:
-            max(
-                (link.streams for link in self.links.values()), key=Streams.buffered
-            ).reset_largest()
+            found = (link.streams for link in self.links.values())
+            most = max(found, key=Streams.buffered, default=None)
+            if most is None or most.buffered() == 0:
+                return  # resetting more would free nothing
+            most.reset_largest()
 
     def on_stop(self) -> None:
         """Close everything; send queued packets as far as toxcore takes them now."""
