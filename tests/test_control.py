@@ -15,7 +15,7 @@ from peer import PING, PONG, REKEY, SWITCH, checksum
 from shaking import ROLES
 from ttun._codec import lib
 from tunnel import eventually
-from x1_rig import PACKET, rigged
+from x1_rig import PACKET, Rig, rigged
 
 from ttun import control
 from ttun.settings import DEFAULT_LIMITS
@@ -174,7 +174,8 @@ def test_a_device_without_offload_takes_no_whole_packet(offload: int) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide all timeouts by ten."""
-    for name in ("PING_AFTER", "DEAD_AFTER", "LOST_AFTER", "LOOK_AT_CLOCK"):
+    names = ("PING_AFTER", "DEAD_AFTER", "LOST_AFTER", "LOOK_AT_CLOCK", "DOUBTED_FOR")
+    for name in names:
         monkeypatch.setattr(control, name, getattr(control, name) / 10)
 
 
@@ -221,6 +222,48 @@ def test_a_peer_that_says_nothing_is_gone(impatient: None) -> None:
         assert "peer timed out" in rig.ended()
         assert time.monotonic() - started + 0.1 >= control.DEAD_AFTER
         assert time.monotonic() - started < control.LOST_AFTER
+
+
+def doubt(rig: Rig) -> float:
+    """Let it be idle for some pings, then doubt its peer."""
+    assert rig.session.control is not None
+    for _ in range(2):
+        rig.peer.send(PONG + rig.peer.receive_control(PING))
+    rig.session.control.doubt()
+    return time.monotonic()
+
+
+def test_a_peer_in_doubt_that_acknowledges_nothing_is_gone(impatient: None) -> None:
+    """Even if it sends: its packets may still arrive, those to it may not."""
+    with rigged() as rig:
+        started = doubt(rig)
+        while rig.session.control and rig.session.control.reason is None:
+            rig.peer.send(b"\x45" * 40)
+            time.sleep(0.05)
+        took = time.monotonic() - started
+        assert control.DOUBTED_FOR <= took < control.DEAD_AFTER
+        assert "since the route to the peer changed" in rig.ended()
+
+
+def test_a_peer_in_doubt_that_acknowledges_lives(impatient: None) -> None:
+    """A ping, which comes at once, or what is before it in a full queue."""
+    with rigged() as rig:
+        started = doubt(rig)
+        rig.peer.receive_control(PING)
+        assert time.monotonic() - started < control.PING_AFTER
+        time.sleep(2 * control.DOUBTED_FOR)
+        rig.carries()
+        rig.device.outside.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                rig.device.outside.send(b"\x45" * 60_000)
+        assert rig.session.control is not None
+        rig.session.control.doubt()
+        deadline = time.monotonic() + 2 * control.DOUBTED_FOR
+        while time.monotonic() < deadline:
+            rig.peer.sock.recv(2000)
+            time.sleep(0.02)
+        assert rig.session.control.reason is None
 
 
 def test_an_end_that_was_stopped_first_reads_what_came_meanwhile(

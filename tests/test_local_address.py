@@ -94,6 +94,60 @@ def test_a_client_that_is_shaking_hands_notices_too(plain: Bench) -> None:
     silent.kill()
 
 
+@contextmanager
+def second_link(bench: Bench) -> Iterator[Callable[[], None]]:
+    """A link between the hosts, which the client's route to the server moves to when called."""
+    there = bench.pair.names[SERVER]
+    up = (
+        f"ip link add second type veth peer name second netns {there} &&"
+        "ip address add 198.51.100.2/24 dev second && ip link set second up"
+    )
+    try:
+        bench.run(CLIENT, "sh", "-c", up)
+        bench.run(SERVER, "ip", "address", "add", "198.51.100.1/24", "dev", "second")
+        bench.run(SERVER, "ip", "link", "set", "second", "up")
+        yield (
+            lambda: (
+                bench.run(CLIENT, "ip", "route", "add", "192.0.2.1", "via", "198.51.100.1") and None
+            )
+        )
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            bench.run(CLIENT, "ip", "link", "delete", "second")
+
+
+def test_a_client_whose_route_moves_dials_again_if_the_old_address_does_not_work_there(
+    plain: Bench,
+) -> None:
+    """As where another provider drops it. Both links stay up, both addresses stay."""
+    server, client = plain.server("--takeover"), plain.client()
+    client.says("authenticated")
+    plain.answers()
+    with second_link(plain) as move:
+        plain.run(SERVER, "sysctl", "-qw", "net.ipv4.conf.second.rp_filter=1")
+        move()
+        moved = time.monotonic()
+        client.says("since the route to the peer changed", seconds=12)
+        server.says("peer 198.51.100.2:", seconds=5)
+        plain.answers()
+        print(f"{time.monotonic() - moved:.2f} s")
+        assert "timed out" not in client.log()
+
+
+def test_a_session_whose_route_moves_lives_on_if_the_old_address_works_there(plain: Bench) -> None:
+    plain.server()
+    client = plain.client()
+    client.says("authenticated")
+    with second_link(plain) as move:
+        move()
+        plain.answers()
+        time.sleep(9)
+        plain.answers()
+    plain.answers()
+    time.sleep(9)
+    assert client.log().count("authenticated") == 1
+
+
 @pytest.fixture
 def clock(plain: Bench) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
     """An environment in which the function simulates a suspend of an end."""

@@ -7,6 +7,7 @@ Tests DeviceWatch alone; test_local_address.py tests complete endpoints.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import subprocess
@@ -195,6 +196,31 @@ def test_the_other_way_is_seen_where_binding_takes_a_capability(
         monkeypatch.setattr(socket, "socket", Old)
         with plain.link_down(CLIENT), another_way(end):
             goes(end, f"the link of local address {OURS4} is down")
+
+
+def test_another_way_to_the_peer_is_seen_and_one_from_the_same_address_is_none(
+    plain: Bench, end: Watched
+) -> None:
+    with connection(plain, SERVER_ADDRESS, netns.IPV4[CLIENT]) as sock:
+        way = plain.on(CLIENT, lambda: roaming.Way(sock))
+        times = itertools.count(time.monotonic() + 2, 2)
+
+        def changed() -> bool:
+            return plain.on(CLIENT, lambda: way.has_changed(next(times)))
+
+        end.ip("route", "add", SERVER_ADDRESS, "dev", "vclient")
+        assert not changed()
+        with another_way(end):
+            assert not changed(), "the peer has a longer route"
+            end.ip("route", "replace", SERVER_ADDRESS, "via", "198.51.100.1")
+            assert changed()
+            assert not changed()
+            end.ip("route", "replace", "unreachable", SERVER_ADDRESS)
+            assert not changed(), "a link may be down for a while"
+            end.ip("route", "del", SERVER_ADDRESS)
+            assert changed()
+            end.ip("route", "add", SERVER_ADDRESS, "via", "198.51.100.1")
+            assert not plain.on(CLIENT, lambda: way.has_changed(0.0)), "it looked a moment ago"
 
 
 def test_a_link_that_was_never_up_is_not_missed(plain: Bench, end: Watched) -> None:

@@ -5,7 +5,8 @@ timers in between, and posts its own frames to the outbox; it never blocks a pac
 
 1. Send PING after 2.5 s without a frame from the peer; PONG gives the round-trip time. The peer has
    timed out after 16 s without a frame, unless its kernel still acknowledges data (a full queue on
-   a slow link), and after 60 s without a frame in any case.
+   a slow link), and after 60 s without a frame in any case. In doubt() it gets a PING at once, and
+   has timed out if its kernel acknowledges nothing for 5 s.
 2. Rekey: the client sends REKEY, the server answers with REKEY. Each side then computes the next
    keys and passes them to the codec. SWITCH is the last frame under an old key: the client sends
    it first, the server answers with its own.
@@ -32,6 +33,7 @@ from ttun.x1 import Agreement
 log = logging.getLogger("ttun")
 
 PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
+DOUBTED_FOR = 5.0  # seconds without an acknowledgement
 # TCP doubles its retransmission timeout each time: after an outage of 10 s it may wait 10 s more.
 # With a limit of 2 s, a session survives such an outage before the liveness check ends it.
 RETRANSMIT_WITHIN = 2000  # ms
@@ -72,6 +74,8 @@ class Control:
         self._acknowledged = -1
         self._progress_at = 0.0
         self._runs_since = float("-inf")
+        self._in_doubt = False  # set by another thread
+        self._doubt: tuple[float, int] | None = None  # since when; bytes sent by then
         self._pair: KeyPair | None = None  # the client's, until the server's REKEY
         self._expected: int | None = None  # the next frame of a rekey in progress
         self._rekey_at = 0.0
@@ -81,6 +85,10 @@ class Control:
     def start(self) -> None:
         """Start the thread. Raises RuntimeError if no thread is available."""
         self._thread.start()
+
+    def doubt(self) -> None:
+        """Ask the peer whether it can still be reached, from any thread."""
+        self._in_doubt = True
 
     def join(self) -> None:
         """Wait until the session has ended, then wipe the key material."""
@@ -149,9 +157,24 @@ class Control:
         silence = min(lib.ttun_session_silence(self._c) / 1000, now - self._runs_since)
         if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= DEAD_AFTER:
             raise ProtocolError(f"peer timed out: last received {silence:.0f} s ago")
+        self._look_at_doubt(now, sent)
         if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:
             self._send_ping()
         self._check_key(now)
+
+    def _look_at_doubt(self, now: float, sent: int) -> None:
+        if self._in_doubt:
+            self._in_doubt, self._doubt = False, (now, sent)
+            self._send_ping()
+        if self._doubt is None:
+            return
+        since, sent_before = self._doubt
+        if self._acknowledged > sent_before:
+            self._doubt = None
+        elif now - max(since, self._progress_at, self._runs_since) >= DOUBTED_FOR:
+            raise ProtocolError(
+                f"no acknowledgement for {DOUBTED_FOR:.0f} s since the route to the peer changed"
+            )
 
     def _unacknowledged(self) -> int:
         """Return the bytes in the send buffer, unsent or not acknowledged."""

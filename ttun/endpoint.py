@@ -34,6 +34,7 @@ from ttun.summary import Sessions
 from ttun.users import user_name
 from ttun.watch.device_state import some
 from ttun.watch.device_watch import DeviceWatch
+from ttun.watch.roaming import Way
 
 log = logging.getLogger("ttun")
 
@@ -264,6 +265,7 @@ class Endpoint(Lifecycle):
         descriptor = session.fileno()
         self._pending.watch(descriptor)
         self._watch_connection(sock)
+        way = Way(sock)
         self._moved = lacking = False
         try:
             while not session.is_over:
@@ -277,6 +279,8 @@ class Endpoint(Lifecycle):
                     self._moved = True
                     session.end(why)
                     break
+                if session.control is not None and way.has_changed(time.monotonic()):
+                    session.control.doubt()
                 try:
                     peer = self._pending.turn(
                         SLICE if descriptor in self._pending.watched else SOON

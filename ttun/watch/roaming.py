@@ -4,6 +4,9 @@ A connection is bound to its local address. When that address is removed, or its
 while there is another route to the peer, nothing arrives any more, and TCP takes half a minute to
 notice. For Multipath TCP the addresses of all subflows count.
 
+If both links stay up but the route to the peer moves to the other one, the connection may live on:
+its packets leave through the new link with the old address. So the peer is only asked then.
+
 A system suspend shows in the clocks: CLOCK_BOOTTIME includes it, CLOCK_MONOTONIC does not
 (clock_gettime(2)). By then the peer has usually timed out, or a NAT has dropped its state.
 """
@@ -21,6 +24,7 @@ from ttun.watch.device_state import Seen
 CONFIRM = 0.4  # seconds that an address must be missing: DHCP may remove and re-add it
 SLEPT = 3.0  # seconds of suspend that cause a reconnect
 LOOK_AGAIN = 1.0  # seconds between checks while the link is down
+WAY_INTERVAL = 1.0  # seconds between checks of the way to the peer
 
 
 class Sleep:
@@ -68,7 +72,8 @@ class LocalAddress:
         if not owners:
             were = "was" if len(self.addresses) == 1 else "were"
             return f"local {_shown(self.addresses)} {were} removed", None
-        if self._has_other_way():
+        way = way_to_peer(self.sock)
+        if way and not way & self.addresses:
             return f"the link of local {_shown(set(owners))} is down", None
         return None, LOOK_AGAIN  # it may recover with the link
 
@@ -85,17 +90,40 @@ class LocalAddress:
             return True
         return not self.addresses
 
-    def _has_other_way(self) -> bool:
-        """Return whether there is a route to the peer from another local address."""
-        try:
-            with socket.socket(self.sock.family, socket.SOCK_DGRAM) as probe:
-                device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE
-                if bound_to := self.sock.getsockopt(*device, 16):
-                    probe.setsockopt(*device, bound_to)  # CAP_NET_RAW before Linux 5.7
-                probe.connect(self.sock.getpeername())  # sends nothing
-                return not local_addresses(probe) & self.addresses
-        except OSError:
+
+class Way:
+    """The local address from which the kernel would now connect to the peer of a connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """sock: connected; the caller keeps ownership."""
+        self._sock = sock
+        self._address = way_to_peer(sock)
+        self._next_look = time.monotonic() + WAY_INTERVAL
+
+    def has_changed(self, now: float) -> bool:
+        """Return whether it has changed since the last call. Call it about every second."""
+        if now < self._next_look:
             return False
+        self._next_look = now + WAY_INTERVAL
+        before, found = self._address, way_to_peer(self._sock)
+        self._address = found or before  # none: the link is down, or a descriptor is lacking
+        return self._address != before
+
+
+def way_to_peer(sock: socket.socket) -> set[bytes]:
+    """Return the packed local address from which a new connection to the same peer would start.
+
+    Empty if there is no way to it.
+    """
+    try:
+        with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+            device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE
+            if bound_to := sock.getsockopt(*device, 16):
+                probe.setsockopt(*device, bound_to)  # CAP_NET_RAW before Linux 5.7
+            probe.connect(sock.getpeername())  # sends nothing
+            return local_addresses(probe)
+    except OSError:
+        return set()
 
 
 def local_addresses(sock: socket.socket) -> set[bytes]:
