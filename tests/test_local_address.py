@@ -95,25 +95,24 @@ def test_a_client_that_is_shaking_hands_notices_too(plain: Bench) -> None:
 
 
 @contextmanager
-def second_link(bench: Bench) -> Iterator[Callable[[], None]]:
-    """A link between the hosts, which the client's route to the server moves to when called."""
-    there = bench.pair.names[SERVER]
-    up = (
-        f"ip link add second type veth peer name second netns {there} &&"
-        "ip address add 198.51.100.2/24 dev second && ip link set second up"
+def route_that_moves(bench: Bench, *, reverse_path_filter: int) -> Iterator[None]:
+    """Within it the client's route to the server leads over a second link between them."""
+    link, there = "second", bench.pair.names[SERVER]
+    bench.run(
+        CLIENT, "ip", "link", "add", link, "type", "veth", "peer", "name", link, "netns", there
     )
     try:
-        bench.run(CLIENT, "sh", "-c", up)
-        bench.run(SERVER, "ip", "address", "add", "198.51.100.1/24", "dev", "second")
-        bench.run(SERVER, "ip", "link", "set", "second", "up")
-        yield (
-            lambda: (
-                bench.run(CLIENT, "ip", "route", "add", "192.0.2.1", "via", "198.51.100.1") and None
-            )
-        )
+        for host, address in ((SERVER, "198.51.100.1/24"), (CLIENT, "198.51.100.2/24")):
+            bench.run(host, "ip", "address", "add", address, "dev", link)
+            bench.run(host, "ip", "link", "set", link, "up")
+        for which in ("all", link):  # the greater one counts
+            setting = f"net.ipv4.conf.{which}.rp_filter={reverse_path_filter}"
+            bench.run(SERVER, "sysctl", "-qw", setting)
+        bench.run(CLIENT, "ip", "route", "add", "192.0.2.1", "via", "198.51.100.1")
+        yield
     finally:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            bench.run(CLIENT, "ip", "link", "delete", "second")
+        bench.run(SERVER, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
+        bench.run(CLIENT, "ip", "link", "delete", link)
 
 
 def test_a_client_whose_route_moves_dials_again_if_the_old_address_does_not_work_there(
@@ -123,9 +122,7 @@ def test_a_client_whose_route_moves_dials_again_if_the_old_address_does_not_work
     server, client = plain.server("--takeover"), plain.client()
     client.says("authenticated")
     plain.answers()
-    with second_link(plain) as move:
-        plain.run(SERVER, "sysctl", "-qw", "net.ipv4.conf.second.rp_filter=1")
-        move()
+    with route_that_moves(plain, reverse_path_filter=1):
         moved = time.monotonic()
         client.says("since the route to the peer changed", seconds=12)
         server.says("peer 198.51.100.2:", seconds=5)
@@ -138,8 +135,7 @@ def test_a_session_whose_route_moves_lives_on_if_the_old_address_works_there(pla
     plain.server()
     client = plain.client()
     client.says("authenticated")
-    with second_link(plain) as move:
-        move()
+    with route_that_moves(plain, reverse_path_filter=0):
         plain.answers()
         time.sleep(9)
         plain.answers()
