@@ -174,8 +174,8 @@ def test_a_device_without_offload_takes_no_whole_packet(offload: int) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide all timeouts by ten."""
-    names = ("PING_AFTER", "DEAD_AFTER", "LOST_AFTER", "LOOK_AT_CLOCK", "DOUBTED_FOR")
-    for name in names:
+    names = "PING_AFTER DEAD_AFTER DEAD_TO_OTHERS LOST_AFTER DOUBTED_FOR LOOK_AT_CLOCK"
+    for name in names.split():
         monkeypatch.setattr(control, name, getattr(control, name) / 10)
 
 
@@ -222,6 +222,19 @@ def test_a_peer_that_says_nothing_is_gone(impatient: None) -> None:
         assert "peer timed out" in rig.ended()
         assert time.monotonic() - started + 0.1 >= control.DEAD_AFTER
         assert time.monotonic() - started < control.LOST_AFTER
+
+
+def test_a_peer_that_says_nothing_while_another_waits_is_gone_earlier(impatient: None) -> None:
+    with rigged() as rig:
+        assert rig.session.control is not None
+        rig.session.control.others_wait = True
+        deadline = time.monotonic() + 1.5 * control.DEAD_AFTER
+        while time.monotonic() < deadline:  # not one that answers
+            rig.peer.send(PONG + rig.peer.receive_control(PING))
+        started = time.monotonic()
+        assert "peer timed out" in rig.ended()
+        took = time.monotonic() - started
+        assert control.DEAD_TO_OTHERS - 0.1 <= took < control.DEAD_AFTER
 
 
 def doubt(rig: Rig) -> float:

@@ -5,8 +5,9 @@ timers in between, and posts its own frames to the outbox; it never blocks a pac
 
 1. Send PING after 2.5 s without a frame from the peer; PONG gives the round-trip time. The peer has
    timed out after 16 s without a frame, unless its kernel still acknowledges data (a full queue on
-   a slow link), and after 60 s without a frame in any case. In doubt() it gets a PING at once, and
-   has timed out if its kernel acknowledges nothing for 5 s.
+   a slow link), and after 60 s without a frame in any case. If another client waits, which may be
+   the same one, 6 s count instead of 16. In doubt() the peer gets a PING at once, and has timed out
+   if its kernel acknowledges nothing for 5 s.
 2. Rekey: the client sends REKEY, the server answers with REKEY. Each side then computes the next
    keys and passes them to the codec. SWITCH is the last frame under an old key: the client sends
    it first, the server answers with its own.
@@ -33,6 +34,7 @@ from ttun.x1 import Agreement
 log = logging.getLogger("ttun")
 
 PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
+DEAD_TO_OTHERS = 6.0  # replaces DEAD_AFTER
 DOUBTED_FOR = 5.0  # seconds without an acknowledgement
 # TCP doubles its retransmission timeout each time: after an outage of 10 s it may wait 10 s more.
 # With a limit of 2 s, a session survives such an outage before the liveness check ends it.
@@ -61,6 +63,7 @@ class Control:
         self.rtt: float | None = None  # seconds, last measured
         self.rekeys = 0
         self.reason: str | None = None  # set if this thread ended the session
+        self.others_wait = False  # for the end of the session; set by another thread
         self._c = session
         self._sock = sock
         with contextlib.suppress(OSError):  # an older kernel
@@ -155,7 +158,8 @@ class Control:
         if now - self._looked_at >= STOPPED:  # SIGSTOP, a frozen container or virtual machine
             self._runs_since = now
         silence = min(lib.ttun_session_silence(self._c) / 1000, now - self._runs_since)
-        if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= DEAD_AFTER:
+        dead_after = DEAD_TO_OTHERS if self.others_wait else DEAD_AFTER
+        if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= dead_after:
             raise ProtocolError(f"peer timed out: last received {silence:.0f} s ago")
         self._look_at_doubt(now, sent)
         if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:

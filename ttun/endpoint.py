@@ -279,8 +279,10 @@ class Endpoint(Lifecycle):
                     self._moved = True
                     session.end(why)
                     break
-                if session.control is not None and way.has_changed(time.monotonic()):
-                    session.control.doubt()
+                if session.control is not None:
+                    session.control.others_wait = self._pending.key_waits
+                    if way.has_changed(time.monotonic()):
+                        session.control.doubt()
                 try:
                     peer = self._pending.turn(
                         SLICE if descriptor in self._pending.watched else SOON

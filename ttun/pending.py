@@ -111,14 +111,15 @@ class Pending:
             if len(peer.nonce) == NONCE_SIZE:
                 self._poll.modify(peer.sock, select.POLLOUT)  # turn() starts its handshake
 
+    @property
+    def key_waits(self) -> bool:
+        """Whether a client is held that shows the key."""
+        return self._holding and any(peer.knows_key for peer in self._half_open.values())
+
     def add(
-        self,
-        sock: socket.socket,
-        name: str,
-        kind: Callable[[socket.socket], str],
-        steps: Steps,
+        self, sock: socket.socket, name: str, kind: Callable[[socket.socket], str], steps: Steps,
         seconds: float | None = None,
-    ) -> HalfOpen:
+    ) -> HalfOpen:  # fmt: skip
         """Take ownership of a connected socket, and start a handshake. kind: of its Dialer.
 
         seconds: its time limit, if not TIMEOUT.
