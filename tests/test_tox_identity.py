@@ -97,7 +97,9 @@ def test_no_file_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         identity.find_contact("home")
 
 
-def test_an_identity_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_an_identity_is_saved_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.umask(0)
     try:
         identity.save(tmp_path, b"first")
@@ -105,25 +107,34 @@ def test_an_identity_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
         os.umask(0o022)
     path = tmp_path / identity.SAVE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    before = path.stat().st_ino
-    identity.save(tmp_path, b"second")
-    assert identity.load(tmp_path) == b"second"
-    assert path.stat().st_ino != before, "another file took its place: no moment with half of one"
+    assert identity.load(tmp_path) == b"first"
     assert os.listdir(tmp_path) == [identity.SAVE]
-
-
-def test_a_save_that_fails_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    identity.save(tmp_path, b"old")
+    path.unlink()
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
-        identity.save(tmp_path, b"new")
-    assert identity.load(tmp_path) == b"old"
+        identity.save(tmp_path, b"second")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_identities_saved_at_once_one_stays_and_the_other_end_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Two servers that start in a fresh directory; also where there are no hard links."""
+
+    def no_link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    identity.save(tmp_path, b"first")
+    with pytest.raises(TtunError, match=f"another program has just created {tmp_path}"):
+        identity.save(tmp_path, b"second")
+    assert identity.load(tmp_path) == b"first"
     assert os.listdir(tmp_path) == [identity.SAVE]
 
 

@@ -82,7 +82,7 @@ def create(path: Path = DEFAULT_FILE) -> bytes:
     """Write a new key to a file (mode 0600) and return it; or return the key in the file."""
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        files.write_secret(path, generate().encode() + b"\n", replace=False)
+        files.write_secret(path, generate().encode() + b"\n")
     except OSError as error:
         raise TtunError(
             f"cannot write a key to {path}: {error.strerror} (give a key with -k or --psk-file)"

@@ -9,7 +9,6 @@ Sources: fifo(7), poll(2), pipe(7), open(2), fsync(2).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -77,10 +76,10 @@ def _await(descriptor: int, started: float, path: Path) -> bool:
     return False
 
 
-def write_secret(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write a file of mode 0600, atomically and durably.
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a new file of mode 0600, atomically and durably; leave an existing one unchanged.
 
-    replace: whether to replace an existing file; else it is left unchanged. Raises OSError.
+    Raises OSError.
     """
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
@@ -90,11 +89,13 @@ def write_secret(path: Path, data: bytes, *, replace: bool) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            os.replace(fresh, path)
-        else:
-            with contextlib.suppress(FileExistsError):
-                os.link(fresh, path)
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links, such as that of a memory card
+            if not os.path.lexists(path):
+                os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

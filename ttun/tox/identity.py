@@ -152,5 +152,8 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 
 def save(directory: Path, data: bytes) -> None:
-    """Save an identity. Raises OSError, which leaves a previously saved one unchanged."""
-    files.write_secret(directory / SAVE, data, replace=True)
+    """Save an identity where there is none. Raises OSError; TtunError if there is one."""
+    path = directory / SAVE
+    files.write_secret(path, data)
+    if load(directory) != data:
+        raise TtunError(f"another program has just created {path} (start again to use it)")

@@ -286,9 +286,6 @@ def open_tox(
                     ipv6=ipv6,
                     verbose=verbose,
                 )
-                if directory is not None:
-                    keep(tox, directory, saved)
-                return tox
             except BadIdentity as error:
                 assert directory is not None
                 raise TtunError(f"cannot use {directory / identity.SAVE}: {error}") from None
@@ -296,6 +293,10 @@ def open_tox(
                 is_last = attempt == attempts - 1 or not isinstance(error, NoPort)
                 if is_last and not ipv6:
                     raise
+            else:
+                if directory is not None:
+                    keep(tox, directory, saved)
+                return tox
     raise AssertionError
 
 
@@ -306,7 +307,8 @@ def any_udp_ports(*, anywhere: bool) -> tuple[int, int]:
 
 
 def keep(tox: Tox, directory: Path, saved: bytes | None) -> None:
-    """Save the identity of tox, unless it was loaded; a saved identity is never written to.
+    """Save the identity of tox, unless it was loaded; a saved identity is never written to. Raises
+    TtunError if another program has just saved one.
 
     Remove other users' permission to read it. Remove saved friends from tox: they would be let in
     without the secret.
