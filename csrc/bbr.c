@@ -3,9 +3,11 @@
 #include <netinet/in.h>
 #include <stddef.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 enum {
-    OPTION_CC_INFO = 26, /* linux/tcp.h */
+    OPTION_CONGESTION = 13, /* linux/tcp.h */
+    OPTION_CC_INFO = 26,
     OPTION_MAX_PACING_RATE = 47,
     STARTUP = 2 * 256,      /* the gain is 2.89 in startup and at most 1.25 later */
     BUSY = 8,               /* segments in flight */
@@ -46,10 +48,14 @@ static void slow_down(int socket, uint64_t bandwidth) {
     limit_pacing(socket, (uint32_t)(bandwidth - bandwidth / (bandwidth < SLOW ? 4 : 10)));
 }
 
+/* What shows a queue in the network. */
+static bool is_queued(const struct tcp *tcp) {
+    return tcp->rtt > tcp->min_rtt + (tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED);
+}
+
 static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                           uint64_t bandwidth, uint32_t gain) {
     bool busy = gain >= STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
-    uint64_t queued = tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED;
     bool silent = now - bbr->looked_at > (tcp->rtt > IDLE ? tcp->rtt : IDLE);
     bbr->looked_at = now;
     if (bbr->held_until != 0) {
@@ -64,10 +70,40 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
                bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
         bbr->full_since = now;
-    } else if (now - bbr->full_since > FULL_FOR * (uint64_t)tcp->rtt &&
-               tcp->rtt > tcp->min_rtt + queued) {
+    } else if (now - bbr->full_since > FULL_FOR * (uint64_t)tcp->rtt && is_queued(tcp)) {
         slow_down(socket, bandwidth);
         bbr->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
+    }
+}
+
+static bool choose(int socket, const char *name, socklen_t size) {
+    return setsockopt(socket, IPPROTO_TCP, OPTION_CONGESTION, name, size) == 0;
+}
+
+/* Makes bbr start up again. Returns false if it may not: an administrator's route had chosen it. */
+static bool restart(int connection) {
+    int scratch = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool may = scratch >= 0 && choose(scratch, "bbr", 3);
+    if (scratch >= 0)
+        close(scratch);
+    return may && choose(connection, "reno", 4) && choose(connection, "bbr", 3);
+}
+
+static void watch_bandwidth(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
+                            uint64_t bandwidth, uint32_t min_rtt, uint32_t gain) {
+    if (min_rtt == 0 || gain >= STARTUP)
+        bbr->known = 0;
+    else if (bandwidth > bbr->known)
+        bbr->known = bandwidth;
+    bool collapsed = bandwidth < bbr->known / 2 && bbr->known > SLOW && tcp->unsent > 0;
+    if (!collapsed || is_queued(tcp)) {
+        bbr->collapsed_since = 0;
+    } else if (bbr->collapsed_since == 0) {
+        bbr->collapsed_since = now;
+    } else if (now - bbr->collapsed_since >= tcp->rtt) {
+        bbr->known = bbr->collapsed_since = 0;
+        if (restart(socket))
+            bbr->measured_at = now;
     }
 }
 
@@ -114,6 +150,7 @@ void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) 
         info.min_rtt = 0; /* bbr2 and bbr3 measure more often, with half of the window: no pause */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
+    watch_bandwidth(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
     watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
     watch_queue(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
 }

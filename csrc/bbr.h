@@ -8,6 +8,12 @@
  * to just below the rate until bbr notices. Count from when the connection got busy: after a
  * silence, bandwidth and RTT are those of little traffic and its delayed acknowledgements.
  *
+ * Bandwidth. bbr takes the most of the last ten round trips, not counting application-limited ones
+ * with less. After a while of light traffic, the first that counts is often one with a fraction of
+ * the link, above all where segments are lost. From there bbr grows by a quarter in eight round
+ * trips: it would take seconds. So if it has less than half of what it had, for no reason such as a
+ * queue, let it start up again.
+ *
  * Minimum RTT. Ten seconds after it last measured it, bbr sends only four packets at a time, for
  * 200 ms and a round trip (BBR_PROBE_RTT), and all traffic inside waits. It does not if the flow
  * just restarts from idle: then the next round trip counts (idle_restart). So pause shortly before
@@ -31,15 +37,17 @@
 #include <stdint.h>
 
 struct bbr {
-    uint64_t most_bandwidth; /* in startup; bytes per second */
-    uint64_t full_since;     /* busy and no bandwidth growth since; microseconds; 0: not busy */
-    uint64_t held_until;     /* end of the pacing limit; 0: no limit */
-    uint64_t looked_at;      /* the last call; microseconds */
-    uint32_t min_rtt;        /* microseconds */
-    uint64_t measured_at;    /* when bbr measured it; microseconds */
-    bool paused;             /* send nothing */
-    uint64_t slowed_until;   /* end of pacing below the rate, at the latest; 0: not slowed down */
-    uint64_t free_until;     /* do not slow down again before */
+    uint64_t most_bandwidth;  /* in startup; bytes per second */
+    uint64_t full_since;      /* busy and no bandwidth growth since; microseconds; 0: not busy */
+    uint64_t held_until;      /* end of the pacing limit; 0: no limit */
+    uint64_t looked_at;       /* the last call; microseconds */
+    uint64_t known;           /* most bandwidth since startup; bytes per second */
+    uint64_t collapsed_since; /* less than half of that; microseconds; 0: not */
+    uint32_t min_rtt;         /* microseconds */
+    uint64_t measured_at;     /* when bbr measured it; microseconds */
+    bool paused;              /* send nothing */
+    uint64_t slowed_until;    /* end of pacing below the rate, at the latest; 0: not slowed down */
+    uint64_t free_until;      /* do not slow down again before */
 };
 
 /* Fields of struct tcp_info. */
@@ -47,6 +55,7 @@ struct tcp {
     uint64_t pacing_rate;  /* bytes per second */
     uint64_t in_flight;    /* bytes */
     uint32_t unacked;      /* segments */
+    uint32_t unsent;       /* bytes */
     uint32_t rtt, min_rtt; /* microseconds */
 };
 

@@ -36,6 +36,7 @@ enum {
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
     INFO_ACKED = 120,       /* u64, bytes */
+    INFO_UNSENT = 144,      /* u32, bytes */
     INFO_MIN_RTT = 148,     /* u32, microseconds */
     INFO_LEAST = 152,
     INFO_SENT = 200,          /* u64, bytes; since Linux 4.19 */
@@ -83,6 +84,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     tcp.in_flight = sent > retransmitted + acked ? sent - retransmitted - acked : 0;
     memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
     memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);
+    memcpy(&tcp.unsent, info + INFO_UNSENT, sizeof tcp.unsent);
     bbr_look(&c->bbr, c->socket, now, &tcp);
     c->look_at = now + (c->bbr.paused ? EVERY_PAUSED : EVERY);
     uint64_t rate = clamp(tcp.pacing_rate, 0, RATE_MOST);
