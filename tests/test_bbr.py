@@ -13,6 +13,7 @@ from tunnel import ROOT
 
 # As getsockopt(2) in Linux: no more than there is room for.
 KERNEL = """
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 unsigned char info[64];
@@ -23,10 +24,18 @@ int getsockopt(int socket, int level, int option, void *value, socklen_t *size) 
     return 0;
 }
 unsigned pacing = ~0u;
+char chosen[256]; /* which congestion control for which socket */
+int allowed = 1, scratch = 4, closed;
 int setsockopt(int socket, int level, int option, const void *value, socklen_t size) {
-    memcpy(&pacing, value, sizeof pacing);
-    return 0;
+    if (level == SOL_SOCKET) {
+        memcpy(&pacing, value, sizeof pacing);
+        return 0;
+    }
+    sprintf(chosen + strlen(chosen), "%d %.*s, ", socket, (int)size, (const char *)value);
+    return allowed ? 0 : -1;
 }
+int open_socket(int family, int type, int protocol) { return scratch; }
+int close(int descriptor) { closed = descriptor; return 0; }
 """
 BBR, BBR3, DCTCP = 20, 52, 16  # bytes of what the kernel tells of it
 RTT, QUEUED, MBIT = 40_000, 15_000, 125_000  # microseconds; bytes per second
@@ -38,16 +47,16 @@ class Tcp(ctypes.Structure):
     """struct tcp"""
 
     _fields_ = [("pacing_rate", ctypes.c_uint64), ("in_flight", ctypes.c_uint64),
-                ("unacked", ctypes.c_uint32), ("rtt", ctypes.c_uint32),
-                ("min_rtt", ctypes.c_uint32)]  # fmt: skip
+                ("unacked", ctypes.c_uint32), ("unsent", ctypes.c_uint32),
+                ("rtt", ctypes.c_uint32), ("min_rtt", ctypes.c_uint32)]  # fmt: skip
 
 
 class Bbr(ctypes.Structure):
     """struct bbr"""
 
-    _fields_ = [("startup", ctypes.c_uint64 * 4), ("min_rtt", ctypes.c_uint32),
-                ("measured_at", ctypes.c_uint64), ("paused", ctypes.c_bool),
-                ("slow_links", ctypes.c_uint64 * 2)]  # fmt: skip
+    _fields_ = [("startup", ctypes.c_uint64 * 4), ("bandwidth", ctypes.c_uint64 * 2),
+                ("min_rtt", ctypes.c_uint32), ("measured_at", ctypes.c_uint64),
+                ("paused", ctypes.c_bool), ("slow_links", ctypes.c_uint64 * 2)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,8 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     directory = tmp_path_factory.mktemp("bbr")
     source, library = Path(directory, "kernel.c"), Path(directory, "bbr.so")
     source.write_text(KERNEL)
-    names = ["-Dgetsockopt=told", "-Dsetsockopt=set"]
+    names = ["-Dgetsockopt=told", "-Dsetsockopt=set", "-Dclose=shut"]
+    names += ["-Dsocket(a,b,c)=open_socket(a,b,c)"]
     subprocess.run(
         ["cc", "-shared", "-fPIC", *names, source, ROOT / "csrc/bbr.c", "-o", library], check=True
     )
@@ -85,7 +95,7 @@ def pauses(
         struct.pack_into("=5I", info, 0, rate, 0, min_rtt, 256, 512)
         is_drained = paused_at is not None and now > paused_at + RTT + QUEUED
         segments = 0 if is_drained else 100
-        tcp = Tcp(rate, segments * SEGMENT, segments, smoothed, RTT)
+        tcp = Tcp(rate, segments * SEGMENT, segments, 0, smoothed, RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         if bbr.paused and paused_at is None:
             paused_at, told.value = now, later or size
@@ -145,7 +155,7 @@ def queue(
     in_flight, waiting, slowed = held, [], 0
     for now in range(SECOND, 61 * SECOND, 10_000):
         segments = others or int(in_flight)
-        tcp = Tcp(rate, segments * size_each, segments, 3 * SLOW_RTT, SLOW_RTT)
+        tcp = Tcp(rate, segments * size_each, segments, 0, 3 * SLOW_RTT, SLOW_RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         sent = min(1.25 * rate, pacing.value)
         in_flight += 0.01 * (sent - rate * min(1, in_flight / held)) / SEGMENT
@@ -191,7 +201,7 @@ def startup(code: ctypes.CDLL, looks: list[tuple[int, int]], rtt: int = RTT) -> 
     bbr, now, limits = Bbr(), SECOND, []
     for after, segments in looks:
         now += after
-        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, rtt + QUEUED, rtt)
+        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, 0, rtt + QUEUED, rtt)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         limits.append(pacing.value)
     return limits
@@ -212,3 +222,85 @@ def test_what_follows_a_silence_is_not_taken_for_a_startup_without_growth(
     """Its bandwidth is that of the little traffic before: it would take seconds to send."""
     looks = [(10_000, before), (silence, 30), (10_000, 30), (10_000, 30)]
     assert set(startup(code, looks, rtt=2_000)) == {UNLIMITED}
+
+
+class Kernel:
+    """What the kernel tells of a connection every 10 ms: at first 40 Mbit/s, then less."""
+
+    def __init__(self, code: ctypes.CDLL, *, before: int = 40 * MBIT, size: int = BBR) -> None:
+        self.code, self.bbr, self.now = code, Bbr(), SECOND
+        self.info = (ctypes.c_ubyte * 64).in_dll(code, "info")
+        self.chosen = (ctypes.c_char * 256).in_dll(code, "chosen")
+        self.chosen.value = b""
+        ctypes.c_uint.in_dll(code, "info_size").value = size
+        self.set(allowed=1, scratch=4, closed=0)
+        self.look(before)
+
+    def set(self, **values: int) -> None:
+        for name, value in values.items():
+            ctypes.c_int.in_dll(self.code, name).value = value
+
+    def look(
+        self,
+        bandwidth: int,
+        times: int = 1,
+        *,
+        unsent: int = 5000,
+        queued: int = 0,
+        gain: int = 256,
+    ) -> str:
+        """Return which congestion control was chosen for which socket in so many looks."""
+        before = len(self.chosen.value)
+        struct.pack_into("=5I", self.info, 0, bandwidth, 0, RTT, gain, 512)
+        for _ in range(times):
+            self.now += 10_000
+            tcp = Tcp(bandwidth, 30 * SEGMENT, 30, unsent, RTT + queued, RTT)
+            self.code.bbr_look(
+                ctypes.byref(self.bbr), 3, ctypes.c_uint64(self.now), ctypes.byref(tcp)
+            )
+        return self.chosen.value[before:].decode()
+
+
+def test_a_bandwidth_that_collapsed_starts_up_again_once(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code)
+    assert kernel.look(6 * MBIT, 4) == "", "not before a round trip"
+    assert kernel.look(6 * MBIT, 2) == "4 bbr, 3 reno, 3 bbr, "
+    assert ctypes.c_int.in_dll(code, "closed").value == 4
+    assert kernel.bbr.measured_at == kernel.now - 10_000, "bbr's ten seconds begin anew"
+    assert kernel.look(6 * MBIT, 20, gain=739) == ""
+    assert kernel.look(6 * MBIT, 100) == "", "that is what the link has now"
+    assert kernel.look(20 * MBIT) + kernel.look(6 * MBIT, 6) == "4 bbr, 3 reno, 3 bbr, "
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "unsent", "queued"),
+    [(21 * MBIT, 5000, 0), (6 * MBIT, 0, 0), (6 * MBIT, 5000, 12_000)],
+    ids=["more than half", "all it has to send", "a queue"],
+)
+def test_a_bandwidth_that_is_low_for_a_reason_is_left_alone(
+    code: ctypes.CDLL, bandwidth: int, unsent: int, queued: int
+) -> None:
+    kernel = Kernel(code)
+    assert kernel.look(bandwidth, 100, unsent=unsent, queued=queued) == ""
+    for _ in range(20):  # it has to last for a round trip
+        kernel.look(6 * MBIT, 3)
+        assert kernel.look(bandwidth, unsent=unsent, queued=queued) == ""
+
+
+@pytest.mark.parametrize(("before", "size"), [(MBIT, BBR), (40 * MBIT, BBR3), (40 * MBIT, DCTCP)])
+def test_no_slow_link_and_no_other_congestion_control_starts_up_again(
+    code: ctypes.CDLL, before: int, size: int
+) -> None:
+    assert Kernel(code, before=before, size=size).look(before // 10, 100) == ""
+
+
+@pytest.mark.parametrize("lack", [{"allowed": 0}, {"scratch": -1}])
+def test_where_bbr_may_not_be_chosen_the_connection_keeps_it(
+    code: ctypes.CDLL, lack: dict[str, int]
+) -> None:
+    """An administrator's route chose it, or there is no descriptor to find out."""
+    kernel = Kernel(code)
+    kernel.set(**lack)
+    assert "3 " not in kernel.look(6 * MBIT, 100)
+    assert kernel.bbr.measured_at < 2 * SECOND
+    assert ctypes.c_int.in_dll(code, "closed").value == (4 if "allowed" in lack else 0)
