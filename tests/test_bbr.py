@@ -267,7 +267,7 @@ def test_a_bandwidth_that_collapsed_starts_up_again_once(code: ctypes.CDLL) -> N
     assert kernel.look(6 * MBIT, 2) == "4 bbr, 3 reno, 3 bbr, "
     assert ctypes.c_int.in_dll(code, "closed").value == 4
     assert kernel.bbr.measured_at == kernel.now - 10_000, "bbr's ten seconds begin anew"
-    assert kernel.look(6 * MBIT, 20, gain=739) == ""
+    assert kernel.look(40 * MBIT, 20, gain=739) == "", "startup may take it for more than it is"
     assert kernel.look(6 * MBIT, 100) == "", "that is what the link has now"
     assert kernel.look(20 * MBIT) + kernel.look(6 * MBIT, 6) == "4 bbr, 3 reno, 3 bbr, "
 
@@ -301,6 +301,6 @@ def test_where_bbr_may_not_be_chosen_the_connection_keeps_it(
     """An administrator's route chose it, or there is no descriptor to find out."""
     kernel = Kernel(code)
     kernel.set(**lack)
-    assert "3 " not in kernel.look(6 * MBIT, 100)
+    assert kernel.look(6 * MBIT, 100) == ("4 bbr, " if "allowed" in lack else ""), "asked once"
     assert kernel.bbr.measured_at < 2 * SECOND
     assert ctypes.c_int.in_dll(code, "closed").value == (4 if "allowed" in lack else 0)
