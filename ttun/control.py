@@ -41,7 +41,9 @@ DOUBTED_FOR = 5.0  # seconds without an acknowledgement
 RETRANSMIT_WITHIN = 2000  # ms
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15; not for Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds
-STOPPED = 5.0  # seconds between two looks: this end did not run, and may have frames to read
+# Seconds between two looks: this end did not run, and may have frames to read. The peer may have
+# been silent for 3.5 s before, as it is asked only then: both together are less than DEAD_TO_OTHERS.
+STOPPED = 2.0
 STORM_PAUSE = 0.005  # seconds after each frame: limits the CPU time of a flood
 REKEY_TIMEOUT = 60.0  # seconds
 PING_SIZE: int = lib.TTUN_PING_SIZE
