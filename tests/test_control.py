@@ -174,8 +174,8 @@ def test_a_device_without_offload_takes_no_whole_packet(offload: int) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide all timeouts by ten."""
-    names = "PING_AFTER DEAD_AFTER DEAD_TO_OTHERS LOST_AFTER DOUBTED_FOR LOOK_AT_CLOCK"
-    for name in names.split():
+    names = "PING_AFTER PING_FOR_OTHERS DEAD_AFTER DEAD_TO_OTHERS LOST_AFTER DOUBTED_FOR"
+    for name in [*names.split(), "LOOK_AT_CLOCK"]:
         monkeypatch.setattr(control, name, getattr(control, name) / 10)
 
 
@@ -229,8 +229,12 @@ def test_a_peer_that_says_nothing_while_another_waits_is_gone_earlier(impatient:
         assert rig.session.control is not None
         rig.session.control.others_wait = True
         deadline = time.monotonic() + 1.5 * control.DEAD_AFTER
+        asked = []
         while time.monotonic() < deadline:  # not one that answers
             rig.peer.send(PONG + rig.peer.receive_control(PING))
+            asked.append(time.monotonic())
+        gaps = [after - before for before, after in zip(asked, asked[1:])]
+        assert min(gaps) < 0.8 * control.PING_AFTER, "it is asked earlier too"
         started = time.monotonic()
         assert "peer timed out" in rig.ended()
         took = time.monotonic() - started

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
-import re
 import time
 from pathlib import Path
 
