@@ -174,8 +174,8 @@ def test_a_device_without_offload_takes_no_whole_packet(offload: int) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide all timeouts by ten."""
-    names = "PING_AFTER DEAD_AFTER DEAD_TO_OTHERS LOST_AFTER DOUBTED_FOR LOOK_AT_CLOCK"
-    for name in names.split():
+    names = "PING_AFTER PING_FOR_OTHERS DEAD_AFTER DEAD_TO_OTHERS LOST_AFTER DOUBTED_FOR"
+    for name in [*names.split(), "LOOK_AT_CLOCK"]:
         monkeypatch.setattr(control, name, getattr(control, name) / 10)
 
 
@@ -229,8 +229,12 @@ def test_a_peer_that_says_nothing_while_another_waits_is_gone_earlier(impatient:
         assert rig.session.control is not None
         rig.session.control.others_wait = True
         deadline = time.monotonic() + 1.5 * control.DEAD_AFTER
+        asked = []
         while time.monotonic() < deadline:  # not one that answers
             rig.peer.send(PONG + rig.peer.receive_control(PING))
+            asked.append(time.monotonic())
+        gaps = [after - before for before, after in zip(asked, asked[1:])]
+        assert min(gaps) < 0.8 * control.PING_AFTER, "it is asked earlier too"
         started = time.monotonic()
         assert "peer timed out" in rig.ended()
         took = time.monotonic() - started
@@ -279,8 +283,9 @@ def test_a_peer_in_doubt_that_acknowledges_lives(impatient: None) -> None:
         assert rig.session.control.reason is None
 
 
+@pytest.mark.parametrize(("idle", "stops", "others_wait"), [(0, 20, False), (2.4, 3.8, True)])
 def test_an_end_that_was_stopped_first_reads_what_came_meanwhile(
-    impatient: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, idle: float, stops: float, others_wait: bool
 ) -> None:
     """By SIGSTOP, say. When all its threads run again, this one may be the first."""
     stopped = 0.0
@@ -296,12 +301,18 @@ def test_an_end_that_was_stopped_first_reads_what_came_meanwhile(
     with rigged() as rig:
         monkeypatch.setattr(control, "time", clock)
         monkeypatch.setattr(control, "lib", Codec())
-        rig.carries()
-        stopped = 20.0
-        time.sleep(5 * control.LOOK_AT_CLOCK)
         assert rig.session.control is not None
+        rig.session.control.others_wait = others_wait
+        rig.carries()
+        time.sleep(1.5 * control.LOOK_AT_CLOCK)  # it has seen the acknowledgement
+        rig.carries_down()
+        time.sleep(idle)
+        stopped = stops
+        time.sleep(1.5 * control.LOOK_AT_CLOCK)
         assert rig.session.control.reason is None
         rig.carries()
+        for name in ("DEAD_AFTER", "DEAD_TO_OTHERS"):
+            monkeypatch.setattr(control, name, 2)
         assert "peer timed out" in rig.ended(), "it did not come back"
 
 

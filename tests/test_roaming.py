@@ -223,6 +223,24 @@ def test_another_way_to_the_peer_is_seen_and_one_from_the_same_address_is_none(
             assert not plain.on(CLIENT, lambda: way.has_changed(0.0)), "it looked a moment ago"
 
 
+def test_a_way_that_was_not_known_at_first_has_not_changed(plain: Bench, end: Watched) -> None:
+    """As where a descriptor was lacking."""
+    with connection(plain, SERVER_ADDRESS, netns.IPV4[CLIENT]) as sock:
+        end.ip("route", "add", "unreachable", SERVER_ADDRESS)
+        way = plain.on(CLIENT, lambda: roaming.Way(sock))
+        end.ip("route", "del", "unreachable", SERVER_ADDRESS)
+        assert not plain.on(CLIENT, lambda: way.has_changed(time.monotonic() + 2))
+
+
+def test_no_other_way_is_looked_for_where_the_connection_is_not_over_ip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        monkeypatch.setattr(socket, "socket", None)
+        assert roaming.way_to_peer(ours) == set()
+
+
 def test_a_link_that_was_never_up_is_not_missed(plain: Bench, end: Watched) -> None:
     """The kernel takes packets to all of its addresses, through whatever link they come."""
     address, there = "203.0.113.9", ["-n", plain.pair.names[SERVER], "route"]

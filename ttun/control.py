@@ -6,8 +6,8 @@ timers in between, and posts its own frames to the outbox; it never blocks a pac
 1. Send PING after 2.5 s without a frame from the peer; PONG gives the round-trip time. The peer has
    timed out after 16 s without a frame, unless its kernel still acknowledges data (a full queue on
    a slow link), and after 60 s without a frame in any case. If another client waits, which may be
-   the same one, 6 s count instead of 16. In doubt() the peer gets a PING at once, and has timed out
-   if its kernel acknowledges nothing for 5 s.
+   the same one, 1 and 6 s count instead of 2.5 and 16. In doubt() the peer gets a PING at once, and
+   has timed out if its kernel acknowledges nothing for 5 s.
 2. Rekey: the client sends REKEY, the server answers with REKEY. Each side then computes the next
    keys and passes them to the codec. SWITCH is the last frame under an old key: the client sends
    it first, the server answers with its own.
@@ -34,14 +34,18 @@ from ttun.x1 import Agreement
 log = logging.getLogger("ttun")
 
 PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
-DEAD_TO_OTHERS = 6.0  # replaces DEAD_AFTER
+# These replace the first two while another client waits. A session survives an outage of 3 s then:
+# 2 s may pass until a PING is sent, which the kernel repeats after 3.0 s and next after 5.0 s.
+PING_FOR_OTHERS, DEAD_TO_OTHERS = 1.0, 6.0
 DOUBTED_FOR = 5.0  # seconds without an acknowledgement
 # TCP doubles its retransmission timeout each time: after an outage of 10 s it may wait 10 s more.
 # With a limit of 2 s, a session survives such an outage before the liveness check ends it.
 RETRANSMIT_WITHIN = 2000  # ms
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15; not for Multipath TCP
 LOOK_AT_CLOCK = 1.0  # seconds
-STOPPED = 5.0  # seconds between two looks: this end did not run, and may have frames to read
+# Seconds between two looks: this end did not run, and may have frames to read. The peer may have
+# been silent for 3.5 s before, as it is asked only then: together less than DEAD_TO_OTHERS.
+STOPPED = 2.0
 STORM_PAUSE = 0.005  # seconds after each frame: limits the CPU time of a flood
 REKEY_TIMEOUT = 60.0  # seconds
 PING_SIZE: int = lib.TTUN_PING_SIZE
@@ -63,7 +67,7 @@ class Control:
         self.rtt: float | None = None  # seconds, last measured
         self.rekeys = 0
         self.reason: str | None = None  # set if this thread ended the session
-        self.others_wait = False  # for the end of the session; set by another thread
+        self.others_wait = False  # for this session to end; set by another thread
         self._c = session
         self._sock = sock
         with contextlib.suppress(OSError):  # an older kernel
@@ -158,11 +162,13 @@ class Control:
         if now - self._looked_at >= STOPPED:  # SIGSTOP, a frozen container or virtual machine
             self._runs_since = now
         silence = min(lib.ttun_session_silence(self._c) / 1000, now - self._runs_since)
-        dead_after = DEAD_TO_OTHERS if self.others_wait else DEAD_AFTER
+        ping_after, dead_after = PING_AFTER, DEAD_AFTER
+        if self.others_wait:
+            ping_after, dead_after = PING_FOR_OTHERS, DEAD_TO_OTHERS
         if silence >= LOST_AFTER or min(silence, now - self._progress_at) >= dead_after:
             raise ProtocolError(f"peer timed out: last received {silence:.0f} s ago")
         self._look_at_doubt(now, sent)
-        if silence >= PING_AFTER and now - self._pinged_at >= PING_AFTER:
+        if silence >= ping_after and now - self._pinged_at >= ping_after:
             self._send_ping()
         self._check_key(now)
 

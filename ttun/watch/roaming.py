@@ -25,6 +25,7 @@ CONFIRM = 0.4  # seconds that an address must be missing: DHCP may remove and re
 SLEPT = 3.0  # seconds of suspend that cause a reconnect
 LOOK_AGAIN = 1.0  # seconds between checks while the link is down
 WAY_INTERVAL = 1.0  # seconds between checks of the way to the peer
+IP = socket.AF_INET, socket.AF_INET6
 
 
 class Sleep:
@@ -107,14 +108,16 @@ class Way:
         self._next_look = now + WAY_INTERVAL
         before, found = self._address, way_to_peer(self._sock)
         self._address = found or before  # none: the link is down, or a descriptor is lacking
-        return self._address != before
+        return bool(before) and self._address != before
 
 
 def way_to_peer(sock: socket.socket) -> set[bytes]:
     """Return the packed local address from which a new connection to the same peer would start.
 
-    Empty if there is no way to it.
+    Empty if there is no way to it, or it is not over IP.
     """
+    if sock.family not in IP:  # where a probe may be more than a question, as with Bluetooth
+        return set()
     try:
         with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
             device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE
@@ -132,7 +135,7 @@ def local_addresses(sock: socket.socket) -> set[bytes]:
     Empty if it is closed, not over IP, or Multipath TCP before Linux 5.16.
     """
     try:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        if sock.family not in IP:
             return set()
         if tcp.is_multipath(sock):
             return {_packed(address) for address in mptcp.local_addresses(sock)}
