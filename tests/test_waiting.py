@@ -232,16 +232,16 @@ def test_a_session_whose_successor_waits_ends_by_the_takeover(plain: Bench) -> N
 @pytest.mark.nft
 @pytest.mark.slow
 def test_a_client_that_vanished_and_comes_back_with_another_address_is_in(bench: Bench) -> None:
-    """The server keeps the old session until it times out: in x1 after 6 s, not 16, as another
+    """The server keeps the old session until it times out: in x1 after 8 s, not 16, as another
     client waits; in v1 after 35 s.
     """
     server, first = bench.tunnel()
     bench.answers()
     with vanished(bench, first):
         gone = time.monotonic()
-        bench.client().says("authenticated", seconds=13 if bench.wire == "x1" else 50)
+        bench.client().says("authenticated", seconds=15 if bench.wire == "x1" else 50)
         print(f"{bench.wire}: in {time.monotonic() - gone:.1f} s after its host was gone")
         bench.answers(seconds=5)
         assert server.log().count("authenticated") == 2
     if bench.wire == "x1":
-        assert re.search(r"peer timed out: last received [6-9] s ago", server.log())
+        assert re.search(r"peer timed out: last received ([89]|10) s ago", server.log())

@@ -6,7 +6,7 @@ timers in between, and posts its own frames to the outbox; it never blocks a pac
 1. Send PING after 2.5 s without a frame from the peer; PONG gives the round-trip time. The peer has
    timed out after 16 s without a frame, unless its kernel still acknowledges data (a full queue on
    a slow link), and after 60 s without a frame in any case. If another client waits, which may be
-   the same one, 1 and 6 s count instead of 2.5 and 16. In doubt() the peer gets a PING at once, and
+   the same one, 1 and 8 s count instead of 2.5 and 16. In doubt() the peer gets a PING at once, and
    has timed out if its kernel acknowledges nothing for 5 s.
 2. Rekey: the client sends REKEY, the server answers with REKEY. Each side then computes the next
    keys and passes them to the codec. SWITCH is the last frame under an old key: the client sends
@@ -34,9 +34,9 @@ from ttun.x1 import Agreement
 log = logging.getLogger("ttun")
 
 PING_AFTER, DEAD_AFTER, LOST_AFTER = 2.5, 16.0, 60.0  # seconds without a frame
-# These replace the first two while another client waits. A session survives an outage of 3 s then:
-# 2 s may pass until a PING is sent, which the kernel repeats after 3.0 s and next after 5.0 s.
-PING_FOR_OTHERS, DEAD_TO_OTHERS = 1.0, 6.0
+# These replace the first two while another client waits. A session survives an outage of 5 s then:
+# 2 s may pass until a PING is sent, which the kernel repeats after 3.0, 5.0 and 7.0 s.
+PING_FOR_OTHERS, DEAD_TO_OTHERS = 1.0, 8.0
 DOUBTED_FOR = 5.0  # seconds without an acknowledgement
 # TCP doubles its retransmission timeout each time: after an outage of 10 s it may wait 10 s more.
 # With a limit of 2 s, a session survives such an outage before the liveness check ends it.
