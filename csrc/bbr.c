@@ -13,7 +13,8 @@ enum {
     BUSY = 8,               /* segments in flight */
     QUEUED = 5000,          /* microseconds above the minimum RTT that show a queue */
     FULL_FOR = 3,           /* round trips without bandwidth growth */
-    IDLE = 50000,           /* microseconds, or a round trip: between two looks at a busy flow */
+    IDLE = 50000,           /* microseconds: no two looks at a busy flow are farther apart, except
+                             * where the flow inside waits for a lost segment: some round trips */
     HELD_FOR = 10,          /* round trips */
     VALID_FOR = 10000000,   /* microseconds: bbr_min_rtt_win_sec */
     FEW = 16 * 1448,        /* bytes in flight of which four packets are enough for a while */
@@ -56,7 +57,8 @@ static bool is_queued(const struct tcp *tcp) {
 static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                           uint64_t bandwidth, uint32_t gain) {
     bool busy = gain >= STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
-    bool silent = now - bbr->looked_at > (tcp->rtt > IDLE ? tcp->rtt : IDLE);
+    uint64_t three = FULL_FOR * (uint64_t)tcp->rtt;
+    bool silent = now - bbr->looked_at > (three > IDLE ? three : IDLE);
     bbr->looked_at = now;
     if (bbr->held_until != 0) {
         if (gain >= STARTUP && now < bbr->held_until)
@@ -70,7 +72,7 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
                bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
         bbr->full_since = now;
-    } else if (now - bbr->full_since > FULL_FOR * (uint64_t)tcp->rtt && is_queued(tcp)) {
+    } else if (now - bbr->full_since > three && is_queued(tcp)) {
         slow_down(socket, bandwidth);
         bbr->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
     }

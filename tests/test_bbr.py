@@ -215,6 +215,13 @@ def test_a_startup_without_growth_is_held_below_its_rate_for_a_while(code: ctype
     assert 9 * (RTT + QUEUED) < len(held) * 10_000 < 11 * (RTT + QUEUED)
 
 
+def test_a_wait_for_a_lost_segment_is_no_silence(code: ctypes.CDLL) -> None:
+    """The flow inside stands still for a round trip or two meanwhile: the startup is held anyway."""
+    looks = ([(10_000, 30)] * 5 + [(100_000, 30)]) * 5
+    held = [number for number, limit in enumerate(startup(code, looks)) if limit < UNLIMITED]
+    assert held[0] < 12
+
+
 @pytest.mark.parametrize(("before", "silence"), [(0, 52_000), (0, 500_000), (30, 500_000)])
 def test_what_follows_a_silence_is_not_taken_for_a_startup_without_growth(
     code: ctypes.CDLL, before: int, silence: int
