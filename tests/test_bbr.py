@@ -216,7 +216,7 @@ def test_a_startup_without_growth_is_held_below_its_rate_for_a_while(code: ctype
 
 
 def test_a_wait_for_a_lost_segment_is_no_silence(code: ctypes.CDLL) -> None:
-    """The flow inside stands still for a round trip or two meanwhile: the startup is held anyway."""
+    """The flow inside stands still for a round trip or two: the startup is held anyway."""
     looks = ([(10_000, 30)] * 5 + [(100_000, 30)]) * 5
     held = [number for number, limit in enumerate(startup(code, looks)) if limit < UNLIMITED]
     assert held[0] < 12
