@@ -76,7 +76,7 @@ def test_a_session_whose_threads_see_the_reset_later_is_not_waited_for_a_second(
     """The kernel wakes the endpoint and the threads of the session at once."""
 
     class Late:
-        control = object()
+        control = SimpleNamespace()
 
         def __init__(self, sock: socket.socket) -> None:
             self.fileno, self.over_at = sock.fileno, time.monotonic() + 0.03

@@ -59,11 +59,11 @@ def frames_until_it_has_looked(rig: Rig) -> set[bytes]:
 
 
 def pass_time(rig: Rig, clock: Clock, until: float, codec: Codec | None = None) -> None:
-    """Let it pass in steps: one of 5 s is that of an end which was stopped. codec: silent too."""
+    """Let it pass in steps: one of 2 s is that of an end which was stopped. codec: silent too."""
     ours = rig.session.control
     assert ours is not None
     while clock.ahead < until:
-        clock.ahead = min(clock.ahead + 4, until)
+        clock.ahead = min(clock.ahead + 1.5, until)
         if codec is not None:
             codec.silence = clock.ahead
         now = clock.monotonic()
