@@ -261,19 +261,6 @@ def test_nobody_is_held_for_longer_than_a_client_would_wait(
     assert not any(map(is_open, waiting))
 
 
-def test_it_tells_whether_one_waits_that_shows_the_key(harness: Harness) -> None:
-    harness.pending.hold()
-    harness.connect(bytes(16))
-    harness.turns()
-    assert not harness.pending.key_waits
-    client = harness.connect(marked_nonce(TO_SERVER))
-    harness.turns()
-    assert harness.pending.key_waits
-    client.close()
-    harness.turns()
-    assert not harness.pending.key_waits
-
-
 @pytest.mark.parametrize(("held", "seconds"), [(False, 10), (True, 15)])
 def test_a_handshake_has_ten_seconds_and_who_waits_for_a_session_fifteen(
     held: bool, seconds: int, monkeypatch: pytest.MonkeyPatch

@@ -115,6 +115,19 @@ def test_a_nonce_that_comes_in_parts_shows_the_key_as_well(harness: Harness) -> 
     assert lasts(harness.pending)
 
 
+def test_it_tells_whether_one_waits_that_shows_the_key(harness: Harness) -> None:
+    harness.pending.hold()
+    harness.connect(bytes(16))
+    harness.turns()
+    assert not harness.pending.key_waits
+    client = harness.connect(marked_nonce(TO_SERVER))
+    harness.turns()
+    assert harness.pending.key_waits
+    client.close()
+    harness.turns()
+    assert not harness.pending.key_waits
+
+
 def test_a_turn_returns_the_peer_that_proved_the_key(harness: Harness) -> None:
     client = X1Peer(harness.connect())
     shaking = threading.Thread(target=client.shake, args=(0,))

@@ -202,7 +202,7 @@ def test_another_way_to_the_peer_is_seen_and_one_from_the_same_address_is_none(
     plain: Bench, end: Watched
 ) -> None:
     with connection(plain, SERVER_ADDRESS, netns.IPV4[CLIENT]) as sock:
-        way = plain.on(CLIENT, lambda: roaming.Way(sock))
+        way = plain.on(CLIENT, lambda: roaming.SourceAddress(sock))
         times = itertools.count(time.monotonic() + 2, 2)
 
         def changed() -> bool:
@@ -227,7 +227,7 @@ def test_a_way_that_was_not_known_at_first_has_not_changed(plain: Bench, end: Wa
     """As where a descriptor was lacking."""
     with connection(plain, SERVER_ADDRESS, netns.IPV4[CLIENT]) as sock:
         end.ip("route", "add", "unreachable", SERVER_ADDRESS)
-        way = plain.on(CLIENT, lambda: roaming.Way(sock))
+        way = plain.on(CLIENT, lambda: roaming.SourceAddress(sock))
         end.ip("route", "del", "unreachable", SERVER_ADDRESS)
         assert not plain.on(CLIENT, lambda: way.has_changed(time.monotonic() + 2))
 
@@ -238,7 +238,7 @@ def test_no_other_way_is_looked_for_where_the_connection_is_not_over_ip(
     ours, theirs = socket.socketpair()
     with ours, theirs:
         monkeypatch.setattr(socket, "socket", None)
-        assert roaming.way_to_peer(ours) == set()
+        assert roaming.source_address(ours) == set()
 
 
 def test_a_link_that_was_never_up_is_not_missed(plain: Bench, end: Watched) -> None:

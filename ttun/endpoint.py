@@ -34,7 +34,7 @@ from ttun.summary import Sessions
 from ttun.users import user_name
 from ttun.watch.device_state import some
 from ttun.watch.device_watch import DeviceWatch
-from ttun.watch.roaming import Way
+from ttun.watch.roaming import SourceAddress
 
 log = logging.getLogger("ttun")
 
@@ -265,7 +265,7 @@ class Endpoint(Lifecycle):
         descriptor = session.fileno()
         self._pending.watch(descriptor)
         self._watch_connection(sock)
-        way = Way(sock)
+        source = SourceAddress(sock)
         self._moved = lacking = False
         try:
             while not session.is_over:
@@ -281,7 +281,7 @@ class Endpoint(Lifecycle):
                     break
                 if session.control is not None:
                     session.control.others_wait = self._pending.key_waits
-                    if way.has_changed(time.monotonic()):
+                    if source.has_changed(time.monotonic()):
                         session.control.doubt()
                 try:
                     peer = self._pending.turn(

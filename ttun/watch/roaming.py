@@ -24,7 +24,7 @@ from ttun.watch.device_state import Seen
 CONFIRM = 0.4  # seconds that an address must be missing: DHCP may remove and re-add it
 SLEPT = 3.0  # seconds of suspend that cause a reconnect
 LOOK_AGAIN = 1.0  # seconds between checks while the link is down
-WAY_INTERVAL = 1.0  # seconds between checks of the way to the peer
+SOURCE_INTERVAL = 1.0  # seconds between checks of the source address
 IP = socket.AF_INET, socket.AF_INET6
 
 
@@ -73,8 +73,8 @@ class LocalAddress:
         if not owners:
             were = "was" if len(self.addresses) == 1 else "were"
             return f"local {_shown(self.addresses)} {were} removed", None
-        way = way_to_peer(self.sock)
-        if way and not way & self.addresses:
+        source = source_address(self.sock)
+        if source and not source & self.addresses:
             return f"the link of local {_shown(set(owners))} is down", None
         return None, LOOK_AGAIN  # it may recover with the link
 
@@ -92,29 +92,29 @@ class LocalAddress:
         return not self.addresses
 
 
-class Way:
+class SourceAddress:
     """The local address from which the kernel would now connect to the peer of a connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         """sock: connected; the caller keeps ownership."""
         self._sock = sock
-        self._address = way_to_peer(sock)
-        self._next_look = time.monotonic() + WAY_INTERVAL
+        self._address = source_address(sock)
+        self._next_look = time.monotonic() + SOURCE_INTERVAL
 
     def has_changed(self, now: float) -> bool:
         """Return whether it has changed since the last call. Call it about every second."""
         if now < self._next_look:
             return False
-        self._next_look = now + WAY_INTERVAL
-        before, found = self._address, way_to_peer(self._sock)
+        self._next_look = now + SOURCE_INTERVAL
+        before, found = self._address, source_address(self._sock)
         self._address = found or before  # none: the link is down, or a descriptor is lacking
         return bool(before) and self._address != before
 
 
-def way_to_peer(sock: socket.socket) -> set[bytes]:
+def source_address(sock: socket.socket) -> set[bytes]:
     """Return the packed local address from which a new connection to the same peer would start.
 
-    Empty if there is no way to it, or it is not over IP.
+    Empty if there is no route to it, or it is not over IP.
     """
     if sock.family not in IP:  # where a probe may be more than a question, as with Bluetooth
         return set()
