@@ -12,6 +12,7 @@ enum {
     STARTUP = 2 * 256,      /* the gain is 2.89 in startup and at most 1.25 later */
     BUSY = 8,               /* segments in flight */
     QUEUED = 5000,          /* microseconds above the minimum RTT that show a queue */
+    FIRST_GAIN = 286,       /* percent; of the first pacing rate (bbr_init_pacing_rate_from_rtt) */
     FULL_FOR = 3,           /* round trips without bandwidth growth */
     IDLE = 50000,           /* microseconds: no two looks at a busy flow are farther apart, except
                              * where the flow inside waits for a lost segment: some round trips */
@@ -54,6 +55,22 @@ static bool is_queued(const struct tcp *tcp) {
     return tcp->rtt > tcp->min_rtt + (tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED);
 }
 
+static bool choose(int socket, const char *name, socklen_t size) {
+    return setsockopt(socket, IPPROTO_TCP, OPTION_CONGESTION, name, size) == 0;
+}
+
+/* Makes bbr start up again, if it may: an administrator's route may have chosen it. */
+static void restart(struct bbr *bbr, int connection, uint64_t now) {
+    int scratch = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool may = scratch >= 0 && choose(scratch, "bbr", 3);
+    if (scratch >= 0)
+        close(scratch);
+    if (may && choose(connection, "reno", 4) && choose(connection, "bbr", 3)) {
+        bbr->full_since = 0;
+        bbr->measured_at = now;
+    }
+}
+
 static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                           uint64_t bandwidth, uint32_t gain) {
     bool busy = gain >= STARTUP && tcp->unacked >= BUSY && bandwidth < UINT32_MAX;
@@ -78,17 +95,15 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
     }
 }
 
-static bool choose(int socket, const char *name, socklen_t size) {
-    return setsockopt(socket, IPPROTO_TCP, OPTION_CONGESTION, name, size) == 0;
-}
-
-/* Makes bbr start up again. Returns false if it may not: an administrator's route had chosen it. */
-static bool restart(int connection) {
-    int scratch = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    bool may = scratch >= 0 && choose(scratch, "bbr", 3);
-    if (scratch >= 0)
-        close(scratch);
-    return may && choose(connection, "reno", 4) && choose(connection, "bbr", 3);
+/* Raises the pace of startup to that of the window. */
+static void watch_pace(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
+                       uint32_t min_rtt, uint32_t gain) {
+    if (min_rtt == 0 || gain < STARTUP || bbr->held_until != 0 || tcp->unacked < BUSY ||
+        tcp->rtt == 0 || tcp->state != 0 || is_queued(tcp))
+        return;
+    uint64_t first = (uint64_t)tcp->window * tcp->segment_size * FIRST_GAIN * 10000 / tcp->rtt;
+    if (first - first / 5 > tcp->pacing_rate)
+        restart(bbr, socket, now);
 }
 
 static void watch_bandwidth(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
@@ -104,8 +119,7 @@ static void watch_bandwidth(struct bbr *bbr, int socket, uint64_t now, const str
         bbr->collapsed_since = now;
     } else if (now - bbr->collapsed_since >= tcp->rtt) {
         bbr->known = bbr->collapsed_since = 0;
-        if (restart(socket))
-            bbr->measured_at = now;
+        restart(bbr, socket, now);
     }
 }
 
@@ -152,6 +166,7 @@ void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) 
         info.min_rtt = 0; /* bbr2 and bbr3 measure more often, with half of the window: no pause */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
+    watch_pace(bbr, socket, now, tcp, info.min_rtt, info.pacing_gain);
     watch_bandwidth(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
     watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
     watch_queue(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);

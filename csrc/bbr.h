@@ -8,6 +8,13 @@
  * to just below the rate until bbr notices. Count from when the connection got busy: after a
  * silence, bandwidth and RTT are those of little traffic and its delayed acknowledgements.
  *
+ * Startup pace. It paces at 2.89 times the bandwidth of the round trip before, so TCP inside, whose
+ * window doubles, has its packets spread over two thirds of a round trip. HyStart of cubic takes an
+ * unbroken train of acknowledgements as long as half a round trip for a full link, and ends slow
+ * start at a fraction of it. The first pacing rate is that of the congestion window, which has
+ * room to grow by as much again, and the rate does not fall in startup. So if the window has
+ * outgrown the rate, let bbr start up again: the train gets short, as without a tunnel.
+ *
  * Bandwidth. bbr takes the most of the last ten round trips, not counting application-limited ones
  * with less. After a while of light traffic, the first that counts is often one with a fraction of
  * the link, above all where segments are lost. From there bbr grows by a quarter in eight round
@@ -57,6 +64,9 @@ struct tcp {
     uint32_t unacked;      /* segments */
     uint32_t unsent;       /* bytes */
     uint32_t rtt, min_rtt; /* microseconds */
+    uint32_t window;       /* the congestion window; segments */
+    uint32_t segment_size; /* bytes */
+    uint8_t state;         /* enum tcp_ca_state; 0: no segment is missing */
 };
 
 /* Does all of this for a socket. Call it every 10 ms, or more often in a pause. now: microseconds.

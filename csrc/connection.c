@@ -32,8 +32,11 @@ enum {
     INTERVAL_LEAST = 100000,
     INTERVAL_MOST = 1000000,
     /* linux/tcp.h. glibc's struct is shorter, and musl-gcc does not find the kernel's header. */
+    INFO_STATE = 1,         /* u8, enum tcp_ca_state */
+    INFO_SEGMENT_SIZE = 16, /* u32, bytes */
     INFO_UNACKED = 24,      /* u32, segments */
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
+    INFO_WINDOW = 80,       /* u32, segments */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
     INFO_ACKED = 120,       /* u64, bytes */
     INFO_UNSENT = 144,      /* u32, bytes */
@@ -84,6 +87,9 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     tcp.in_flight = sent > retransmitted + acked ? sent - retransmitted - acked : 0;
     memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
     memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);
+    memcpy(&tcp.window, info + INFO_WINDOW, sizeof tcp.window);
+    memcpy(&tcp.segment_size, info + INFO_SEGMENT_SIZE, sizeof tcp.segment_size);
+    tcp.state = info[INFO_STATE];
     memcpy(&tcp.unsent, info + INFO_UNSENT, sizeof tcp.unsent);
     bbr_look(&c->bbr, c->socket, now, &tcp);
     c->look_at = now + (c->bbr.paused ? EVERY_PAUSED : EVERY);

@@ -48,7 +48,9 @@ class Tcp(ctypes.Structure):
 
     _fields_ = [("pacing_rate", ctypes.c_uint64), ("in_flight", ctypes.c_uint64),
                 ("unacked", ctypes.c_uint32), ("unsent", ctypes.c_uint32),
-                ("rtt", ctypes.c_uint32), ("min_rtt", ctypes.c_uint32)]  # fmt: skip
+                ("rtt", ctypes.c_uint32), ("min_rtt", ctypes.c_uint32),
+                ("window", ctypes.c_uint32), ("segment_size", ctypes.c_uint32),
+                ("state", ctypes.c_uint8)]  # fmt: skip
 
 
 class Bbr(ctypes.Structure):
@@ -231,6 +233,9 @@ def test_what_follows_a_silence_is_not_taken_for_a_startup_without_growth(
     assert set(startup(code, looks, rtt=2_000)) == {UNLIMITED}
 
 
+AGAIN = "4 bbr, 3 reno, 3 bbr, "  # asked of another socket first
+
+
 class Kernel:
     """What the kernel tells of a connection every 10 ms: at first 40 Mbit/s, then less."""
 
@@ -255,13 +260,15 @@ class Kernel:
         unsent: int = 5000,
         queued: int = 0,
         gain: int = 256,
+        **tcp_info: int,
     ) -> str:
         """Return which congestion control was chosen for which socket in so many looks."""
+        told = {"pacing_rate": bandwidth, "in_flight": 30 * SEGMENT, "unacked": 30} | tcp_info
         before = len(self.chosen.value)
         struct.pack_into("=5I", self.info, 0, bandwidth, 0, RTT, gain, 512)
         for _ in range(times):
             self.now += 10_000
-            tcp = Tcp(bandwidth, 30 * SEGMENT, 30, unsent, RTT + queued, RTT)
+            tcp = Tcp(unsent=unsent, rtt=RTT + queued, min_rtt=RTT, **told)
             self.code.bbr_look(
                 ctypes.byref(self.bbr), 3, ctypes.c_uint64(self.now), ctypes.byref(tcp)
             )
@@ -271,12 +278,12 @@ class Kernel:
 def test_a_bandwidth_that_collapsed_starts_up_again_once(code: ctypes.CDLL) -> None:
     kernel = Kernel(code)
     assert kernel.look(6 * MBIT, 4) == "", "not before a round trip"
-    assert kernel.look(6 * MBIT, 2) == "4 bbr, 3 reno, 3 bbr, "
+    assert kernel.look(6 * MBIT, 2) == AGAIN
     assert ctypes.c_int.in_dll(code, "closed").value == 4
     assert kernel.bbr.measured_at == kernel.now - 10_000, "bbr's ten seconds begin anew"
     assert kernel.look(40 * MBIT, 20, gain=739) == "", "startup may take it for more than it is"
     assert kernel.look(6 * MBIT, 100) == "", "that is what the link has now"
-    assert kernel.look(20 * MBIT) + kernel.look(6 * MBIT, 6) == "4 bbr, 3 reno, 3 bbr, "
+    assert kernel.look(20 * MBIT) + kernel.look(6 * MBIT, 6) == AGAIN
 
 
 @pytest.mark.parametrize(
@@ -301,6 +308,60 @@ def test_no_slow_link_and_no_other_congestion_control_starts_up_again(
     assert Kernel(code, before=before, size=size).look(before // 10, 100) == ""
 
 
+STARTUP: dict[str, int] = {"gain": 739, "unsent": 0, "segment_size": SEGMENT}
+
+
+def first_pacing_rate(window: int, rtt: int = RTT) -> int:
+    """Bytes per second: 2.885 times the window in a round trip, less one percent."""
+    return int(2.885 * 0.99 * window * SEGMENT * SECOND / rtt)
+
+
+def test_a_startup_whose_window_has_outgrown_its_pace_starts_up_again(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code)
+    pace, window, restarts = 2 * MBIT, 10, 0
+    for _ in range(20):  # the window doubles in four looks, as far as the kernel lets it
+        found = kernel.look(pace // 3, pacing_rate=pace, window=window, **STARTUP)
+        assert found in ("", AGAIN)
+        if found:
+            pace, restarts = first_pacing_rate(window), restarts + 1
+            assert kernel.bbr.measured_at == kernel.now, "bbr's ten seconds begin anew"
+        assert 1.3 * pace > first_pacing_rate(window), "the packets of a window take no longer"
+        window += window // 5
+    assert 8 < restarts < 20
+    assert kernel.look(pace // 3, 100, pacing_rate=pace, window=window * 5 // 6, **STARTUP) == ""
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        {"gain": 320},
+        {"state": 1},
+        {"unacked": 7},
+        {"queued": 11_000},
+        {"pacing_rate": 2**64 - 1},
+    ],
+    ids=["not in startup", "a segment is missing", "not busy", "a queue", "not paced"],
+)
+def test_any_other_connection_keeps_its_pace(code: ctypes.CDLL, reason: dict[str, int]) -> None:
+    kernel = Kernel(code, before=0)
+    outgrown = STARTUP | {"window": 100, "pacing_rate": MBIT}
+    assert kernel.look(MBIT, **outgrown) == AGAIN
+    assert kernel.look(MBIT, 10, **outgrown | reason) == ""
+
+
+@pytest.mark.parametrize("size", [BBR3, DCTCP])
+def test_no_other_congestion_control_changes_its_pace(code: ctypes.CDLL, size: int) -> None:
+    kernel = Kernel(code, size=size)
+    assert kernel.look(MBIT, 10, window=100, pacing_rate=MBIT, **STARTUP) == ""
+
+
+def test_a_startup_that_is_held_is_not_given_a_pace(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code)
+    held = STARTUP | {"window": 100, "pacing_rate": MBIT}
+    assert kernel.look(MBIT, 30, queued=15_000, **held) == ""
+    assert kernel.look(MBIT, 10, **held) == "", "the queue has gone because it is held"
+
+
 @pytest.mark.parametrize("lack", [{"allowed": 0}, {"scratch": -1}])
 def test_where_bbr_may_not_be_chosen_the_connection_keeps_it(
     code: ctypes.CDLL, lack: dict[str, int]
@@ -308,6 +369,10 @@ def test_where_bbr_may_not_be_chosen_the_connection_keeps_it(
     """An administrator's route chose it, or there is no descriptor to find out."""
     kernel = Kernel(code)
     kernel.set(**lack)
-    assert kernel.look(6 * MBIT, 100) == ("4 bbr, " if "allowed" in lack else ""), "asked once"
+    asked = "4 bbr, " if "allowed" in lack else ""
+    assert kernel.look(MBIT, window=100, pacing_rate=MBIT, **STARTUP) == asked
+    kernel = Kernel(code)
+    kernel.set(**lack)
+    assert kernel.look(6 * MBIT, 100) == asked, "once"
     assert kernel.bbr.measured_at < 2 * SECOND
     assert ctypes.c_int.in_dll(code, "closed").value == (4 if "allowed" in lack else 0)

@@ -137,6 +137,22 @@ def test_bbr_leaves_its_start_up_and_a_ping_does_not_wait_for_a_download(linked:
 
 
 @pytest.mark.alone
+def test_a_startup_is_paced_at_the_rate_of_its_window(tmp_path: Path) -> None:
+    """At 2.89 times the bandwidth, cubic inside ends its slow start early (csrc/bbr.h)."""
+
+    def ratio() -> float:
+        found = re.search(r"bbr:\(bw:(\d+)bps,.*pacing_gain:2.*pacing_rate (\d+)bps", bbr(linked))
+        bandwidth, pacing_rate = map(int, found.groups()) if found else (0, 0)
+        return pacing_rate / bandwidth if bandwidth > 5e6 else 0  # not the first round trips
+
+    with far(tmp_path, Link(rate=100, rtt=100)) as linked:
+        bbr(linked)
+        with linked.stream("down"):
+            eventually(lambda: ratio() > 3.5, "a higher pace", 10)
+        linked.is_one_session()
+
+
+@pytest.mark.alone
 def test_a_download_after_light_traffic_has_bbr_start_up_again(tmp_path: Path) -> None:
     """Where segments are lost, it then has a fraction of the link (csrc/bbr.h), mostly."""
     with far(tmp_path, Link(rate=50, rtt=40, loss=2)) as linked:
