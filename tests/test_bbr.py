@@ -338,9 +338,17 @@ def test_a_startup_whose_window_has_outgrown_its_pace_starts_up_again(code: ctyp
         {"state": 1},
         {"unacked": 7},
         {"queued": 11_000},
+        {"queued": -RTT},
         {"pacing_rate": 2**64 - 1},
     ],
-    ids=["not in startup", "a segment is missing", "not busy", "a queue", "not paced"],
+    ids=[
+        "not in startup",
+        "a segment is missing",
+        "not busy",
+        "a queue",
+        "no round trip",
+        "not paced",
+    ],
 )
 def test_any_other_connection_keeps_its_pace(code: ctypes.CDLL, reason: dict[str, int]) -> None:
     kernel = Kernel(code, before=0)
@@ -353,6 +361,19 @@ def test_any_other_connection_keeps_its_pace(code: ctypes.CDLL, reason: dict[str
 def test_no_other_congestion_control_changes_its_pace(code: ctypes.CDLL, size: int) -> None:
     kernel = Kernel(code, size=size)
     assert kernel.look(MBIT, 10, window=100, pacing_rate=MBIT, **STARTUP) == ""
+
+
+def test_a_startup_again_has_its_three_round_trips(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    pacing.value = UNLIMITED
+    outgrown = STARTUP | {"window": 100, "pacing_rate": MBIT}
+    kernel.look(MBIT, 20, **STARTUP)
+    assert kernel.look(MBIT, **outgrown) == AGAIN
+    kernel.look(MBIT, 16, queued=QUEUED, **outgrown)
+    assert pacing.value == UNLIMITED
+    kernel.look(MBIT, 4, queued=QUEUED, **outgrown)
+    assert pacing.value < MBIT
 
 
 def test_a_startup_that_is_held_is_not_given_a_pace(code: ctypes.CDLL) -> None:
