@@ -13,6 +13,8 @@ enum {
     BUSY = 8,               /* segments in flight */
     QUEUED = 5000,          /* microseconds above the minimum RTT that show a queue */
     FIRST_GAIN = 286,       /* percent; of the first pacing rate (bbr_init_pacing_rate_from_rtt) */
+    MUCH = 8,               /* a share of one in so many */
+    BURST = 16,             /* segments that chance may lose */
     FULL_FOR = 3,           /* round trips without bandwidth growth */
     IDLE = 50000,           /* microseconds: no two looks at a busy flow are farther apart, except
                              * where the flow inside waits for a lost segment: some round trips */
@@ -55,6 +57,11 @@ static bool is_queued(const struct tcp *tcp) {
     return tcp->rtt > tcp->min_rtt + (tcp->min_rtt / 4 > QUEUED ? tcp->min_rtt / 4 : QUEUED);
 }
 
+/* What a queue that is full, but too short to see, loses: not a link with five percent. */
+static bool loses_much(const struct tcp *tcp) {
+    return tcp->lost > BURST + tcp->unacked / MUCH;
+}
+
 static bool choose(int socket, const char *name, socklen_t size) {
     return setsockopt(socket, IPPROTO_TCP, OPTION_CONGESTION, name, size) == 0;
 }
@@ -85,11 +92,13 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
         bbr->full_since = now;
     } else if (!busy) {
         bbr->full_since = 0;
+        bbr->lossy = false;
     } else if (bbr->full_since == 0 || silent ||
                bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
         bbr->full_since = now;
-    } else if (now - bbr->full_since > three && is_queued(tcp)) {
+    } else if ((now - bbr->full_since > three && is_queued(tcp)) ||
+               (now - bbr->full_since > tcp->rtt && loses_much(tcp))) {
         slow_down(socket, bandwidth);
         bbr->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
     }
@@ -98,8 +107,9 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
 /* Raises the pace of startup to that of the window. */
 static void watch_pace(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                        uint32_t min_rtt, uint32_t gain) {
+    bbr->lossy = bbr->lossy || tcp->state != 0;
     if (min_rtt == 0 || gain < STARTUP || bbr->held_until != 0 || tcp->unacked < BUSY ||
-        tcp->rtt == 0 || tcp->state != 0 || is_queued(tcp))
+        tcp->rtt == 0 || bbr->lossy || is_queued(tcp))
         return;
     uint64_t first = (uint64_t)tcp->window * tcp->segment_size * FIRST_GAIN * 10000 / tcp->rtt;
     if (first - first / 5 > tcp->pacing_rate)

@@ -5,7 +5,8 @@
  * sends at the rate of its acknowledgements, which is that of the link, while startup paces at 2.89
  * times that. So startup would last for ever, with a queue of two round trips in the network and
  * the losses of a full one. If the bandwidth stops growing and there is a queue, limit the pacing
- * to just below the rate until bbr notices. Count from when the connection got busy: after a
+ * to just below the rate until bbr notices. Where the network's queue is too short to see, one
+ * round trip in which much was lost is enough. Count from when the connection got busy: after a
  * silence, bandwidth and RTT are those of little traffic and its delayed acknowledgements.
  *
  * Startup pace. It paces at 2.89 times the bandwidth of the round trip before, so TCP inside, whose
@@ -13,7 +14,8 @@
  * unbroken train of acknowledgements as long as half a round trip for a full link, and ends slow
  * start at a fraction of it. The first pacing rate is that of the congestion window, which has
  * room to grow by as much again, and the rate does not fall in startup. So if the window has
- * outgrown the rate, let bbr start up again: the train gets short, as without a tunnel.
+ * outgrown the rate, let bbr start up again: the train gets short, as without a tunnel. Not after a
+ * loss: it may be that of a full link.
  *
  * Bandwidth. bbr takes the most of the last ten round trips, not counting application-limited ones
  * with less. After a while of light traffic, the first that counts is often one with a fraction of
@@ -47,6 +49,7 @@ struct bbr {
     uint64_t most_bandwidth;  /* in startup; bytes per second */
     uint64_t full_since;      /* busy and no bandwidth growth since; microseconds; 0: not busy */
     uint64_t held_until;      /* end of the pacing limit; 0: no limit */
+    bool lossy;               /* busy, and a segment was lost since */
     uint64_t looked_at;       /* the last call; microseconds */
     uint64_t known;           /* most bandwidth since startup; bytes per second */
     uint64_t collapsed_since; /* less than half of that; microseconds; 0: not */
@@ -62,6 +65,7 @@ struct tcp {
     uint64_t pacing_rate;  /* bytes per second */
     uint64_t in_flight;    /* bytes */
     uint32_t unacked;      /* segments */
+    uint32_t lost;         /* of these, and not yet retransmitted and acknowledged */
     uint32_t unsent;       /* bytes */
     uint32_t rtt, min_rtt; /* microseconds */
     uint32_t window;       /* the congestion window; segments */

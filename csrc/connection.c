@@ -36,6 +36,7 @@ enum {
     INFO_SEGMENT_SIZE = 16, /* u32, bytes */
     INFO_UNACKED = 24,      /* u32, segments */
     INFO_RTT = 68,          /* u32, microseconds, smoothed */
+    INFO_LOST = 32,         /* u32, segments */
     INFO_WINDOW = 80,       /* u32, segments */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
     INFO_ACKED = 120,       /* u64, bytes */
@@ -87,6 +88,7 @@ void connection_look(struct connection *c, uint64_t now, unsigned slots) {
     tcp.in_flight = sent > retransmitted + acked ? sent - retransmitted - acked : 0;
     memcpy(&tcp.rtt, info + INFO_RTT, sizeof tcp.rtt);
     memcpy(&tcp.min_rtt, info + INFO_MIN_RTT, sizeof tcp.min_rtt);
+    memcpy(&tcp.lost, info + INFO_LOST, sizeof tcp.lost);
     memcpy(&tcp.window, info + INFO_WINDOW, sizeof tcp.window);
     memcpy(&tcp.segment_size, info + INFO_SEGMENT_SIZE, sizeof tcp.segment_size);
     tcp.state = info[INFO_STATE];

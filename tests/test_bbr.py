@@ -5,75 +5,30 @@ from __future__ import annotations
 import ctypes
 import shutil
 import struct
-import subprocess
-from pathlib import Path
 
 import pytest
-from tunnel import ROOT
-
-# As getsockopt(2) in Linux: no more than there is room for.
-KERNEL = """
-#include <stdio.h>
-#include <string.h>
-#include <sys/socket.h>
-unsigned char info[64];
-unsigned info_size;
-int getsockopt(int socket, int level, int option, void *value, socklen_t *size) {
-    *size = *size < info_size ? *size : info_size;
-    memcpy(value, info, *size);
-    return 0;
-}
-unsigned pacing = ~0u;
-char chosen[256]; /* which congestion control for which socket */
-int allowed = 1, scratch = 4, closed;
-int setsockopt(int socket, int level, int option, const void *value, socklen_t size) {
-    if (level == SOL_SOCKET) {
-        memcpy(&pacing, value, sizeof pacing);
-        return 0;
-    }
-    sprintf(chosen + strlen(chosen), "%d %.*s, ", socket, (int)size, (const char *)value);
-    return allowed ? 0 : -1;
-}
-int open_socket(int family, int type, int protocol) { return scratch; }
-int close(int descriptor) { closed = descriptor; return 0; }
-"""
-BBR, BBR3, DCTCP = 20, 52, 16  # bytes of what the kernel tells of it
-RTT, QUEUED, MBIT = 40_000, 15_000, 125_000  # microseconds; bytes per second
-SECOND = 1_000_000
-SEGMENT = 1448  # bytes
-
-
-class Tcp(ctypes.Structure):
-    """struct tcp"""
-
-    _fields_ = [("pacing_rate", ctypes.c_uint64), ("in_flight", ctypes.c_uint64),
-                ("unacked", ctypes.c_uint32), ("unsent", ctypes.c_uint32),
-                ("rtt", ctypes.c_uint32), ("min_rtt", ctypes.c_uint32),
-                ("window", ctypes.c_uint32), ("segment_size", ctypes.c_uint32),
-                ("state", ctypes.c_uint8)]  # fmt: skip
-
-
-class Bbr(ctypes.Structure):
-    """struct bbr"""
-
-    _fields_ = [("startup", ctypes.c_uint64 * 4), ("bandwidth", ctypes.c_uint64 * 2),
-                ("min_rtt", ctypes.c_uint32), ("measured_at", ctypes.c_uint64),
-                ("paused", ctypes.c_bool), ("slow_links", ctypes.c_uint64 * 2)]  # fmt: skip
+from bbr_rig import (
+    AGAIN,
+    BBR,
+    BBR3,
+    DCTCP,
+    MBIT,
+    QUEUED,
+    RTT,
+    SECOND,
+    SEGMENT,
+    Bbr,
+    Kernel,
+    Tcp,
+    compiled,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
-    directory = tmp_path_factory.mktemp("bbr")
-    source, library = Path(directory, "kernel.c"), Path(directory, "bbr.so")
-    source.write_text(KERNEL)
-    names = ["-Dgetsockopt=told", "-Dsetsockopt=set", "-Dclose=shut"]
-    names += ["-Dsocket(a,b,c)=open_socket(a,b,c)"]
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", *names, source, ROOT / "csrc/bbr.c", "-o", library], check=True
-    )
-    return ctypes.CDLL(str(library))
+    return compiled(tmp_path_factory.mktemp("bbr"))
 
 
 def pauses(
@@ -97,7 +52,7 @@ def pauses(
         struct.pack_into("=5I", info, 0, rate, 0, min_rtt, 256, 512)
         is_drained = paused_at is not None and now > paused_at + RTT + QUEUED
         segments = 0 if is_drained else 100
-        tcp = Tcp(rate, segments * SEGMENT, segments, 0, smoothed, RTT)
+        tcp = Tcp(rate, segments * SEGMENT, segments, 0, 0, smoothed, RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         if bbr.paused and paused_at is None:
             paused_at, told.value = now, later or size
@@ -157,7 +112,7 @@ def queue(
     in_flight, waiting, slowed = held, [], 0
     for now in range(SECOND, 61 * SECOND, 10_000):
         segments = others or int(in_flight)
-        tcp = Tcp(rate, segments * size_each, segments, 0, 3 * SLOW_RTT, SLOW_RTT)
+        tcp = Tcp(rate, segments * size_each, segments, 0, 0, 3 * SLOW_RTT, SLOW_RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         sent = min(1.25 * rate, pacing.value)
         in_flight += 0.01 * (sent - rate * min(1, in_flight / held)) / SEGMENT
@@ -203,7 +158,7 @@ def startup(code: ctypes.CDLL, looks: list[tuple[int, int]], rtt: int = RTT) -> 
     bbr, now, limits = Bbr(), SECOND, []
     for after, segments in looks:
         now += after
-        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, 0, rtt + QUEUED, rtt)
+        tcp = Tcp(UNLIMITED, segments * SEGMENT, segments, 0, 0, rtt + QUEUED, rtt)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         limits.append(pacing.value)
     return limits
@@ -231,48 +186,6 @@ def test_what_follows_a_silence_is_not_taken_for_a_startup_without_growth(
     """Its bandwidth is that of the little traffic before: it would take seconds to send."""
     looks = [(10_000, before), (silence, 30), (10_000, 30), (10_000, 30)]
     assert set(startup(code, looks, rtt=2_000)) == {UNLIMITED}
-
-
-AGAIN = "4 bbr, 3 reno, 3 bbr, "  # asked of another socket first
-
-
-class Kernel:
-    """What the kernel tells of a connection every 10 ms: at first 40 Mbit/s, then less."""
-
-    def __init__(self, code: ctypes.CDLL, *, before: int = 40 * MBIT, size: int = BBR) -> None:
-        self.code, self.bbr, self.now = code, Bbr(), SECOND
-        self.info = (ctypes.c_ubyte * 64).in_dll(code, "info")
-        self.chosen = (ctypes.c_char * 256).in_dll(code, "chosen")
-        self.chosen.value = b""
-        ctypes.c_uint.in_dll(code, "info_size").value = size
-        self.set(allowed=1, scratch=4, closed=0)
-        self.look(before)
-
-    def set(self, **values: int) -> None:
-        for name, value in values.items():
-            ctypes.c_int.in_dll(self.code, name).value = value
-
-    def look(
-        self,
-        bandwidth: int,
-        times: int = 1,
-        *,
-        unsent: int = 5000,
-        queued: int = 0,
-        gain: int = 256,
-        **tcp_info: int,
-    ) -> str:
-        """Return which congestion control was chosen for which socket in so many looks."""
-        told = {"pacing_rate": bandwidth, "in_flight": 30 * SEGMENT, "unacked": 30} | tcp_info
-        before = len(self.chosen.value)
-        struct.pack_into("=5I", self.info, 0, bandwidth, 0, RTT, gain, 512)
-        for _ in range(times):
-            self.now += 10_000
-            tcp = Tcp(unsent=unsent, rtt=RTT + queued, min_rtt=RTT, **told)
-            self.code.bbr_look(
-                ctypes.byref(self.bbr), 3, ctypes.c_uint64(self.now), ctypes.byref(tcp)
-            )
-        return self.chosen.value[before:].decode()
 
 
 def test_a_bandwidth_that_collapsed_starts_up_again_once(code: ctypes.CDLL) -> None:
@@ -361,6 +274,29 @@ def test_any_other_connection_keeps_its_pace(code: ctypes.CDLL, reason: dict[str
 def test_no_other_congestion_control_changes_its_pace(code: ctypes.CDLL, size: int) -> None:
     kernel = Kernel(code, size=size)
     assert kernel.look(MBIT, 10, window=100, pacing_rate=MBIT, **STARTUP) == ""
+
+
+def test_a_loss_may_be_that_of_a_full_link_and_the_pace_stays(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code)
+    outgrown = STARTUP | {"window": 100, "pacing_rate": MBIT}
+    kernel.look(MBIT, state=3, **outgrown)
+    assert kernel.look(MBIT, 10, **outgrown) == "", "until it is busy anew"
+    kernel.look(MBIT, unacked=0, **outgrown)
+    assert kernel.look(MBIT, **outgrown) == AGAIN
+
+
+def test_a_startup_that_loses_much_is_held_after_one_round_trip(code: ctypes.CDLL) -> None:
+    """The queue is too short to see."""
+    kernel = Kernel(code)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    pacing.value = UNLIMITED
+    lossy = STARTUP | {"unacked": 320, "state": 3}
+    kernel.look(40 * MBIT, 20, lost=56, **lossy)
+    assert pacing.value == UNLIMITED, "five percent, and what chance may add"
+    kernel.look(50 * MBIT, 5, lost=57, **lossy)
+    assert pacing.value == UNLIMITED, "the bandwidth has grown"
+    kernel.look(50 * MBIT, lost=57, **lossy)
+    assert pacing.value == 45 * MBIT
 
 
 def test_a_startup_again_has_its_three_round_trips(code: ctypes.CDLL) -> None:

@@ -153,6 +153,17 @@ def test_a_startup_is_paced_at_the_rate_of_its_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
+def test_a_startup_ends_where_the_queue_is_short(tmp_path: Path) -> None:
+    """Usually 4 percent are lost. If it goes on (csrc/bbr.h), a third, and the rate is lower."""
+    with far(tmp_path, Link(rate=100, rtt=100, queue=10)) as linked:
+        bbr(linked)
+        with linked.stream("down"):
+            time.sleep(6)
+            assert linked.server_end.status()["retransmitted"] < 0.15
+        linked.is_one_session()
+
+
+@pytest.mark.alone
 def test_a_download_after_light_traffic_has_bbr_start_up_again(tmp_path: Path) -> None:
     """Where segments are lost, it then has a fraction of the link (csrc/bbr.h), mostly."""
     with far(tmp_path, Link(rate=50, rtt=40, loss=2)) as linked:
