@@ -13,8 +13,11 @@ enum {
     BUSY = 8,               /* segments in flight */
     QUEUED = 5000,          /* microseconds above the minimum RTT that show a queue */
     FIRST_GAIN = 286,       /* percent; of the first pacing rate (bbr_init_pacing_rate_from_rtt) */
-    MUCH = 8,               /* a share of one in so many */
+    MUCH = 8,               /* more than one in so many of those in flight */
     BURST = 16,             /* segments that chance may lose */
+    RECOVERY = 3,           /* states of linux/tcp.h: segments were lost */
+    LOSS = 4,               /* after a timeout: all of them count as lost */
+    BRIEF = 10000,          /* microseconds between two looks */
     FULL_FOR = 3,           /* round trips without bandwidth growth */
     IDLE = 50000,           /* microseconds: no two looks at a busy flow are farther apart, except
                              * where the flow inside waits for a lost segment: some round trips */
@@ -59,7 +62,7 @@ static bool is_queued(const struct tcp *tcp) {
 
 /* What a queue that is full, but too short to see, loses: not a link with five percent. */
 static bool loses_much(const struct tcp *tcp) {
-    return tcp->lost > BURST + tcp->unacked / MUCH;
+    return tcp->state != LOSS && tcp->lost > BURST + tcp->unacked / MUCH;
 }
 
 static bool choose(int socket, const char *name, socklen_t size) {
@@ -75,6 +78,7 @@ static void restart(struct bbr *bbr, int connection, uint64_t now) {
     if (may && choose(connection, "reno", 4) && choose(connection, "bbr", 3)) {
         bbr->full_since = 0;
         bbr->measured_at = now;
+        bbr->paused = false;
     }
 }
 
@@ -92,7 +96,8 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
         bbr->full_since = now;
     } else if (!busy) {
         bbr->full_since = 0;
-        bbr->lossy = false;
+        bbr->may_be_full = false;
+        bbr->pace = 0;
     } else if (bbr->full_since == 0 || silent ||
                bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
@@ -101,19 +106,23 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
                (now - bbr->full_since > tcp->rtt && loses_much(tcp))) {
         slow_down(socket, bandwidth);
         bbr->held_until = now + HELD_FOR * (uint64_t)tcp->rtt;
+        bbr->may_be_full = true;
     }
 }
 
 /* Raises the pace of startup to that of the window. */
 static void watch_pace(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                        uint32_t min_rtt, uint32_t gain) {
-    bbr->lossy = bbr->lossy || tcp->state != 0;
-    if (min_rtt == 0 || gain < STARTUP || bbr->held_until != 0 || tcp->unacked < BUSY ||
-        tcp->rtt == 0 || bbr->lossy || is_queued(tcp))
+    bbr->may_be_full = bbr->may_be_full || tcp->state >= RECOVERY;
+    if (min_rtt == 0 || gain < STARTUP || tcp->unacked < BUSY || tcp->rtt < BRIEF ||
+        bbr->may_be_full || is_queued(tcp))
         return;
     uint64_t first = (uint64_t)tcp->window * tcp->segment_size * FIRST_GAIN * 10000 / tcp->rtt;
-    if (first - first / 5 > tcp->pacing_rate)
+    uint64_t least = first - first / 5;
+    if (least > tcp->pacing_rate && least > bbr->pace) {
+        bbr->pace = first;
         restart(bbr, socket, now);
+    }
 }
 
 static void watch_bandwidth(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
@@ -175,6 +184,8 @@ void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) 
     if (size != INFO_SIZE)
         info.min_rtt = 0; /* bbr2 and bbr3 measure more often, with half of the window: no pause */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
+    if (size == INFO_SIZE && bandwidth == 0)
+        return; /* just started, and nothing acknowledged since: its gain is 0, too */
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
     watch_pace(bbr, socket, now, tcp, info.min_rtt, info.pacing_gain);
     watch_bandwidth(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);

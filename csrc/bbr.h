@@ -12,10 +12,11 @@
  * Startup pace. It paces at 2.89 times the bandwidth of the round trip before, so TCP inside, whose
  * window doubles, has its packets spread over two thirds of a round trip. HyStart of cubic takes an
  * unbroken train of acknowledgements as long as half a round trip for a full link, and ends slow
- * start at a fraction of it. The first pacing rate is that of the congestion window, which has
- * room to grow by as much again, and the rate does not fall in startup. So if the window has
- * outgrown the rate, let bbr start up again: the train gets short, as without a tunnel. Not after a
- * loss: it may be that of a full link.
+ * start at a fraction of it. bbr's first pacing rate sends the congestion window, which grows with
+ * the one inside, in a third of a round trip, and the rate does not fall in startup. So if the
+ * window has outgrown the rate, let bbr start up again: the train gets short, as without a tunnel.
+ * Not once the link may be full, and not where a round trip is shorter than the time between two
+ * looks: there, the window grows with the pace.
  *
  * Bandwidth. bbr takes the most of the last ten round trips, not counting application-limited ones
  * with less. After a while of light traffic, the first that counts is often one with a fraction of
@@ -49,7 +50,8 @@ struct bbr {
     uint64_t most_bandwidth;  /* in startup; bytes per second */
     uint64_t full_since;      /* busy and no bandwidth growth since; microseconds; 0: not busy */
     uint64_t held_until;      /* end of the pacing limit; 0: no limit */
-    bool lossy;               /* busy, and a segment was lost since */
+    bool may_be_full;         /* busy, and a segment was lost since, or the pacing limited */
+    uint64_t pace;            /* busy, and startup was to have this rate; bytes per second */
     uint64_t looked_at;       /* the last call; microseconds */
     uint64_t known;           /* most bandwidth since startup; bytes per second */
     uint64_t collapsed_since; /* less than half of that; microseconds; 0: not */
@@ -65,12 +67,12 @@ struct tcp {
     uint64_t pacing_rate;  /* bytes per second */
     uint64_t in_flight;    /* bytes */
     uint32_t unacked;      /* segments */
-    uint32_t lost;         /* of these, and not yet retransmitted and acknowledged */
+    uint32_t lost;         /* of these; they count until the retransmission is acknowledged */
     uint32_t unsent;       /* bytes */
     uint32_t rtt, min_rtt; /* microseconds */
     uint32_t window;       /* the congestion window; segments */
     uint32_t segment_size; /* bytes */
-    uint8_t state;         /* enum tcp_ca_state; 0: no segment is missing */
+    uint8_t state;         /* enum tcp_ca_state */
 };
 
 /* Does all of this for a socket. Call it every 10 ms, or more often in a pause. now: microseconds.

@@ -35,8 +35,8 @@ enum {
     INFO_STATE = 1,         /* u8, enum tcp_ca_state */
     INFO_SEGMENT_SIZE = 16, /* u32, bytes */
     INFO_UNACKED = 24,      /* u32, segments */
-    INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_LOST = 32,         /* u32, segments */
+    INFO_RTT = 68,          /* u32, microseconds, smoothed */
     INFO_WINDOW = 80,       /* u32, segments */
     INFO_PACING_RATE = 104, /* u64, bytes per second */
     INFO_ACKED = 120,       /* u64, bytes */

@@ -55,7 +55,7 @@ def pauses(
         tcp = Tcp(rate, segments * SEGMENT, segments, 0, 0, smoothed, RTT)
         code.bbr_look(ctypes.byref(bbr), 3, ctypes.c_uint64(now), ctypes.byref(tcp))
         if bbr.paused and paused_at is None:
-            paused_at, told.value = now, later or size
+            paused_at, told.value = now, size if later is None else later
         elif paused_at is not None and not bbr.paused:
             found.append((now - paused_at) / SECOND)
             paused_at, min_rtt = None, min_rtt + 1
@@ -83,9 +83,10 @@ def test_other_congestion_controls_have_no_pause(code: ctypes.CDLL, size: int) -
     assert pauses(code, size) == []
 
 
-def test_a_pause_ends_with_bbr(code: ctypes.CDLL) -> None:
-    """Another holder of the socket has chosen another congestion control."""
-    assert len(pauses(code, later=DCTCP)) == 1
+@pytest.mark.parametrize("later", [DCTCP, 0])
+def test_a_pause_ends_with_bbr(code: ctypes.CDLL, later: int) -> None:
+    """Another holder of the socket has chosen another congestion control. 0: it cannot be asked."""
+    assert len(pauses(code, later=later)) == 1
 
 
 SLOW_RTT, UNLIMITED = 30_000, 2**32 - 1
@@ -222,6 +223,7 @@ def test_no_slow_link_and_no_other_congestion_control_starts_up_again(
 
 
 STARTUP: dict[str, int] = {"gain": 739, "unsent": 0, "segment_size": SEGMENT}
+OUTGROWN = STARTUP | {"window": 100, "pacing_rate": MBIT}
 
 
 def first_pacing_rate(window: int, rtt: int = RTT) -> int:
@@ -242,32 +244,40 @@ def test_a_startup_whose_window_has_outgrown_its_pace_starts_up_again(code: ctyp
         window += window // 5
     assert 8 < restarts < 20
     assert kernel.look(pace // 3, 100, pacing_rate=pace, window=window * 5 // 6, **STARTUP) == ""
+    kernel.look(pace // 3, unacked=0, **STARTUP)
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN, "the next transfer"
+    assert kernel.look(MBIT, 9, **OUTGROWN) == "", "once, if that does not raise the pace"
+
+
+def test_a_window_that_has_not_outgrown_its_pace(code: ctypes.CDLL) -> None:
+    told = OUTGROWN | {"pacing_rate": first_pacing_rate(100) * 5 // 6}
+    assert Kernel(code).look(MBIT, 10, **told) == ""
 
 
 @pytest.mark.parametrize(
     "reason",
     [
         {"gain": 320},
-        {"state": 1},
+        {"state": 3},
         {"unacked": 7},
         {"queued": 11_000},
+        {"queued": 9_999 - RTT},
         {"queued": -RTT},
         {"pacing_rate": 2**64 - 1},
     ],
     ids=[
         "not in startup",
-        "a segment is missing",
+        "a segment is lost",
         "not busy",
         "a queue",
+        "a short round trip",
         "no round trip",
         "not paced",
     ],
 )
 def test_any_other_connection_keeps_its_pace(code: ctypes.CDLL, reason: dict[str, int]) -> None:
-    kernel = Kernel(code, before=0)
-    outgrown = STARTUP | {"window": 100, "pacing_rate": MBIT}
-    assert kernel.look(MBIT, **outgrown) == AGAIN
-    assert kernel.look(MBIT, 10, **outgrown | reason) == ""
+    assert Kernel(code).look(MBIT, 10, **OUTGROWN | reason) == ""
+    assert Kernel(code).look(MBIT, 10, **OUTGROWN, state=2) == AGAIN
 
 
 @pytest.mark.parametrize("size", [BBR3, DCTCP])
@@ -278,11 +288,10 @@ def test_no_other_congestion_control_changes_its_pace(code: ctypes.CDLL, size: i
 
 def test_a_loss_may_be_that_of_a_full_link_and_the_pace_stays(code: ctypes.CDLL) -> None:
     kernel = Kernel(code)
-    outgrown = STARTUP | {"window": 100, "pacing_rate": MBIT}
-    kernel.look(MBIT, state=3, **outgrown)
-    assert kernel.look(MBIT, 10, **outgrown) == "", "until it is busy anew"
-    kernel.look(MBIT, unacked=0, **outgrown)
-    assert kernel.look(MBIT, **outgrown) == AGAIN
+    kernel.look(MBIT, state=3, **OUTGROWN)
+    assert kernel.look(MBIT, 10, **OUTGROWN) == "", "until it is busy anew"
+    kernel.look(MBIT, unacked=0, **OUTGROWN)
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN
 
 
 def test_a_startup_that_loses_much_is_held_after_one_round_trip(code: ctypes.CDLL) -> None:
@@ -303,20 +312,45 @@ def test_a_startup_again_has_its_three_round_trips(code: ctypes.CDLL) -> None:
     kernel = Kernel(code)
     pacing = ctypes.c_uint.in_dll(code, "pacing")
     pacing.value = UNLIMITED
-    outgrown = STARTUP | {"window": 100, "pacing_rate": MBIT}
     kernel.look(MBIT, 20, **STARTUP)
-    assert kernel.look(MBIT, **outgrown) == AGAIN
-    kernel.look(MBIT, 16, queued=QUEUED, **outgrown)
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN
+    kernel.look(MBIT, 16, queued=QUEUED, **OUTGROWN)
     assert pacing.value == UNLIMITED
-    kernel.look(MBIT, 4, queued=QUEUED, **outgrown)
+    kernel.look(MBIT, 4, queued=QUEUED, **OUTGROWN)
     assert pacing.value < MBIT
 
 
-def test_a_startup_that_is_held_is_not_given_a_pace(code: ctypes.CDLL) -> None:
+def test_a_startup_that_was_held_is_not_given_a_pace(code: ctypes.CDLL) -> None:
     kernel = Kernel(code)
-    held = STARTUP | {"window": 100, "pacing_rate": MBIT}
-    assert kernel.look(MBIT, 30, queued=15_000, **held) == ""
-    assert kernel.look(MBIT, 10, **held) == "", "the queue has gone because it is held"
+    assert kernel.look(MBIT, 30, queued=QUEUED, **OUTGROWN) == ""
+    assert kernel.look(MBIT, 100, **OUTGROWN) == "", "the queue has gone because it was held"
+
+
+def test_a_timeout_is_no_sign_of_a_full_link(code: ctypes.CDLL) -> None:
+    """All segments in flight count as lost then."""
+    kernel = Kernel(code)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    pacing.value = UNLIMITED
+    kernel.look(MBIT, 20, unacked=100, lost=100, state=4, **STARTUP)
+    assert pacing.value == UNLIMITED
+
+
+def test_a_startup_without_an_acknowledgement_is_left_alone(code: ctypes.CDLL) -> None:
+    """Until then, the kernel gives bandwidth and gain as 0."""
+    kernel = Kernel(code)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    pacing.value = UNLIMITED
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN
+    assert kernel.look(0, 20, **OUTGROWN | {"gain": 0, "window": 200}) == ""
+    assert pacing.value == UNLIMITED
+
+
+def test_a_new_pace_ends_a_pause(code: ctypes.CDLL) -> None:
+    """The ten seconds begin anew; the pause would last as long."""
+    kernel = Kernel(code)
+    kernel.bbr.paused = True
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN
+    assert not kernel.bbr.paused
 
 
 @pytest.mark.parametrize("lack", [{"allowed": 0}, {"scratch": -1}])
@@ -327,7 +361,7 @@ def test_where_bbr_may_not_be_chosen_the_connection_keeps_it(
     kernel = Kernel(code)
     kernel.set(**lack)
     asked = "4 bbr, " if "allowed" in lack else ""
-    assert kernel.look(MBIT, window=100, pacing_rate=MBIT, **STARTUP) == asked
+    assert kernel.look(MBIT, 100, **OUTGROWN) == asked, "once"
     kernel = Kernel(code)
     kernel.set(**lack)
     assert kernel.look(6 * MBIT, 100) == asked, "once"

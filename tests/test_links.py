@@ -140,15 +140,20 @@ def test_bbr_leaves_its_start_up_and_a_ping_does_not_wait_for_a_download(linked:
 def test_a_startup_is_paced_at_the_rate_of_its_window(tmp_path: Path) -> None:
     """At 2.89 times the bandwidth, cubic inside ends its slow start early (csrc/bbr.h)."""
 
-    def ratio() -> float:
-        found = re.search(r"bbr:\(bw:(\d+)bps,.*pacing_gain:2.*pacing_rate (\d+)bps", bbr(linked))
-        bandwidth, pacing_rate = map(int, found.groups()) if found else (0, 0)
-        return pacing_rate / bandwidth if bandwidth > 5e6 else 0  # not the first round trips
+    def window_time() -> float:
+        """Round trips in which a window is sent; 1 if not in startup, or with little in flight."""
+        line = bbr(linked)
+        found = re.search(r"pacing_gain:2.*pacing_rate (\d+)bps", line)
+        window, size, rtt = (
+            float(re.search(rf"\b{name}:([\d.]+)", line)[1])  # type: ignore[index]
+            for name in ("cwnd", "mss", "rtt")
+        )
+        return window * size * 8 / float(found[1]) / rtt * 1000 if found and window > 300 else 1
 
     with far(tmp_path, Link(rate=100, rtt=100)) as linked:
         bbr(linked)
         with linked.stream("down"):
-            eventually(lambda: ratio() > 3.5, "a higher pace", 10)
+            eventually(lambda: window_time() < 0.6, "a higher pace", 10)
         linked.is_one_session()
 
 

@@ -17,12 +17,14 @@ KERNEL = """
 unsigned char info[64];
 unsigned info_size;
 int getsockopt(int socket, int level, int option, void *value, socklen_t *size) {
+    if (info_size == 0)
+        return -1;
     *size = *size < info_size ? *size : info_size;
     memcpy(value, info, *size);
     return 0;
 }
 unsigned pacing = ~0u;
-char chosen[1024]; /* which congestion control for which socket */
+char chosen[1 << 16]; /* which congestion control for which socket */
 int allowed = 1, scratch = 4, closed;
 int setsockopt(int socket, int level, int option, const void *value, socklen_t size) {
     if (level == SOL_SOCKET) {
@@ -55,8 +57,8 @@ class Tcp(ctypes.Structure):
 class Bbr(ctypes.Structure):
     """struct bbr"""
 
-    _fields_ = [("startup", ctypes.c_uint64 * 3), ("lossy", ctypes.c_bool),
-                ("looked_at", ctypes.c_uint64), ("bandwidth", ctypes.c_uint64 * 2),
+    _fields_ = [("startup", ctypes.c_uint64 * 3), ("may_be_full", ctypes.c_bool),
+                ("pace", ctypes.c_uint64 * 2), ("bandwidth", ctypes.c_uint64 * 2),
                 ("min_rtt", ctypes.c_uint32), ("measured_at", ctypes.c_uint64),
                 ("paused", ctypes.c_bool), ("slow_links", ctypes.c_uint64 * 2)]  # fmt: skip
 
@@ -82,7 +84,7 @@ class Kernel:
     def __init__(self, code: ctypes.CDLL, *, before: int = 40 * MBIT, size: int = BBR) -> None:
         self.code, self.bbr, self.now = code, Bbr(), SECOND
         self.info = (ctypes.c_ubyte * 64).in_dll(code, "info")
-        self.chosen = (ctypes.c_char * 1024).in_dll(code, "chosen")
+        self.chosen = (ctypes.c_char * (1 << 16)).in_dll(code, "chosen")
         self.chosen.value = b""
         ctypes.c_uint.in_dll(code, "info_size").value = size
         self.set(allowed=1, scratch=4, closed=0)
