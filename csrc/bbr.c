@@ -17,7 +17,7 @@ enum {
     BURST = 16,             /* segments that chance may lose */
     RECOVERY = 3,           /* states of linux/tcp.h: segments were lost */
     LOSS = 4,               /* after a timeout: all of them count as lost */
-    BRIEF = 10000,          /* microseconds between two looks */
+    SHORT = 20000,          /* microseconds of RTT up to which window and pace drive each other */
     FULL_FOR = 3,           /* round trips without bandwidth growth */
     IDLE = 50000,           /* microseconds: no two looks at a busy flow are farther apart, except
                              * where the flow inside waits for a lost segment: some round trips */
@@ -75,6 +75,10 @@ static void restart(struct bbr *bbr, int connection, uint64_t now) {
     bool may = scratch >= 0 && choose(scratch, "bbr", 3);
     if (scratch >= 0)
         close(scratch);
+    if (may && bbr->slowed_until != 0) { /* else it would start up at that rate */
+        limit_pacing(connection, UINT32_MAX);
+        bbr->slowed_until = 0;
+    }
     if (may && choose(connection, "reno", 4) && choose(connection, "bbr", 3)) {
         bbr->full_since = 0;
         bbr->measured_at = now;
@@ -102,6 +106,10 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
                bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
         bbr->full_since = now;
+        if (silent) {
+            bbr->may_be_full = false;
+            bbr->pace = 0;
+        }
     } else if ((now - bbr->full_since > three && is_queued(tcp)) ||
                (now - bbr->full_since > tcp->rtt && loses_much(tcp))) {
         slow_down(socket, bandwidth);
@@ -113,9 +121,11 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
 /* Raises the pace of startup to that of the window. */
 static void watch_pace(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp,
                        uint32_t min_rtt, uint32_t gain) {
-    bbr->may_be_full = bbr->may_be_full || tcp->state >= RECOVERY;
-    if (min_rtt == 0 || gain < STARTUP || tcp->unacked < BUSY || tcp->rtt < BRIEF ||
-        bbr->may_be_full || is_queued(tcp))
+    if (min_rtt == 0 || gain < STARTUP || tcp->unacked < BUSY)
+        return;
+    if (tcp->state >= RECOVERY)
+        bbr->may_be_full = true;
+    if (bbr->may_be_full || tcp->rtt < SHORT || is_queued(tcp))
         return;
     uint64_t first = (uint64_t)tcp->window * tcp->segment_size * FIRST_GAIN * 10000 / tcp->rtt;
     uint64_t least = first - first / 5;
@@ -184,11 +194,11 @@ void bbr_look(struct bbr *bbr, int socket, uint64_t now, const struct tcp *tcp) 
     if (size != INFO_SIZE)
         info.min_rtt = 0; /* bbr2 and bbr3 measure more often, with half of the window: no pause */
     uint64_t bandwidth = (uint64_t)info.bandwidth_high << 32 | info.bandwidth_low;
+    watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
     if (size == INFO_SIZE && bandwidth == 0)
-        return; /* just started, and nothing acknowledged since: its gain is 0, too */
+        return; /* it has just started, and nothing was acknowledged since: its gain is 0, too */
+    watch_queue(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
     watch_startup(bbr, socket, now, tcp, bandwidth, info.pacing_gain);
     watch_pace(bbr, socket, now, tcp, info.min_rtt, info.pacing_gain);
     watch_bandwidth(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
-    watch_min_rtt(bbr, now, tcp, bandwidth, info.min_rtt);
-    watch_queue(bbr, socket, now, tcp, bandwidth, info.min_rtt, info.pacing_gain);
 }

@@ -15,8 +15,8 @@
  * start at a fraction of it. bbr's first pacing rate sends the congestion window, which grows with
  * the one inside, in a third of a round trip, and the rate does not fall in startup. So if the
  * window has outgrown the rate, let bbr start up again: the train gets short, as without a tunnel.
- * Not once the link may be full, and not where a round trip is shorter than the time between two
- * looks: there, the window grows with the pace.
+ * Not once the link may be full. Not on a short path either: bbr adds three milliseconds of its
+ * pace to the window (bbr_quantization_budget()), so window and pace would drive each other.
  *
  * Bandwidth. bbr takes the most of the last ten round trips, not counting application-limited ones
  * with less. After a while of light traffic, the first that counts is often one with a fraction of
@@ -51,7 +51,7 @@ struct bbr {
     uint64_t full_since;      /* busy and no bandwidth growth since; microseconds; 0: not busy */
     uint64_t held_until;      /* end of the pacing limit; 0: no limit */
     bool may_be_full;         /* busy, and a segment was lost since, or the pacing limited */
-    uint64_t pace;            /* busy, and startup was to have this rate; bytes per second */
+    uint64_t pace;            /* that the last new start was for; bytes per second; 0: not busy */
     uint64_t looked_at;       /* the last call; microseconds */
     uint64_t known;           /* most bandwidth since startup; bytes per second */
     uint64_t collapsed_since; /* less than half of that; microseconds; 0: not */

@@ -261,8 +261,7 @@ def test_a_window_that_has_not_outgrown_its_pace(code: ctypes.CDLL) -> None:
         {"state": 3},
         {"unacked": 7},
         {"queued": 11_000},
-        {"queued": 9_999 - RTT},
-        {"queued": -RTT},
+        {"queued": 19_999 - RTT},
         {"pacing_rate": 2**64 - 1},
     ],
     ids=[
@@ -271,13 +270,13 @@ def test_a_window_that_has_not_outgrown_its_pace(code: ctypes.CDLL) -> None:
         "not busy",
         "a queue",
         "a short round trip",
-        "no round trip",
         "not paced",
     ],
 )
 def test_any_other_connection_keeps_its_pace(code: ctypes.CDLL, reason: dict[str, int]) -> None:
     assert Kernel(code).look(MBIT, 10, **OUTGROWN | reason) == ""
     assert Kernel(code).look(MBIT, 10, **OUTGROWN, state=2) == AGAIN
+    assert Kernel(code).look(MBIT, 10, **OUTGROWN, queued=20_000 - RTT) == AGAIN
 
 
 @pytest.mark.parametrize("size", [BBR3, DCTCP])
@@ -290,8 +289,27 @@ def test_a_loss_may_be_that_of_a_full_link_and_the_pace_stays(code: ctypes.CDLL)
     kernel = Kernel(code)
     kernel.look(MBIT, state=3, **OUTGROWN)
     assert kernel.look(MBIT, 10, **OUTGROWN) == "", "until it is busy anew"
-    kernel.look(MBIT, unacked=0, **OUTGROWN)
+    kernel.look(MBIT, **OUTGROWN | {"unacked": 3, "state": 3})
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN, "that was light traffic"
+
+
+def test_a_loss_before_a_silence_does_not_matter(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code)
+    kernel.look(MBIT, state=3, **OUTGROWN)
+    kernel.now += SECOND
     assert kernel.look(MBIT, **OUTGROWN) == AGAIN
+    kernel.now += SECOND
+    assert kernel.look(MBIT, **OUTGROWN) == AGAIN
+
+
+def test_a_slow_flow_starts_up_without_its_limit(code: ctypes.CDLL) -> None:
+    """It has so little of what it had that it was slowed down, as on a slow link."""
+    kernel = Kernel(code, before=10 * MBIT)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    assert kernel.look(MBIT // 2, 2) == ""
+    assert pacing.value == 46_875
+    assert kernel.look(MBIT // 2, 4) == AGAIN
+    assert pacing.value == UNLIMITED
 
 
 def test_a_startup_that_loses_much_is_held_after_one_round_trip(code: ctypes.CDLL) -> None:
@@ -350,6 +368,14 @@ def test_a_new_pace_ends_a_pause(code: ctypes.CDLL) -> None:
     kernel = Kernel(code)
     kernel.bbr.paused = True
     assert kernel.look(MBIT, **OUTGROWN) == AGAIN
+    assert not kernel.bbr.paused
+
+
+def test_a_pause_ends_without_an_acknowledgement(code: ctypes.CDLL) -> None:
+    """Another holder of the socket has started bbr anew."""
+    kernel = Kernel(code)
+    kernel.bbr.paused = True
+    kernel.look(0, 1010, gain=0, unacked=0)
     assert not kernel.bbr.paused
 
 

@@ -146,7 +146,7 @@ def test_a_startup_is_paced_at_the_rate_of_its_window(tmp_path: Path) -> None:
         found = re.search(r"pacing_gain:2.*pacing_rate (\d+)bps", line)
         window, size, rtt = (
             float(re.search(rf"\b{name}:([\d.]+)", line)[1])  # type: ignore[index]
-            for name in ("cwnd", "mss", "rtt")
+            for name in ("cwnd", "mss", "minrtt")
         )
         return window * size * 8 / float(found[1]) / rtt * 1000 if found and window > 300 else 1
 
