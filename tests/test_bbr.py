@@ -308,7 +308,17 @@ def test_a_slow_flow_starts_up_without_its_limit(code: ctypes.CDLL) -> None:
     pacing = ctypes.c_uint.in_dll(code, "pacing")
     assert kernel.look(MBIT // 2, 2) == ""
     assert pacing.value == 46_875
-    assert kernel.look(MBIT // 2, 4) == AGAIN
+    assert kernel.look(MBIT // 2, 3) == AGAIN
+    assert pacing.value == UNLIMITED
+
+
+def test_a_limit_ends_with_bbr(code: ctypes.CDLL) -> None:
+    kernel = Kernel(code, before=10 * MBIT)
+    pacing = ctypes.c_uint.in_dll(code, "pacing")
+    kernel.look(MBIT // 2, 2)
+    assert pacing.value == 46_875
+    ctypes.c_uint.in_dll(code, "info_size").value = DCTCP
+    kernel.look(MBIT // 2, 10)
     assert pacing.value == UNLIMITED
 
 
