@@ -24,8 +24,9 @@ PUBLIC = {"client", "endpoint", "errors", "lifecycle", "record", "server"}  # ke
 # What is read once when the program starts, or never.
 INNER = ("commands", "network", "process", "watch")
 ONCE = (
-    "address", "binding", "cli", "congestion", "conversation", "flag", "lifecycle", "mptcp",
-    "peer", "privileges", "proxy", "record", "summary", "transport", "users", "x1",
+    "address", "binding", "cipher", "cli", "congestion", "conversation", "flag", "lifecycle",
+    "mptcp", "peer", "privileges", "proxy", "record", "sodium", "summary", "transport", "users",
+    "x1",
 )  # fmt: skip
 RARE = ("tox/*", *(f"{name}.py" for name in ONCE), *(f"{package}/[!_]*" for package in INNER))
 
