@@ -17,6 +17,7 @@ from bbr_rig import (
     RTT,
     SECOND,
     SEGMENT,
+    UNLIMITED,
     Bbr,
     Kernel,
     Tcp,
@@ -89,7 +90,7 @@ def test_a_pause_ends_with_bbr(code: ctypes.CDLL, later: int) -> None:
     assert len(pauses(code, later=later)) == 1
 
 
-SLOW_RTT, UNLIMITED = 30_000, 2**32 - 1
+SLOW_RTT = 30_000
 
 
 def queue(
@@ -305,47 +306,41 @@ def test_a_loss_before_a_silence_does_not_matter(code: ctypes.CDLL) -> None:
 def test_a_slow_flow_starts_up_without_its_limit(code: ctypes.CDLL) -> None:
     """It has so little of what it had that it was slowed down, as on a slow link."""
     kernel = Kernel(code, before=10 * MBIT)
-    pacing = ctypes.c_uint.in_dll(code, "pacing")
     assert kernel.look(MBIT // 2, 2) == ""
-    assert pacing.value == 46_875
+    assert kernel.pacing.value == 46_875
     assert kernel.look(MBIT // 2, 3) == AGAIN
-    assert pacing.value == UNLIMITED
+    assert kernel.pacing.value == UNLIMITED
 
 
 def test_a_limit_ends_with_bbr(code: ctypes.CDLL) -> None:
     kernel = Kernel(code, before=10 * MBIT)
-    pacing = ctypes.c_uint.in_dll(code, "pacing")
     kernel.look(MBIT // 2, 2)
-    assert pacing.value == 46_875
+    assert kernel.pacing.value == 46_875
     ctypes.c_uint.in_dll(code, "info_size").value = DCTCP
     kernel.look(MBIT // 2, 10)
-    assert pacing.value == UNLIMITED
+    assert kernel.pacing.value == UNLIMITED
 
 
 def test_a_startup_that_loses_much_is_held_after_one_round_trip(code: ctypes.CDLL) -> None:
     """The queue is too short to see."""
     kernel = Kernel(code)
-    pacing = ctypes.c_uint.in_dll(code, "pacing")
-    pacing.value = UNLIMITED
     lossy = STARTUP | {"unacked": 320, "state": 3}
     kernel.look(40 * MBIT, 20, lost=56, **lossy)
-    assert pacing.value == UNLIMITED, "five percent, and what chance may add"
+    assert kernel.pacing.value == UNLIMITED, "five percent, and what chance may add"
     kernel.look(50 * MBIT, 5, lost=57, **lossy)
-    assert pacing.value == UNLIMITED, "the bandwidth has grown"
+    assert kernel.pacing.value == UNLIMITED, "the bandwidth has grown"
     kernel.look(50 * MBIT, lost=57, **lossy)
-    assert pacing.value == 45 * MBIT
+    assert kernel.pacing.value == 45 * MBIT
 
 
 def test_a_startup_again_has_its_three_round_trips(code: ctypes.CDLL) -> None:
     kernel = Kernel(code)
-    pacing = ctypes.c_uint.in_dll(code, "pacing")
-    pacing.value = UNLIMITED
     kernel.look(MBIT, 20, **STARTUP)
     assert kernel.look(MBIT, **OUTGROWN) == AGAIN
     kernel.look(MBIT, 16, queued=QUEUED, **OUTGROWN)
-    assert pacing.value == UNLIMITED
+    assert kernel.pacing.value == UNLIMITED
     kernel.look(MBIT, 4, queued=QUEUED, **OUTGROWN)
-    assert pacing.value < MBIT
+    assert kernel.pacing.value < MBIT
 
 
 def test_a_startup_that_was_held_is_not_given_a_pace(code: ctypes.CDLL) -> None:
@@ -357,20 +352,16 @@ def test_a_startup_that_was_held_is_not_given_a_pace(code: ctypes.CDLL) -> None:
 def test_a_timeout_is_no_sign_of_a_full_link(code: ctypes.CDLL) -> None:
     """All segments in flight count as lost then."""
     kernel = Kernel(code)
-    pacing = ctypes.c_uint.in_dll(code, "pacing")
-    pacing.value = UNLIMITED
     kernel.look(MBIT, 20, unacked=100, lost=100, state=4, **STARTUP)
-    assert pacing.value == UNLIMITED
+    assert kernel.pacing.value == UNLIMITED
 
 
 def test_a_startup_without_an_acknowledgement_is_left_alone(code: ctypes.CDLL) -> None:
     """Until then, the kernel gives bandwidth and gain as 0."""
     kernel = Kernel(code)
-    pacing = ctypes.c_uint.in_dll(code, "pacing")
-    pacing.value = UNLIMITED
     assert kernel.look(MBIT, **OUTGROWN) == AGAIN
     assert kernel.look(0, 20, **OUTGROWN | {"gain": 0, "window": 200}) == ""
-    assert pacing.value == UNLIMITED
+    assert kernel.pacing.value == UNLIMITED
 
 
 def test_a_new_pace_ends_a_pause(code: ctypes.CDLL) -> None:

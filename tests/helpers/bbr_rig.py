@@ -41,6 +41,7 @@ BBR, BBR3, DCTCP = 20, 52, 16  # bytes of what the kernel tells of it
 RTT, QUEUED, MBIT = 40_000, 15_000, 125_000  # microseconds; bytes per second
 SECOND = 1_000_000
 SEGMENT = 1448  # bytes
+UNLIMITED = 2**32 - 1  # no limit of pacing
 
 
 class Tcp(ctypes.Structure):
@@ -86,6 +87,8 @@ class Kernel:
         self.info = (ctypes.c_ubyte * 64).in_dll(code, "info")
         self.chosen = (ctypes.c_char * (1 << 16)).in_dll(code, "chosen")
         self.chosen.value = b""
+        self.pacing = ctypes.c_uint.in_dll(code, "pacing")  # its limit, bytes per second
+        self.pacing.value = UNLIMITED
         ctypes.c_uint.in_dll(code, "info_size").value = size
         self.set(allowed=1, scratch=4, closed=0)
         self.look(before)
