@@ -98,18 +98,13 @@ static void watch_startup(struct bbr *bbr, int socket, uint64_t now, const struc
         limit_pacing(socket, UINT32_MAX);
         bbr->held_until = 0;
         bbr->full_since = now;
-    } else if (!busy) {
+    } else if (!busy || silent) {
         bbr->full_since = 0;
         bbr->may_be_full = false;
         bbr->pace = 0;
-    } else if (bbr->full_since == 0 || silent ||
-               bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
+    } else if (bbr->full_since == 0 || bandwidth > bbr->most_bandwidth + bbr->most_bandwidth / 8) {
         bbr->most_bandwidth = bandwidth;
         bbr->full_since = now;
-        if (silent) {
-            bbr->may_be_full = false;
-            bbr->pace = 0;
-        }
     } else if ((now - bbr->full_since > three && is_queued(tcp)) ||
                (now - bbr->full_since > tcp->rtt && loses_much(tcp))) {
         slow_down(socket, bandwidth);
